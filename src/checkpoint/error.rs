@@ -1,0 +1,177 @@
+//! What can go wrong with files, each error naming the file.
+
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
+
+/// What kind of failure an error is; the command line turns it into an exit code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ErrorKind {
+    /// The request itself makes no sense (exit 2).
+    Usage,
+    /// A file is not what it should be (exit 3).
+    BadInput,
+    /// The files are fine, but doing this would be wrong (exit 4).
+    Refused,
+    /// The system failed to read or write (exit 5).
+    Io,
+    /// An interrupted change waits for `recover` (exit 6).
+    Interrupted,
+    /// Stopped by the user (exit 130).
+    Cancelled,
+}
+
+/// What can go wrong while opening, reading or writing checkpoint files.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The system failed to do `what` with a file.
+    #[error("cannot {what} `{}`", Printable::path(.path))]
+    Io {
+        /// A verb: `read`, `write`, `create`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file is not what its name promises.
+    #[error("{}: {what}", Printable::path(.path))]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, found and expected.
+        what: String,
+    },
+    /// One tensor of a file is not what it should be.
+    #[error("{}: tensor \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
+    BadTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name as stored.
+        tensor: String,
+        /// What is wrong, found and expected.
+        what: String,
+    },
+    /// Several things are wrong at once; all are listed.
+    #[error("{}: {what}:{}", Printable::path(.path), indented_list(.problems))]
+    Many {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the list is about.
+        what: String,
+        /// One line each.
+        problems: Vec<String>,
+    },
+    /// A file changed under the reader's eyes.
+    #[error("{}: {what}", Printable::path(.path))]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// How it changed.
+        what: String,
+    },
+    /// Existing output is kept unless the user says otherwise.
+    #[error("{} exists already", Printable::path(.path))]
+    OutputExists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The files are fine, but doing this would be wrong.
+    #[error("{}: {what}", Printable::path(.path))]
+    Refused {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        what: String,
+    },
+    /// Too little room for the output, seen before the first write.
+    #[error("{}: the output needs {needed} bytes, the file system has {free} free", Printable::path(.path))]
+    NoSpace {
+        /// Where the output was to go.
+        path: PathBuf,
+        /// Bytes the output needs.
+        needed: u64,
+        /// Bytes the file system has for us.
+        free: u64,
+    },
+    /// The user stopped the command.
+    #[error("stopped")]
+    Cancelled,
+}
+
+impl CheckpointError {
+    /// An I/O error on `path`; `what` is a verb.
+    pub fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { what, path: path.to_owned(), source }
+    }
+    /// A malformed file.
+    pub fn bad_file(path: &Path, what: impl Into<String>) -> Self {
+        Self::BadFile { path: path.to_owned(), what: what.into() }
+    }
+    /// A malformed tensor.
+    pub fn bad_tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
+        Self::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), what: what.into() }
+    }
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } => ErrorKind::Io,
+            Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
+            Self::OutputExists { .. } | Self::Refused { .. } => ErrorKind::Refused,
+            Self::Cancelled => ErrorKind::Cancelled,
+        }
+    }
+}
+
+/// Shows a name from a file without letting its control bytes reach the terminal, and cuts it at 200 characters.
+pub struct Printable<'a>(pub &'a str);
+
+impl Printable<'_> {
+    /// The same for a path.
+    pub fn path(path: &Path) -> String {
+        Printable(&path.to_string_lossy()).to_string()
+    }
+}
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const LONGEST: usize = 200;
+        for (i, c) in self.0.chars().enumerate() {
+            if i == LONGEST {
+                return write!(f, "… ({} bytes)", self.0.len());
+            }
+            // Bidirectional controls can make a terminal show another name than the stored one.
+            if c.is_control()
+                || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                write!(f, "{c}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `problems` as indented lines, at most 50 of them.
+fn indented_list(problems: &[String]) -> String {
+    const MOST: usize = 50;
+    let mut list: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > MOST {
+        list += &format!("\n  … and {} more", problems.len() - MOST);
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_bytes_are_escaped_and_long_names_cut() {
+        assert_eq!(Printable("a\u{1b}[31m\nb\0").to_string(), "a\\u{1b}[31m\\nb\\u{0}");
+        let long = "x".repeat(1 << 20);
+        assert!(Printable(&long).to_string().ends_with("… (1048576 bytes)"));
+    }
+}

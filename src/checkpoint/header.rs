@@ -1,0 +1,427 @@
+//! The strict pass over a safetensors header.
+//!
+//! The safetensors crate lets through what the format forbids (duplicate names above all); this pass does not. Whoever
+//! holds a [`Header`] need not check again: names are unique, tensors are sorted by offset without holes or overlaps,
+//! every size is its shape times its type, and the data ends where the file ends.
+//!
+//! The format: 8 bytes of little-endian header length `n`, `n` bytes of JSON, tensor data. Sources:
+//! <https://github.com/huggingface/safetensors#format> and `safetensors/src/tensor.rs` 0.8.
+
+use std::{collections::BTreeMap, fmt, ops::Range, path::Path};
+
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+
+use super::{CheckpointError, Printable};
+use crate::tensor::{Dtype, checked_bytes, dtype_name};
+
+/// Headers larger than this are refused, here and by the safetensors crate.
+pub const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// More tensors than this in one file are refused: forty times the largest published shard.
+pub const MAX_TENSORS: usize = 1_000_000;
+/// Tensors of more dimensions than this are refused.
+const MAX_RANK: usize = 64;
+
+/// One tensor of a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TensorInfo {
+    /// The name as stored; print it through [`Printable`].
+    pub name: String,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape as stored.
+    pub shape: Vec<u64>,
+    /// Where the data lies, in bytes from the end of the header.
+    pub data: Range<u64>,
+}
+
+impl TensorInfo {
+    /// Bytes of the tensor's data.
+    pub fn n_bytes(&self) -> u64 {
+        self.data.end - self.data.start
+    }
+    /// Elements of the tensor; proven not to overflow.
+    pub fn n_elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+}
+
+/// A header that passed the strict pass.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// Sorted by offset; no holes, no overlaps.
+    tensors: Vec<TensorInfo>,
+    /// Indices into `tensors`, sorted by name.
+    by_name: Vec<u32>,
+    metadata: BTreeMap<String, String>,
+    header_bytes: u64,
+}
+
+impl Header {
+    /// Parses `json`, the header of a file of `file_bytes` bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BadFile`] or [`CheckpointError::BadTensor`], naming the place.
+    pub fn parse(path: &Path, json: &[u8], file_bytes: u64) -> Result<Self, CheckpointError> {
+        let bad = |what: String| CheckpointError::bad_file(path, what);
+        if json.first() != Some(&b'{') {
+            return Err(bad(format!("the header must begin with '{{', found {}", first_byte(json))));
+        }
+        let text = std::str::from_utf8(json)
+            .map_err(|e| bad(format!("the header is not UTF-8 at byte {}", 8 + e.valid_up_to())))?;
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let raw = RawHeader::deserialize(&mut deserializer)
+            .and_then(|raw| deserializer.end().map(|()| raw))
+            .map_err(|e| bad(format!("the header is malformed: {}", Printable(&e.to_string()))))?;
+        Self::check(path, raw, json.len() as u64, file_bytes)
+    }
+
+    fn check(path: &Path, raw: RawHeader, json_bytes: u64, file_bytes: u64) -> Result<Self, CheckpointError> {
+        let mut tensors = raw.tensors;
+        let bad = |tensor: &TensorInfo, what: String| CheckpointError::bad_tensor(path, &tensor.name, what);
+        // A stable order: empty tensors share an offset with their successor.
+        tensors.sort_by_key(|tensor| (tensor.data.start, tensor.data.end));
+        let mut end = 0;
+        for tensor in &tensors {
+            if tensor.data.end < tensor.data.start {
+                return Err(bad(
+                    tensor,
+                    format!("data_offsets end at {} before they begin at {}", tensor.data.end, tensor.data.start),
+                ));
+            }
+            // An empty tensor must not hide sizes whose product, taken in another order, would overflow.
+            let n_elements = tensor.shape.iter().filter(|&&d| d != 0).try_fold(1u64, |n, &d| n.checked_mul(d));
+            let needed = n_elements
+                .map(|n| if tensor.shape.contains(&0) { 0 } else { n })
+                .ok_or_else(|| bad(tensor, format!("shape {:?} overflows 64 bits", tensor.shape)))
+                .and_then(|n| {
+                    checked_bytes(tensor.dtype, n).ok_or_else(|| {
+                        let dtype = dtype_name(tensor.dtype);
+                        bad(tensor, format!("{n} elements of {dtype} are no whole number of bytes below 2^64"))
+                    })
+                })?;
+            if tensor.n_bytes() != needed {
+                let (dtype, found) = (dtype_name(tensor.dtype), tensor.n_bytes());
+                return Err(bad(
+                    tensor,
+                    format!("shape {:?} of {dtype} takes {needed} bytes, data_offsets give {found}", tensor.shape),
+                ));
+            }
+            if tensor.data.start < end {
+                return Err(bad(
+                    tensor,
+                    format!("begins at {} inside the tensor before it, which ends at {end}", tensor.data.start),
+                ));
+            }
+            if tensor.data.start > end {
+                return Err(bad(tensor, format!("begins at {}, leaving a hole after {end}", tensor.data.start)));
+            }
+            end = tensor.data.end;
+        }
+        let needed = end.checked_add(8 + json_bytes);
+        match needed {
+            Some(needed) if needed == file_bytes => {}
+            Some(needed) if needed < file_bytes => {
+                let extra = file_bytes - needed;
+                return Err(CheckpointError::bad_file(
+                    path,
+                    format!("{extra} bytes follow the last tensor: needs {needed} bytes, has {file_bytes}"),
+                ));
+            }
+            _ => {
+                let needed = needed.map_or("more than 2^64".to_owned(), |n| n.to_string());
+                return Err(CheckpointError::bad_file(
+                    path,
+                    format!("needs {needed} bytes, has {file_bytes}: the download is incomplete"),
+                ));
+            }
+        }
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_unstable_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
+        for pair in by_name.windows(2) {
+            let (a, b) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
+            if a.name == b.name {
+                return Err(bad(a, format!("named twice, at data offsets {} and {}", a.data.start, b.data.start)));
+            }
+        }
+        Ok(Self { tensors, by_name, metadata: raw.metadata.unwrap_or_default(), header_bytes: json_bytes })
+    }
+
+    /// All tensors, by offset.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+    /// All tensors, by name.
+    pub fn by_name(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
+        self.by_name.iter().map(|&i| &self.tensors[i as usize])
+    }
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        let found = self.by_name.binary_search_by(|&i| self.tensors[i as usize].name.as_str().cmp(name)).ok()?;
+        Some(&self.tensors[self.by_name[found] as usize])
+    }
+    /// `__metadata__`.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+    /// Bytes of the JSON, without the length before it.
+    pub fn header_bytes(&self) -> u64 {
+        self.header_bytes
+    }
+    /// Where tensor data begins, in bytes from the start of the file.
+    pub fn data_start(&self) -> u64 {
+        8 + self.header_bytes
+    }
+}
+
+fn first_byte(json: &[u8]) -> String {
+    match json {
+        [] => "an empty header".to_owned(),
+        [0xef, 0xbb, 0xbf, ..] => "a byte order mark".to_owned(),
+        [byte, ..] => format!("byte 0x{byte:02x}"),
+    }
+}
+
+/// The JSON has this shape, nothing more is known.
+struct RawHeader {
+    metadata: Option<BTreeMap<String, String>>,
+    tensors: Vec<TensorInfo>,
+}
+
+impl RawHeader {
+    fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+struct HeaderVisitor;
+
+impl<'de> Visitor<'de> for HeaderVisitor {
+    type Value = RawHeader;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
+        let mut raw = RawHeader { metadata: None, tensors: Vec::new() };
+        while let Some(name) = map.next_key::<String>()? {
+            if name == "__metadata__" {
+                if raw.metadata.is_some() {
+                    return Err(de::Error::custom("`__metadata__` appears twice"));
+                }
+                raw.metadata = Some(map.next_value_seed(MetadataSeed)?);
+            } else {
+                if raw.tensors.len() == MAX_TENSORS {
+                    return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} tensors")));
+                }
+                raw.tensors.push(map.next_value_seed(TensorSeed(name))?);
+            }
+        }
+        Ok(raw)
+    }
+}
+
+/// `__metadata__`: an object of strings, each key once.
+struct MetadataSeed;
+
+impl<'de> DeserializeSeed<'de> for MetadataSeed {
+    type Value = BTreeMap<String, String>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for MetadataSeed {
+    type Value = BTreeMap<String, String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`__metadata__` as an object of strings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        // Bounded like tensors are: a hostile header may hold millions of keys.
+        let mut metadata = BTreeMap::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if metadata.len() == MAX_TENSORS {
+                return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} metadata keys")));
+            }
+            let value = map.next_value::<String>()?;
+            if let Some(_first) = metadata.insert(key.clone(), value) {
+                return Err(de::Error::custom(format_args!("metadata key \"{}\" appears twice", Printable(&key))));
+            }
+        }
+        Ok(metadata)
+    }
+}
+
+/// One tensor's entry: exactly `dtype`, `shape` and `data_offsets`.
+struct TensorSeed(String);
+
+impl<'de> DeserializeSeed<'de> for TensorSeed {
+    type Value = TensorInfo;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<TensorInfo, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for TensorSeed {
+    type Value = TensorInfo;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tensor \"{}\" as an object of dtype, shape and data_offsets", Printable(&self.0))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TensorInfo, A::Error> {
+        let name = self.0;
+        let (mut dtype, mut shape, mut data) = (None, None, None);
+        let twice = |key: &str| de::Error::custom(format_args!("tensor \"{}\" has two `{key}`", Printable(&name)));
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "dtype" => {
+                    if dtype.replace(map.next_value_seed(Named(&name, DtypeVisitor))?).is_some() {
+                        return Err(twice("dtype"));
+                    }
+                }
+                "shape" => {
+                    if shape
+                        .replace(map.next_value_seed(Named(&name, SizesVisitor { most: MAX_RANK, what: "shape" }))?)
+                        .is_some()
+                    {
+                        return Err(twice("shape"));
+                    }
+                }
+                "data_offsets" => {
+                    let seed = Named(&name, SizesVisitor { most: 2, what: "data_offsets" });
+                    let sizes = map.next_value_seed(seed)?;
+                    let [begin, end] = sizes[..] else {
+                        return Err(de::Error::custom(format_args!(
+                            "tensor \"{}\": data_offsets are two numbers",
+                            Printable(&name)
+                        )));
+                    };
+                    if data.replace(begin..end).is_some() {
+                        return Err(twice("data_offsets"));
+                    }
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    let (name, key) = (Printable(&name), Printable(&key));
+                    return Err(de::Error::custom(format_args!("tensor \"{name}\" has the unknown field `{key}`")));
+                }
+            }
+        }
+        let missing = |key: &str| de::Error::custom(format_args!("tensor \"{}\" has no `{key}`", Printable(&name)));
+        Ok(TensorInfo {
+            dtype: dtype.ok_or_else(|| missing("dtype"))?,
+            shape: shape.ok_or_else(|| missing("shape"))?,
+            data: data.ok_or_else(|| missing("data_offsets"))?,
+            name,
+        })
+    }
+}
+
+/// A visitor whose errors name the tensor they stand in.
+struct Named<'a, V>(&'a str, V);
+
+impl<'de> DeserializeSeed<'de> for Named<'_, DtypeVisitor> {
+    type Value = Dtype;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Dtype, D::Error> {
+        deserializer.deserialize_str(self.1).map_err(|e| in_tensor(self.0, &e))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Named<'_, SizesVisitor> {
+    type Value = Vec<u64>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u64>, D::Error> {
+        deserializer.deserialize_seq(self.1).map_err(|e| in_tensor(self.0, &e))
+    }
+}
+
+fn in_tensor<E: de::Error>(name: &str, e: &E) -> E {
+    E::custom(format_args!("tensor \"{}\": {e}", Printable(name)))
+}
+
+struct DtypeVisitor;
+
+impl Visitor<'_> for DtypeVisitor {
+    type Value = Dtype;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a dtype such as \"BF16\"")
+    }
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<Dtype, E> {
+        crate::tensor::parse_dtype(name).ok_or_else(|| E::custom(format_args!("unknown dtype \"{}\"", Printable(name))))
+    }
+}
+
+/// A list of at most `most` sizes.
+struct SizesVisitor {
+    most: usize,
+    what: &'static str,
+}
+
+impl<'de> Visitor<'de> for SizesVisitor {
+    type Value = Vec<u64>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} as a list of sizes", self.what)
+    }
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
+        let mut sizes = Vec::new();
+        while let Some(size) = seq.next_element::<u64>()? {
+            if sizes.len() == self.most {
+                return Err(de::Error::custom(format_args!("{} has more than {} numbers", self.what, self.most)));
+            }
+            sizes.push(size);
+        }
+        Ok(sizes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str, data_bytes: u64) -> Result<Header, String> {
+        Header::parse(Path::new("m"), json.as_bytes(), 8 + json.len() as u64 + data_bytes).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn tensors_are_found_by_name_and_sorted_by_offset() {
+        let json = r#"{"__metadata__":{"format":"pt"},
+            "b":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"a":{"shape":[],"dtype":"F32","data_offsets":[12,16]}} "#;
+        let header = parse(json, 16).unwrap();
+        assert_eq!(header.metadata()["format"], "pt");
+        assert_eq!(header.tensors().iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["b", "a"]);
+        assert_eq!(header.by_name().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(header.tensor("a").unwrap().data, 12..16);
+        assert_eq!(header.tensor("c"), None);
+    }
+
+    #[test]
+    fn a_header_with_a_hole_is_rejected() {
+        let error = parse(r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#, 2).unwrap_err();
+        assert_eq!(error, r#"m: tensor "a": begins at 1, leaving a hole after 0"#);
+    }
+
+    #[test]
+    fn one_name_spelled_two_ways_is_rejected() {
+        let json = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\u0061":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+        assert_eq!(parse(json, 2).unwrap_err(), r#"m: tensor "a": named twice, at data offsets 0 and 1"#);
+    }
+
+    #[test]
+    fn sizes_that_overflow_are_rejected() {
+        for shape in ["[0,18446744073709551615,18446744073709551615]", "[18446744073709551615,3]"] {
+            let error =
+                parse(&format!(r#"{{"a":{{"dtype":"U8","shape":{shape},"data_offsets":[0,0]}}}}"#), 0).unwrap_err();
+            assert!(error.contains("overflows") || error.contains("takes"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_truncated_file_says_how_much_is_missing() {
+        let json = r#"{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}"#;
+        let needed = 8 + json.len() + 9;
+        let error = parse(json, 8).unwrap_err();
+        assert_eq!(error, format!("m: needs {needed} bytes, has {}: the download is incomplete", needed - 1));
+    }
+}

@@ -1,0 +1,27 @@
+//! Files: checkpoints, shards, and every other safetensors file.
+//!
+//! A [`Checkpoint`] is a model on disk, in one [`Shard`] or many. Opening reads headers only, into owned memory, and checks
+//! them strictly ([`Header`]); tensor data is reached through [`Window`]s, mapped or read, small enough that resident
+//! memory does not grow with the model ([`Context::window_bytes`]). [`scan_rows`] is the one pass over rows that every
+//! command shares: threads take blocks of rows, results come back in order. What is written appears whole or not at all
+//! ([`AtomicFile`], [`TensorFileWriter`]).
+
+mod context;
+mod error;
+mod header;
+mod index;
+mod mmap;
+mod model;
+mod output;
+mod scan;
+mod shard;
+
+pub use context::{Context, Io, Observer, Silent};
+pub use error::{CheckpointError, ErrorKind, Printable};
+pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
+pub use index::{INDEX_FILE, Index};
+pub use mmap::Window;
+pub use model::{Checkpoint, Layout, TensorRef};
+pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, write_atomic};
+pub use scan::{RowScan, RowSpan, for_each_ordered, scan_rows};
+pub use shard::Shard;

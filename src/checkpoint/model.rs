@@ -1,0 +1,269 @@
+//! A checkpoint: its shards, its tensors by name, and the files beside them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::{CheckpointError, Context, INDEX_FILE, Index, Shard, TensorInfo, Window, index::resolve_shard};
+use crate::tensor::{RowLayout, is_float};
+
+/// The name of a checkpoint's only shard, and of `config.json` beside it.
+const SINGLE_FILE: &str = "model.safetensors";
+const CONFIG_FILE: &str = "config.json";
+
+/// How a checkpoint lies on disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// One safetensors file, given by its own path.
+    File,
+    /// A folder with one `model.safetensors`.
+    Folder,
+    /// A folder with `model.safetensors.index.json`.
+    Sharded,
+}
+
+/// An open checkpoint: headers in memory, data on disk.
+#[derive(Debug)]
+pub struct Checkpoint {
+    root: PathBuf,
+    layout: Layout,
+    shards: Vec<Shard>,
+    /// Tensor (shard, position in its header), sorted by name.
+    tensors: Vec<(u32, u32)>,
+    config: serde_json::Map<String, serde_json::Value>,
+}
+
+/// One tensor of an open checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorRef<'a> {
+    /// The file that holds it.
+    pub shard: &'a Shard,
+    /// Which of [`Checkpoint::shards`] that is.
+    pub shard_index: usize,
+    /// Name, type, shape and place.
+    pub info: &'a TensorInfo,
+}
+
+impl TensorRef<'_> {
+    /// The bytes `range` of the tensor, in bytes from its start.
+    pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
+        self.shard.window(ctx, self.info, range)
+    }
+
+    /// The tensor as rows.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns.
+    pub fn rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
+        let bad = |what: String| CheckpointError::bad_tensor(self.shard.path(), &self.info.name, what);
+        if !is_float(self.info.dtype) {
+            let dtype = crate::tensor::dtype_name(self.info.dtype);
+            return Err(bad(format!("elements are {dtype}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed")));
+        }
+        let layout = RowLayout::new(&self.info.shape, transposed)
+            .ok_or_else(|| bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)))?;
+        if layout.d_in > u64::from(u32::MAX) {
+            return Err(bad(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX)));
+        }
+        Ok(layout)
+    }
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint: a safetensors file, a folder with `model.safetensors`, or one with
+    /// `model.safetensors.index.json`. Reads headers only.
+    ///
+    /// ```
+    /// use neuroada_ckpt::checkpoint::Checkpoint;
+    /// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+    /// assert_eq!(checkpoint.model_type(), Some("llama"));
+    /// assert!(checkpoint.tensor("model.norm.weight").is_some());
+    /// # Ok::<(), neuroada_ckpt::checkpoint::CheckpointError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`CheckpointError::Many`] lists everything in which an index and its shards disagree.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let meta = fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))?;
+        if !meta.is_dir() {
+            return Self::assemble(path, Layout::File, vec![Shard::open(path)?]);
+        }
+        let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
+        match (single.exists(), index.exists()) {
+            (true, true) => Err(CheckpointError::bad_file(
+                path,
+                format!("has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale"),
+            )),
+            (true, false) => {
+                resolve_shard(path, SINGLE_FILE).map_err(|problem| CheckpointError::bad_file(path, problem))?;
+                Self::assemble(path, Layout::Folder, vec![Shard::open(&single)?])
+            }
+            (false, true) => Self::open_sharded(path, &index),
+            (false, false) => Err(CheckpointError::bad_file(path, no_model(path))),
+        }
+    }
+
+    fn open_sharded(root: &Path, index_path: &Path) -> Result<Self, CheckpointError> {
+        let index = Index::open(index_path)?;
+        let many = |what: &str, problems| CheckpointError::Many {
+            path: index_path.to_owned(),
+            what: what.to_owned(),
+            problems,
+        };
+        let (mut paths, mut problems) = (Vec::new(), Vec::new());
+        for name in index.shard_names() {
+            match resolve_shard(root, name) {
+                Ok(path) => paths.push(path),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if !problems.is_empty() {
+            return Err(many("the checkpoint is incomplete", problems));
+        }
+        let mut shards = Vec::with_capacity(paths.len());
+        for path in paths {
+            shards.push(Shard::open(&path)?);
+        }
+        let problems = index.disagreements(&shards);
+        if !problems.is_empty() {
+            return Err(many("the index and its shards disagree", problems));
+        }
+        Self::assemble(root, Layout::Sharded, shards)
+    }
+
+    fn assemble(root: &Path, layout: Layout, shards: Vec<Shard>) -> Result<Self, CheckpointError> {
+        let mut tensors: Vec<(u32, u32)> = Vec::new();
+        for (s, shard) in shards.iter().enumerate() {
+            tensors.extend((0..shard.header().tensors().len()).map(|t| (s as u32, t as u32)));
+        }
+        let name = |&(s, t): &(u32, u32)| shards[s as usize].header().tensors()[t as usize].name.as_str();
+        tensors.sort_unstable_by(|a, b| name(a).cmp(name(b)));
+        let config = match layout {
+            Layout::File => serde_json::Map::new(),
+            _ => read_config(&root.join(CONFIG_FILE))?,
+        };
+        Ok(Self { root: root.to_owned(), layout, shards, tensors, config })
+    }
+
+    /// The path that was opened.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    /// How it lies on disk.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+    /// Its files, by name.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// All tensors, by name.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorRef<'_>> {
+        self.tensors.iter().map(|&at| self.at(at))
+    }
+
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+        let found = self.tensors.binary_search_by(|&at| self.at(at).info.name.as_str().cmp(name)).ok()?;
+        Some(self.at(self.tensors[found]))
+    }
+
+    fn at(&self, (s, t): (u32, u32)) -> TensorRef<'_> {
+        let shard = &self.shards[s as usize];
+        TensorRef { shard, shard_index: s as usize, info: &shard.header().tensors()[t as usize] }
+    }
+
+    /// Elements of all tensors: the parameters of the model as it is stored.
+    pub fn n_parameters(&self) -> u64 {
+        self.tensors().map(|tensor| tensor.info.n_elements()).sum()
+    }
+    /// Bytes of all files.
+    pub fn n_bytes(&self) -> u64 {
+        self.shards.iter().map(Shard::file_bytes).sum()
+    }
+
+    /// The name of the folder or file, for people; never a whole path.
+    pub fn name(&self) -> String {
+        let real = self.root.canonicalize().unwrap_or_else(|_| self.root.clone());
+        let name = if self.layout == Layout::File { real.file_stem() } else { real.file_name() };
+        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+    /// `model_type` of `config.json`.
+    pub fn model_type(&self) -> Option<&str> {
+        self.config.get("model_type")?.as_str()
+    }
+    /// `config.json`, empty where there is none.
+    pub fn config(&self) -> &serde_json::Map<String, serde_json::Value> {
+        &self.config
+    }
+
+    /// Fails where a file changed since it was opened.
+    pub fn unchanged(&self) -> Result<(), CheckpointError> {
+        self.shards.iter().try_for_each(Shard::unchanged)
+    }
+
+    /// Everything in the folder that is not a shard: config, tokenizer, index; paths from the folder, sorted.
+    /// Empty for a single file. Hidden entries (`.git`, `.cache`, ledgers) are left out.
+    pub fn side_files(&self) -> Result<Vec<PathBuf>, CheckpointError> {
+        let mut found = Vec::new();
+        if self.layout != Layout::File {
+            self.collect_side_files(Path::new(""), &mut found)?;
+            found.sort_unstable();
+        }
+        Ok(found)
+    }
+
+    fn collect_side_files(&self, below: &Path, found: &mut Vec<PathBuf>) -> Result<(), CheckpointError> {
+        let folder = self.root.join(below);
+        let io = |e| CheckpointError::io("list", &folder, e);
+        for entry in fs::read_dir(&folder).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let name = entry.file_name();
+            if name.to_string_lossy().starts_with('.') {
+                continue;
+            }
+            let path = below.join(&name);
+            let meta = fs::metadata(self.root.join(&path))
+                .map_err(|e| CheckpointError::io("read", &self.root.join(&path), e))?;
+            if meta.is_dir() {
+                self.collect_side_files(&path, found)?;
+            } else if meta.is_file() && !self.shards.iter().any(|shard| shard.path() == self.root.join(&path)) {
+                found.push(path);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
+    const MOST: u64 = 16 << 20;
+    let io = |e| CheckpointError::io("read", path, e);
+    match fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(serde_json::Map::new()),
+        Err(e) => return Err(io(e)),
+        Ok(meta) if meta.len() > MOST => {
+            return Err(CheckpointError::bad_file(
+                path,
+                format!("has {} bytes, at most {MOST} are accepted", meta.len()),
+            ));
+        }
+        Ok(_) => {}
+    }
+    serde_json::from_slice(&fs::read(path).map_err(io)?)
+        .map_err(|e| CheckpointError::bad_file(path, format!("malformed: {}", super::Printable(&e.to_string()))))
+}
+
+/// What a folder without a model has instead.
+fn no_model(path: &Path) -> String {
+    let has = |name: &str| path.join(name).exists();
+    let instead = if has("adapter_model.safetensors") || has("adapter_config.json") {
+        "; this is a PEFT adapter"
+    } else if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+        "; it holds PyTorch pickles, convert them to safetensors first"
+    } else {
+        ""
+    };
+    format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{instead}")
+}

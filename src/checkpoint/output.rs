@@ -1,0 +1,236 @@
+//! Files that appear whole or not at all, and safetensors files written in one pass.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    os::unix::fs::{FileExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
+
+use super::{CheckpointError, Context, MAX_HEADER_BYTES};
+use crate::tensor::{Dtype, checked_bytes, dtype_name};
+
+/// What to do where the output exists.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Existing {
+    /// Leave it and fail.
+    #[default]
+    Keep,
+    /// Put the new one in its place, in one step.
+    Replace,
+}
+
+/// A file under a temporary name in the folder where it will appear; gone when dropped before [`AtomicFile::commit`].
+pub struct AtomicFile {
+    target: PathBuf,
+    existing: Existing,
+    temp: NamedTempFile,
+}
+
+impl AtomicFile {
+    /// Begins a file that will appear at `target`.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`] at once where it exists and must be kept.
+    pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
+        if existing == Existing::Keep && target.symlink_metadata().is_ok() {
+            return Err(CheckpointError::OutputExists { path: target.to_owned() });
+        }
+        let temp = tempfile::Builder::new()
+            .prefix(".neuroada-")
+            .suffix(".tmp")
+            // The umask takes away what it must.
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(folder_of(target))
+            .map_err(|e| CheckpointError::io("create", target, e))?;
+        Ok(Self { target: target.to_owned(), existing, temp })
+    }
+
+    /// The file under its temporary name.
+    pub fn file(&self) -> &File {
+        self.temp.as_file()
+    }
+    /// The temporary name.
+    pub fn temp_path(&self) -> &Path {
+        self.temp.path()
+    }
+    /// Where the file will appear.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Syncs the file, gives it its name in one step, and syncs the folder.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`] where it came to exist meanwhile and must be kept.
+    pub fn commit(self) -> Result<(), CheckpointError> {
+        let Self { target, existing, temp } = self;
+        temp.as_file().sync_all().map_err(|e| CheckpointError::io("sync", &target, e))?;
+        let persisted = match existing {
+            Existing::Keep => temp.persist_noclobber(&target),
+            Existing::Replace => temp.persist(&target),
+        };
+        if let Err(e) = persisted {
+            return Err(match e.error.kind() {
+                io::ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: target },
+                _ => CheckpointError::io("create", &target, e.error),
+            });
+        }
+        sync_folder(folder_of(&target))
+    }
+}
+
+/// Writes `bytes` as a file that appears whole or not at all.
+pub fn write_atomic(target: &Path, existing: Existing, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let output = AtomicFile::create(target, existing)?;
+    output.file().write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", target, e))?;
+    output.commit()
+}
+
+/// Makes renames in a folder last through a power loss.
+pub fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| CheckpointError::io("sync", folder, e))
+}
+
+/// The folder a path lies in.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A tensor of a [`TensorFileWriter`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TensorId(usize);
+
+struct Pending {
+    name: String,
+    dtype: Dtype,
+    /// Set by [`TensorFileWriter::finish_tensor`].
+    shape: Option<Vec<u64>>,
+    /// Runs of the spool, in order.
+    extents: Vec<(u64, u64)>,
+}
+
+impl Pending {
+    fn n_bytes(&self) -> u64 {
+        self.extents.iter().map(|(_, len)| len).sum()
+    }
+}
+
+/// Writes a safetensors file in one pass, though the header stands first and is known last.
+///
+/// Tensors grow in any order, interleaved; the bytes go to a spool file without a name in the output's folder, and are put
+/// in order behind the header at the end: widest element type first, then by name, as the safetensors crate does. The
+/// same content gives the same bytes, in whatever order it came.
+///
+/// Memory: a buffer, and 16 bytes for every change from one tensor to another.
+pub struct TensorFileWriter {
+    output: AtomicFile,
+    spool: BufWriter<File>,
+    spooled: u64,
+    tensors: Vec<Pending>,
+}
+
+impl TensorFileWriter {
+    /// Begins a file that will appear at `target`.
+    pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
+        let output = AtomicFile::create(target, existing)?;
+        let spool = tempfile::tempfile_in(folder_of(target)).map_err(|e| CheckpointError::io("create", target, e))?;
+        Ok(Self { output, spool: BufWriter::with_capacity(1 << 20, spool), spooled: 0, tensors: Vec::new() })
+    }
+
+    /// Adds a tensor, empty so far.
+    pub fn add_tensor(&mut self, name: String, dtype: Dtype) -> TensorId {
+        self.tensors.push(Pending { name, dtype, shape: None, extents: Vec::new() });
+        TensorId(self.tensors.len() - 1)
+    }
+
+    /// Appends data to a tensor.
+    pub fn append(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.spool.write_all(bytes).map_err(|e| CheckpointError::io("write", &self.output.target, e))?;
+        let tensor = &mut self.tensors[id.0];
+        assert!(tensor.shape.is_none(), "a finished tensor does not grow");
+        match tensor.extents.last_mut() {
+            Some((start, len)) if *start + *len == self.spooled => *len += bytes.len() as u64,
+            _ => tensor.extents.push((self.spooled, bytes.len() as u64)),
+        }
+        self.spooled += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Says the shape of a tensor that got all its data.
+    ///
+    /// # Panics
+    /// Where the data is not as long as the shape says.
+    pub fn finish_tensor(&mut self, id: TensorId, shape: Vec<u64>) {
+        let tensor = &mut self.tensors[id.0];
+        let needed = checked_bytes(tensor.dtype, shape.iter().product());
+        assert_eq!(needed, Some(tensor.n_bytes()), "tensor {} of shape {shape:?} got all its data", tensor.name);
+        tensor.shape = Some(shape);
+    }
+
+    /// Writes header and data, and lets the file appear.
+    ///
+    /// # Errors
+    /// [`CheckpointError::BadFile`] where two tensors have one name or the header is longer than readers accept.
+    pub fn finish(mut self, ctx: &Context<'_>, metadata: &BTreeMap<String, String>) -> Result<(), CheckpointError> {
+        let target = self.output.target.clone();
+        let io = |e| CheckpointError::io("write", &target, e);
+        self.tensors.sort_by(|a, b| {
+            let width = |tensor: &Pending| std::cmp::Reverse(tensor.dtype.bitsize());
+            (width(a), &a.name).cmp(&(width(b), &b.name))
+        });
+        let header = header_json(&target, &self.tensors, metadata)?;
+        let spool = self.spool.into_inner().map_err(|e| io(e.into_error()))?;
+        let mut out = BufWriter::with_capacity(1 << 20, self.output.file());
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+        out.write_all(&header).map_err(io)?;
+        let mut buffer = vec![0; 1 << 20];
+        for &(start, len) in self.tensors.iter().flat_map(|tensor| &tensor.extents) {
+            let mut done = 0;
+            while done < len {
+                ctx.check()?;
+                let n = buffer.len().min((len - done) as usize);
+                spool.read_exact_at(&mut buffer[..n], start + done).map_err(io)?;
+                out.write_all(&buffer[..n]).map_err(io)?;
+                done += n as u64;
+            }
+        }
+        out.flush().map_err(io)?;
+        drop(out);
+        self.output.commit()
+    }
+}
+
+fn header_json(
+    target: &Path,
+    tensors: &[Pending],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, CheckpointError> {
+    let mut header = Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".to_owned(), json!(metadata));
+    }
+    let mut at = 0;
+    for tensor in tensors {
+        let shape = tensor.shape.as_ref().expect("every tensor was finished");
+        let end = at + tensor.n_bytes();
+        let entry = json!({ "dtype": dtype_name(tensor.dtype), "shape": shape, "data_offsets": [at, end] });
+        if let Some(_first) = header.insert(tensor.name.clone(), entry) {
+            return Err(CheckpointError::bad_tensor(target, &tensor.name, "two tensors would have this name"));
+        }
+        at = end;
+    }
+    let mut json = serde_json::to_vec(&Value::Object(header)).expect("strings and numbers serialise");
+    json.resize(json.len().next_multiple_of(8), b' ');
+    if json.len() as u64 > MAX_HEADER_BYTES {
+        return Err(CheckpointError::bad_file(
+            target,
+            format!("the header would take {} bytes, readers accept {MAX_HEADER_BYTES}", json.len()),
+        ));
+    }
+    Ok(json)
+}

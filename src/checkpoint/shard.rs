@@ -1,0 +1,181 @@
+//! One safetensors file: its header in memory, its data in windows.
+
+use std::{
+    fs::File,
+    io::Read,
+    ops::Range,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use super::{CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window};
+
+/// One open safetensors file.
+#[derive(Debug)]
+pub struct Shard {
+    path: PathBuf,
+    file: File,
+    header: Header,
+    stamp: Stamp,
+}
+
+/// What must not change while a file is read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stamp {
+    file_bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let meta = file.metadata()?;
+        Ok(Self { file_bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()) })
+    }
+}
+
+impl Shard {
+    /// Opens a safetensors file and reads its header, strictly.
+    ///
+    /// Memory: the header, parsed; at most about three times its size while parsing.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`] or, for a file that is not what it should be, what it is instead.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let io = |e| CheckpointError::io("open", path, e);
+        let mut file = File::open(path).map_err(io)?;
+        let meta = file.metadata().map_err(io)?;
+        if !meta.is_file() {
+            return Err(CheckpointError::bad_file(path, "not a regular file"));
+        }
+        let stamp = Stamp::of(&file).map_err(io)?;
+        let json = read_header(path, &mut file, stamp.file_bytes)?;
+        let header = Header::parse(path, &json, stamp.file_bytes)?;
+        Ok(Self { path: path.to_owned(), file, header, stamp })
+    }
+
+    /// Where the file lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+    /// The file's name without its folder.
+    pub fn file_name(&self) -> String {
+        self.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+    /// The checked header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+    /// The open file, for copies and locks.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+    /// Bytes of the file when it was opened.
+    pub fn file_bytes(&self) -> u64 {
+        self.stamp.file_bytes
+    }
+
+    /// Where `tensor`'s bytes lie, in bytes from the start of the file.
+    pub fn file_range(&self, tensor: &TensorInfo) -> Range<u64> {
+        let start = self.header.data_start();
+        start + tensor.data.start..start + tensor.data.end
+    }
+
+    /// The bytes `range` of `tensor`, in bytes from its start.
+    ///
+    /// # Panics
+    /// Where `range` is not inside the tensor.
+    pub fn window(&self, ctx: &Context<'_>, tensor: &TensorInfo, range: Range<u64>) -> Result<Window, CheckpointError> {
+        assert!(range.start <= range.end && range.end <= tensor.n_bytes(), "a window lies inside its tensor");
+        let offset = self.file_range(tensor).start + range.start;
+        let len = (range.end - range.start) as usize;
+        match ctx.io {
+            Io::Auto | Io::Mapped => {
+                // A map past the end of a file that shrank would fault; a file shrinking later is caught by `unchanged`.
+                let file_bytes = self.file.metadata().map_err(|e| CheckpointError::io("read", &self.path, e))?.len();
+                if file_bytes < self.stamp.file_bytes {
+                    return Err(self.shrank(file_bytes));
+                }
+                Window::map(&self.file, offset, len).map_err(|e| CheckpointError::io("map", &self.path, e))
+            }
+            Io::Read => {
+                let mut bytes = vec![0; len];
+                self.read_at(&mut bytes, offset)?;
+                Ok(Window::owned(bytes))
+            }
+        }
+    }
+
+    /// Fills `bytes` from `offset` of the file.
+    pub fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
+        self.file.read_exact_at(bytes, offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.shrank(self.file.metadata().map_or(0, |meta| meta.len())),
+            _ => CheckpointError::io("read", &self.path, e),
+        })
+    }
+
+    /// Fails where the file's length or modification time is no longer what it was at opening.
+    pub fn unchanged(&self) -> Result<(), CheckpointError> {
+        let now = Stamp::of(&self.file).map_err(|e| CheckpointError::io("read", &self.path, e))?;
+        if now.file_bytes < self.stamp.file_bytes {
+            return Err(self.shrank(now.file_bytes));
+        }
+        if now != self.stamp {
+            return Err(CheckpointError::Changed {
+                path: self.path.clone(),
+                what: "changed while being read".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    fn shrank(&self, now: u64) -> CheckpointError {
+        let what = format!("shrank while being read, from {} to {now} bytes", self.stamp.file_bytes);
+        CheckpointError::Changed { path: self.path.clone(), what }
+    }
+}
+
+fn read_header(path: &Path, file: &mut File, file_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+    let bad = |what: String| CheckpointError::bad_file(path, what);
+    let mut start = [0u8; 64];
+    let known = (file_bytes.min(64)) as usize;
+    file.read_exact_at(&mut start[..known], 0).map_err(|e| CheckpointError::io("read", path, e))?;
+    if let Some(what) = sniff(&start[..known]) {
+        return Err(bad(what.to_owned()));
+    }
+    if file_bytes < 8 {
+        return Err(bad(format!("has {file_bytes} bytes: too short for a safetensors file")));
+    }
+    let claimed = u64::from_le_bytes(start[..8].try_into().expect("eight bytes"));
+    if claimed > MAX_HEADER_BYTES {
+        return Err(bad(format!("header claims {claimed} bytes, at most {MAX_HEADER_BYTES} are accepted")));
+    }
+    if claimed > file_bytes - 8 {
+        return Err(bad(format!(
+            "header claims {claimed} bytes, the file has {} after it: the download is incomplete",
+            file_bytes - 8
+        )));
+    }
+    let mut json = vec![0; claimed as usize];
+    let io = |e| CheckpointError::io("read", path, e);
+    std::io::Seek::seek(file, std::io::SeekFrom::Start(8)).map_err(io)?;
+    file.read_exact(&mut json).map_err(io)?;
+    Ok(json)
+}
+
+/// What a file that is not safetensors is instead, told by its first bytes.
+fn sniff(start: &[u8]) -> Option<&'static str> {
+    let text = start.trim_ascii_start();
+    if start.starts_with(b"version https://git-lfs") {
+        Some("a Git LFS pointer, not the file itself: run `git lfs pull`")
+    } else if start.starts_with(b"PK\x03\x04") {
+        Some("a zip archive (PyTorch .pt or .bin?), not safetensors")
+    } else if start.starts_with(b"GGUF") {
+        Some("a GGUF file, not safetensors")
+    } else if start.starts_with(b"\x80\x02") && start.get(2) != Some(&0) {
+        Some("a Python pickle, not safetensors")
+    } else if text.starts_with(b"<!DOCTYPE") || text.starts_with(b"<!doctype") || text.starts_with(b"<html") {
+        Some("an HTML page, not safetensors: the download failed")
+    } else {
+        None
+    }
+}

@@ -1,0 +1,22 @@
+//! Transform model checkpoints without loading them.
+//!
+//! `neuroada-ckpt` works on safetensors checkpoints of any size where they lie: it chooses the important connections of
+//! every neuron (masks), packs trained deltas on them into small adapter files, merges them into checkpoints and takes
+//! them out again bit for bit, and says exactly what changed. It implements NeuroAda (EMNLP 2025,
+//! <https://arxiv.org/abs/2510.18940>).
+//!
+//! Imports go down this list, never up:
+//!
+//! - [`merge`], [`diff`]: what users ask for; they do not import one another
+//! - [`adapter`]: compact sparse files
+//! - [`mask`]: policy, which weights
+//! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
+//! - [`tensor`]: plain values
+
+pub mod adapter;
+pub mod backend;
+pub mod checkpoint;
+pub mod diff;
+pub mod mask;
+pub mod merge;
+pub mod tensor;

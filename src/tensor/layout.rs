@@ -1,0 +1,81 @@
+//! How a stored tensor is read as rows.
+
+/// A stored tensor seen as rows of neurons.
+///
+/// `[d_out, d_in]` has `d_out` rows; a stack of experts `[E, d_out, d_in]` has `E * d_out`. With `transposed` the stored
+/// shape is `[d_in, d_out]` or `[E, d_in, d_out]` (GPT-2's Conv1D, gpt-oss experts) and a row is a stored column.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RowLayout {
+    /// Matrices in the tensor: `E`, or 1.
+    pub n_stacks: u64,
+    /// Rows (neurons) of one matrix.
+    pub d_out: u64,
+    /// Length of a row.
+    pub d_in: u64,
+    /// Whether each matrix is stored as `[d_in, d_out]`.
+    pub transposed: bool,
+}
+
+impl RowLayout {
+    /// Reads `shape` as rows, or `None` where it is no matrix or stack of matrices, or where a row would be empty.
+    pub fn new(shape: &[u64], transposed: bool) -> Option<Self> {
+        let (n_stacks, first, second) = match *shape {
+            [first, second] => (1, first, second),
+            [n_stacks, first, second] => (n_stacks, first, second),
+            _ => return None,
+        };
+        if n_stacks == 0 || first == 0 || second == 0 {
+            return None;
+        }
+        let (d_out, d_in) = if transposed { (second, first) } else { (first, second) };
+        Some(Self { n_stacks, d_out, d_in, transposed })
+    }
+
+    /// Rows in all: `n_stacks * d_out`.
+    pub fn n_rows(&self) -> u64 {
+        self.n_stacks * self.d_out
+    }
+
+    /// Elements in all.
+    pub fn n_elements(&self) -> u64 {
+        self.n_rows() * self.d_in
+    }
+
+    /// Where the element of `row` and `column` is stored, in elements from the tensor's start.
+    pub fn flat(&self, row: u64, column: u64) -> u64 {
+        debug_assert!(row < self.n_rows() && column < self.d_in);
+        if self.transposed {
+            let (stack, neuron) = (row / self.d_out, row % self.d_out);
+            (stack * self.d_in + column) * self.d_out + neuron
+        } else {
+            row * self.d_in + column
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stacks_of_experts_are_rows() {
+        let layout = RowLayout::new(&[4, 6, 48], false).unwrap();
+        assert_eq!((layout.n_rows(), layout.d_in), (24, 48));
+        assert_eq!(layout.flat(7, 3), 7 * 48 + 3);
+    }
+
+    #[test]
+    fn a_transposed_row_is_a_stored_column() {
+        let layout = RowLayout::new(&[2, 3, 5], true).unwrap();
+        assert_eq!((layout.n_rows(), layout.d_in), (10, 3));
+        // Row 6 is neuron 1 of expert 1; column 2 is its third input.
+        assert_eq!(layout.flat(6, 2), 15 + 2 * 5 + 1);
+    }
+
+    #[test]
+    fn vectors_and_empty_matrices_have_no_rows() {
+        assert_eq!(RowLayout::new(&[7], false), None);
+        assert_eq!(RowLayout::new(&[3, 0], false), None);
+        assert_eq!(RowLayout::new(&[1, 2, 3, 4], false), None);
+    }
+}

@@ -1,0 +1,33 @@
+//! Plain values: element types, shapes, rows.
+//!
+//! Nothing here reads a file or starts a thread. A linear weight is `[d_out, d_in]`, row-major, as stored; its rows are
+//! neurons. [`Float`] says what each element type can do (order by magnitude, widen, round), [`RowLayout`] how a stored
+//! tensor is read as rows, [`RowBlock`] borrows a run of rows, and [`RowColumns`] lists chosen columns row by row.
+
+mod float;
+mod float8;
+mod layout;
+mod rows;
+
+pub use float::{Accumulator, Float, is_float, with_float};
+pub use float8::{F8E4M3, F8E5M2};
+pub use layout::RowLayout;
+pub use rows::{RowBlock, RowColumns};
+pub use safetensors::Dtype;
+
+/// The name of an element type as safetensors headers spell it, such as `BF16`.
+pub fn dtype_name(dtype: Dtype) -> String {
+    // The crate's Debug form is the spelling of the format.
+    format!("{dtype:?}")
+}
+
+/// The element type that safetensors headers spell `name`, or `None`.
+pub fn parse_dtype(name: &str) -> Option<Dtype> {
+    serde_json::from_value(serde_json::Value::String(name.to_owned())).ok()
+}
+
+/// Bytes of `n` elements, or `None` where that is no whole number of bytes or overflows.
+pub fn checked_bytes(dtype: Dtype, n: u64) -> Option<u64> {
+    let bits = n.checked_mul(dtype.bitsize() as u64)?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
