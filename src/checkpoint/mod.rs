@@ -8,6 +8,7 @@
 
 mod context;
 mod error;
+mod gather;
 mod header;
 mod index;
 mod mmap;
@@ -18,6 +19,7 @@ mod shard;
 
 pub use context::{Context, Io, Observer, Silent};
 pub use error::{CheckpointError, ErrorKind, Printable};
+pub use gather::gather_rows;
 pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
 pub use mmap::Window;
