@@ -1,1 +1,5 @@
-//! placeholder
+//! Policy: which weights of a checkpoint take part.
+
+mod error;
+
+pub use error::MaskError;

@@ -1,0 +1,70 @@
+//! What can go wrong while choosing connections or reading a mask.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
+
+/// What can go wrong while choosing connections or reading a mask.
+#[derive(Debug, thiserror::Error)]
+pub enum MaskError {
+    /// A file could not be read or written, or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A NaN has no rank.
+    #[error(
+        "{}: tensor \"{}\": row {row}, column {column}: the {what} is not a number",
+        Printable::path(.path),
+        Printable(.tensor)
+    )]
+    NotANumber {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name as stored.
+        tensor: String,
+        /// The first row with one (a stored column where the tensor is transposed).
+        row: u64,
+        /// The first column of that row with one.
+        column: u64,
+        /// `weight`, `gradient` or `score`.
+        what: &'static str,
+    },
+    /// Target patterns that no tensor of the model fits.
+    #[error("{}: no tensor that can be masked matches {}; the model has:{}", Printable::path(.path), quoted(.patterns), lines(.kinds))]
+    NoMatch {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The patterns.
+        patterns: Vec<String>,
+        /// What the model has, one line for each kind of tensor.
+        kinds: Vec<String>,
+    },
+    /// A request that makes no sense, whatever the files hold.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl MaskError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(error) => error.kind(),
+            Self::NotANumber { .. } => ErrorKind::BadInput,
+            Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+}
+
+/// Names in double quotes, with commas between them.
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|name| format!("\"{}\"", Printable(name))).collect::<Vec<_>>().join(", ")
+}
+
+/// Indented lines, at most 50 of them.
+fn lines(lines: &[String]) -> String {
+    const MOST: usize = 50;
+    let mut text: String = lines.iter().take(MOST).map(|line| format!("\n  {line}")).collect();
+    if lines.len() > MOST {
+        text += &format!("\n  … and {} more", lines.len() - MOST);
+    }
+    text
+}
