@@ -25,5 +25,5 @@ pub use index::{INDEX_FILE, Index};
 pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};
 pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, write_atomic};
-pub use scan::{RowScan, RowSpan, for_each_ordered, scan_rows};
+pub use scan::{RowScan, RowSpan, RowWindow, for_each_ordered, scan_rows};
 pub use shard::Shard;

@@ -1,17 +1,88 @@
 //! One pass over many tensors: threads share blocks of rows, results arrive in order.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::{CheckpointError, Context, TensorRef};
-use crate::tensor::{RowBlock, RowLayout};
+use super::{CheckpointError, Context, TensorRef, Window};
+use crate::tensor::{Dtype, RowBlock, RowLayout};
 
-/// A tensor to scan by rows, as stored (`layout` is not transposed).
+/// A tensor to scan by rows.
 #[derive(Clone, Copy, Debug)]
 pub struct RowScan<'a> {
     /// The tensor.
     pub tensor: TensorRef<'a>,
     /// How it is read as rows.
     pub layout: RowLayout,
+}
+
+/// A run of rows in memory.
+pub struct RowWindow {
+    bytes: Window,
+    dtype: Dtype,
+    n_rows: usize,
+    d_in: usize,
+}
+
+impl RowWindow {
+    /// The rows.
+    pub fn block(&self) -> RowBlock<'_> {
+        RowBlock::new(&self.bytes, self.dtype, self.n_rows, self.d_in)
+    }
+}
+
+impl RowScan<'_> {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> u64 {
+        self.tensor.info.n_bytes() / self.layout.n_rows()
+    }
+
+    /// The run `rows` of rows, each in one piece: a window of the file, or a copy where the tensor is stored transposed.
+    ///
+    /// Memory: the rows.
+    ///
+    /// # Panics
+    /// Where the rows are not inside the tensor.
+    pub fn read(&self, ctx: &Context<'_>, rows: Range<u64>) -> Result<RowWindow, CheckpointError> {
+        assert!(rows.start <= rows.end && rows.end <= self.layout.n_rows(), "rows lie inside their tensor");
+        let row_bytes = self.row_bytes();
+        let bytes = if self.layout.transposed {
+            Window::owned(self.gather(ctx, rows.clone())?)
+        } else {
+            self.tensor.window(ctx, rows.start * row_bytes..rows.end * row_bytes)?
+        };
+        let n_rows = (rows.end - rows.start) as usize;
+        Ok(RowWindow { bytes, dtype: self.tensor.info.dtype, n_rows, d_in: self.layout.d_in as usize })
+    }
+
+    /// Copies stored columns into rows: of every stored row the strip that belongs to `rows` is read, and dealt out.
+    fn gather(&self, ctx: &Context<'_>, rows: Range<u64>) -> Result<Vec<u8>, CheckpointError> {
+        let TensorRef { shard, info, .. } = self.tensor;
+        let row_bytes = self.row_bytes() as usize;
+        let n = row_bytes / self.layout.d_in as usize;
+        let mut gathered = vec![0; (rows.end - rows.start) as usize * row_bytes];
+        let mut strip = Vec::new();
+        let mut first = rows.start;
+        while first < rows.end {
+            // One expert's matrix after the other.
+            let end = rows.end.min((first / self.layout.d_out + 1) * self.layout.d_out);
+            let out = &mut gathered[(first - rows.start) as usize * row_bytes..];
+            strip.resize((end - first) as usize * n, 0);
+            for column in 0..self.layout.d_in {
+                if column % 1024 == 0 {
+                    ctx.check()?;
+                }
+                let offset = shard.file_range(info).start + self.layout.flat(first, column) * n as u64;
+                shard.read_at(&mut strip, offset)?;
+                let at = column as usize * n;
+                for (row, element) in out.chunks_exact_mut(row_bytes).zip(strip.chunks_exact(n)) {
+                    row[at..at + n].copy_from_slice(element);
+                }
+            }
+            first = end;
+        }
+        Ok(gathered)
+    }
 }
 
 /// A run of rows of one of the scanned tensors.
@@ -63,9 +134,6 @@ where
 ///
 /// # Errors
 /// What `map` or `sink` return, a failure to read, or [`CheckpointError::Cancelled`].
-///
-/// # Panics
-/// Where a layout is transposed: its rows do not lie in one piece.
 pub fn scan_rows<R, E>(
     ctx: &Context<'_>,
     what: &str,
@@ -77,7 +145,6 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    assert!(targets.iter().all(|target| !target.layout.transposed), "transposed rows do not lie in one piece");
     ctx.observer.begin(what, targets.iter().map(|target| target.tensor.info.n_bytes()).sum());
     let spans = (0..targets.len()).flat_map(|t| row_spans(ctx, t, &targets[t]));
     let mut sink = sink;
@@ -85,13 +152,10 @@ where
         ctx,
         spans,
         |span| {
-            let RowScan { tensor, layout } = targets[span.target];
-            let row_bytes = tensor.info.n_bytes() / layout.n_rows();
-            let start = span.first_row * row_bytes;
-            let n_bytes = span.n_rows as u64 * row_bytes;
-            let window = tensor.window(ctx, start..start + n_bytes)?;
-            let result = map(*span, RowBlock::new(&window, tensor.info.dtype, span.n_rows, layout.d_in as usize));
-            ctx.observer.advance(n_bytes);
+            let scan = &targets[span.target];
+            let window = scan.read(ctx, span.first_row..span.first_row + span.n_rows as u64)?;
+            let result = map(*span, window.block());
+            ctx.observer.advance(span.n_rows as u64 * scan.row_bytes());
             result
         },
         &mut sink,
@@ -101,11 +165,41 @@ where
 /// A tensor's rows in runs of about one window.
 fn row_spans(ctx: &Context<'_>, target: usize, scan: &RowScan<'_>) -> impl Iterator<Item = RowSpan> + use<> {
     let n_rows = scan.layout.n_rows();
-    let row_bytes = scan.tensor.info.n_bytes() / n_rows;
-    let step = (ctx.window_bytes() / row_bytes.max(1)).max(1);
+    let step = (ctx.window_bytes() / scan.row_bytes().max(1)).max(1);
     (0..n_rows).step_by(step as usize).map(move |first_row| RowSpan {
         target,
         first_row,
         n_rows: step.min(n_rows - first_row) as usize,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{Checkpoint, Existing, TensorFileWriter};
+
+    #[test]
+    fn transposed_rows_are_gathered_from_stored_columns() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.safetensors");
+        let mut writer = TensorFileWriter::create(&path, Existing::Keep).unwrap();
+        let id = writer.add_tensor("t".to_owned(), Dtype::U16);
+        // Two matrices stored as [d_in 3, d_out 5]: element (stack, column, row) holds 100 stack + 10 column + row.
+        let elements = (0..2u16).flat_map(|e| (0..3).flat_map(move |c| (0..5).map(move |r| 100 * e + 10 * c + r)));
+        writer.append(id, &elements.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+        writer.finish_tensor(id, vec![2, 3, 5]);
+        writer.finish(&Context::default(), &Default::default()).unwrap();
+
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let layout = RowLayout::new(&[2, 3, 5], true).unwrap();
+        let scan = RowScan { tensor: checkpoint.tensor("t").unwrap(), layout };
+        // Rows 4 and 5 are the last of the first matrix and the first of the second.
+        let window = scan.read(&Context::default(), 4..6).unwrap();
+        let rows = window.block();
+        let values = |row: usize| -> Vec<u16> {
+            rows.row(row).chunks(2).map(|pair| u16::from_le_bytes(pair.try_into().unwrap())).collect()
+        };
+        assert_eq!((rows.n_rows(), rows.d_in()), (2, 3));
+        assert_eq!((values(0), values(1)), (vec![4, 14, 24], vec![100, 110, 120]));
+    }
 }

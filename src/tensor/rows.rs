@@ -37,6 +37,15 @@ impl<'a> RowBlock<'a> {
     pub fn d_in(&self) -> usize {
         self.d_in
     }
+    /// The run `rows` of these rows.
+    ///
+    /// # Panics
+    /// Where it is not inside them.
+    pub fn slice(&self, rows: std::ops::Range<usize>) -> RowBlock<'a> {
+        let row_bytes = self.bytes.len() / self.n_rows.max(1);
+        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+        Self { bytes, n_rows: rows.len(), ..*self }
+    }
     /// The bytes of one row.
     pub fn row(&self, row: usize) -> &'a [u8] {
         let row_bytes = self.bytes.len() / self.n_rows.max(1);
