@@ -1,0 +1,636 @@
+//! The house rules of `src/`, checked on its text: which folder may import which, where words are printed, where
+//! `unsafe` lives. The reader below knows comments, strings, nested modules and grouped imports, and no more of Rust than
+//! that; its own tests are at the end.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Each floor and those it may import. A missing folder is an empty floor.
+const FLOORS: &[(&str, &[&str])] = &[
+    ("tensor", &[]),
+    ("gpu", &["tensor"]),
+    ("checkpoint", &["tensor"]),
+    ("backend", &["tensor", "gpu"]),
+    ("mask", &["tensor", "gpu", "checkpoint", "backend"]),
+    ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
+    ("merge", BELOW_COMMANDS),
+    ("diff", BELOW_COMMANDS),
+    ("train", BELOW_COMMANDS),
+    ("cli", &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter", "merge", "diff", "train"]),
+];
+const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter"];
+
+const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
+const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "ctrlc", "indicatif"];
+const MOST_LINES: usize = 700;
+const MOST_FIXTURE_BYTES: u64 = 8_000_000;
+
+// --- the rules
+
+#[test]
+fn imports_go_down() {
+    check("an import goes up or sideways; move the shared type to a lower floor", |source| {
+        let Some(floor) = source.floor() else { return Vec::new() };
+        let Some((_, below)) = FLOORS.iter().find(|(name, _)| *name == floor) else { return Vec::new() };
+        imports(source.depth(), &source.tokens)
+            .into_iter()
+            .filter(|(_, target)| *target != floor && !below.contains(&target.as_str()))
+            .map(|(line, target)| (line, format!("`{floor}` imports `{target}`")))
+            .collect()
+    });
+}
+
+#[test]
+fn every_source_file_has_a_floor() {
+    check("a file under src/ is on no floor of the plan", |source| {
+        let known = source.floor().is_some_and(|floor| FLOORS.iter().any(|(name, _)| *name == floor));
+        if known || source.path == "src/lib.rs" { Vec::new() } else { vec![(1, "no such floor".to_owned())] }
+    });
+}
+
+#[test]
+fn only_the_command_line_prints_and_exits() {
+    check("words come in and go out in src/cli and src/main.rs alone", |source| {
+        if source.floor() == Some("cli") { Vec::new() } else { words(&source.tokens) }
+    });
+}
+
+#[test]
+fn tensors_gpu_and_hot_loops_never_touch_files() {
+    check("files are the business of src/checkpoint and the floors above it", |source| {
+        if !matches!(source.floor(), Some("tensor" | "gpu" | "backend")) {
+            return Vec::new();
+        }
+        let files = |token: &&Token| matches!(token.text.as_str(), "fs" | "File" | "OpenOptions");
+        source.tokens.iter().filter(files).map(|token| (token.line, format!("`{}`", token.text))).collect()
+    });
+}
+
+#[test]
+fn unsafe_stays_at_its_addresses() {
+    check("unsafe opens in checkpoint/mmap.rs, gpu/launch.rs and the SIMD files of backend/ alone", |source| {
+        if may_be_unsafe(&source.path) {
+            return Vec::new();
+        }
+        let opens = |token: &&Token| token.text == "unsafe";
+        source.tokens.iter().filter(opens).map(|token| (token.line, "`unsafe`".to_owned())).collect()
+    });
+}
+
+#[test]
+fn every_unsafe_block_is_proven() {
+    check("a `// SAFETY:` comment stands directly above every unsafe block", |source| {
+        unproven(&source.text, &source.tokens).into_iter().map(|line| (line, "no proof".to_owned())).collect()
+    });
+}
+
+#[test]
+fn no_source_file_is_too_long_to_read() {
+    check("a file has more than 700 lines; find the two things it does", |source| {
+        let n_lines = source.raw.lines().count();
+        if n_lines > MOST_LINES { vec![(MOST_LINES + 1, format!("{n_lines} lines"))] } else { Vec::new() }
+    });
+}
+
+#[test]
+fn every_folder_begins_with_a_paragraph_for_newcomers() {
+    let sources = sources();
+    let mut folders: Vec<&str> = sources.iter().filter_map(|source| Some(source.path.rsplit_once('/')?.0)).collect();
+    folders.dedup();
+    let mut broken = Vec::new();
+    for folder in folders.into_iter().filter(|folder| *folder != "src") {
+        let path = format!("{folder}/mod.rs");
+        match sources.iter().find(|source| source.path == path) {
+            None => broken.push(format!("{path}: missing")),
+            Some(source) if !begins_with_a_paragraph(&source.raw) => {
+                broken.push(format!("{path}:1: begins with no `//!` paragraph"));
+            }
+            Some(_) => {}
+        }
+    }
+    assert!(broken.is_empty(), "a folder's mod.rs can be read instead of the files below it\n{}", broken.join("\n"));
+}
+
+#[test]
+fn fixtures_are_small() {
+    let mut n_bytes = 0;
+    for path in files_below(&root().join("fixtures")) {
+        n_bytes += fs::metadata(&path).expect("fixtures can be read").len();
+    }
+    assert!(n_bytes <= MOST_FIXTURE_BYTES, "fixtures/ has {n_bytes} bytes, at most {MOST_FIXTURE_BYTES} are accepted");
+}
+
+/// Fails with `file:line: what` for all that `rule` finds in any file.
+fn check(rule: &str, find: impl Fn(&Source) -> Vec<(usize, String)>) {
+    let mut broken = String::new();
+    for source in sources() {
+        for (line, what) in find(&source) {
+            write!(broken, "\n{}:{line}: {what}", source.path).expect("a string takes every word");
+        }
+    }
+    assert!(broken.is_empty(), "{rule}{broken}");
+}
+
+fn may_be_unsafe(path: &str) -> bool {
+    matches!(path, "src/checkpoint/mmap.rs" | "src/gpu/launch.rs") || path.starts_with("src/backend/simd")
+}
+
+fn begins_with_a_paragraph(raw: &str) -> bool {
+    const SHORTEST: usize = 80;
+    let doc = raw.lines().map_while(|line| line.strip_prefix("//!"));
+    raw.starts_with("//! ") && doc.map(|line| line.trim().len()).sum::<usize>() >= SHORTEST
+}
+
+// --- reading files
+
+struct Source {
+    /// From the repository's root, with slashes.
+    path: String,
+    raw: String,
+    text: Text,
+    tokens: Vec<Token>,
+}
+
+impl Source {
+    fn new(path: &str, raw: String) -> Self {
+        let text = Text::new(&raw);
+        let tokens = tokens(&text);
+        Self { path: path.to_owned(), raw, text, tokens }
+    }
+
+    /// The folder under `src/`; `main.rs` belongs to the command line, `lib.rs` to none.
+    fn floor(&self) -> Option<&str> {
+        match self.path.strip_prefix("src/")? {
+            "lib.rs" => None,
+            "main.rs" => Some("cli"),
+            path => Some(path.split_once('/').map_or_else(|| path.trim_end_matches(".rs"), |(folder, _)| folder)),
+        }
+    }
+
+    /// How far the file's module lies below the crate's root: `src/mask/rank.rs`, which is `mask::rank`, two.
+    fn depth(&self) -> usize {
+        let path = self.path.trim_start_matches("src/").trim_end_matches(".rs").trim_end_matches("/mod");
+        if matches!(path, "lib" | "main") { 0 } else { path.split('/').count() }
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for path in files_below(&root().join("src")) {
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(root()).expect("src lies below the root").to_string_lossy().replace('\\', "/");
+            sources.push(Source::new(&name, fs::read_to_string(&path).expect("sources can be read")));
+        }
+    }
+    assert!(sources.iter().any(|source| source.path == "src/lib.rs"), "the sources were found");
+    sources
+}
+
+/// All files below `folder`, sorted; none where it does not exist.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("folders can be read").path()).collect();
+    paths.sort();
+    paths.into_iter().flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+// --- reading Rust
+
+/// A file's lines, with code and comments apart; the contents of strings are gone.
+struct Text {
+    code: Vec<String>,
+    comments: Vec<String>,
+}
+
+impl Text {
+    fn new(raw: &str) -> Self {
+        let chars: Vec<char> = raw.chars().collect();
+        let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+        let mut text = Self { code: vec![String::new()], comments: vec![String::new()] };
+        let mut i = 0;
+        while i < chars.len() {
+            let end = match at(i) {
+                '/' if at(i + 1) == '/' => i + chars[i..].iter().take_while(|&&c| c != '\n').count(),
+                '/' if at(i + 1) == '*' => end_of_block_comment(&chars, i),
+                '"' => end_of_string(&chars, i),
+                'r' if i == 0 || !is_word(at(i - 1)) || starts_with_byte_prefix(&chars, i) => {
+                    end_of_raw_string(&chars, i).unwrap_or(i)
+                }
+                // A quote followed by one character and no quote is a lifetime.
+                '\'' if at(i + 1) == '\\' => i + 3 + chars[i + 3..].iter().take_while(|&&c| c != '\'').count() + 1,
+                '\'' if at(i + 2) == '\'' => i + 3,
+                _ => i,
+            };
+            if end == i {
+                text.push(at(i), false);
+                i += 1;
+            } else {
+                let is_comment = at(i) == '/';
+                if !is_comment {
+                    text.push(' ', false);
+                }
+                for &c in &chars[i..end.min(chars.len())] {
+                    if is_comment || c == '\n' {
+                        text.push(c, true);
+                    }
+                }
+                i = end;
+            }
+        }
+        text
+    }
+
+    fn push(&mut self, c: char, is_comment: bool) {
+        if c == '\n' {
+            self.code.push(String::new());
+            self.comments.push(String::new());
+        } else {
+            let lines = if is_comment { &mut self.comments } else { &mut self.code };
+            lines.last_mut().expect("there is always a line").push(c);
+        }
+    }
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// Whether the `r` at `i` is that of `br"` or `cr"`.
+fn starts_with_byte_prefix(chars: &[char], i: usize) -> bool {
+    i >= 1 && matches!(chars[i - 1], 'b' | 'c') && (i == 1 || !is_word(chars[i - 2]))
+}
+
+fn end_of_block_comment(chars: &[char], start: usize) -> usize {
+    let (mut i, mut depth) = (start, 0);
+    while i < chars.len() {
+        match (chars[i], chars.get(i + 1)) {
+            ('/', Some('*')) => (i, depth) = (i + 2, depth + 1),
+            ('*', Some('/')) => (i, depth) = (i + 2, depth - 1),
+            _ => i += 1,
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    i
+}
+
+fn end_of_string(chars: &[char], start: usize) -> usize {
+    let mut i = start + 1;
+    while i < chars.len() && chars[i] != '"' {
+        i += if chars[i] == '\\' { 2 } else { 1 };
+    }
+    i + 1
+}
+
+fn end_of_raw_string(chars: &[char], start: usize) -> Option<usize> {
+    let hashes = chars[start + 1..].iter().take_while(|&&c| c == '#').count();
+    let mut i = start + 1 + hashes;
+    if chars.get(i) != Some(&'"') {
+        return None;
+    }
+    loop {
+        i += 1;
+        let closes = *chars.get(i)? == '"' && chars[i + 1..].iter().take_while(|&&c| c == '#').count() >= hashes;
+        if closes {
+            return Some(i + 1 + hashes);
+        }
+    }
+}
+
+/// A word, `::`, or one character of anything else.
+#[derive(PartialEq, Debug)]
+struct Token {
+    text: String,
+    line: usize,
+}
+
+fn tokens(text: &Text) -> Vec<Token> {
+    let mut tokens: Vec<Token> = Vec::new();
+    for (line, code) in (1..).zip(&text.code) {
+        let mut rest = code.trim_start();
+        while let Some(first) = rest.chars().next() {
+            let n_bytes = match first {
+                _ if is_word(first) => rest.find(|c| !is_word(c)).unwrap_or(rest.len()),
+                ':' if rest.starts_with("::") => 2,
+                _ => first.len_utf8(),
+            };
+            tokens.push(Token { text: rest[..n_bytes].to_owned(), line });
+            rest = rest[n_bytes..].trim_start();
+        }
+    }
+    tokens
+}
+
+/// The text of the token at `i`, or nothing beyond either end.
+fn text_at(tokens: &[Token], i: Option<usize>) -> &str {
+    i.and_then(|i| tokens.get(i)).map_or("", |token| &token.text)
+}
+
+/// What a module `depth` below its crate's root imports from that root: line and first segment. `*` is the root itself.
+fn imports(depth: usize, tokens: &[Token]) -> Vec<(usize, String)> {
+    let word = |i: usize| text_at(tokens, Some(i));
+    let before = |i: usize, n: usize| text_at(tokens, i.checked_sub(n));
+    let mut found = Vec::new();
+    // `mod name {` goes one deeper until its brace closes.
+    let (mut braces, mut modules) = (0, Vec::new());
+    for i in 0..tokens.len() {
+        match word(i) {
+            "{" => {
+                braces += 1;
+                if before(i, 2) == "mod" {
+                    modules.push(braces);
+                }
+            }
+            "}" => {
+                modules.pop_if(|opened| *opened == braces);
+                braces -= 1;
+            }
+            "self" if before(i, 1) == "crate" && before(i, 2) == "extern" => {
+                found.push((tokens[i].line, "*".to_owned()));
+            }
+            root @ ("crate" | "neuroada_ckpt" | "super" | "self") => {
+                let continues = before(i, 1) == "::" && root != "neuroada_ckpt";
+                let is_visibility = before(i, 1) == "in" && before(i, 3) == "pub";
+                if continues || is_visibility || !matches!(word(i + 1), "::" | "as") {
+                    continue;
+                }
+                let mut above = match root {
+                    "self" => depth + modules.len(),
+                    "super" => (depth + modules.len()).saturating_sub(1),
+                    _ => 0,
+                };
+                let mut next = i + 1;
+                while word(next) == "::" && word(next + 1) == "super" {
+                    above = above.saturating_sub(1);
+                    next += 2;
+                }
+                if above == 0 {
+                    found.extend(first_segments(tokens, next));
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The segments that follow the root of a path, which ends before `next`: one, or those of a group.
+fn first_segments(tokens: &[Token], next: usize) -> Vec<(usize, String)> {
+    let segment = |i: usize| {
+        let token = &tokens[i];
+        let name = if is_word(token.text.chars().next()?) && token.text != "self" { &token.text } else { "*" };
+        Some((token.line, name.to_owned()))
+    };
+    if text_at(tokens, Some(next)) != "::" {
+        return vec![(tokens[next].line, "*".to_owned())]; // `use crate as name`
+    }
+    if text_at(tokens, Some(next + 1)) != "{" {
+        return if next + 1 < tokens.len() { segment(next + 1).into_iter().collect() } else { Vec::new() };
+    }
+    let (mut found, mut depth) = (Vec::new(), 0);
+    for i in next + 1..tokens.len() {
+        match tokens[i].text.as_str() {
+            "{" => depth += 1,
+            "}" => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+        let begins = i == next + 2 || tokens[i - 1].text == ",";
+        if depth == 1 && begins && tokens[i].text != "," {
+            found.extend(segment(i));
+        }
+    }
+    found
+}
+
+/// Every place that prints, exits, or names a crate of the command line.
+fn words(tokens: &[Token]) -> Vec<(usize, String)> {
+    let word = |i: usize| text_at(tokens, Some(i));
+    let mut found = Vec::new();
+    for (i, token) in tokens.iter().enumerate() {
+        let text = token.text.as_str();
+        let before = text_at(tokens, i.checked_sub(1));
+        if PRINTING_MACROS.contains(&text) && word(i + 1) == "!" && word(i + 2) != "=" {
+            found.push((token.line, format!("`{text}!`")));
+        } else if COMMAND_LINE_CRATES.contains(&text) && (word(i + 1) == "::" || matches!(before, "use" | "crate")) {
+            found.push((token.line, format!("`{text}`")));
+        } else if text == "process" && word(i + 1) == "::" {
+            let group = tokens[i + 2..].iter().take_while(|token| token.text != ";" && token.text != "}");
+            let n_looked_at = if word(i + 2) == "{" { usize::MAX } else { 1 };
+            found.extend(
+                group
+                    .take(n_looked_at)
+                    .filter(|token| token.text == "exit")
+                    .map(|token| (token.line, "`process::exit`".to_owned())),
+            );
+        }
+    }
+    found
+}
+
+/// The lines of unsafe blocks and impls above which no comment says why they are sound.
+fn unproven(text: &Text, tokens: &[Token]) -> Vec<usize> {
+    let opens = |&i: &usize| tokens[i].text == "unsafe" && matches!(text_at(tokens, Some(i + 1)), "{" | "impl");
+    (0..tokens.len()).filter(opens).map(|i| tokens[i].line).filter(|&line| !is_proven(text, line)).collect()
+}
+
+/// Whether the comment above the statement that `line` belongs to holds a proof.
+fn is_proven(text: &Text, line: usize) -> bool {
+    let mut above = line - 1;
+    while above > 0 {
+        above -= 1;
+        let (code, comment) = (text.code[above].trim(), text.comments[above].trim());
+        if code.is_empty() {
+            if comment.starts_with("// SAFETY:") {
+                return true;
+            }
+            if comment.is_empty() {
+                return false;
+            }
+        } else if !code.starts_with('#') && code.ends_with([';', '{', '}', ',']) {
+            return false; // another statement
+        }
+    }
+    false
+}
+
+// --- the reader's own tests
+
+fn imported(path: &str, code: &str) -> Vec<(usize, String)> {
+    let source = Source::new(path, code.to_owned());
+    imports(source.depth(), &source.tokens)
+}
+
+fn names(path: &str, code: &str) -> Vec<String> {
+    imported(path, code).into_iter().map(|(_, name)| name).collect()
+}
+
+#[test]
+fn imports_are_found_in_every_spelling() {
+    for (path, code, expected) in [
+        ("src/mask/mod.rs", "use crate::merge::Merge;", &["merge"][..]),
+        ("src/mask/mod.rs", "pub(crate) use crate::merge;", &["merge"]),
+        ("src/mask/mod.rs", "fn f() -> u8 { crate::merge::run(crate::diff::A) }", &["merge", "diff"]),
+        (
+            "src/mask/mod.rs",
+            "use crate::{\n    tensor::{Dtype, rows},\n    merge,\n    diff as d,\n};",
+            &["tensor", "merge", "diff"],
+        ),
+        ("src/mask/mod.rs", "use {std::fs, crate::merge::A};", &["merge"]),
+        ("src/mask/mod.rs", "use neuroada_ckpt::merge::A; use ::neuroada_ckpt::diff;", &["merge", "diff"]),
+        ("src/mask/mod.rs", "use super::merge::A;", &["merge"]),
+        ("src/mask/mod.rs", "use super::{merge, diff::B};", &["merge", "diff"]),
+        ("src/mask/rank.rs", "use super::super::merge::A;", &["merge"]),
+        ("src/mask/rank.rs", "use self::super::super::merge::A;", &["merge"]),
+        ("src/mask/a/b.rs", "use super::super::super::merge;", &["merge"]),
+        ("src/mask/rank.rs", "mod tests { use super::super::super::merge; }", &["merge"]),
+        ("src/mask/rank.rs", "mod tests { fn f() {} } use super::super::merge;", &["merge"]),
+        ("src/mask/mod.rs", "macro_rules! m { () => { $crate::merge::run() } }", &["merge"]),
+        ("src/mask/mod.rs", "use crate::*;", &["*"]),
+        ("src/mask/mod.rs", "use crate as root;", &["*"]),
+        ("src/mask/mod.rs", "use crate::{self as root, tensor};", &["*", "tensor"]),
+        ("src/mask/mod.rs", "use neuroada_ckpt::{merge, diff};", &["merge", "diff"]),
+        ("src/mask/mod.rs", "extern crate self as root;", &["*"]),
+        ("src/mask/mod.rs", "use super::*;", &["*"]),
+    ] {
+        assert_eq!(names(path, code), expected, "{path}: {code}");
+    }
+}
+
+#[test]
+fn what_is_no_import_is_left_alone() {
+    for (path, code) in [
+        ("src/mask/rank.rs", "use super::Recipe; use super::{a, b}; use self::c::D;"),
+        ("src/mask/rank.rs", "#[cfg(test)] mod tests { use super::*; use super::super::merge_masks; }"),
+        ("src/mask/mod.rs", "pub(crate) fn f() {} pub(super) fn g(&self) {} pub(in crate::merge) fn h() {}"),
+        (
+            "src/mask/mod.rs",
+            "// use crate::merge;\n/* crate::diff::x /* nested */ crate::merge */ //! [`crate::merge`]",
+        ),
+        (
+            "src/mask/mod.rs",
+            r##"const A: &str = "use crate::merge"; const B: &str = r#"say "crate::merge""#; const C: &[u8] = br"\"; "##,
+        ),
+        (
+            "src/mask/mod.rs",
+            r#"const A: &str = "a \" crate::merge"; const B: char = '"'; fn f<'a>(x: &'a str) {} const C: char = '\''; "#,
+        ),
+        ("src/mask/mod.rs", "use std::process; use merge_sort::merge; other::crate_::merge();"),
+    ] {
+        assert_eq!(names(path, code), [""; 0], "{path}: {code}");
+    }
+}
+
+#[test]
+fn lines_are_counted_through_strings_and_comments() {
+    let code = "/* one\n   two */\nconst A: &str = \"three\n  four \\\n five\";\nconst R: &str = r\"\n\";\nuse crate::merge;\n";
+    assert_eq!(imported("src/mask/mod.rs", code), [(8, "merge".to_owned())]);
+}
+
+#[test]
+fn characters_are_told_from_lifetimes() {
+    let text = Text::new("fn f<'a, 'b>(x: &'a u8) { let q = '\"'; let b = '\\\\'; let u = '\\u{7f}'; crate::x }");
+    assert!(text.code[0].contains("crate::x") && !text.code[0].contains('"'), "{}", text.code[0]);
+}
+
+#[test]
+fn words_are_found_outside_strings_only() {
+    let found = |code: &str| words(&Source::new("src/mask/mod.rs", code.to_owned()).tokens).len();
+    for code in [
+        "println!(\"x\");",
+        "std::eprintln!()",
+        "print! {}",
+        "dbg!(x)",
+        "use clap::Parser;",
+        "#[derive(clap::Args)] struct A;",
+        "use anyhow;",
+        "fn f() -> anyhow::Result<()>",
+        "::anyhow::bail!()",
+        "use ::clap::Parser;",
+        "std::process::exit(1)",
+        "use std::process::{Command, exit};",
+        "process::exit(0)",
+    ] {
+        assert_eq!(found(code), 1, "{code}");
+    }
+    for code in [
+        "// println!()",
+        "let a = \"println!(clap::x)\";",
+        "writeln!(f)",
+        "let print = 1; print != 2",
+        "fn exit() {} self.process.exit()",
+        "use std::process::Command; exit(1)",
+        "let clap = 1; crate::clap_like::x",
+        "std::process::id(); exit",
+    ] {
+        assert_eq!(found(code), 0, "{code}");
+    }
+}
+
+#[test]
+fn unsafe_blocks_without_a_proof_are_found() {
+    let lines = |code: &str| {
+        let source = Source::new("src/checkpoint/mmap.rs", code.to_owned());
+        unproven(&source.text, &source.tokens)
+    };
+    for proven in [
+        "// SAFETY: x\nunsafe { a() }",
+        "// SAFETY: x,\n// which goes on.\nlet a = unsafe { a() };",
+        "// SAFETY: x\nlet a = b\n    .map(|c| unsafe { c() });",
+        "// SAFETY: x\n#[allow(unsafe_code)]\nunsafe impl Send for A {}",
+        "let a =\n    // SAFETY: x\n    unsafe { a() };",
+        "unsafe fn f() {}",
+        "#![allow(unsafe_code)]",
+        "// unsafe { }\nlet a = \"unsafe { }\";",
+    ] {
+        assert_eq!(lines(proven), [0; 0], "{proven}");
+    }
+    for bare in [
+        "\nunsafe { a() }",
+        "// fast\nlet a = unsafe { a() };",
+        "// SAFETY: x\n\nunsafe { a() }",
+        "// SAFETY: x\nlet a = 1;\nlet b = unsafe { b() };",
+        "// SAFETY: x\nfn f() {\n    unsafe { a() }\n}",
+        "let s = \"// SAFETY: x\";\nunsafe { a() }",
+        "unsafe impl Send for A {}",
+    ] {
+        assert_eq!(lines(bare).len(), 1, "{bare}");
+    }
+}
+
+#[test]
+fn files_know_their_floor_and_depth() {
+    for (path, floor, depth) in [
+        ("src/lib.rs", None, 0),
+        ("src/main.rs", Some("cli"), 0),
+        ("src/mask/mod.rs", Some("mask"), 1),
+        ("src/mask/rank.rs", Some("mask"), 2),
+        ("src/backend/simd/avx2.rs", Some("backend"), 3),
+        ("src/stray.rs", Some("stray"), 1),
+    ] {
+        let source = Source::new(path, String::new());
+        assert_eq!((source.floor(), source.depth()), (floor, depth), "{path}");
+    }
+    assert!(may_be_unsafe("src/backend/simd_avx2.rs") && !may_be_unsafe("src/backend/portable.rs"));
+}
+
+#[test]
+fn a_placeholder_is_no_paragraph() {
+    assert!(!begins_with_a_paragraph("//! placeholder\n"));
+    assert!(!begins_with_a_paragraph(
+        "mod a;\n//! Too late, and that although it is so long that a reader would learn something from it.\n"
+    ));
+    assert!(begins_with_a_paragraph(
+        "//! Files: checkpoints and shards.\n//!\n//! A checkpoint is a model on disk, in one shard or in many.\n"
+    ));
+}
