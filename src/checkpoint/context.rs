@@ -63,6 +63,7 @@ impl Context<'_> {
     pub fn window_bytes(&self) -> u64 {
         // Each thread holds up to two windows (a base and its partner) and results of about their size.
         let share = self.max_memory / (8 * rayon::current_num_threads() as u64);
-        share.clamp(64 << 10, 8 << 20)
+        // Whole pages, and so whole elements of every type.
+        share.clamp(64 << 10, 8 << 20) & !0xfff
     }
 }

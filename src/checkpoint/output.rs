@@ -128,18 +128,35 @@ impl Pending {
 ///
 /// Memory: a buffer, and 16 bytes for every change from one tensor to another.
 pub struct TensorFileWriter {
-    output: AtomicFile,
+    target: PathBuf,
+    existing: Existing,
     spool: BufWriter<File>,
     spooled: u64,
     tensors: Vec<Pending>,
 }
 
 impl TensorFileWriter {
-    /// Begins a file that will appear at `target`.
+    /// Begins a file that will appear at `target`. Its folder may be made later, if the one above exists.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`] at once where it exists and must be kept.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
-        let output = AtomicFile::create(target, existing)?;
-        let spool = tempfile::tempfile_in(folder_of(target)).map_err(|e| CheckpointError::io("create", target, e))?;
-        Ok(Self { output, spool: BufWriter::with_capacity(1 << 20, spool), spooled: 0, tensors: Vec::new() })
+        if existing == Existing::Keep && target.symlink_metadata().is_ok() {
+            return Err(CheckpointError::OutputExists { path: target.to_owned() });
+        }
+        let mut folder = folder_of(target);
+        if !folder.exists() {
+            folder = folder_of(folder);
+        }
+        // A file without a name: nothing of it shows, whatever happens.
+        let spool = tempfile::tempfile_in(folder).map_err(|e| CheckpointError::io("create", target, e))?;
+        let spool = BufWriter::with_capacity(1 << 20, spool);
+        Ok(Self { target: target.to_owned(), existing, spool, spooled: 0, tensors: Vec::new() })
+    }
+
+    /// Bytes of tensor data so far.
+    pub fn n_bytes(&self) -> u64 {
+        self.spooled
     }
 
     /// Adds a tensor, empty so far.
@@ -150,7 +167,7 @@ impl TensorFileWriter {
 
     /// Appends data to a tensor.
     pub fn append(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.spool.write_all(bytes).map_err(|e| CheckpointError::io("write", &self.output.target, e))?;
+        self.spool.write_all(bytes).map_err(|e| CheckpointError::io("write", &self.target, e))?;
         let tensor = &mut self.tensors[id.0];
         assert!(tensor.shape.is_none(), "a finished tensor does not grow");
         match tensor.extents.last_mut() {
@@ -177,15 +194,16 @@ impl TensorFileWriter {
     /// # Errors
     /// [`CheckpointError::BadFile`] where two tensors have one name or the header is longer than readers accept.
     pub fn finish(mut self, ctx: &Context<'_>, metadata: &BTreeMap<String, String>) -> Result<(), CheckpointError> {
-        let target = self.output.target.clone();
+        let target = self.target;
         let io = |e| CheckpointError::io("write", &target, e);
+        let output = AtomicFile::create(&target, self.existing)?;
         self.tensors.sort_by(|a, b| {
             let width = |tensor: &Pending| std::cmp::Reverse(tensor.dtype.bitsize());
             (width(a), &a.name).cmp(&(width(b), &b.name))
         });
         let header = header_json(&target, &self.tensors, metadata)?;
         let spool = self.spool.into_inner().map_err(|e| io(e.into_error()))?;
-        let mut out = BufWriter::with_capacity(1 << 20, self.output.file());
+        let mut out = BufWriter::with_capacity(1 << 20, output.file());
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
         out.write_all(&header).map_err(io)?;
         let mut buffer = vec![0; 1 << 20];
@@ -201,7 +219,7 @@ impl TensorFileWriter {
         }
         out.flush().map_err(io)?;
         drop(out);
-        self.output.commit()
+        output.commit()
     }
 }
 

@@ -65,6 +65,12 @@ impl Shard {
     pub fn header(&self) -> &Header {
         &self.header
     }
+    /// The header's JSON as it stands in the file, read again.
+    pub fn header_json(&self) -> Result<Vec<u8>, CheckpointError> {
+        let mut json = vec![0; self.header.header_bytes() as usize];
+        self.read_at(&mut json, 8)?;
+        Ok(json)
+    }
     /// The open file, for copies and locks.
     pub fn file(&self) -> &File {
         &self.file
