@@ -1,0 +1,192 @@
+//! Global options, and what is made of them: what every command is given.
+
+use std::{
+    io::{self, Write},
+    thread,
+};
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::checkpoint::{Context, Io};
+use serde::Serialize;
+
+use super::{page::Page, progress::Progress};
+
+/// Less than this is not enough for one thread's windows and the buffers of an output.
+const LEAST_MEMORY: u64 = 16 << 20;
+
+/// Options of every command.
+#[derive(Args)]
+#[command(next_help_heading = "Global options")]
+pub(super) struct GlobalArgs {
+    /// Threads to use [default: all cores]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Resident memory to stay within, mapped pages counted
+    ///
+    /// A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
+    #[arg(long, global = true, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
+    max_memory: u64,
+    /// How tensors are read
+    #[arg(long, global = true, value_enum, default_value_t = IoChoice::Auto)]
+    io: IoChoice,
+    /// Where the work is done: auto or cpu
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
+    device: Device,
+    /// Print the report as one JSON document
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print nothing but errors, and what --json asks for
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Also say on stderr how the work is done and how fast it went
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum IoChoice {
+    /// Chosen by the program
+    Auto,
+    /// Files are mapped, in windows
+    Mapped,
+    /// Files are read into buffers
+    Read,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Device {
+    Auto,
+    Cpu,
+}
+
+fn parse_device(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        _ if text == "cuda" || text.starts_with("cuda:") => {
+            Err("this build has no GPU support; use auto or cpu".to_owned())
+        }
+        _ => Err("expected auto or cpu".to_owned()),
+    }
+}
+
+/// Reads a size such as `256M`; units are powers of 1024, with or without `B` or `iB`.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err("expected a size such as 256M, 4G or 1073741824".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "expected a size such as 256M, 4G or 1073741824".to_owned())?;
+    let bytes = number.checked_mul(1 << shift).ok_or("that is more than 2^64 bytes")?;
+    if bytes < LEAST_MEMORY {
+        return Err(format!("at least {}M are needed", LEAST_MEMORY >> 20));
+    }
+    Ok(bytes)
+}
+
+/// What a command is given beside its own arguments.
+pub(super) struct Env {
+    args: GlobalArgs,
+    progress: Progress,
+}
+
+impl Env {
+    /// Starts the threads, and listens to Ctrl-C from here on.
+    pub(super) fn new(args: GlobalArgs) -> anyhow::Result<Self> {
+        let progress = Progress::new(args.quiet, args.verbose)?;
+        let mut pool = rayon::ThreadPoolBuilder::new();
+        if let Some(threads) = args.threads {
+            pool = pool.num_threads(usize::from(threads));
+        }
+        pool.build_global()?;
+        let env = Self { args, progress };
+        env.detail(&format!(
+            "{} threads, {} MiB of memory, {} cores",
+            rayon::current_num_threads(),
+            env.args.max_memory >> 20,
+            thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        ));
+        Ok(env)
+    }
+
+    /// What library functions are given.
+    pub(super) fn context(&self) -> Context<'_> {
+        let io = match self.args.io {
+            IoChoice::Auto => Io::Auto,
+            IoChoice::Mapped => Io::Mapped,
+            IoChoice::Read => Io::Read,
+        };
+        Context { max_memory: self.args.max_memory, io, observer: &self.progress }
+    }
+
+    /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.
+    pub(super) fn report<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> anyhow::Result<()> {
+        if self.args.json {
+            let mut json = serde_json::to_vec_pretty(report)?;
+            json.push(b'\n');
+            return self.print(&json);
+        }
+        if self.args.quiet {
+            return Ok(());
+        }
+        let mut page = Page::default();
+        text(report, &mut page);
+        self.print(page.to_string().as_bytes())
+    }
+
+    /// Writes `bytes` to stdout, whatever `-q` says. A reader who left early is no failure.
+    pub(super) fn print(&self, bytes: &[u8]) -> anyhow::Result<()> {
+        self.progress.clear();
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+                Err(anyhow::Error::new(e).context("cannot write to stdout"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells something beside the report, on stderr; silent with `-q`.
+    #[allow(dead_code, reason = "for commands with something to tell beside their report")]
+    pub(super) fn note(&self, words: &str) {
+        if !self.args.quiet {
+            self.progress.tell(words);
+        }
+    }
+
+    /// Tells how the work is done, on stderr, with `-v`.
+    pub(super) fn detail(&self, words: &str) {
+        if self.args.verbose {
+            self.progress.tell(words);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(parse_size("1G"), Ok(1 << 30));
+        assert_eq!(parse_size("256MiB"), Ok(256 << 20));
+        assert_eq!(parse_size("20000 kb"), Ok(20000 << 10));
+        assert_eq!(parse_size("1073741824"), Ok(1 << 30));
+        for bad in ["", "G", "-1G", "1.5G", "1X", "99999999999T", "1M", "0"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_gpu_is_refused_in_words() {
+        assert_eq!(parse_device("cpu"), Ok(Device::Cpu));
+        assert!(parse_device("cuda:1").unwrap_err().contains("no GPU support"));
+        assert!(parse_device("cudb").is_err());
+    }
+}

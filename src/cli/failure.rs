@@ -1,0 +1,157 @@
+//! From an error to words and an exit code.
+
+use std::{error::Error, fmt, io, process::ExitCode};
+
+use neuroada_ckpt::{
+    checkpoint::{CheckpointError, ErrorKind},
+    mask::MaskError,
+};
+
+/// An error with advice, which is printed on a line of its own.
+#[derive(Debug)]
+struct Hinted {
+    error: anyhow::Error,
+    hint: String,
+}
+
+impl fmt::Display for Hinted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl Error for Hinted {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.chain().nth(1)
+    }
+}
+
+/// Adds advice to what may fail: `open(path).hint("…")?`.
+#[allow(dead_code, reason = "for commands that know what to advise")]
+pub(super) trait Hint<T> {
+    /// `hint` is one sentence, lower case, no full stop.
+    fn hint(self, hint: &str) -> anyhow::Result<T>;
+}
+
+impl<T, E: Into<anyhow::Error>> Hint<T> for Result<T, E> {
+    fn hint(self, hint: &str) -> anyhow::Result<T> {
+        self.map_err(|error| Hinted { error: error.into(), hint: hint.to_owned() }.into())
+    }
+}
+
+/// What is told about an error, and the exit code.
+pub(super) struct Failure {
+    kind: ErrorKind,
+    message: String,
+    hint: Option<String>,
+}
+
+impl Failure {
+    /// Reads an error: its words and those of its sources, its kind, its advice.
+    pub(super) fn of(error: &anyhow::Error) -> Self {
+        let mut message = error.to_string();
+        for source in error.chain().skip(1) {
+            let words = source.to_string();
+            // Transparent variants say the same twice.
+            if !message.ends_with(&words) {
+                message += ": ";
+                message += &words;
+            }
+        }
+        let hint = error.downcast_ref::<Hinted>().map(|hinted| hinted.hint.clone());
+        Self { kind: kind_of(error), hint: hint.or_else(|| advice(error)), message }
+    }
+
+    /// Prints the failure to stderr.
+    pub(super) fn tell(&self) -> ExitCode {
+        use io::Write;
+        // With stderr gone there is nobody left to tell.
+        let _nobody = write!(io::stderr().lock(), "{self}");
+        ExitCode::from(self.exit_code())
+    }
+
+    fn exit_code(&self) -> u8 {
+        match self.kind {
+            ErrorKind::Usage => 2,
+            ErrorKind::BadInput => 3,
+            ErrorKind::Refused => 4,
+            ErrorKind::Io => 5,
+            ErrorKind::Interrupted => 6,
+            ErrorKind::Cancelled => 130,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "error: {}", self.message)?;
+        match &self.hint {
+            Some(hint) => writeln!(f, "hint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The kind of the first error in the chain that has one. Words of the command line itself (`anyhow!`) are usage errors.
+fn kind_of(error: &anyhow::Error) -> ErrorKind {
+    error.chain().find_map(kind_of_one).unwrap_or(ErrorKind::Usage)
+}
+
+/// One line per error enum of the library.
+fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
+    if let Some(hinted) = error.downcast_ref::<Hinted>() {
+        return Some(kind_of(&hinted.error));
+    }
+    None.or_else(|| error.downcast_ref().map(CheckpointError::kind))
+        .or_else(|| error.downcast_ref().map(MaskError::kind))
+        .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
+}
+
+/// Advice that fits an error wherever it comes from.
+fn advice(error: &anyhow::Error) -> Option<String> {
+    error.chain().find_map(|error| match error.downcast_ref()? {
+        CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use anyhow::{Context, anyhow};
+
+    use super::*;
+
+    fn missing() -> CheckpointError {
+        CheckpointError::io("open", Path::new("a"), io::Error::new(io::ErrorKind::NotFound, "no such file"))
+    }
+
+    fn told(error: anyhow::Error) -> (u8, String) {
+        let failure = Failure::of(&error);
+        (failure.exit_code(), failure.to_string())
+    }
+
+    #[test]
+    fn sources_follow_on_the_same_line() {
+        assert_eq!(told(missing().into()), (5, "error: cannot open `a`: no such file\n".to_owned()));
+        assert_eq!(told(anyhow!("--k and --budget")), (2, "error: --k and --budget\n".to_owned()));
+        let wrapped = Err::<(), _>(missing()).context("while merging").unwrap_err();
+        assert_eq!(told(wrapped), (5, "error: while merging: cannot open `a`: no such file\n".to_owned()));
+    }
+
+    #[test]
+    fn hints_stand_on_their_own_line_and_keep_the_kind() {
+        let hinted = Err::<(), _>(CheckpointError::bad_file(Path::new("a"), "broken")).hint("download it again");
+        assert_eq!(told(hinted.unwrap_err()), (3, "error: a: broken\nhint: download it again\n".to_owned()));
+        let within = Err::<(), _>(missing()).hint("look elsewhere").context("while merging").unwrap_err();
+        let expected = "error: while merging: cannot open `a`: no such file\nhint: look elsewhere\n";
+        assert_eq!(told(within), (5, expected.to_owned()));
+    }
+
+    #[test]
+    fn existing_output_is_advised_on() {
+        let (code, words) = told(CheckpointError::OutputExists { path: "a".into() }.into());
+        assert_eq!((code, words.as_str()), (4, "error: a exists already\nhint: --force replaces it\n"));
+    }
+}

@@ -1,0 +1,101 @@
+//! The command line: arguments in, one report out.
+//!
+//! Each command is one file with its arguments and a `run` that opens files, calls one library function and hands the
+//! report it got to [`Env::report`]; adding a command is that file, one line in [`Command`] and one in [`run`]. What all
+//! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
+//! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
+
+#![allow(dead_code, reason = "what all commands share is here before they are")]
+
+mod completions;
+mod env;
+mod failure;
+mod inspect;
+mod man;
+mod page;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use env::{Env, GlobalArgs};
+use failure::Failure;
+
+/// Transform model checkpoints without loading them
+///
+/// Chooses the important connections of every neuron (masks), packs trained deltas on them into small adapter files, merges
+/// them into checkpoints of any size and takes them out again bit for bit, and says exactly what changed.
+#[derive(Parser)]
+#[command(
+    name = "neuroada-ckpt",
+    version,
+    max_term_width = 110,
+    arg_required_else_help = true,
+    after_long_help = EXIT_CODES
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: GlobalArgs,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+    0  done
+    1  the answer is \"no\": files differ, a check failed
+    2  the request makes no sense
+    3  an input file is not what it should be
+    4  refused: wrong base, merged already, output exists, locked
+    5  reading or writing failed, or no space is left; nothing changed
+    6  an interrupted change waits for recovery
+  130  stopped by Ctrl-C";
+
+/// One line per command; each is a file of this folder.
+#[derive(Subcommand)]
+enum Command {
+    Inspect(inspect::InspectArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
+    match command {
+        Command::Inspect(args) => inspect::run(args, env),
+        Command::Completions(args) => completions::run(args, env),
+        Command::Man(args) => man::run(args, env),
+    }
+}
+
+/// What a command that went well found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Answer {
+    /// Done, or "yes" (exit 0).
+    Yes,
+    /// Files differ, or a check failed (exit 1).
+    #[allow(dead_code, reason = "only commands that ask a question answer no")]
+    No,
+}
+
+/// Runs the command line of this process.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and versions come this way too; a reader who left early is no failure.
+            let _closed_pipe = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    match Env::new(cli.global).and_then(|env| run(cli.command, &env)) {
+        Ok(Answer::Yes) => ExitCode::SUCCESS,
+        Ok(Answer::No) => ExitCode::from(1),
+        Err(error) => Failure::of(&error).tell(),
+    }
+}
+
+/// The whole command line as clap knows it, for completions and the man page.
+fn definition() -> clap::Command {
+    Cli::command()
+}
