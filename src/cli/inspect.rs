@@ -1,26 +1,353 @@
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
-use neuroada_ckpt::checkpoint::Checkpoint;
+use globset::{Glob, GlobMatcher};
+use neuroada_ckpt::{
+    checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef},
+    tensor::{dtype_name, projection_kind},
+};
+use serde::Serialize;
+use serde_json::Value;
 
-use super::{Answer, env::Env};
+use super::{
+    Answer,
+    env::Env,
+    page::{Page, Table, bytes, count, percent},
+};
+
+/// Rows of one table for people; JSON has all.
+const MOST_ROWS: usize = 200;
+
+/// A PEFT adapter's folder.
+const PEFT_CONFIG: &str = "adapter_config.json";
+const PEFT_TENSORS: &str = "adapter_model.safetensors";
+const PEFT_KEYS: [&str; 6] =
+    ["peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "target_modules"];
+const MOST_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Say what a checkpoint, mask or adapter is
+///
+/// Reads headers only, whatever the size. Shows tensors, types, shapes, sizes and metadata, and the merges that a
+/// checkpoint remembers.
 #[derive(Args)]
 pub(super) struct InspectArgs {
     /// A checkpoint's directory, or a .safetensors file
     path: PathBuf,
+    /// List every tensor
+    #[arg(short, long)]
+    tensors: bool,
+    /// Count and list only tensors whose name matches, such as '*.mlp.*'
+    #[arg(short, long, value_name = "GLOB")]
+    filter: Option<String>,
+}
+
+/// What `inspect` found; the fields of its JSON document.
+#[derive(Serialize)]
+struct InspectReport {
+    kind: FileKind,
+    name: String,
+    layout: &'static str,
+    model_type: Option<String>,
+    n_tensors: u64,
+    n_parameters: u64,
+    /// Of all files, headers included.
+    n_bytes: u64,
+    dtypes: Vec<DtypeCount>,
+    kinds: Vec<KindCount>,
+    shards: Vec<ShardFacts>,
+    /// Of `adapter_config.json`, what says how the adapter is applied.
+    peft: Option<serde_json::Map<String, Value>>,
+    /// Only with `--tensors`.
+    tensors: Option<Vec<TensorFacts>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum FileKind {
+    Checkpoint,
+    PeftAdapter,
+}
+
+impl FileKind {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Checkpoint => "checkpoint",
+            Self::PeftAdapter => "PEFT adapter",
+        }
+    }
+}
+
+#[derive(Serialize, Default)]
+struct Count {
+    n_tensors: u64,
+    n_parameters: u64,
+    n_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct DtypeCount {
+    dtype: String,
+    #[serde(flatten)]
+    count: Count,
+}
+
+/// Tensors of one kind, type and shape.
+#[derive(Serialize)]
+struct KindCount {
+    kind: String,
+    dtype: String,
+    shape: Vec<u64>,
+    #[serde(flatten)]
+    count: Count,
+}
+
+#[derive(Serialize)]
+struct ShardFacts {
+    name: String,
+    n_tensors: u64,
+    n_bytes: u64,
+    header_bytes: u64,
+    metadata: BTreeMap<String, String>,
+}
+
+#[derive(Serialize)]
+struct TensorFacts {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
+    n_parameters: u64,
+    n_bytes: u64,
+    shard: String,
+    /// Where the data begins, in bytes from the start of the shard.
+    offset: u64,
 }
 
 pub(super) fn run(args: InspectArgs, env: &Env) -> anyhow::Result<Answer> {
-    let checkpoint = Checkpoint::open(&args.path)?;
-    let report = serde_json::json!({ "name": checkpoint.name(), "n_parameters": checkpoint.n_parameters() });
-    env.report(&report, |_, page| {
-        page.facts(&[
-            ("name", checkpoint.name()),
-            ("parameters", super::page::count(checkpoint.n_parameters())),
-            ("bytes", super::page::bytes(checkpoint.n_bytes())),
-        ]);
-    })?;
+    let filter = args.filter.as_deref().map(parse_filter).transpose()?;
+    let report = inspect(&args.path, filter.as_ref(), args.tensors)?;
+    env.report(&report, write_page)?;
     Ok(Answer::Yes)
+}
+
+fn parse_filter(glob: &str) -> anyhow::Result<GlobMatcher> {
+    let glob = Glob::new(glob).map_err(|e| anyhow::anyhow!("--filter: {e}"))?;
+    Ok(glob.compile_matcher())
+}
+
+fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> anyhow::Result<InspectReport> {
+    let peft = read_peft_config(path)?;
+    let checkpoint = match &peft {
+        Some(_) => Checkpoint::open(&path.join(PEFT_TENSORS))?,
+        None => Checkpoint::open(path)?,
+    };
+    let chosen = || checkpoint.tensors().filter(|tensor| filter.is_none_or(|f| f.is_match(&tensor.info.name)));
+    let total = Count::of(chosen());
+    Ok(InspectReport {
+        kind: if peft.is_some() { FileKind::PeftAdapter } else { FileKind::Checkpoint },
+        name: if peft.is_some() { folder_name(path) } else { checkpoint.name() },
+        layout: match checkpoint.layout() {
+            Layout::File => "file",
+            Layout::Folder => "folder",
+            Layout::Sharded => "sharded",
+        },
+        model_type: checkpoint.model_type().map(str::to_owned),
+        n_tensors: total.n_tensors,
+        n_parameters: total.n_parameters,
+        n_bytes: checkpoint.n_bytes(),
+        dtypes: count_dtypes(chosen()),
+        kinds: count_kinds(chosen()),
+        shards: shard_facts(&checkpoint),
+        peft,
+        tensors: list_tensors.then(|| chosen().map(TensorFacts::of).collect()),
+    })
+}
+
+/// What a PEFT adapter's folder holds beside its tensors, or `None` where `path` is something else.
+fn read_peft_config(path: &Path) -> anyhow::Result<Option<serde_json::Map<String, Value>>> {
+    let config = path.join(PEFT_CONFIG);
+    if !config.is_file() || !path.join(PEFT_TENSORS).is_file() {
+        return Ok(None);
+    }
+    let io = |e| CheckpointError::io("read", &config, e);
+    let n_bytes = fs::metadata(&config).map_err(io)?.len();
+    if n_bytes > MOST_CONFIG_BYTES {
+        let what = format!("has {n_bytes} bytes, at most {MOST_CONFIG_BYTES} are accepted");
+        return Err(CheckpointError::bad_file(&config, what).into());
+    }
+    let mut keys: serde_json::Map<String, Value> = serde_json::from_slice(&fs::read(&config).map_err(io)?)
+        .map_err(|e| CheckpointError::bad_file(&config, format!("malformed: {}", Printable(&e.to_string()))))?;
+    keys.retain(|key, value| PEFT_KEYS.contains(&key.as_str()) && !value.is_null());
+    Ok(Some(keys))
+}
+
+/// The name of a folder, for people; never a whole path.
+fn folder_name(path: &Path) -> String {
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    real.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+impl Count {
+    fn of<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Self {
+        tensors.fold(Self::default(), |mut count, tensor| {
+            count.add(&tensor);
+            count
+        })
+    }
+
+    fn add(&mut self, tensor: &TensorRef<'_>) {
+        self.n_tensors += 1;
+        // Sizes of a file fit 64 bits, and so do their sums over shards that exist.
+        self.n_parameters = self.n_parameters.saturating_add(tensor.info.n_elements());
+        self.n_bytes += tensor.info.n_bytes();
+    }
+}
+
+impl TensorFacts {
+    fn of(tensor: TensorRef<'_>) -> Self {
+        Self {
+            name: tensor.info.name.clone(),
+            dtype: dtype_name(tensor.info.dtype),
+            shape: tensor.info.shape.clone(),
+            n_parameters: tensor.info.n_elements(),
+            n_bytes: tensor.info.n_bytes(),
+            shard: tensor.shard.file_name(),
+            offset: tensor.shard.file_range(tensor.info).start,
+        }
+    }
+}
+
+/// Largest first, then by name.
+fn count_dtypes<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<DtypeCount> {
+    let mut counts: BTreeMap<String, Count> = BTreeMap::new();
+    for tensor in tensors {
+        counts.entry(dtype_name(tensor.info.dtype)).or_default().add(&tensor);
+    }
+    let mut counts: Vec<_> = counts.into_iter().map(|(dtype, count)| DtypeCount { dtype, count }).collect();
+    counts.sort_by_key(|dtype| std::cmp::Reverse(dtype.count.n_bytes));
+    counts
+}
+
+/// Largest first, then by name.
+fn count_kinds<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<KindCount> {
+    let mut counts: BTreeMap<(&str, String, &[u64]), Count> = BTreeMap::new();
+    for tensor in tensors {
+        let key = (projection_kind(&tensor.info.name), dtype_name(tensor.info.dtype), &tensor.info.shape[..]);
+        counts.entry(key).or_default().add(&tensor);
+    }
+    let kind_count = |((kind, dtype, shape), count): ((&str, _, &[u64]), _)| KindCount {
+        kind: kind.to_owned(),
+        dtype,
+        shape: shape.to_owned(),
+        count,
+    };
+    let mut counts: Vec<_> = counts.into_iter().map(kind_count).collect();
+    counts.sort_by_key(|kind| std::cmp::Reverse(kind.count.n_bytes));
+    counts
+}
+
+fn shard_facts(checkpoint: &Checkpoint) -> Vec<ShardFacts> {
+    let facts = checkpoint.shards().iter().map(|shard| ShardFacts {
+        name: shard.file_name(),
+        n_tensors: shard.header().tensors().len() as u64,
+        n_bytes: shard.file_bytes(),
+        header_bytes: shard.header().header_bytes(),
+        metadata: shard.header().metadata().clone(),
+    });
+    facts.collect()
+}
+
+fn write_page(report: &InspectReport, page: &mut Page) {
+    let model_type = report.model_type.as_deref().map_or_else(String::new, |model_type| format!(" ({model_type})"));
+    let layout = match report.layout {
+        "file" => "one file".to_owned(),
+        "folder" => "a folder with one shard".to_owned(),
+        _ if report.shards.len() == 1 => "1 shard".to_owned(),
+        _ => format!("{} shards", report.shards.len()),
+    };
+    let mut facts = vec![
+        (report.kind.word(), format!("{}{model_type}, {layout}", report.name)),
+        ("tensors", count(report.n_tensors)),
+        ("parameters", count(report.n_parameters)),
+        ("size", bytes(report.n_bytes)),
+    ];
+    if let Some(peft) = &report.peft {
+        facts.extend(peft.iter().map(|(key, value)| ("config", format!("{key}={}", value_text(value)))));
+    }
+    facts.extend(shared_metadata(&report.shards));
+    page.facts(&facts);
+
+    let mut dtypes = Table::new(["type", "tensors>", "parameters>", "size>", "share>"]);
+    for DtypeCount { dtype, count: of } in &report.dtypes {
+        let share = percent(of.n_parameters, report.n_parameters);
+        dtypes.row([dtype.clone(), count(of.n_tensors), count(of.n_parameters), bytes(of.n_bytes), share]);
+    }
+    if report.dtypes.len() > 1 {
+        page.blank();
+        page.table(&dtypes);
+    }
+
+    let mut kinds = Table::new(["kind", "type", "shape", "tensors>", "parameters>", "size>", "share>"]);
+    for KindCount { kind, dtype, shape, count: of } in report.kinds.iter().take(MOST_ROWS) {
+        let share = percent(of.n_parameters, report.n_parameters);
+        let (n_tensors, n_parameters) = (count(of.n_tensors), count(of.n_parameters));
+        kinds.row([kind.clone(), dtype.clone(), shape_text(shape), n_tensors, n_parameters, bytes(of.n_bytes), share]);
+    }
+    page.blank();
+    page.table(&kinds);
+    and_more(page, report.kinds.len());
+
+    if report.layout == "sharded" {
+        let mut shards = Table::new(["shard", "tensors>", "size>"]);
+        for shard in report.shards.iter().take(MOST_ROWS) {
+            shards.row([shard.name.clone(), count(shard.n_tensors), bytes(shard.n_bytes)]);
+        }
+        page.blank();
+        page.table(&shards);
+        and_more(page, report.shards.len());
+    }
+
+    if let Some(list) = &report.tensors {
+        let mut tensors = Table::new(["tensor", "type", "shape", "parameters>", "size>", "shard"]);
+        for tensor in list {
+            tensors.row([
+                tensor.name.clone(),
+                tensor.dtype.clone(),
+                shape_text(&tensor.shape),
+                count(tensor.n_parameters),
+                bytes(tensor.n_bytes),
+                tensor.shard.clone(),
+            ]);
+        }
+        page.blank();
+        page.table(&tensors);
+    }
+}
+
+/// Metadata that all shards share, as `key value`.
+fn shared_metadata(shards: &[ShardFacts]) -> Vec<(&'static str, String)> {
+    let Some((first, others)) = shards.split_first() else { return Vec::new() };
+    let is_shared =
+        |(key, value): &(&String, &String)| others.iter().all(|shard| shard.metadata.get(*key) == Some(*value));
+    let words = first.metadata.iter().filter(is_shared).take(MOST_ROWS);
+    words.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
+}
+
+/// JSON as words: strings without quotes.
+fn value_text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn and_more(page: &mut Page, n: usize) {
+    if n > MOST_ROWS {
+        page.line(format!("… and {} more; --json lists all", count((n - MOST_ROWS) as u64)));
+    }
+}
+
+/// `[4096, 4096]`; the middle of very long ones is left out.
+fn shape_text(shape: &[u64]) -> String {
+    if shape.len() > 8 { format!("[{} sizes]", shape.len()) } else { format!("{shape:?}") }
 }

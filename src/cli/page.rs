@@ -6,19 +6,22 @@ use neuroada_ckpt::checkpoint::Printable;
 
 /// What a report looks like on stdout.
 #[derive(Default)]
-pub(super) struct Page(String);
+pub(super) struct Page {
+    text: String,
+    /// An empty line comes before whatever comes next.
+    is_section_over: bool,
+}
 
 impl Page {
     /// Adds a line; words from files go through [`Printable`] first.
     pub(super) fn line(&mut self, words: impl fmt::Display) {
-        self.0 += words.to_string().trim_end();
-        self.0.push('\n');
+        let words = words.to_string();
+        self.add(words.trim_end());
+        self.text.push('\n');
     }
-    /// Adds an empty line, but never two, and none at the top.
+    /// Adds an empty line before what comes next, if anything does.
     pub(super) fn blank(&mut self) {
-        if !self.0.is_empty() && !self.0.ends_with("\n\n") {
-            self.0.push('\n');
-        }
+        self.is_section_over = !self.text.is_empty();
     }
     /// Adds `name  value` lines, values aligned.
     pub(super) fn facts(&mut self, facts: &[(&str, String)]) {
@@ -31,14 +34,21 @@ impl Page {
     /// Adds a table; nothing for one without rows.
     pub(super) fn table(&mut self, table: &Table) {
         if !table.rows.is_empty() {
-            self.0 += &table.to_string();
+            self.add(&table.to_string());
         }
+    }
+
+    fn add(&mut self, text: &str) {
+        if std::mem::take(&mut self.is_section_over) {
+            self.text.push('\n');
+        }
+        self.text += text;
     }
 }
 
 impl fmt::Display for Page {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

@@ -1,7 +1,10 @@
 //! What commands print and how they end: snapshots of the built binary, one module per command.
 
+#![allow(clippy::unwrap_used, reason = "all of this is a test")]
+
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
+mod inspect;
 mod manners;
 
 use harness::Place;

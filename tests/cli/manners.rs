@@ -61,3 +61,171 @@ fn too_little_memory_is_refused() {
     For more information, try '--help'.
     ");
 }
+
+#[test]
+fn help_lists_commands_options_and_exit_codes() {
+    assert_snapshot!(Place::new().run("--help"), @r#"
+    exit: 0
+    --- stdout
+    Transform model checkpoints without loading them
+
+    Chooses the important connections of every neuron (masks), packs trained deltas on them into small
+    adapter files, merges them into checkpoints of any size and takes them out again bit for bit, and
+    says exactly what changed.
+
+    Usage: neuroada-ckpt [OPTIONS] <COMMAND>
+
+    Commands:
+      inspect      Say what a checkpoint, mask or adapter is
+      completions  Print a completion script for a shell
+      man          Print the manual page
+      help         Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+
+      -V, --version
+              Print version
+
+    Global options:
+          --threads <N>
+              Threads to use [default: all cores]
+
+          --max-memory <SIZE>
+              Resident memory to stay within, mapped pages counted
+              
+              A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
+              
+              [default: 1G]
+
+          --io <IO>
+              How tensors are read
+
+              Possible values:
+              - auto:   Chosen by the program
+              - mapped: Files are mapped, in windows
+              - read:   Files are read into buffers
+              
+              [default: auto]
+
+          --device <DEVICE>
+              Where the work is done: auto or cpu
+              
+              [default: auto]
+
+          --json
+              Print the report as one JSON document
+
+      -q, --quiet
+              Print nothing but errors, and what --json asks for
+
+      -v, --verbose
+              Also say on stderr how the work is done and how fast it went
+
+    Exit codes:
+        0  done
+        1  the answer is "no": files differ, a check failed
+        2  the request makes no sense
+        3  an input file is not what it should be
+        4  refused: wrong base, merged already, output exists, locked
+        5  reading or writing failed, or no space is left; nothing changed
+        6  an interrupted change waits for recovery
+      130  stopped by Ctrl-C
+    --- stderr
+    "#);
+}
+
+#[test]
+fn no_command_is_a_usage_error_that_shows_help() {
+    let told = Place::new().run("");
+    assert!(told.starts_with("exit: 2\n--- stdout\n--- stderr\n") && told.contains("Usage: neuroada-ckpt"), "{told}");
+}
+
+#[test]
+fn quiet_and_verbose_exclude_each_other() {
+    assert_snapshot!(Place::new().run("inspect x -q -v"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    error: the argument '--quiet' cannot be used with '--verbose'
+
+    Usage: neuroada-ckpt inspect --quiet <PATH>
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn quiet_prints_no_report_but_json() {
+    let place = Place::new();
+    assert_snapshot!(place.run("inspect [FIXTURES]/tiny-llama -q"), @r"
+    exit: 0
+    --- stdout
+    --- stderr
+    ");
+    assert_eq!(place.json("inspect [FIXTURES]/tiny-llama -q")["model_type"], "llama");
+}
+
+#[test]
+fn verbose_tells_on_stderr_how_the_work_is_done() {
+    let told = Place::new().run("inspect [FIXTURES]/accepted/no-tensors.safetensors -v --threads 3 --max-memory 256M");
+    assert!(told.contains("--- stderr\n3 threads, 256 MiB of memory, "), "{told}");
+}
+
+/// The command's exit status and stderr when its reader has gone before it writes.
+fn with_closed_stdout(line: &str) -> (Option<i32>, String) {
+    let place = Place::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = place.command(line).stdout(writer).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    for line in
+        ["inspect [FIXTURES]/tiny-llama", "inspect [FIXTURES]/tiny-llama --json", "completions zsh", "man", "--help"]
+    {
+        assert_eq!(with_closed_stdout(line), (Some(0), String::new()), "{line}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_under_stdout_is_told() {
+    let place = Place::new();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = place.command("inspect [FIXTURES]/tiny-llama").stdout(full).output().unwrap();
+    assert_snapshot!(place.told(&output), @r"
+    exit: 5
+    --- stdout
+    --- stderr
+    error: cannot write to stdout: No space left on device (os error 28)
+    ");
+}
+
+#[test]
+fn completions_are_printed_for_every_shell() {
+    let place = Place::new();
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = String::from_utf8(place.stdout(&format!("completions {shell}"))).unwrap();
+        assert!(script.contains("inspect") && script.contains("max-memory"), "{shell}");
+    }
+    assert!(place.run("completions tcsh").starts_with("exit: 2\n"));
+}
+
+#[test]
+fn manual_pages_are_printed_for_all_and_each_command() {
+    let place = Place::new();
+    let page = String::from_utf8(place.stdout("man")).unwrap();
+    assert!(page.contains(".TH neuroada-ckpt 1") && page.contains("Exit codes"), "{page}");
+    let page = String::from_utf8(place.stdout("man inspect")).unwrap();
+    assert!(page.contains(".TH neuroada-ckpt-inspect 1") && page.contains("filter"), "{page}");
+    assert_snapshot!(place.run("man nothing"), @r#"
+    exit: 2
+    --- stdout
+    --- stderr
+    error: there is no command "nothing"
+    "#);
+}
