@@ -7,23 +7,29 @@
 //! ([`AtomicFile`], [`TensorFileWriter`]).
 
 mod context;
+mod copy;
 mod error;
 mod gather;
 mod header;
 mod index;
+mod lock;
 mod mmap;
 mod model;
 mod output;
+mod output_dir;
 mod scan;
 mod shard;
 
 pub use context::{Context, Io, Observer, Silent};
+pub use copy::{Copied, CopyMode, check_free_space, copy_file};
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gather::gather_rows;
 pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
+pub use lock::{CheckpointLock, in_place_hazards};
 pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};
 pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, write_atomic};
+pub use output_dir::AtomicDir;
 pub use scan::{RowScan, RowSpan, RowWindow, for_each_ordered, scan_rows};
 pub use shard::Shard;

@@ -1,0 +1,166 @@
+//! Copies of whole files, by the cheapest means the file system has.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::Path,
+};
+
+use rustix::fs::{copy_file_range, ioctl_ficlone, statvfs};
+
+use super::{CheckpointError, Context};
+
+/// Bytes between two looks at whether the user asked to stop.
+const CHUNK_BYTES: usize = 8 << 20;
+
+/// How a file may be copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum CopyMode {
+    /// Shared blocks where the file system can, else bytes.
+    #[default]
+    Auto,
+    /// A hard link where the file system can, else as [`CopyMode::Auto`]: both names show one file.
+    Link,
+}
+
+/// How a file was copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Copied {
+    /// Both files share their blocks until one is written.
+    Reflinked,
+    /// Both names show one file.
+    Linked,
+    /// Byte by byte.
+    Bytes,
+}
+
+/// Copies `source` to the new file `target`, with its mode, synced.
+///
+/// Memory: one buffer of 8 MiB at most.
+///
+/// # Errors
+/// A failure to read or write, or [`CheckpointError::Cancelled`]; `target` may then exist in part.
+pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode) -> Result<Copied, CheckpointError> {
+    let read_error = |e| CheckpointError::io("read", source, e);
+    let write_error = |e: io::Error| CheckpointError::io("write", target, e);
+    let from = File::open(source).map_err(read_error)?;
+    let meta = from.metadata().map_err(read_error)?;
+    if mode == CopyMode::Link {
+        // The path may be a link itself: the file it leads to is what gets another name.
+        let real = source.canonicalize().map_err(read_error)?;
+        match fs::hard_link(&real, target) {
+            Ok(()) => {
+                ctx.observer.advance(meta.len());
+                return Ok(Copied::Linked);
+            }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(write_error(e)),
+            Err(_another_file_system) => {}
+        }
+    }
+    let to = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(meta.mode() & 0o777)
+        .open(target)
+        .map_err(|e| CheckpointError::io("create", target, e))?;
+    // The umask may have taken bits away that the source has.
+    to.set_permissions(fs::Permissions::from_mode(meta.mode() & 0o777)).map_err(write_error)?;
+    let copied = if ioctl_ficlone(&to, &from).is_ok() {
+        ctx.observer.advance(meta.len());
+        Copied::Reflinked
+    } else {
+        copy_bytes(ctx, (&from, source), (&to, target), meta.len())?;
+        Copied::Bytes
+    };
+    to.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?;
+    Ok(copied)
+}
+
+/// Copies `n_bytes` bytes, inside the kernel where it can.
+fn copy_bytes(
+    ctx: &Context<'_>,
+    (from, source): (&File, &Path),
+    (to, target): (&File, &Path),
+    n_bytes: u64,
+) -> Result<(), CheckpointError> {
+    let shrank = |at: u64| {
+        let what = format!("shrank while being read, from {n_bytes} to {at} bytes");
+        CheckpointError::Changed { path: source.to_owned(), what }
+    };
+    let mut at = 0;
+    let mut in_kernel = true;
+    let mut buffer = Vec::new();
+    while at < n_bytes {
+        ctx.check()?;
+        let chunk = CHUNK_BYTES.min((n_bytes - at) as usize);
+        let done = if in_kernel {
+            let (mut read_at, mut write_at) = (at, at);
+            match copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), chunk) {
+                Ok(0) => return Err(shrank(at)),
+                Ok(done) => done,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => {
+                    return Err(CheckpointError::io("write", target, io::ErrorKind::StorageFull.into()));
+                }
+                // Between file systems that cannot, or on kernels that do not.
+                Err(_) => {
+                    in_kernel = false;
+                    continue;
+                }
+            }
+        } else {
+            buffer.resize(chunk, 0);
+            from.read_exact_at(&mut buffer, at).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => shrank(at),
+                _ => CheckpointError::io("read", source, e),
+            })?;
+            to.write_all_at(&buffer, at).map_err(|e| CheckpointError::io("write", target, e))?;
+            chunk
+        };
+        at += done as u64;
+        ctx.observer.advance(done as u64);
+    }
+    Ok(())
+}
+
+/// Fails where the file system that holds `folder` has less than `needed` bytes for us.
+///
+/// # Errors
+/// [`CheckpointError::NoSpace`] with both numbers.
+pub fn check_free_space(folder: &Path, needed: u64) -> Result<(), CheckpointError> {
+    let stat = statvfs(folder).map_err(|e| CheckpointError::io("look at the free space of", folder, e.into()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free < needed { Err(CheckpointError::NoSpace { path: folder.to_owned(), needed, free }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_has_bytes_and_mode_and_is_never_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, target) = (dir.path().join("a"), dir.path().join("b"));
+        let bytes: Vec<u8> = (0..CHUNK_BYTES + 12345).map(|i| (i * 7) as u8).collect();
+        fs::write(&source, &bytes).unwrap();
+        fs::set_permissions(&source, fs::Permissions::from_mode(0o640)).unwrap();
+        let ctx = Context::default();
+        assert_ne!(copy_file(&ctx, &source, &target, CopyMode::Auto).unwrap(), Copied::Linked);
+        assert_eq!(fs::read(&target).unwrap(), bytes);
+        assert_eq!(fs::metadata(&target).unwrap().mode() & 0o777, 0o640);
+        for mode in [CopyMode::Auto, CopyMode::Link] {
+            assert!(copy_file(&ctx, &source, &target, mode).is_err());
+        }
+        let linked = dir.path().join("c");
+        assert_eq!(copy_file(&ctx, &source, &linked, CopyMode::Link).unwrap(), Copied::Linked);
+        assert_eq!(fs::metadata(&linked).unwrap().ino(), fs::metadata(&source).unwrap().ino());
+    }
+
+    #[test]
+    fn space_is_told_in_numbers() {
+        let error = check_free_space(Path::new("."), u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("needs 18446744073709551615 bytes, the file system has "), "{error}");
+    }
+}
