@@ -104,7 +104,7 @@ impl Env {
         if let Some(threads) = args.threads {
             pool = pool.num_threads(usize::from(threads));
         }
-        pool.build_global()?;
+        pool.build_global().map_err(|e| anyhow::Error::new(io::Error::other(e)).context("cannot start threads"))?;
         let env = Self { args, progress };
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",

@@ -74,6 +74,13 @@ impl Progress {
     }
 }
 
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // Before an error is told.
+        self.clear();
+    }
+}
+
 impl Observer for Progress {
     fn begin(&self, what: &str, bytes: u64) {
         self.end_pass(Some(Pass { what: what.to_owned(), began: Instant::now() }));
