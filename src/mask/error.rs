@@ -38,6 +38,26 @@ pub enum MaskError {
         /// What the model has, one line for each kind of tensor.
         kinds: Vec<String>,
     },
+    /// The file is something else than what was asked for.
+    #[error("{}: this is {found}; {expected} is needed", Printable::path(.path))]
+    WrongKind {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The file's format is newer than this program.
+    #[error("{}: its format is version {version}, at most {known} is known: made by a newer neuroada-ckpt?", Printable::path(.path))]
+    NewerVersion {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u64,
+        /// The newest version that this program reads.
+        known: u64,
+    },
     /// A request that makes no sense, whatever the files hold.
     #[error("{0}")]
     Usage(String),
@@ -48,7 +68,7 @@ impl MaskError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(error) => error.kind(),
-            Self::NotANumber { .. } => ErrorKind::BadInput,
+            Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
         }
     }

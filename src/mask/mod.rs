@@ -1,5 +1,17 @@
 //! Policy: which weights of a checkpoint take part.
 
+mod document;
 mod error;
+mod file;
+#[cfg(test)]
+pub(crate) mod samples;
+mod sparse;
+mod sparse_writer;
 
+pub use document::{BaseInfo, FileKind, Recipe};
 pub use error::MaskError;
+pub use file::{MaskFile, MaskWriter};
+pub use sparse::TargetInfo;
+
+use sparse::SparseFile;
+use sparse_writer::SparseWriter;

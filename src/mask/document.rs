@@ -1,0 +1,309 @@
+//! The JSON document in `__metadata__["neuroada"]` that makes a safetensors file a mask or an adapter.
+//!
+//! ```json
+//! {"kind": "mask", "version": 1, "recipe": {...}, "base": {"name": "...", "model_type": "..."},
+//!  "targets": {"model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": [64, 32], "anchor": "<64 hex digits>"}}}
+//! ```
+//!
+//! A target may also have `"blake3"` (of the whole tensor) and `"transposed": true`. Unknown fields are refused: what
+//! this version does not know it would drop in silence. Documents are bounded before they are parsed.
+
+use std::{collections::BTreeMap, fmt};
+
+use super::MaskError;
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError, Printable, Shard},
+    tensor::{Dtype, dtype_name, parse_dtype},
+};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess, SeqAccess, Visitor},
+};
+
+/// The metadata key that holds the document.
+pub const DOCUMENT_KEY: &str = "neuroada";
+/// The format version that this program writes, and the newest it reads.
+pub const FORMAT_VERSION: u64 = 1;
+/// Documents larger than this are refused: twice that of an adapter for every expert of the largest published model.
+const MAX_DOCUMENT_BYTES: usize = 32 << 20;
+/// Shapes longer than this are refused while parsing.
+const MAX_RANK: usize = 8;
+
+/// How the columns were chosen: enough to choose them again.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What weights were ranked by, such as `magnitude`; `custom` where the columns came from elsewhere.
+    pub score: String,
+    /// Columns per row, where that was fixed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k: Option<u64>,
+    /// The share of the targets' elements to choose, 0 to 1, where that was fixed instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<f64>,
+    /// Within what weights compete: `row`, `tensor` or `global`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
+    /// The seed of whatever was random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Patterns that selected the targets.
+    #[serde(default)]
+    pub targets: Vec<String>,
+    /// Patterns that selected the targets stored as `[d_in, d_out]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub transposed: Vec<String>,
+    /// The share of rows that take part, 0 to 1, where not all do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neuron_fraction: Option<f64>,
+    /// Names of other files that the scores came from, by what they are, such as `gradients`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub extra: BTreeMap<String, String>,
+}
+
+impl Recipe {
+    /// The recipe of columns that were chosen elsewhere.
+    pub fn custom() -> Self {
+        Self { score: "custom".to_owned(), ..Self::default() }
+    }
+}
+
+/// What the base is called, for people; its content decides whether it is the right one.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseInfo {
+    /// The name of its folder or file.
+    pub name: String,
+    /// `model_type` of its `config.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_type: Option<String>,
+}
+
+impl BaseInfo {
+    /// What `checkpoint` is called.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        Self { name: checkpoint.name(), model_type: checkpoint.model_type().map(str::to_owned) }
+    }
+}
+
+impl fmt::Display for BaseInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{}\"", Printable(&self.name))?;
+        match &self.model_type {
+            Some(model_type) => write!(f, " ({})", Printable(model_type)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One target's entry in the document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TargetEntry {
+    #[serde(serialize_with = "write_dtype", deserialize_with = "read_dtype")]
+    pub dtype: Dtype,
+    #[serde(deserialize_with = "read_shape")]
+    pub shape: Vec<u64>,
+    #[serde(serialize_with = "write_hash", deserialize_with = "read_hash")]
+    pub anchor: blake3::Hash,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "optional_hash")]
+    pub blake3: Option<blake3::Hash>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transposed: bool,
+}
+
+/// All targets, sorted by name, each name once.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TargetEntries(pub Vec<(String, TargetEntry)>);
+
+impl Serialize for TargetEntries {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, entry)| (name, entry)))
+    }
+}
+
+impl<'de> Deserialize<'de> for TargetEntries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TargetsVisitor)
+    }
+}
+
+struct TargetsVisitor;
+
+impl<'de> Visitor<'de> for TargetsVisitor {
+    type Value = TargetEntries;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`targets` as an object of tensor names")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TargetEntries, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            let entry = map
+                .next_value()
+                .map_err(|e| de::Error::custom(format_args!("target \"{}\": {e}", Printable(&name))))?;
+            entries.push((name, entry));
+        }
+        entries.sort_by(|a: &(String, TargetEntry), b| a.0.cmp(&b.0));
+        match entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            Some(pair) => Err(de::Error::custom(format_args!("target \"{}\" is listed twice", Printable(&pair[0].0)))),
+            None => Ok(TargetEntries(entries)),
+        }
+    }
+}
+
+fn write_dtype<S: serde::Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&dtype_name(*dtype))
+}
+
+fn read_dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    parse_dtype(&name).ok_or_else(|| de::Error::custom(format_args!("unknown dtype \"{}\"", Printable(&name))))
+}
+
+fn read_shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Shape;
+    impl<'de> Visitor<'de> for Shape {
+        type Value = Vec<u64>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("shape as a list of sizes")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(size) = seq.next_element()? {
+                if shape.len() == MAX_RANK {
+                    return Err(de::Error::custom(format_args!("shape has more than {MAX_RANK} sizes")));
+                }
+                shape.push(size);
+            }
+            Ok(shape)
+        }
+    }
+    deserializer.deserialize_seq(Shape)
+}
+
+fn write_hash<S: serde::Serializer>(hash: &blake3::Hash, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(hash.to_hex().as_str())
+}
+
+fn read_hash<'de, D: Deserializer<'de>>(deserializer: D) -> Result<blake3::Hash, D::Error> {
+    let hex = String::deserialize(deserializer)?;
+    blake3::Hash::from_hex(&hex).map_err(|_| {
+        de::Error::custom(format_args!(
+            "anchor and blake3 are 64 hexadecimal digits each, found \"{}\"",
+            Printable(&hex)
+        ))
+    })
+}
+
+mod optional_hash {
+    pub fn serialize<S: serde::Serializer>(hash: &Option<blake3::Hash>, serializer: S) -> Result<S::Ok, S::Error> {
+        match hash {
+            Some(hash) => super::write_hash(hash, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+    pub fn deserialize<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<blake3::Hash>, D::Error> {
+        super::read_hash(deserializer).map(Some)
+    }
+}
+
+/// A mask's document.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MaskDocument {
+    pub kind: String,
+    pub version: u64,
+    pub recipe: Recipe,
+    pub base: BaseInfo,
+    pub targets: TargetEntries,
+}
+
+/// What a safetensors file says it is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum FileKind {
+    /// It holds a document of this kind, `mask` or `adapter` above all.
+    Document(String),
+    /// It holds none: a checkpoint's shard, or another tool's adapter.
+    Plain,
+}
+
+impl FileKind {
+    /// Reads what the file says it is; nothing else about it is checked.
+    ///
+    /// # Errors
+    /// A document that is too large, malformed, or without a kind.
+    pub fn of(shard: &Shard) -> Result<Self, CheckpointError> {
+        match shard.header().metadata().get(DOCUMENT_KEY) {
+            None => Ok(Self::Plain),
+            Some(json) => Ok(Self::Document(parse::<Head>(shard, json)?.kind)),
+        }
+    }
+}
+
+/// The part of a document that every version has.
+#[derive(Deserialize)]
+struct Head {
+    kind: String,
+    version: u64,
+}
+
+/// Parses the document of a file that should be of the kind `expected`, such as `mask`.
+///
+/// # Errors
+/// [`MaskError::WrongKind`] says what the file is instead, [`MaskError::NewerVersion`] that it comes from the future.
+pub(crate) fn parse_document<'a, T: Deserialize<'a>>(shard: &'a Shard, expected: &'static str) -> Result<T, MaskError> {
+    let article = |kind: &str| match kind {
+        "mask" | "ledger" => format!("a {kind}"),
+        "adapter" => "an adapter".to_owned(),
+        _ => format!("a file of the unknown kind \"{}\"", Printable(kind)),
+    };
+    let wrong = |found: String| MaskError::WrongKind {
+        path: shard.path().to_owned(),
+        found,
+        expected: if expected == "adapter" { "an adapter" } else { "a mask" },
+    };
+    let Some(json) = shard.header().metadata().get(DOCUMENT_KEY) else {
+        return Err(wrong(plain_file(shard)));
+    };
+    let head: Head = parse(shard, json)?;
+    if head.kind != expected {
+        return Err(wrong(article(&head.kind)));
+    }
+    match head.version {
+        FORMAT_VERSION => Ok(parse(shard, json)?),
+        0 => Err(malformed(shard, &"version 0 does not exist").into()),
+        version => Err(MaskError::NewerVersion { path: shard.path().to_owned(), version, known: FORMAT_VERSION }),
+    }
+}
+
+fn parse<'a, T: Deserialize<'a>>(shard: &Shard, json: &'a str) -> Result<T, CheckpointError> {
+    if json.len() > MAX_DOCUMENT_BYTES {
+        let what = format_args!("{} bytes, at most {MAX_DOCUMENT_BYTES} are accepted", json.len());
+        return Err(malformed(shard, &what));
+    }
+    serde_json::from_str(json).map_err(|e| malformed(shard, &Printable(&e.to_string())))
+}
+
+fn malformed(shard: &Shard, what: &dyn fmt::Display) -> CheckpointError {
+    CheckpointError::bad_file(
+        shard.path(),
+        format!("the `{DOCUMENT_KEY}` document in its metadata is malformed: {what}"),
+    )
+}
+
+/// What a safetensors file without a document is.
+fn plain_file(shard: &Shard) -> String {
+    let has = |part: &str| shard.header().tensors().iter().any(|tensor| tensor.name.contains(part));
+    if has(".lora_A") {
+        "a PEFT LoRA adapter"
+    } else if has(".shira_") {
+        "a PEFT SHiRA adapter"
+    } else if has(".supertuning_") {
+        "a PEFT Super-Tuning adapter"
+    } else {
+        "a plain checkpoint file"
+    }
+    .to_owned()
+}

@@ -1,0 +1,287 @@
+//! Mask files: which columns of which rows were chosen.
+
+use std::{ops::Range, path::Path};
+
+use super::{
+    BaseInfo, MaskError, Recipe, SparseFile, SparseWriter, TargetInfo,
+    document::{FORMAT_VERSION, MaskDocument, parse_document},
+};
+use crate::{
+    checkpoint::{Context, Existing, Shard},
+    tensor::{Dtype, RowColumns},
+};
+
+/// The kind of a mask's document.
+const KIND: &str = "mask";
+
+/// An open mask: header in memory, columns on disk.
+#[derive(Debug)]
+pub struct MaskFile {
+    file: SparseFile,
+    recipe: Recipe,
+    base: BaseInfo,
+}
+
+impl MaskFile {
+    /// Opens a mask file and proves all that its header can show. Reads the header only.
+    ///
+    /// # Errors
+    /// [`MaskError::WrongKind`] and [`MaskError::NewerVersion`]; else a list of all that does not fit together.
+    pub fn open(path: &Path) -> Result<Self, MaskError> {
+        let shard = Shard::open(path)?;
+        let MaskDocument { recipe, base, targets, .. } = parse_document(&shard, KIND)?;
+        Ok(Self { file: SparseFile::check(shard, targets, false)?, recipe, base })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.file.shard().path()
+    }
+    /// The open file, for its header and for noticing changes.
+    pub fn shard(&self) -> &Shard {
+        self.file.shard()
+    }
+    /// How the columns were chosen.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+    /// What the base is called.
+    pub fn base(&self) -> &BaseInfo {
+        &self.base
+    }
+    /// All targets, by name.
+    pub fn targets(&self) -> &[TargetInfo] {
+        self.file.targets()
+    }
+    /// The target of this name.
+    pub fn target(&self, name: &str) -> Option<&TargetInfo> {
+        self.file.target(name)
+    }
+    /// Chosen positions in all.
+    pub fn nnz(&self) -> u64 {
+        self.targets().iter().map(|target| target.nnz).sum()
+    }
+
+    /// Cuts a target's rows into runs of at most about `most` positions and rows, for reading one run at a time.
+    ///
+    /// # Errors
+    /// Row offsets that do not ascend from 0 to the number of columns.
+    pub fn row_ranges(&self, ctx: &Context<'_>, target: &TargetInfo, most: u64) -> Result<Vec<Range<u64>>, MaskError> {
+        Ok(self.file.row_ranges(ctx, target, most)?)
+    }
+
+    /// Reads the columns of `rows` of a target, proven to ascend within their row and to lie inside it.
+    ///
+    /// Memory: about 4 bytes per position and 16 per row, and one window.
+    ///
+    /// # Errors
+    /// Columns that are out of range, doubled or unsorted, naming the row.
+    ///
+    /// # Panics
+    /// Where the target is not this file's or has no such rows.
+    pub fn read_columns(
+        &self,
+        ctx: &Context<'_>,
+        target: &TargetInfo,
+        rows: Range<u64>,
+    ) -> Result<RowColumns, MaskError> {
+        Ok(self.file.read_columns(ctx, target, rows)?)
+    }
+}
+
+/// Writes a mask file in one pass over the rows.
+///
+/// Targets may come in any order, the rows of each in theirs. The file appears whole, at [`MaskWriter::finish`], or not
+/// at all. The same content gives the same bytes, however the rows were cut into runs.
+///
+/// Memory: a buffer, and about 300 bytes per target.
+pub struct MaskWriter(SparseWriter);
+
+impl MaskWriter {
+    /// Begins a mask that will appear at `path`.
+    ///
+    /// # Errors
+    /// A file that exists and must be kept.
+    pub fn create(path: &Path, existing: Existing) -> Result<Self, MaskError> {
+        Ok(Self(SparseWriter::create(path, existing, None)?))
+    }
+
+    /// Begins a target: the base's tensor `name`, its type and shape as stored. With `uniform_k` every row has that many
+    /// columns; without, rows may differ.
+    ///
+    /// # Errors
+    /// A type or shape that has no rows of floats, or a `k` that does not fit.
+    ///
+    /// # Panics
+    /// Where the target before was not ended.
+    pub fn begin_target(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[u64],
+        transposed: bool,
+        uniform_k: Option<u64>,
+    ) -> Result<(), MaskError> {
+        Ok(self.0.begin_target(name, dtype, shape, transposed, uniform_k)?)
+    }
+
+    /// Appends rows to the open target. `base_values` are the base's bytes at their columns, in the same order.
+    ///
+    /// # Panics
+    /// Where a row does not fit the target, or `base_values` is not one element per column.
+    pub fn push_rows(&mut self, columns: &RowColumns, base_values: &[u8]) -> Result<(), MaskError> {
+        Ok(self.0.push_rows(columns, &[], base_values)?)
+    }
+
+    /// Ends the open target; `whole` is the BLAKE3 of all of the base's bytes, where it was asked for. Returns the number
+    /// of chosen positions and the anchor.
+    ///
+    /// # Panics
+    /// Where not all rows came.
+    pub fn end_target(&mut self, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
+        self.0.end_target(whole)
+    }
+
+    /// Writes the document and lets the file appear.
+    ///
+    /// # Errors
+    /// A failure to write, a mask without targets, two targets of one name, output that came to exist meanwhile.
+    ///
+    /// # Panics
+    /// Where the last target was not ended.
+    pub fn finish(self, ctx: &Context<'_>, recipe: &Recipe, base: &BaseInfo) -> Result<(), MaskError> {
+        let (recipe, base) = (recipe.clone(), base.clone());
+        Ok(self.0.finish(ctx, |targets| {
+            let kind = KIND.to_owned();
+            serde_json::to_string(&MaskDocument { kind, version: FORMAT_VERSION, recipe, base, targets })
+        })?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        checkpoint::{ErrorKind, TensorFileWriter},
+        mask::samples::{Sample, sample},
+    };
+
+    const ANCHOR: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+    fn write(path: &Path, samples: &[Sample], step: usize) {
+        let mut writer = MaskWriter::create(path, Existing::Replace).unwrap();
+        for (i, sample) in samples.iter().enumerate() {
+            let Sample { dtype, shape, transposed, uniform_k, .. } = sample;
+            writer.begin_target(&format!("t{i}"), *dtype, shape, *transposed, *uniform_k).unwrap();
+            for (columns, at) in sample.runs(step) {
+                let base = &sample.base_values[at.start * sample.width()..at.end * sample.width()];
+                writer.push_rows(&columns, base).unwrap();
+            }
+            writer.end_target((i == 0).then(|| blake3::hash(b"whole")));
+        }
+        let base = BaseInfo { name: "b".to_owned(), model_type: Some("llama".to_owned()) };
+        writer.finish(&Context::default(), &Recipe::custom(), &base).unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn a_mask_reads_back_as_it_was_written(samples in prop::collection::vec(sample(), 1..4), step in 1usize..6) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("mask.safetensors");
+            write(&path, &samples, step);
+            let bytes = std::fs::read(&path).unwrap();
+            write(&path, &samples, usize::MAX / 2);
+            prop_assert_eq!(&bytes, &std::fs::read(&path).unwrap(), "however the rows were cut");
+            safetensors::SafeTensors::deserialize(&bytes).unwrap();
+
+            let (mask, ctx) = (MaskFile::open(&path).unwrap(), Context::default());
+            prop_assert_eq!(mask.base().model_type.as_deref(), Some("llama"));
+            prop_assert_eq!(mask.recipe(), &Recipe::custom());
+            for (i, sample) in samples.iter().enumerate() {
+                let target = mask.target(&format!("t{i}")).unwrap();
+                prop_assert_eq!((target.dtype, &target.shape, target.layout), (sample.dtype, &sample.shape, sample.layout));
+                prop_assert_eq!(target.anchor, blake3::hash(&sample.base_values));
+                prop_assert_eq!(target.blake3, (i == 0).then(|| blake3::hash(b"whole")));
+                prop_assert_eq!((target.nnz, target.uniform_k), (sample.columns.nnz() as u64, sample.uniform_k));
+                let mut rows = 0..target.layout.n_rows();
+                prop_assert_eq!(&mask.read_columns(&ctx, target, rows.clone()).unwrap(), &sample.columns);
+                for range in mask.row_ranges(&ctx, target, step as u64).unwrap() {
+                    prop_assert_eq!(range.start, rows.start);
+                    prop_assert!(range.end > range.start);
+                    let columns = mask.read_columns(&ctx, target, range.clone()).unwrap();
+                    prop_assert!(columns.nnz() <= step || columns.n_rows() == 1);
+                    for row in range.clone() {
+                        let (i, j) = ((row - range.start) as usize, row as usize);
+                        prop_assert_eq!(columns.row(i), sample.columns.row(j));
+                    }
+                    rows.start = range.end;
+                }
+                prop_assert!(rows.is_empty());
+            }
+        }
+    }
+
+    /// A mask of one [2, 4] target "w" with this document and the columns 0 and 1.
+    fn mask_of(document: Option<&str>) -> MaskError {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.safetensors");
+        let mut file = TensorFileWriter::create(&path, Existing::Keep).unwrap();
+        let columns = file.add_tensor("w.columns".to_owned(), Dtype::U16);
+        file.append(columns, &[0, 0, 1, 0]).unwrap();
+        file.finish_tensor(columns, vec![2, 1]);
+        let metadata = document.map(|document| ("neuroada".to_owned(), document.to_owned()));
+        file.finish(&Context::default(), &BTreeMap::from_iter(metadata)).unwrap();
+        MaskFile::open(&path).unwrap_err()
+    }
+
+    fn said(error: &MaskError) -> String {
+        let error = error.to_string();
+        error[error.find("m.safetensors: ").unwrap() + 15..].to_owned()
+    }
+
+    #[test]
+    fn other_kinds_of_files_are_named() {
+        let plain = mask_of(None);
+        assert_eq!(said(&plain), "this is a plain checkpoint file; a mask is needed");
+        assert_eq!(plain.kind(), ErrorKind::BadInput);
+        let adapter = mask_of(Some(r#"{"kind":"adapter","version":7,"scale":1}"#));
+        assert_eq!(said(&adapter), "this is an adapter; a mask is needed");
+        let unknown = mask_of(Some(r#"{"kind":"mosk\u001b","version":1}"#));
+        assert_eq!(said(&unknown), "this is a file of the unknown kind \"mosk\\u{1b}\"; a mask is needed");
+        let newer = mask_of(Some(r#"{"kind":"mask","version":2,"colour":"red"}"#));
+        assert_eq!(said(&newer), "its format is version 2, at most 1 is known: made by a newer neuroada-ckpt?");
+    }
+
+    #[test]
+    fn documents_are_strict() {
+        let with = |more: &str, target: &str| {
+            let json = format!(
+                r#"{{"kind":"mask","version":1,"recipe":{{"score":"magnitude"}},"base":{{"name":"b"}},
+                    "targets":{{"w":{{"dtype":"F32","shape":[2,4],"anchor":"{ANCHOR}"{target}}}}}{more}}}"#
+            );
+            said(&mask_of(Some(&json)))
+        };
+        let malformed = "the `neuroada` document in its metadata is malformed: ";
+        assert!(with(r#","scale":1"#, "").starts_with(&format!("{malformed}unknown field `scale`")));
+        assert!(with(r#","base":{"name":"c"}"#, "").starts_with(&format!("{malformed}duplicate field `base`")));
+        assert!(with("", r#","blake3":"00""#).starts_with(&format!("{malformed}target \"w\": anchor and blake3 are")));
+        assert!(with("", r#","transposed":1"#).starts_with(&format!("{malformed}target \"w\": invalid type")));
+        assert_eq!(with("", r#","transposed":true"#), "tensor \"w.columns\": 2 rows, the target [2, 4] has 4");
+    }
+
+    #[test]
+    fn a_mask_without_targets_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.safetensors");
+        let writer = MaskWriter::create(&path, Existing::Keep).unwrap();
+        let error = writer.finish(&Context::default(), &Recipe::custom(), &BaseInfo::default()).unwrap_err();
+        assert_eq!(said(&error), "it would have no targets");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,368 @@
+//! What masks and adapters have in common: per target a tensor of columns, and of row offsets where rows differ.
+//!
+//! Every row with the same number of columns `k`: `T.columns` `[rows, k]`. Rows that differ: `T.columns` `[nnz]` and
+//! `T.row_offsets` `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32, U16 only up to `d_in` = 65,536.
+//! [`SparseFile::check`] proves all that headers can show; rows are proven as they are read.
+
+use std::{collections::BTreeSet, ops::Range};
+
+use super::document::{TargetEntries, TargetEntry};
+use crate::{
+    checkpoint::{CheckpointError, Context, Printable, Shard, TensorInfo},
+    tensor::{Dtype, RowColumns, RowLayout, checked_bytes, dtype_name, is_float},
+};
+
+/// The most elements in a row whose columns fit in 16 bits.
+pub(crate) const MOST_U16: u64 = 1 << 16;
+
+/// A target of a mask or adapter.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TargetInfo {
+    /// The tensor's name in the base.
+    pub name: String,
+    /// The base's element type.
+    pub dtype: Dtype,
+    /// The base's shape, as stored.
+    pub shape: Vec<u64>,
+    /// Whether the base stores each matrix as `[d_in, d_out]`.
+    pub transposed: bool,
+    /// The base as rows.
+    pub layout: RowLayout,
+    /// BLAKE3 over the base's bytes, as stored, at the chosen positions, rows ascending and columns ascending in a row.
+    pub anchor: blake3::Hash,
+    /// BLAKE3 over all of the base's bytes, where that was asked for.
+    pub blake3: Option<blake3::Hash>,
+    /// Chosen positions in all.
+    pub nnz: u64,
+    /// The number of columns of each row, where the file stores them as `[rows, k]`.
+    pub uniform_k: Option<u64>,
+}
+
+/// The tensors that a target may have, by suffix.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Part {
+    Columns,
+    RowOffsets,
+    Values,
+}
+
+impl Part {
+    /// The name of this tensor of `target`.
+    pub fn name(self, target: &str) -> String {
+        let suffix = match self {
+            Self::Columns => "columns",
+            Self::RowOffsets => "row_offsets",
+            Self::Values => "values",
+        };
+        format!("{target}.{suffix}")
+    }
+}
+
+/// An open mask or adapter whose header is proven.
+#[derive(Debug)]
+pub(crate) struct SparseFile {
+    shard: Shard,
+    /// By name.
+    targets: Vec<TargetInfo>,
+}
+
+impl SparseFile {
+    /// Checks that tensors and document tell of the same targets and that all shapes and types fit.
+    ///
+    /// # Errors
+    /// All that is wrong, one line for each tensor.
+    pub fn check(shard: Shard, entries: TargetEntries, with_values: bool) -> Result<Self, CheckpointError> {
+        if entries.0.is_empty() {
+            return Err(CheckpointError::bad_file(shard.path(), "the `neuroada` document lists no targets"));
+        }
+        let mut problems = Vec::new();
+        let mut known = BTreeSet::new();
+        let mut targets = Vec::with_capacity(entries.0.len());
+        for (name, entry) in entries.0 {
+            known.insert(Part::Columns.name(&name));
+            known.insert(Part::RowOffsets.name(&name));
+            if with_values {
+                known.insert(Part::Values.name(&name));
+            }
+            match check_target(&shard, name, entry, with_values) {
+                Ok(target) => targets.push(target),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        for tensor in shard.header().by_name() {
+            if !known.contains(&tensor.name) {
+                problems.push((tensor.name.clone(), "belongs to no target of the `neuroada` document".to_owned()));
+            }
+        }
+        match problems.len() {
+            0 => Ok(Self { shard, targets }),
+            1 => Err(CheckpointError::bad_tensor(shard.path(), &problems[0].0, &*problems[0].1)),
+            n => Err(CheckpointError::Many {
+                path: shard.path().to_owned(),
+                what: format!("{n} things are wrong"),
+                problems: problems
+                    .into_iter()
+                    .map(|(tensor, what)| format!("tensor \"{}\": {what}", Printable(&tensor)))
+                    .collect(),
+            }),
+        }
+    }
+
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+    pub fn targets(&self) -> &[TargetInfo] {
+        &self.targets
+    }
+    pub fn target(&self, name: &str) -> Option<&TargetInfo> {
+        let found = self.targets.binary_search_by(|target| target.name.as_str().cmp(name)).ok()?;
+        Some(&self.targets[found])
+    }
+
+    /// One of a target's tensors.
+    ///
+    /// # Panics
+    /// Where the target is not this file's.
+    pub fn tensor(&self, target: &TargetInfo, part: Part) -> &TensorInfo {
+        self.shard.header().tensor(&part.name(&target.name)).expect("the target is this file's")
+    }
+
+    /// A malformed tensor of this file.
+    pub fn bad(&self, target: &TargetInfo, part: Part, what: impl Into<String>) -> CheckpointError {
+        CheckpointError::bad_tensor(self.shard.path(), &part.name(&target.name), what)
+    }
+
+    /// Cuts a target's rows into runs of at most about `most` positions and rows.
+    pub fn row_ranges(
+        &self,
+        ctx: &Context<'_>,
+        target: &TargetInfo,
+        most: u64,
+    ) -> Result<Vec<Range<u64>>, CheckpointError> {
+        let n_rows = target.layout.n_rows();
+        if let Some(k) = target.uniform_k {
+            let step = (most / k).max(1);
+            return Ok((0..n_rows).step_by(step as usize).map(|row| row..n_rows.min(row + step)).collect());
+        }
+        let mut ranges = Vec::new();
+        let (mut start, mut start_offset) = (0, 0);
+        let step = (ctx.window_bytes() / 8).max(1);
+        for first in (0..n_rows).step_by(step as usize) {
+            let offsets = self.read_offsets(ctx, target, first..n_rows.min(first + step))?;
+            for (row, pair) in (first..).zip(offsets.windows(2)) {
+                if row > start && (pair[1] - start_offset > most || row - start >= most) {
+                    ranges.push(start..row);
+                    (start, start_offset) = (row, pair[0]);
+                }
+            }
+        }
+        ranges.push(start..n_rows);
+        Ok(ranges)
+    }
+
+    /// Reads the columns of `rows`, proven to ascend within their row and to lie inside it.
+    ///
+    /// Memory: 4 bytes per position, 16 per row, one window.
+    ///
+    /// # Panics
+    /// Where the target is not this file's or has no such rows.
+    pub fn read_columns(
+        &self,
+        ctx: &Context<'_>,
+        target: &TargetInfo,
+        rows: Range<u64>,
+    ) -> Result<RowColumns, CheckpointError> {
+        assert!(rows.start <= rows.end && rows.end <= target.layout.n_rows(), "the target has these rows");
+        let offsets = match target.uniform_k {
+            Some(k) => (rows.start..=rows.end).map(|row| row * k).collect(),
+            None => self.read_offsets(ctx, target, rows.clone())?,
+        };
+        let (first, last) = (offsets[0], offsets[offsets.len() - 1]);
+        let tensor = self.tensor(target, Part::Columns);
+        let mut columns = Vec::with_capacity((last - first) as usize);
+        self.for_each_window(ctx, tensor, first..last, |bytes| match tensor.dtype {
+            Dtype::U16 => {
+                columns.extend(bytes.chunks_exact(2).map(|le| u32::from(u16::from_le_bytes([le[0], le[1]]))));
+            }
+            _ => columns.extend(bytes.chunks_exact(4).map(|le| u32::from_le_bytes([le[0], le[1], le[2], le[3]]))),
+        })?;
+        let mut checked = RowColumns::with_capacity(offsets.len() - 1, columns.len());
+        for (row, pair) in (rows.start..).zip(offsets.windows(2)) {
+            let columns = &columns[(pair[0] - first) as usize..(pair[1] - first) as usize];
+            self.check_row(target, row, columns)?;
+            checked.push_row(columns);
+        }
+        Ok(checked)
+    }
+
+    fn check_row(&self, target: &TargetInfo, row: u64, columns: &[u32]) -> Result<(), CheckpointError> {
+        let d_in = target.layout.d_in;
+        let what = if let Some(pair) = columns.windows(2).find(|pair| pair[0] >= pair[1]) {
+            match pair[0] == pair[1] {
+                true => format!("row {row} has column {} twice", pair[0]),
+                false => format!("row {row}: columns must ascend, found {} after {}", pair[1], pair[0]),
+            }
+        } else if let Some(&column) = columns.last().filter(|&&column| u64::from(column) >= d_in) {
+            format!("row {row}: column {column} lies outside of a row of {d_in}")
+        } else {
+            return Ok(());
+        };
+        Err(self.bad(target, Part::Columns, what))
+    }
+
+    /// The offsets of `rows` and of the row behind them, proven to ascend from 0 to the number of columns.
+    fn read_offsets(
+        &self,
+        ctx: &Context<'_>,
+        target: &TargetInfo,
+        rows: Range<u64>,
+    ) -> Result<Vec<u64>, CheckpointError> {
+        let tensor = self.tensor(target, Part::RowOffsets);
+        let mut offsets = Vec::with_capacity((rows.end - rows.start + 1) as usize);
+        self.for_each_window(ctx, tensor, rows.start..rows.end + 1, |bytes| match tensor.dtype {
+            Dtype::U32 => {
+                offsets.extend(
+                    bytes.chunks_exact(4).map(|le| u64::from(u32::from_le_bytes([le[0], le[1], le[2], le[3]]))),
+                );
+            }
+            _ => {
+                offsets.extend(bytes.chunks_exact(8).map(|le| u64::from_le_bytes(le.try_into().expect("eight bytes"))));
+            }
+        })?;
+        let bad = |what: String| Err(self.bad(target, Part::RowOffsets, what));
+        if rows.start == 0 && offsets[0] != 0 {
+            return bad(format!("the first of row_offsets is 0, found {}", offsets[0]));
+        }
+        let (last, nnz) = (offsets[offsets.len() - 1], target.nnz);
+        if last > nnz {
+            return bad(format!("row_offsets reach {last}, there are {nnz} columns"));
+        }
+        if rows.end == target.layout.n_rows() && last != nnz {
+            return bad(format!("row_offsets end at {last}, there are {nnz} columns"));
+        }
+        for (row, pair) in (rows.start..).zip(offsets.windows(2)) {
+            if pair[0] > pair[1] {
+                return bad(format!("row {row} would end at {} before it begins at {}", pair[1], pair[0]));
+            }
+            if pair[1] - pair[0] > target.layout.d_in {
+                let found = pair[1] - pair[0];
+                return bad(format!("row {row} has {found} columns, at most {} fit", target.layout.d_in));
+            }
+        }
+        Ok(offsets)
+    }
+
+    /// Hands the elements `range` of a tensor to `sink`, in order, in windows of whole elements.
+    pub fn for_each_window(
+        &self,
+        ctx: &Context<'_>,
+        tensor: &TensorInfo,
+        range: Range<u64>,
+        mut sink: impl FnMut(&[u8]),
+    ) -> Result<(), CheckpointError> {
+        /// Pieces up to this size are read into a buffer: mapping them costs more.
+        const SMALL: u64 = 64 << 10;
+        let element_bytes = tensor.dtype.bitsize() as u64 / 8;
+        let step = ctx.window_bytes() / 8 * 8;
+        let (mut at, end) = (range.start * element_bytes, range.end * element_bytes);
+        while at < end {
+            ctx.check()?;
+            let n = step.min(end - at);
+            if n <= SMALL {
+                let mut bytes = vec![0; n as usize];
+                self.shard.read_at(&mut bytes, self.shard.file_range(tensor).start + at)?;
+                sink(&bytes);
+            } else {
+                sink(&self.shard.window(ctx, tensor, at..at + n)?);
+            }
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+/// Proves one target by the headers; an error names the tensor and what is wrong.
+fn check_target(
+    shard: &Shard,
+    name: String,
+    entry: TargetEntry,
+    with_values: bool,
+) -> Result<TargetInfo, (String, String)> {
+    let TargetEntry { dtype, shape, anchor, blake3, transposed } = entry;
+    let layout = match target_layout(dtype, &shape, transposed) {
+        Ok(layout) => layout,
+        Err(what) => return Err((name, format!("as a target: {what}"))),
+    };
+    let find = |part: Part| shard.header().tensor(&part.name(&name));
+    let columns = find(Part::Columns).ok_or_else(|| (name.clone(), "the target has no `columns`".to_owned()))?;
+    let bad = |part: Part, what: String| Err((part.name(&name), what));
+    match columns.dtype {
+        Dtype::U16 if layout.d_in <= MOST_U16 => {}
+        Dtype::U16 => return bad(Part::Columns, format!("rows of {} need U32, found U16", layout.d_in)),
+        Dtype::U32 => {}
+        other => return bad(Part::Columns, format!("elements are U16 or U32, found {}", dtype_name(other))),
+    }
+    let n_rows = layout.n_rows();
+    let uniform_k = match (find(Part::RowOffsets), &columns.shape[..]) {
+        (None, &[rows, k]) => {
+            if rows != n_rows {
+                return bad(Part::Columns, format!("{rows} rows, the target {shape:?} has {n_rows}"));
+            }
+            if k == 0 || k > layout.d_in {
+                return bad(Part::Columns, format!("k is {k}, it must be between 1 and {}", layout.d_in));
+            }
+            Some(k)
+        }
+        (Some(offsets), &[_nnz]) => {
+            if !matches!(offsets.dtype, Dtype::U32 | Dtype::U64) {
+                let found = dtype_name(offsets.dtype);
+                return bad(Part::RowOffsets, format!("elements are U32 or U64, found {found}"));
+            }
+            if offsets.shape.len() != 1 || offsets.shape[0].checked_sub(1) != Some(n_rows) {
+                let needed = n_rows.saturating_add(1);
+                return bad(Part::RowOffsets, format!("shape [{needed}] is needed, found {:?}", offsets.shape));
+            }
+            None
+        }
+        (None, found) => {
+            let what = format!("shape [{n_rows}, k] is needed where there are no row_offsets, found {found:?}");
+            return bad(Part::Columns, what);
+        }
+        (Some(_), found) => {
+            return bad(Part::Columns, format!("one dimension is needed beside row_offsets, found {found:?}"));
+        }
+    };
+    if with_values {
+        let Some(values) = find(Part::Values) else {
+            return Err((name, "the target has no `values`".to_owned()));
+        };
+        if !matches!(values.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            let found = dtype_name(values.dtype);
+            return bad(Part::Values, format!("elements are F32, BF16 or F16, found {found}"));
+        }
+        if values.shape != columns.shape {
+            let what = format!("shape {:?}, the columns have {:?}", values.shape, columns.shape);
+            return bad(Part::Values, what);
+        }
+    }
+    let nnz = columns.n_elements();
+    Ok(TargetInfo { name, dtype, shape, transposed, layout, anchor, blake3, nnz, uniform_k })
+}
+
+/// How a target is read as rows, or why it cannot be one.
+pub(crate) fn target_layout(dtype: Dtype, shape: &[u64], transposed: bool) -> Result<RowLayout, String> {
+    if !is_float(dtype) {
+        let found = dtype_name(dtype);
+        return Err(format!("elements are {found}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed"));
+    }
+    let n_elements = shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size));
+    if n_elements.and_then(|n| checked_bytes(dtype, n)).is_none() {
+        return Err(format!("shape {shape:?} overflows 64 bits"));
+    }
+    let layout = RowLayout::new(shape, transposed)
+        .ok_or_else(|| format!("shape {shape:?} is no matrix and no stack of matrices"))?;
+    if layout.d_in > u64::from(u32::MAX) {
+        return Err(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX));
+    }
+    Ok(layout)
+}

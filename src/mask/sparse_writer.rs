@@ -1,0 +1,184 @@
+//! Writes what masks and adapters have in common, in one pass over the rows.
+
+use std::{collections::BTreeMap, path::Path};
+
+use super::{
+    document::{DOCUMENT_KEY, TargetEntries, TargetEntry},
+    sparse::{MOST_U16, Part, target_layout},
+};
+use crate::{
+    checkpoint::{CheckpointError, Context, Existing, TensorFileWriter, TensorId},
+    tensor::{Dtype, RowColumns, RowLayout},
+};
+
+/// A mask or adapter on its way to disk; appears whole when finished, or not at all.
+///
+/// Memory: a buffer, and about 300 bytes per target.
+pub(crate) struct SparseWriter {
+    file: TensorFileWriter,
+    path: std::path::PathBuf,
+    values: Option<Dtype>,
+    open: Option<OpenTarget>,
+    entries: Vec<(String, TargetEntry)>,
+    bytes: Vec<u8>,
+}
+
+struct OpenTarget {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    layout: RowLayout,
+    uniform_k: Option<u64>,
+    columns: TensorId,
+    offsets: Option<(TensorId, Dtype)>,
+    values: Option<TensorId>,
+    anchor: blake3::Hasher,
+    n_rows: u64,
+    nnz: u64,
+}
+
+impl SparseWriter {
+    /// Begins a file at `path`, with `T.values` of the type `values` for each target where there is one.
+    pub fn create(path: &Path, existing: Existing, values: Option<Dtype>) -> Result<Self, CheckpointError> {
+        let file = TensorFileWriter::create(path, existing)?;
+        let path = path.to_owned();
+        Ok(Self { file, path, values, open: None, entries: Vec::new(), bytes: Vec::new() })
+    }
+
+    pub fn begin_target(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[u64],
+        transposed: bool,
+        uniform_k: Option<u64>,
+    ) -> Result<(), CheckpointError> {
+        assert!(self.open.is_none(), "one target at a time");
+        let bad = |what: String| Err(CheckpointError::bad_tensor(&self.path, name, what));
+        let layout = match target_layout(dtype, shape, transposed) {
+            Ok(layout) => layout,
+            Err(what) => return bad(what),
+        };
+        if let Some(k) = uniform_k.filter(|&k| k == 0 || k > layout.d_in) {
+            return bad(format!("k is {k}, it must be between 1 and {}", layout.d_in));
+        }
+        let columns_dtype = if layout.d_in <= MOST_U16 { Dtype::U16 } else { Dtype::U32 };
+        let columns = self.file.add_tensor(Part::Columns.name(name), columns_dtype);
+        let offsets = uniform_k.is_none().then(|| {
+            // The type must be known before the last offset is: by what would fit, not by what came.
+            let dtype = if u32::try_from(layout.n_elements()).is_ok() { Dtype::U32 } else { Dtype::U64 };
+            (self.file.add_tensor(Part::RowOffsets.name(name), dtype), dtype)
+        });
+        let values = self.values.map(|dtype| self.file.add_tensor(Part::Values.name(name), dtype));
+        self.open = Some(OpenTarget {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            layout,
+            uniform_k,
+            columns,
+            offsets,
+            values,
+            anchor: blake3::Hasher::new(),
+            n_rows: 0,
+            nnz: 0,
+        });
+        if offsets.is_some() {
+            self.push_offsets(&[0])?;
+        }
+        Ok(())
+    }
+
+    /// Appends rows; `values` is empty for masks.
+    pub fn push_rows(
+        &mut self,
+        columns: &RowColumns,
+        values: &[u8],
+        base_values: &[u8],
+    ) -> Result<(), CheckpointError> {
+        let target = self.open.as_mut().expect("a target is open");
+        let n_bytes = |dtype: Dtype| columns.nnz() * dtype.bitsize() / 8;
+        assert_eq!(base_values.len(), n_bytes(target.dtype), "one base value per position");
+        assert_eq!(values.len(), self.values.map_or(0, n_bytes), "one value per position");
+        let d_in = target.layout.d_in;
+        for row in 0..columns.n_rows() {
+            let row = columns.row(row);
+            assert!(row.is_sorted_by(|a, b| a < b), "columns ascend within a row");
+            assert!(row.last().is_none_or(|&column| u64::from(column) < d_in), "columns lie inside the row");
+            assert!(target.uniform_k.is_none_or(|k| k == row.len() as u64), "every row has k columns");
+        }
+        let before = target.nnz;
+        target.anchor.update(base_values);
+        target.n_rows += columns.n_rows() as u64;
+        target.nnz += columns.nnz() as u64;
+        assert!(target.n_rows <= target.layout.n_rows(), "no more rows than the target has");
+        self.bytes.clear();
+        if d_in <= MOST_U16 {
+            self.bytes.extend(columns.columns().iter().flat_map(|&column| (column as u16).to_le_bytes()));
+        } else {
+            self.bytes.extend(columns.columns().iter().flat_map(|column| column.to_le_bytes()));
+        }
+        self.file.append(target.columns, &self.bytes)?;
+        if let Some(id) = target.values {
+            self.file.append(id, values)?;
+        }
+        if target.offsets.is_some() {
+            let offsets: Vec<u64> = columns.offsets()[1..].iter().map(|&offset| before + offset as u64).collect();
+            self.push_offsets(&offsets)?;
+        }
+        Ok(())
+    }
+
+    fn push_offsets(&mut self, offsets: &[u64]) -> Result<(), CheckpointError> {
+        let target = self.open.as_ref().expect("a target is open");
+        let (id, dtype) = target.offsets.expect("rows differ in count");
+        self.bytes.clear();
+        match dtype {
+            Dtype::U32 => self.bytes.extend(offsets.iter().flat_map(|&offset| (offset as u32).to_le_bytes())),
+            _ => self.bytes.extend(offsets.iter().flat_map(|offset| offset.to_le_bytes())),
+        }
+        self.file.append(id, &self.bytes)
+    }
+
+    /// Closes the open target; returns its positions and its anchor.
+    pub fn end_target(&mut self, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
+        let target = self.open.take().expect("a target is open");
+        let OpenTarget { name, dtype, shape, layout, nnz, .. } = target;
+        assert_eq!(target.n_rows, layout.n_rows(), "all rows of \"{name}\" came");
+        let listed = match target.uniform_k {
+            Some(k) => vec![layout.n_rows(), k],
+            None => vec![nnz],
+        };
+        self.file.finish_tensor(target.columns, listed.clone());
+        if let Some((id, _)) = target.offsets {
+            self.file.finish_tensor(id, vec![layout.n_rows() + 1]);
+        }
+        if let Some(id) = target.values {
+            self.file.finish_tensor(id, listed);
+        }
+        let anchor = target.anchor.finalize();
+        let entry = TargetEntry { dtype, shape, anchor, blake3: whole, transposed: layout.transposed };
+        self.entries.push((name, entry));
+        (nnz, anchor)
+    }
+
+    /// Writes what `document` makes of the targets' entries as the document, and lets the file appear.
+    ///
+    /// # Errors
+    /// A failure to write, a file without targets, two targets of one name.
+    pub fn finish(
+        self,
+        ctx: &Context<'_>,
+        document: impl FnOnce(TargetEntries) -> serde_json::Result<String>,
+    ) -> Result<(), CheckpointError> {
+        let Self { file, path, open, mut entries, .. } = self;
+        assert!(open.is_none(), "the last target is ended");
+        if entries.is_empty() {
+            return Err(CheckpointError::bad_file(&path, "it would have no targets"));
+        }
+        entries.sort_by(|a, b| a.0.cmp(&b.0));
+        let json = document(TargetEntries(entries))
+            .map_err(|e| CheckpointError::bad_file(&path, format!("its document cannot be written: {e}")))?;
+        file.finish(ctx, &BTreeMap::from([(DOCUMENT_KEY.to_owned(), json)]))
+    }
+}
