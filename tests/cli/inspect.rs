@@ -149,6 +149,7 @@ fn inspect_as_json_is_one_document() {
         }
       ],
       "peft": null,
+      "sparse": null,
       "tensors": [
         {
           "name": "a.weight",
