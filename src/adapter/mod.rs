@@ -1,1 +1,14 @@
-//! placeholder
+//! Compact sparse files: deltas on the columns a mask chose.
+//!
+//! An [`Adapter`] is a plain safetensors file with `T.columns` and `T.values` for each target `T`, and one JSON document that
+//! says what it was made from. It knows its base by content: for each target the type, the shape and the BLAKE3 of the base's
+//! values at its positions. Its own name is its content too ([`AdapterId`]). Everything is read and written a run of
+//! rows at a time.
+
+mod error;
+mod file;
+mod id;
+
+pub use error::AdapterError;
+pub use file::{Adapter, AdapterNotes, AdapterWriter, DeltaRows};
+pub use id::AdapterId;

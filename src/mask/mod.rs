@@ -13,5 +13,6 @@ pub use error::MaskError;
 pub use file::{MaskFile, MaskWriter};
 pub use sparse::TargetInfo;
 
-use sparse::SparseFile;
-use sparse_writer::SparseWriter;
+pub(crate) use document::{FORMAT_VERSION, TargetEntries, parse_document};
+pub(crate) use sparse::{Part, SparseFile};
+pub(crate) use sparse_writer::SparseWriter;

@@ -160,6 +160,14 @@ impl SparseFile {
         Ok(ranges)
     }
 
+    /// How many positions stand before `row`.
+    pub fn first_position(&self, ctx: &Context<'_>, target: &TargetInfo, row: u64) -> Result<u64, CheckpointError> {
+        match target.uniform_k {
+            Some(k) => Ok(row * k),
+            None => Ok(self.read_offsets(ctx, target, row..row)?[0]),
+        }
+    }
+
     /// Reads the columns of `rows`, proven to ascend within their row and to lie inside it.
     ///
     /// Memory: 4 bytes per position, 16 per row, one window.

@@ -108,6 +108,10 @@ impl RowColumns {
     pub fn row_range(&self, row: usize) -> std::ops::Range<usize> {
         self.offsets[row]..self.offsets[row + 1]
     }
+    /// The row that element `at` of [`Self::columns`] belongs to.
+    pub fn row_of(&self, at: usize) -> usize {
+        self.offsets.partition_point(|&offset| offset <= at) - 1
+    }
     /// All columns, row after row.
     pub fn columns(&self) -> &[u32] {
         &self.columns
