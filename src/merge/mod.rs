@@ -1,1 +1,32 @@
-//! placeholder
+//! Adding adapters to checkpoints, taking them out again bit for bit, and proving both.
+//!
+//! A merged weight is a pure function of its original and the set of active adapters. The ledger keeps the originals
+//! ([`LedgerDocument`]), so undoing is computing again with a smaller set, in any order; nothing is ever subtracted. Every
+//! change goes the same way: open the stack of active adapters, form the new one, examine the checkpoint against both
+//! (all tensors match, anchors match, nothing was changed meanwhile), record the originals, then patch. Out of place the
+//! patches go to fresh copies; in place they are journaled ([`Journal`]), and [`recover`] makes an interrupted change whole
+//! or undoes it. [`verify`] proves the result.
+
+mod apply;
+mod change;
+mod error;
+mod in_place;
+mod journal;
+mod ledger;
+mod out_of_place;
+mod recover;
+mod report;
+mod stack;
+mod state;
+mod summary;
+mod verify;
+
+pub use apply::{MergeInput, MergeOptions, MergeOutput, Which, merge, unmerge};
+pub use error::MergeError;
+pub use journal::Journal;
+pub use ledger::{ActiveAdapter, LedgerDocument, LedgerTarget};
+pub use recover::{Recovered, recover};
+pub use report::{AdapterEntry, KindReport, MergeReport};
+pub use state::STATE_FOLDER;
+pub use summary::{LedgerSummary, ledger_summary};
+pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

@@ -1,0 +1,309 @@
+//! `merge` and `unmerge`: from the adapters asked for to a new set of active adapters.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    MergeError, MergeReport,
+    change::{Change, Findings, Touched},
+    in_place, out_of_place, recover,
+    report::{entries, kind_reports},
+    stack::{Active, Stack},
+    state::StateFolder,
+};
+use crate::{
+    adapter::{Adapter, AdapterId},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable},
+};
+
+/// An adapter to merge.
+#[derive(Clone, PartialEq, Debug)]
+pub struct MergeInput {
+    /// The adapter file.
+    pub adapter: PathBuf,
+    /// Replaces the scale that the adapter carries.
+    pub scale: Option<f64>,
+}
+
+/// Where the result goes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MergeOutput {
+    /// Into the checkpoint itself, journaled.
+    InPlace {
+        /// Work on checkpoints whose files are links, or that lie in a Hugging Face cache: what else links to them changes too.
+        through_links: bool,
+    },
+    /// A new checkpoint of the same layout; the input is only read.
+    New {
+        /// Folder, or file where the input is a single file.
+        path: PathBuf,
+        /// What to do where it exists.
+        existing: Existing,
+        /// Whether the result remembers how to undo the merge.
+        ledger: bool,
+        /// Whether shards that no delta touches are hard-linked instead of copied.
+        link: bool,
+    },
+}
+
+/// How to merge.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MergeOptions {
+    /// Where the result goes.
+    pub output: MergeOutput,
+    /// Check everything, write nothing.
+    pub dry_run: bool,
+}
+
+impl MergeOptions {
+    /// A new checkpoint at `path`, which must not exist, with a ledger.
+    pub fn new_checkpoint(path: impl Into<PathBuf>) -> Self {
+        let output = MergeOutput::New { path: path.into(), existing: Existing::Keep, ledger: true, link: false };
+        Self { output, dry_run: false }
+    }
+    /// Into the checkpoint itself.
+    pub fn in_place() -> Self {
+        Self { output: MergeOutput::InPlace { through_links: false }, dry_run: false }
+    }
+}
+
+/// Adds adapters to a checkpoint, in one pass whatever their number.
+///
+/// Every weight becomes `round(original + delta_1 * scale_1 + …)` over all active adapters, in ascending order of id, whatever
+/// the order they came in. Everything is checked before the first byte is written: all tensors of all adapters match,
+/// the base's values at their positions are those they were made from, nothing was changed since the last merge.
+///
+/// Memory: a few blocks of rows per thread, within `ctx.max_memory`. Disk: out of place, the checkpoint's size; the ledger
+/// takes the bytes of one weight for each touched position, plus copies of the adapters.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use neuroada_ckpt::{checkpoint::Context, merge::{self, MergeInput, MergeOptions}};
+/// # let dir = tempfile::tempdir()?;
+/// # let out = dir.path().join("merged");
+/// let adapter = MergeInput { adapter: "fixtures/tiny-llama-adapter.safetensors".into(), scale: None };
+/// let ctx = Context::default();
+/// let report = merge::merge(&ctx, "fixtures/tiny-llama".as_ref(), &[adapter], &MergeOptions::new_checkpoint(&out))?;
+/// assert_eq!(report.total.n_tensors, 14);
+/// let undone = merge::unmerge(&ctx, &out, &merge::Which::All, &MergeOptions::in_place())?;
+/// assert!(undone.active.is_empty());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// [`MergeError`]; nothing on disk has changed.
+pub fn merge(
+    ctx: &Context<'_>,
+    base: &Path,
+    adapters: &[MergeInput],
+    options: &MergeOptions,
+) -> Result<MergeReport, MergeError> {
+    if adapters.is_empty() {
+        return Err(MergeError::Usage("no adapter to merge".to_owned()));
+    }
+    let mut added = Vec::new();
+    for input in adapters {
+        let adapter = Adapter::open(&input.adapter)?;
+        let scale = input.scale.unwrap_or(adapter.scale());
+        if !scale.is_finite() {
+            return Err(MergeError::Usage(format!(
+                "{}: scale {scale} is not a finite number",
+                Printable::path(&input.adapter)
+            )));
+        }
+        added.push(Active { id: adapter.id(ctx)?, scale, adapter });
+    }
+    let to_after = |before: &Stack, path: &Path| {
+        let mut active = reopen(before)?;
+        for new in &added {
+            if active.iter().any(|old| old.id == new.id) {
+                return Err(MergeError::AlreadyMerged { path: path.to_owned(), id: new.id });
+            }
+            active.push(Active { id: new.id, scale: new.scale, adapter: Adapter::open(new.adapter.path())? });
+        }
+        Ok(active)
+    };
+    apply(ctx, base, options, to_after)
+}
+
+/// Which adapters to take out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Which {
+    /// Every active adapter: the base's bytes return.
+    All,
+    /// These.
+    Some(Vec<AdapterId>),
+}
+
+/// Takes adapters out of a checkpoint, exactly, in any order.
+///
+/// Nothing is subtracted: the ledger holds the original bits, and every touched weight is computed anew from them and the
+/// adapters that stay. With [`Which::All`] every byte of the base returns and the ledger goes.
+///
+/// # Errors
+/// [`MergeError`]; nothing on disk has changed.
+pub fn unmerge(
+    ctx: &Context<'_>,
+    path: &Path,
+    which: &Which,
+    options: &MergeOptions,
+) -> Result<MergeReport, MergeError> {
+    let to_after = |before: &Stack, path: &Path| {
+        let refused = |what: String| MergeError::Refused { path: path.to_owned(), what };
+        if before.active.is_empty() {
+            return Err(refused("nothing to take out: it has no ledger".to_owned()));
+        }
+        let mut active = reopen(before)?;
+        match which {
+            Which::All => active.clear(),
+            Which::Some(ids) => {
+                for id in ids {
+                    let at = active.iter().position(|active| active.id == *id);
+                    let at = at.ok_or_else(|| refused(format!("adapter {} is not merged into it", id.short())))?;
+                    active.remove(at);
+                }
+            }
+        }
+        Ok(active)
+    };
+    apply(ctx, path, options, to_after)
+}
+
+/// The active adapters of a stack, opened once more.
+fn reopen(stack: &Stack) -> Result<Vec<Active>, MergeError> {
+    let again = |active: &Active| {
+        Ok(Active { id: active.id, scale: active.scale, adapter: Adapter::open(active.adapter.path())? })
+    };
+    stack.active.iter().map(again).collect()
+}
+
+fn apply(
+    ctx: &Context<'_>,
+    path: &Path,
+    options: &MergeOptions,
+    to_after: impl Fn(&Stack, &Path) -> Result<Vec<Active>, MergeError>,
+) -> Result<MergeReport, MergeError> {
+    let checkpoint = Checkpoint::open(path)?;
+    let state = StateFolder::of(&checkpoint)?;
+    let open_stacks = || {
+        let before = Stack::open(ctx, &state)?;
+        let mut active = to_after(&before, path)?;
+        active.sort_by_key(|active| active.id);
+        let after = Stack { active, ledger: None };
+        after.targets().map_err(|what| MergeError::Refused { path: path.to_owned(), what })?;
+        Ok::<_, MergeError>((before, after))
+    };
+    match &options.output {
+        MergeOutput::InPlace { through_links } if !options.dry_run => {
+            let lock = in_place::begin(&checkpoint, *through_links)?;
+            if state.is_interrupted() {
+                recover::recover_locked(ctx, &checkpoint, &state)?;
+                // What was opened before the roll-back is stale.
+                drop(lock);
+                return apply(ctx, path, options, to_after);
+            }
+            let (before, after) = open_stacks()?;
+            in_place::apply(ctx, &checkpoint, &state, &before, after)
+        }
+        _ if state.is_interrupted() => Err(MergeError::Interrupted { path: path.to_owned() }),
+        MergeOutput::New { path: output, existing, ledger, link } if !options.dry_run => {
+            let (before, after) = open_stacks()?;
+            let target = out_of_place::Target { path: output, existing: *existing, keep_ledger: *ledger, link: *link };
+            out_of_place::apply(ctx, &checkpoint, &before, after, &target)
+        }
+        _ => {
+            let (before, after) = open_stacks()?;
+            dry_run(ctx, &checkpoint, &before, &after, &options.output)
+        }
+    }
+}
+
+/// Checks everything and says what would be written.
+fn dry_run(
+    ctx: &Context<'_>,
+    checkpoint: &Checkpoint,
+    before: &Stack,
+    after: &Stack,
+    output: &MergeOutput,
+) -> Result<MergeReport, MergeError> {
+    if let MergeOutput::New { path, existing: Existing::Keep, .. } = output
+        && path.symlink_metadata().is_ok()
+    {
+        return Err(CheckpointError::OutputExists { path: path.clone() }.into());
+    }
+    let change = Change { checkpoint, before, after };
+    let touched = change.touched()?;
+    let findings = change.examine(ctx, &touched, None)?;
+    judge(&change, &findings)?;
+    checkpoint.unchanged()?;
+    let mut report = report(&change, &touched, &findings);
+    report.dry_run = true;
+    if let MergeOutput::New { .. } = output {
+        report.bytes_written = checkpoint.n_bytes();
+    }
+    Ok(report)
+}
+
+/// Fails where what was found forbids the change.
+///
+/// # Errors
+/// [`MergeError::Tampered`] or [`MergeError::WrongBase`].
+pub(super) fn judge(change: &Change<'_>, findings: &Findings) -> Result<(), MergeError> {
+    if findings.n_changed > 0 {
+        return Err(MergeError::Tampered {
+            path: change.checkpoint.root().to_owned(),
+            n_changed: findings.n_changed,
+            examples: findings.changed.clone(),
+        });
+    }
+    for (active, anchors) in change.after.active.iter().zip(&findings.anchors) {
+        if let Some(tensor) = &anchors.first_mismatch {
+            let n_targets = active.adapter.targets().len();
+            let made_from = Printable(&active.adapter.base().name).to_string();
+            let hint = match anchors.n_matching {
+                0 => "",
+                _ => ": was it half merged, or trained on since?",
+            };
+            let what = format!(
+                "it was made from {made_from}, this is {}; {} of {n_targets} tensors have its values at its positions{hint}",
+                Printable(&change.checkpoint.name()),
+                anchors.n_matching,
+            );
+            return Err(MergeError::WrongBase {
+                adapter: active.adapter.path().to_owned(),
+                tensor: tensor.clone(),
+                what,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The report of a change, but for what its output alone knows.
+pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Findings) -> MergeReport {
+    let ids = |stack: &Stack| stack.ids();
+    let (before, after) = (ids(change.before), ids(change.after));
+    let only = |a: &[AdapterId], b: &[AdapterId]| {
+        a.iter().filter(|id| !b.contains(id)).map(AdapterId::to_string).collect::<Vec<_>>()
+    };
+    let (kinds, total) = kind_reports(findings);
+    let mut shards: Vec<usize> = touched.iter().map(|target| target.tensor.shard_index).collect();
+    shards.sort_unstable();
+    shards.dedup();
+    let width = |target: &Touched<'_>| target.tensor.info.dtype.bitsize() as u64 / 8;
+    MergeReport {
+        base: change.checkpoint.name(),
+        dry_run: false,
+        added: only(&after, &before),
+        removed: only(&before, &after),
+        active: entries(change.after),
+        kinds,
+        total,
+        n_matched: touched.len(),
+        n_shards: change.checkpoint.shards().len(),
+        n_shards_patched: shards.len(),
+        bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
+        bytes_written: findings.n_touched * touched.iter().map(width).max().unwrap_or(0),
+        ledger_bytes: 0,
+    }
+}

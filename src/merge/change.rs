@@ -1,0 +1,392 @@
+//! From one set of active adapters to another: first everything is checked, then the weights are patched.
+//!
+//! A weight's value is a pure function of its original and the active adapters. A change therefore needs no memory of how
+//! a checkpoint came to be: [`Change::examine`] compares what lies on disk with what `before` says, proves the adapters'
+//! anchors and records the originals that `after` needs; [`patch`] writes what `after` says. Rolling back is [`patch`] in
+//! the other direction, and both may be repeated.
+
+use std::{collections::BTreeMap, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
+
+use super::{
+    MergeError,
+    ledger::{GROUP_ROWS, LedgerWriter},
+    stack::{Stack, StackRows},
+};
+use crate::{
+    backend::{PatchCounts, merged_values, pick, union_columns},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered, gather_rows},
+    mask::TargetInfo,
+    tensor::{RowColumns, RowLayout, dtype_name},
+};
+
+/// Chosen columns in one block of rows, about.
+const BLOCK_COLUMNS: u64 = 1 << 16;
+/// Changed weights that are listed one by one.
+const MOST_EXAMPLES: usize = 20;
+
+/// A step from one stack to another on one checkpoint.
+pub(super) struct Change<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) before: &'a Stack,
+    pub(super) after: &'a Stack,
+}
+
+/// A tensor that some adapter before or after the change touches.
+#[derive(Clone, Copy)]
+pub(super) struct Touched<'a> {
+    pub(super) name: &'a str,
+    pub(super) tensor: TensorRef<'a>,
+    pub(super) layout: RowLayout,
+}
+
+/// What examining a change found.
+#[derive(Default)]
+pub(super) struct Findings {
+    /// Per tensor that `after` touches, by name.
+    pub(super) counts: BTreeMap<String, PatchCounts>,
+    /// Positions touched before or after.
+    pub(super) n_touched: u64,
+    /// Weights that are not what `before` left there.
+    pub(super) n_changed: u64,
+    /// The first of them.
+    pub(super) changed: Vec<String>,
+    /// Per adapter of `after`: how many of its tensors' anchors match, and the first that does not.
+    pub(super) anchors: Vec<Anchors>,
+}
+
+/// How an adapter's anchors compare with the originals.
+#[derive(Clone, Default)]
+pub(super) struct Anchors {
+    pub(super) n_matching: usize,
+    pub(super) first_mismatch: Option<String>,
+}
+
+/// What one block of rows contributes.
+struct BlockFindings {
+    counts: PatchCounts,
+    n_touched: u64,
+    n_changed: u64,
+    changed: Vec<String>,
+    /// The positions and originals of `after`.
+    after: Option<(RowColumns, Vec<u8>)>,
+    /// Per adapter of `after` with this target: originals at its columns.
+    anchored: Vec<Option<Vec<u8>>>,
+}
+
+impl<'a> Change<'a> {
+    /// Every tensor that is touched before or after.
+    ///
+    /// # Errors
+    /// [`MergeError::Unmatched`] lists all tensors of an adapter that the checkpoint does not have as the adapter needs them.
+    pub(super) fn touched(&self) -> Result<Vec<Touched<'a>>, MergeError> {
+        let mut touched: BTreeMap<&str, Touched<'a>> = BTreeMap::new();
+        for active in self.before.active.iter().chain(&self.after.active) {
+            let mut problems = Vec::new();
+            for target in active.adapter.targets() {
+                match self.match_target(target) {
+                    Ok(tensor) => {
+                        let layout = target.layout;
+                        let first =
+                            touched.entry(&target.name).or_insert(Touched { name: &target.name, tensor, layout });
+                        if first.layout != layout {
+                            problems
+                                .push(format!("\"{}\": another adapter reads it transposed", Printable(&target.name)));
+                        }
+                    }
+                    Err(problem) => problems.push(format!("\"{}\": {problem}", Printable(&target.name))),
+                }
+            }
+            if !problems.is_empty() {
+                return Err(MergeError::Unmatched {
+                    adapter: active.adapter.path().to_owned(),
+                    base: self.checkpoint.name(),
+                    n_targets: active.adapter.targets().len(),
+                    problems,
+                });
+            }
+        }
+        Ok(touched.into_values().collect())
+    }
+
+    fn match_target(&self, target: &TargetInfo) -> Result<TensorRef<'a>, String> {
+        let tensor = self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?;
+        if tensor.info.shape != target.shape {
+            return Err(format!("adapter was made for {:?}, base has {:?}", target.shape, tensor.info.shape));
+        }
+        if tensor.info.dtype != target.dtype {
+            return Err(format!(
+                "adapter was made for {}, base has {}",
+                dtype_name(target.dtype),
+                dtype_name(tensor.info.dtype)
+            ));
+        }
+        Ok(tensor)
+    }
+
+    /// Checks every touched position and every anchor, and records the originals of `after` in `ledger`.
+    ///
+    /// Reads the touched rows of the checkpoint once. Writes nothing but the ledger. Memory: a few blocks per thread.
+    pub(super) fn examine(
+        &self,
+        ctx: &Context<'_>,
+        touched: &[Touched<'_>],
+        mut ledger: Option<&mut LedgerWriter>,
+    ) -> Result<Findings, MergeError> {
+        ctx.observer.begin("checking", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
+        let mut findings =
+            Findings { anchors: vec![Anchors::default(); self.after.active.len()], ..Findings::default() };
+        for target in touched {
+            let in_after = self.after.active.iter().any(|active| active.adapter.target(target.name).is_some());
+            let mut hashers = vec![blake3::Hasher::new(); self.after.active.len()];
+            let mut counts = PatchCounts::default();
+            if let (Some(ledger), true) = (ledger.as_deref_mut(), in_after) {
+                let info = target.tensor.info;
+                ledger.begin_target(target.name, info.dtype, &info.shape, target.layout.transposed)?;
+            }
+            let nnz = self.before.nnz(target.name) + self.after.nnz(target.name);
+            for_each_ordered(
+                ctx,
+                row_blocks(ctx, target, nnz),
+                |rows| self.examine_block(ctx, target, rows),
+                |_rows, block: BlockFindings| {
+                    counts.add(block.counts);
+                    findings.n_touched += block.n_touched;
+                    findings.n_changed += block.n_changed;
+                    let room = MOST_EXAMPLES.saturating_sub(findings.changed.len());
+                    findings.changed.extend(block.changed.into_iter().take(room));
+                    for (hasher, originals) in hashers.iter_mut().zip(&block.anchored) {
+                        hasher.update(originals.as_deref().unwrap_or_default());
+                    }
+                    if let (Some(ledger), Some((columns, originals))) = (ledger.as_deref_mut(), &block.after) {
+                        ledger.push_rows(columns, originals)?;
+                    }
+                    Ok::<_, MergeError>(())
+                },
+            )?;
+            if in_after {
+                findings.counts.insert(target.name.to_owned(), counts);
+                if let Some(ledger) = ledger.as_deref_mut() {
+                    ledger.end_target();
+                }
+            }
+            for ((active, hasher), anchors) in self.after.active.iter().zip(hashers).zip(&mut findings.anchors) {
+                let Some(info) = active.adapter.target(target.name) else { continue };
+                if hasher.finalize() == info.anchor {
+                    anchors.n_matching += 1;
+                } else {
+                    anchors.first_mismatch.get_or_insert_with(|| target.name.to_owned());
+                }
+            }
+        }
+        Ok(findings)
+    }
+
+    fn examine_block(
+        &self,
+        ctx: &Context<'_>,
+        target: &Touched<'_>,
+        rows: &Range<u64>,
+    ) -> Result<BlockFindings, MergeError> {
+        let Touched { name, tensor, layout } = *target;
+        let dtype = tensor.info.dtype;
+        let width = dtype.bitsize() / 8;
+        let before = self.before.rows(ctx, name, rows)?;
+        let after = self.after.rows(ctx, name, rows)?;
+        let all = touched_by_either(before.as_ref(), after.as_ref());
+        let found = gather_rows(ctx, tensor, layout, rows.start, &all)?;
+        let mut originals = found.clone();
+        let (mut n_changed, mut changed) = (0, Vec::new());
+        if let Some(before) = &before {
+            let recorded = self.before.originals(ctx, name, rows, &before.touched)?;
+            let (expected, _) = merged_values(dtype, &before.layers(), &before.touched, &recorded);
+            let found = pick(&all, &found, width, &before.touched);
+            for (row, column, at) in positions(&before.touched) {
+                let element = at * width..(at + 1) * width;
+                if found[element.clone()] != expected[element.clone()] {
+                    n_changed += 1;
+                    if changed.len() < MOST_EXAMPLES {
+                        let (found, expected) = (hex(&found[element.clone()]), hex(&expected[element]));
+                        let row = rows.start + row as u64;
+                        changed.push(format!(
+                            "\"{}\" [{row}, {column}]: bits {found}, the merges left {expected}",
+                            Printable(name)
+                        ));
+                    }
+                }
+            }
+            put(&all, &mut originals, width, &before.touched, &recorded);
+        }
+        let mut block = BlockFindings {
+            counts: PatchCounts::default(),
+            n_touched: all.nnz() as u64,
+            n_changed,
+            changed,
+            after: None,
+            anchored: Vec::new(),
+        };
+        if let Some(after) = &after {
+            let originals = pick(&all, &originals, width, &after.touched);
+            block.counts = merged_values(dtype, &after.layers(), &after.touched, &originals).1;
+            block.anchored = (0..self.after.active.len())
+                .map(|i| {
+                    let columns = self.after.columns_of(after, name, i)?;
+                    Some(pick(&after.touched, &originals, width, &columns))
+                })
+                .collect();
+            block.after = Some((after.touched.clone(), originals));
+        }
+        let share = (rows.end - rows.start) * tensor.info.n_bytes() / layout.n_rows();
+        ctx.observer.advance(share);
+        Ok(block)
+    }
+}
+
+/// Writes what `after` says at every position that `before` or `after` touches; `files` are the shards, open for writing,
+/// in the checkpoint's order, `None` for those that may not be written.
+///
+/// The result depends on the two ledgers alone, not on what the shards hold: it may be repeated, and undone by exchanging
+/// `before` and `after`. The shards are synced at the end.
+pub(super) fn patch(
+    ctx: &Context<'_>,
+    touched: &[Touched<'_>],
+    files: &[Option<File>],
+    before: &Stack,
+    after: &Stack,
+) -> Result<(), MergeError> {
+    ctx.observer.begin("patching", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
+    let blocks = touched.iter().flat_map(|target| {
+        let nnz = before.nnz(target.name) + after.nnz(target.name);
+        row_blocks(ctx, target, nnz).map(move |rows| (target, rows))
+    });
+    for_each_ordered(
+        ctx,
+        blocks,
+        |(target, rows)| {
+            let file = files[target.tensor.shard_index].as_ref().expect("touched shards are open for writing");
+            patch_block(ctx, target, rows, file, before, after)
+        },
+        |_, ()| Ok::<_, MergeError>(()),
+    )?;
+    for target in touched.iter().map(|target| target.tensor.shard_index).collect::<std::collections::BTreeSet<_>>() {
+        let path =
+            touched.iter().find(|t| t.tensor.shard_index == target).map_or(Path::new(""), |t| t.tensor.shard.path());
+        let file = files[target].as_ref().expect("touched shards are open for writing");
+        // Not tried again on failure: the system may have dropped the pages and would then report success.
+        file.sync_data().map_err(|e| CheckpointError::io("sync", path, e))?;
+    }
+    Ok(())
+}
+
+fn patch_block(
+    ctx: &Context<'_>,
+    target: &Touched<'_>,
+    rows: &Range<u64>,
+    file: &File,
+    before: &Stack,
+    after: &Stack,
+) -> Result<(), MergeError> {
+    let Touched { name, tensor, layout } = *target;
+    let dtype = tensor.info.dtype;
+    let width = dtype.bitsize() / 8;
+    let before_rows = before.rows(ctx, name, rows)?;
+    let after_rows = after.rows(ctx, name, rows)?;
+    let all = touched_by_either(before_rows.as_ref(), after_rows.as_ref());
+    let mut values = vec![0; all.nnz() * width];
+    for (stack, rows_of) in [(before, &before_rows), (after, &after_rows)] {
+        if let Some(rows_of) = rows_of {
+            let originals = stack.originals(ctx, name, rows, &rows_of.touched)?;
+            put(&all, &mut values, width, &rows_of.touched, &originals);
+        }
+    }
+    if let Some(after) = &after_rows {
+        let originals = pick(&all, &values, width, &after.touched);
+        let (merged, _) = merged_values(dtype, &after.layers(), &after.touched, &originals);
+        put(&all, &mut values, width, &after.touched, &merged);
+    }
+    let start = tensor.shard.file_range(tensor.info).start;
+    let mut writes: Vec<(u64, usize)> = positions(&all)
+        .map(|(row, column, at)| {
+            (start + layout.flat(rows.start + row as u64, u64::from(column)) * width as u64, at * width)
+        })
+        .collect();
+    writes.sort_unstable();
+    write_elements(file, &writes, &values, width).map_err(|e| CheckpointError::io("write", tensor.shard.path(), e))?;
+    ctx.observer.advance((rows.end - rows.start) * tensor.info.n_bytes() / layout.n_rows());
+    Ok(())
+}
+
+/// Writes elements at ascending file offsets; those close together in one call, with what lies between them read first.
+fn write_elements(file: &File, writes: &[(u64, usize)], values: &[u8], width: usize) -> std::io::Result<()> {
+    /// Bytes between two elements up to which one longer write is cheaper than two calls.
+    const CLOSE: u64 = 1024;
+    const LONGEST: u64 = 1 << 20;
+    let mut buffer = Vec::new();
+    let mut rest = writes;
+    while let [(first, at), ..] = *rest {
+        let mut n = 1;
+        while n < rest.len() && rest[n].0 - rest[n - 1].0 <= CLOSE && rest[n].0 - first < LONGEST {
+            n += 1;
+        }
+        let (run, others) = rest.split_at(n);
+        rest = others;
+        if n == 1 {
+            file.write_all_at(&values[at..at + width], first)?;
+            continue;
+        }
+        buffer.resize((run[n - 1].0 - first) as usize + width, 0);
+        file.read_exact_at(&mut buffer, first)?;
+        for &(offset, at) in run {
+            let place = (offset - first) as usize;
+            buffer[place..place + width].copy_from_slice(&values[at..at + width]);
+        }
+        file.write_all_at(&buffer, first)?;
+    }
+    Ok(())
+}
+
+/// A tensor's rows in blocks that begin at multiples of 64 and hold about [`BLOCK_COLUMNS`] of `nnz` touched positions.
+pub(super) fn row_blocks(
+    ctx: &Context<'_>,
+    target: &Touched<'_>,
+    nnz: u64,
+) -> impl Iterator<Item = Range<u64>> + Send + use<> {
+    let n_rows = target.layout.n_rows();
+    let by_columns = n_rows.saturating_mul(BLOCK_COLUMNS) / nnz.max(1);
+    let by_bytes = n_rows.saturating_mul(ctx.window_bytes()) / target.tensor.info.n_bytes().max(1);
+    let step = by_columns.min(by_bytes).next_multiple_of(GROUP_ROWS).max(GROUP_ROWS);
+    (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
+}
+
+fn touched_by_either(before: Option<&StackRows>, after: Option<&StackRows>) -> RowColumns {
+    let parts: Vec<&RowColumns> = before.into_iter().chain(after).map(|rows| &rows.touched).collect();
+    union_columns(&parts)
+}
+
+/// Row, column and index of every element.
+pub(super) fn positions(columns: &RowColumns) -> impl Iterator<Item = (usize, u32, usize)> {
+    (0..columns.n_rows()).flat_map(move |row| {
+        columns.row(row).iter().zip(columns.row_range(row)).map(move |(&column, at)| (row, column, at))
+    })
+}
+
+/// Puts `elements` (one per column of `part`) where those columns stand among `all`.
+fn put(all: &RowColumns, bytes: &mut [u8], width: usize, part: &RowColumns, elements: &[u8]) {
+    if all == part {
+        bytes.copy_from_slice(elements);
+        return;
+    }
+    for row in 0..part.n_rows() {
+        let (mut at, columns) = (all.row_range(row).start, all.columns());
+        for (&column, from) in part.row(row).iter().zip(part.row_range(row)) {
+            while columns[at] != column {
+                at += 1;
+            }
+            bytes[at * width..(at + 1) * width].copy_from_slice(&elements[from * width..(from + 1) * width]);
+        }
+    }
+}
+
+/// The bits of a little-endian element, most significant first.
+pub(super) fn hex(element: &[u8]) -> String {
+    element.iter().rev().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,126 @@
+//! What can go wrong with merges, each error naming the checkpoint and the adapter.
+
+use std::path::PathBuf;
+
+use crate::{
+    adapter::{AdapterError, AdapterId},
+    checkpoint::{CheckpointError, ErrorKind, Printable},
+    mask::MaskError,
+};
+
+/// What can go wrong while merging, unmerging, verifying or recovering.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// A file could not be read or written, or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// An adapter could not be read.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// An adapter's columns could not be read.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// Tensors of an adapter that the base does not have as the adapter needs them.
+    #[error("{}: {} of {n_targets} tensors do not match the base {}:{}", Printable::path(.adapter), .problems.len(), Printable(.base), list(.problems))]
+    Unmatched {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The base's name.
+        base: String,
+        /// Tensors of the adapter.
+        n_targets: usize,
+        /// One line for each that does not match.
+        problems: Vec<String>,
+    },
+    /// The base's values at the adapter's positions are not those it was made from.
+    #[error("{}: tensor \"{}\": made for another base: {}", Printable::path(.adapter), Printable(.tensor), .what)]
+    WrongBase {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The first tensor whose values differ.
+        tensor: String,
+        /// Both bases, and how many tensors agree.
+        what: String,
+    },
+    /// The adapter is in the checkpoint already.
+    #[error("{}: adapter {} is merged into it already", Printable::path(.path), .id.short())]
+    AlreadyMerged {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The adapter.
+        id: AdapterId,
+    },
+    /// Weights that a merge wrote were changed since by somebody else.
+    #[error("{}: {n_changed} weights are not what the merges recorded in its ledger left there:{}", Printable::path(.path), list(.examples))]
+    Tampered {
+        /// The checkpoint.
+        path: PathBuf,
+        /// How many.
+        n_changed: u64,
+        /// The first of them.
+        examples: Vec<String>,
+    },
+    /// Doing this would be wrong.
+    #[error("{}: {what}", Printable::path(.path))]
+    Refused {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Why.
+        what: String,
+    },
+    /// The ledger or the journal is not what was written.
+    #[error("{}: {what}", Printable::path(.path))]
+    BadLedger {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A change was interrupted and waits to be finished or rolled back.
+    #[error("{}: a change was interrupted and waits for `recover`", Printable::path(.path))]
+    Interrupted {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A change failed midway, and rolling it back failed too.
+    #[error("{}: rolling back failed ({rollback}); the change waits for `recover`", Printable::path(.path))]
+    RollbackFailed {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Why the change failed.
+        source: Box<MergeError>,
+        /// Why rolling back failed.
+        rollback: Box<MergeError>,
+    },
+}
+
+impl MergeError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::Adapter(e) => e.kind(),
+            Self::Mask(e) => e.kind(),
+            Self::Usage(_) => ErrorKind::Usage,
+            Self::Unmatched { .. }
+            | Self::WrongBase { .. }
+            | Self::AlreadyMerged { .. }
+            | Self::Tampered { .. }
+            | Self::Refused { .. } => ErrorKind::Refused,
+            Self::BadLedger { .. } => ErrorKind::BadInput,
+            Self::Interrupted { .. } | Self::RollbackFailed { .. } => ErrorKind::Interrupted,
+        }
+    }
+}
+
+fn list(problems: &[String]) -> String {
+    const MOST: usize = 50;
+    let mut list: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > MOST {
+        list += &format!("\n  … and {} more", problems.len() - MOST);
+    }
+    list
+}

@@ -1,0 +1,101 @@
+//! `txn`: the record of the change under way.
+//!
+//! Two lines of text: a JSON document with the digests of the ledger before and after the change, and the BLAKE3 of that
+//! document in hexadecimal. Its presence says that the weights may be those of either ledger, or a mixture.
+
+use std::{fs, io, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::MergeError;
+use crate::checkpoint::{CheckpointError, Existing, write_atomic};
+
+/// Journals larger than this are refused.
+const MAX_BYTES: u64 = 4096;
+
+/// A change under way, from one ledger to another.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Journal {
+    kind: JournalKind,
+    version: u32,
+    /// BLAKE3 of `ledger` before the change, or none where nothing was merged.
+    pub before: Option<String>,
+    /// BLAKE3 of `ledger.new`, which becomes `ledger`.
+    pub after: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum JournalKind {
+    Txn,
+}
+
+impl Journal {
+    /// A change between ledgers of these digests.
+    pub fn new(before: Option<blake3::Hash>, after: blake3::Hash) -> Self {
+        let hex = |hash: blake3::Hash| hash.to_hex().to_string();
+        Self { kind: JournalKind::Txn, version: 1, before: before.map(hex), after: hex(after) }
+    }
+
+    /// The journal at `path`, or `None` where there is none.
+    ///
+    /// # Errors
+    /// [`MergeError::BadLedger`] where a bit of it is not as written.
+    pub fn open(path: &Path) -> Result<Option<Self>, MergeError> {
+        let bytes = match fs::metadata(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Ok(meta) if meta.len() > MAX_BYTES => Vec::new(),
+            _ => fs::read(path).map_err(|e| CheckpointError::io("read", path, e))?,
+        };
+        Self::parse(&bytes).map(Some).map_err(|what| MergeError::BadLedger { path: path.to_owned(), what })
+    }
+
+    /// Parses the two lines.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let damaged = || "the journal is damaged: its checksum does not match".to_owned();
+        let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
+        let (document, rest) = text.split_once('\n').ok_or_else(damaged)?;
+        if rest != format!("{}\n", blake3::hash(document.as_bytes()).to_hex()) {
+            return Err(damaged());
+        }
+        let journal: Self = serde_json::from_str(document).map_err(|e| format!("the journal is malformed: {e}"))?;
+        match journal.version {
+            1 => Ok(journal),
+            version => Err(format!("the journal has version {version}, this program reads version 1")),
+        }
+    }
+
+    /// Writes the journal, durably: from here on a crash needs recovery.
+    pub fn write(&self, path: &Path) -> Result<(), MergeError> {
+        Ok(write_atomic(path, Existing::Replace, &self.to_bytes())?)
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let document = serde_json::to_string(self).expect("strings serialise");
+        format!("{document}\n{}\n", blake3::hash(document.as_bytes()).to_hex()).into_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flipped_bit_of_a_journal_is_found() {
+        let journal = Journal::new(Some(blake3::hash(b"a")), blake3::hash(b"b"));
+        let bytes = journal.to_bytes();
+        assert_eq!(Journal::parse(&bytes).unwrap(), journal);
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(Journal::parse(&flipped).is_err(), "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            assert!(Journal::parse(&bytes[..len]).is_err(), "cut at {len}");
+        }
+    }
+}

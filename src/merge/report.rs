@@ -1,0 +1,116 @@
+//! What merges report. Field names are stable; nothing in a report depends on threads, time or place.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{change::Findings, stack::Stack};
+use crate::{backend::PatchCounts, tensor::projection_kind};
+
+/// An adapter in a checkpoint.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct AdapterEntry {
+    /// The adapter's id, 64 hexadecimal digits.
+    pub id: String,
+    /// The scale it is merged with.
+    pub scale: f64,
+    /// The base it says it was made from.
+    pub base: String,
+    /// Tensors it touches.
+    pub n_tensors: usize,
+    /// Deltas it holds.
+    pub n_deltas: u64,
+}
+
+/// Deltas on one kind of projection.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct KindReport {
+    /// Such as `q_proj`.
+    pub kind: String,
+    /// Tensors touched.
+    pub n_tensors: u64,
+    /// Positions touched.
+    pub n_touched: u64,
+    /// Positions where the deltas are not all zero.
+    pub n_nonzero: u64,
+    /// Of those, positions whose weight kept its bits: rounding swallowed the delta.
+    pub n_absorbed: u64,
+    /// `n_absorbed / n_nonzero`, or 0.
+    pub absorbed_share: f64,
+    /// Positions whose weight got other bits.
+    pub n_changed: u64,
+    /// Positions where a finite weight became infinite or NaN.
+    pub n_overflowed: u64,
+}
+
+/// What a merge or an unmerge did, or would do.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MergeReport {
+    /// The checkpoint's name.
+    pub base: String,
+    /// Whether nothing was written.
+    pub dry_run: bool,
+    /// Ids of the adapters that were added.
+    pub added: Vec<String>,
+    /// Ids of the adapters that were taken out.
+    pub removed: Vec<String>,
+    /// Adapters in the checkpoint afterwards, by id.
+    pub active: Vec<AdapterEntry>,
+    /// Per kind of projection, over all active adapters.
+    pub kinds: Vec<KindReport>,
+    /// All kinds together.
+    pub total: KindReport,
+    /// Tensors of the adapters, all of which match the base.
+    pub n_matched: usize,
+    /// Shards of the checkpoint.
+    pub n_shards: usize,
+    /// Of those, shards that were patched.
+    pub n_shards_patched: usize,
+    /// Bytes read from touched tensors while checking.
+    pub bytes_checked: u64,
+    /// Bytes of the output's files, or, in place, of the weights written.
+    pub bytes_written: u64,
+    /// Bytes of the ledger without the adapters' copies; 0 where there is none.
+    pub ledger_bytes: u64,
+}
+
+/// The counts of one kind of projection.
+fn kind_report(kind: &str, n_tensors: u64, counts: PatchCounts) -> KindReport {
+    let share = if counts.nonzero == 0 { 0.0 } else { counts.absorbed as f64 / counts.nonzero as f64 };
+    KindReport {
+        kind: kind.to_owned(),
+        n_tensors,
+        n_touched: counts.touched,
+        n_nonzero: counts.nonzero,
+        n_absorbed: counts.absorbed,
+        absorbed_share: share,
+        n_changed: counts.changed,
+        n_overflowed: counts.overflowed,
+    }
+}
+
+/// Per kind of projection, and all together.
+pub(super) fn kind_reports(findings: &Findings) -> (Vec<KindReport>, KindReport) {
+    let mut kinds: BTreeMap<&str, (u64, PatchCounts)> = BTreeMap::new();
+    let mut total = PatchCounts::default();
+    for (name, counts) in &findings.counts {
+        let (n_tensors, kind) = kinds.entry(projection_kind(name)).or_default();
+        *n_tensors += 1;
+        kind.add(*counts);
+        total.add(*counts);
+    }
+    let total = kind_report("total", findings.counts.len() as u64, total);
+    (kinds.into_iter().map(|(kind, (n, counts))| kind_report(kind, n, counts)).collect(), total)
+}
+
+/// The adapters of a stack.
+pub(super) fn entries(stack: &Stack) -> Vec<AdapterEntry> {
+    let entry = |active: &super::stack::Active| AdapterEntry {
+        id: active.id.to_string(),
+        scale: active.scale,
+        base: active.adapter.base().name.clone(),
+        n_tensors: active.adapter.targets().len(),
+        n_deltas: active.adapter.targets().iter().map(|target| target.nnz).sum(),
+    };
+    stack.active.iter().map(entry).collect()
+}

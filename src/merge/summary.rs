@@ -1,0 +1,49 @@
+//! What a checkpoint's ledger says, read from its header alone.
+
+use serde::Serialize;
+
+use super::{
+    MergeError,
+    ledger::{ActiveAdapter, LedgerDocument},
+    state::StateFolder,
+};
+use crate::checkpoint::{Checkpoint, Shard};
+
+/// The merges that a checkpoint remembers.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct LedgerSummary {
+    /// Merged adapters, by id.
+    pub active: Vec<ActiveAdapter>,
+    /// Tensors that they touch.
+    pub n_tensors: usize,
+    /// Positions that they touch, each remembered once.
+    pub n_touched: u64,
+    /// Bytes of the ledger, without the adapters' copies.
+    pub ledger_bytes: u64,
+    /// Whether a change was interrupted and waits for `recover`.
+    pub interrupted: bool,
+}
+
+/// The ledger of an open checkpoint, or `None` where it has none. Reads the ledger's header only.
+///
+/// # Errors
+/// [`MergeError::BadLedger`] where the header is not what was written.
+pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, MergeError> {
+    let state = StateFolder::of(checkpoint)?;
+    let interrupted = state.is_interrupted();
+    let path = state.ledger();
+    if path.symlink_metadata().is_err() {
+        let summary = LedgerSummary { active: Vec::new(), n_tensors: 0, n_touched: 0, ledger_bytes: 0, interrupted };
+        return Ok(interrupted.then_some(summary));
+    }
+    let shard = Shard::open(&path)?;
+    let document = LedgerDocument::parse(shard.header().metadata())
+        .map_err(|what| MergeError::BadLedger { path: path.clone(), what })?;
+    Ok(Some(LedgerSummary {
+        n_tensors: document.targets.len(),
+        n_touched: document.nnz(),
+        ledger_bytes: shard.file_bytes(),
+        active: document.active,
+        interrupted,
+    }))
+}
