@@ -3,8 +3,10 @@
 use std::{error::Error, fmt, io, process::ExitCode};
 
 use neuroada_ckpt::{
+    adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind},
     mask::MaskError,
+    merge::MergeError,
 };
 
 /// An error with advice, which is printed on a line of its own.
@@ -104,6 +106,8 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     }
     None.or_else(|| error.downcast_ref().map(CheckpointError::kind))
         .or_else(|| error.downcast_ref().map(MaskError::kind))
+        .or_else(|| error.downcast_ref().map(AdapterError::kind))
+        .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
 }
 

@@ -12,8 +12,12 @@ mod env;
 mod failure;
 mod inspect;
 mod man;
+mod merge;
 mod page;
 mod progress;
+mod recover;
+mod unmerge;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -56,6 +60,10 @@ Exit codes:
 #[derive(Subcommand)]
 enum Command {
     Inspect(inspect::InspectArgs),
+    Merge(merge::MergeArgs),
+    Unmerge(unmerge::UnmergeArgs),
+    Verify(verify::VerifyArgs),
+    Recover(recover::RecoverArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -63,6 +71,10 @@ enum Command {
 fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
+        Command::Merge(args) => merge::run(args, env),
+        Command::Unmerge(args) => unmerge::run(args, env),
+        Command::Verify(args) => verify::run(args, env),
+        Command::Recover(args) => recover::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
     }

@@ -1,0 +1,34 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use neuroada_ckpt::merge::{self, Recovered};
+use serde::Serialize;
+
+use super::{Answer, env::Env};
+
+/// Finish or roll back an interrupted change
+///
+/// A merge or unmerge in place that was cut short, by a crash or a power loss, leaves a journal. This brings the checkpoint back to
+/// what it was before, or, where the change had been committed, removes what it left. It may itself be interrupted.
+#[derive(Args)]
+pub(super) struct RecoverArgs {
+    /// Directory or .safetensors file of the checkpoint
+    path: PathBuf,
+}
+
+#[derive(Serialize)]
+struct RecoverReport {
+    outcome: Recovered,
+}
+
+pub(super) fn run(args: RecoverArgs, env: &Env) -> anyhow::Result<Answer> {
+    let outcome = merge::recover(&env.context(), &args.path)?;
+    env.report(&RecoverReport { outcome }, |report, page| {
+        page.line(match report.outcome {
+            Recovered::Nothing => "nothing to recover",
+            Recovered::RolledBack => "rolled back: the checkpoint is as it was before the interrupted change",
+            Recovered::Finished => "finished: the interrupted change had been committed",
+        });
+    })?;
+    Ok(Answer::Yes)
+}

@@ -1,0 +1,65 @@
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use anyhow::bail;
+use clap::Args;
+use neuroada_ckpt::{
+    adapter::{Adapter, AdapterId},
+    checkpoint::Checkpoint,
+    merge::{self, MergeOptions, Which},
+};
+
+use super::{
+    Answer,
+    env::Env,
+    merge::{OutputArgs, tell},
+};
+
+/// Take adapters out of a checkpoint again, exactly
+///
+/// Works on checkpoints that merge left with a ledger, in place unless --output is given, in any order. Nothing is subtracted:
+/// the ledger holds the original bits. With no adapter named all are taken out, and every byte of the base returns.
+#[derive(Args)]
+pub(super) struct UnmergeArgs {
+    /// Directory or .safetensors file of the merged checkpoint
+    path: PathBuf,
+    /// Adapter to take out: its id or the beginning of it, or its file; may be given several times [default: all]
+    #[arg(short, long = "adapter", value_name = "ID")]
+    adapters: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
+    let which = if args.adapters.is_empty() {
+        Which::All
+    } else {
+        Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<anyhow::Result<_>>()?)
+    };
+    let options: MergeOptions = args.output.options(true);
+    let report = merge::unmerge(&env.context(), &args.path, &which, &options)?;
+    tell(&report, env)?;
+    Ok(Answer::Yes)
+}
+
+/// The adapter that an id, the beginning of one, or a file stands for.
+fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
+    if let Ok(id) = AdapterId::from_str(text) {
+        return Ok(id);
+    }
+    let is_hex = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !is_hex || Path::new(text).exists() {
+        return Ok(Adapter::open(Path::new(text))?.id(&env.context())?);
+    }
+    let summary = merge::ledger_summary(&Checkpoint::open(path)?)?;
+    let active = summary.map(|summary| summary.active).unwrap_or_default();
+    let found: Vec<&str> =
+        active.iter().map(|entry| entry.id.as_str()).filter(|id| id.starts_with(&text.to_lowercase())).collect();
+    match found[..] {
+        [id] => Ok(AdapterId::from_str(id)?),
+        [] => bail!("no adapter merged into {} has an id that begins with {text}", path.display()),
+        _ => bail!("{} adapters merged into {} have ids that begin with {text}", found.len(), path.display()),
+    }
+}
