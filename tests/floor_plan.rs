@@ -406,7 +406,7 @@ fn first_segments(tokens: &[Token], next: usize) -> Vec<(usize, String)> {
             break;
         }
         let begins = i == next + 2 || tokens[i - 1].text == ",";
-        if depth == 1 && begins && tokens[i].text != "," {
+        if depth == 1 && begins && !matches!(tokens[i].text.as_str(), "," | "}") {
             found.extend(segment(i));
         }
     }
@@ -496,6 +496,7 @@ fn imports_are_found_in_every_spelling() {
         ("src/mask/rank.rs", "mod tests { use super::super::super::merge; }", &["merge"]),
         ("src/mask/rank.rs", "mod tests { fn f() {} } use super::super::merge;", &["merge"]),
         ("src/mask/mod.rs", "macro_rules! m { () => { $crate::merge::run() } }", &["merge"]),
+        ("src/mask/mod.rs", "use crate::{tensor::{Dtype,}, checkpoint};", &["tensor", "checkpoint"]),
         ("src/mask/mod.rs", "use crate::*;", &["*"]),
         ("src/mask/mod.rs", "use crate as root;", &["*"]),
         ("src/mask/mod.rs", "use crate::{self as root, tensor};", &["*", "tensor"]),

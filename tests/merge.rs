@@ -1,5 +1,7 @@
 //! Merging, unmerging and proving, on small checkpoints made here and on results of other implementations.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -1,4 +1,7 @@
 //! Policy: which weights of a checkpoint take part.
+//!
+//! A mask lists chosen columns for each row of each target tensor, and the recipe that chose them. What masks and adapters have
+//! in common on disk (columns, row offsets, the JSON document) is read and written here, a run of rows at a time.
 
 mod document;
 mod error;
