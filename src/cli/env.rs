@@ -153,7 +153,6 @@ impl Env {
     }
 
     /// Tells something beside the report, on stderr; silent with `-q`.
-    #[allow(dead_code, reason = "for commands with something to tell beside their report")]
     pub(super) fn note(&self, words: &str) {
         if !self.args.quiet {
             self.progress.tell(words);

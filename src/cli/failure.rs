@@ -4,7 +4,7 @@ use std::{error::Error, fmt, io, process::ExitCode};
 
 use neuroada_ckpt::{
     adapter::AdapterError,
-    checkpoint::{CheckpointError, ErrorKind},
+    checkpoint::{CheckpointError, ErrorKind, Printable},
     mask::MaskError,
     merge::MergeError,
 };
@@ -29,7 +29,6 @@ impl Error for Hinted {
 }
 
 /// Adds advice to what may fail: `open(path).hint("…")?`.
-#[allow(dead_code, reason = "for commands that know what to advise")]
 pub(super) trait Hint<T> {
     /// `hint` is one sentence, lower case, no full stop.
     fn hint(self, hint: &str) -> anyhow::Result<T>;
@@ -113,10 +112,39 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
 
 /// Advice that fits an error wherever it comes from.
 fn advice(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|error| match error.downcast_ref()? {
-        CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
-        _ => None,
+    error.chain().find_map(|error| {
+        if let Some(MergeError::Interrupted { path } | MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
+            return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
+        }
+        match file_error(error)? {
+            CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
+            _ => None,
+        }
     })
+}
+
+/// The error about a file that an error of the library is, on whatever floor: transparent variants are no link of the chain.
+fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointError> {
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            MergeError::Checkpoint(error) => Some(error),
+            MergeError::Adapter(error) => file_error(error),
+            MergeError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            AdapterError::Checkpoint(error) => Some(error),
+            AdapterError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    match error.downcast_ref() {
+        Some(MaskError::Checkpoint(error)) => Some(error),
+        Some(_) => None,
+        None => error.downcast_ref(),
+    }
 }
 
 #[cfg(test)]
@@ -155,7 +183,24 @@ mod tests {
 
     #[test]
     fn existing_output_is_advised_on() {
-        let (code, words) = told(CheckpointError::OutputExists { path: "a".into() }.into());
-        assert_eq!((code, words.as_str()), (4, "error: a exists already\nhint: --force replaces it\n"));
+        let exists = || CheckpointError::OutputExists { path: "a".into() };
+        let on_every_floor = [
+            exists().into(),
+            MaskError::from(exists()).into(),
+            AdapterError::from(MaskError::from(exists())).into(),
+            MergeError::from(AdapterError::from(exists())).into(),
+        ];
+        for error in on_every_floor {
+            let (code, words) = told(error);
+            assert_eq!((code, words.as_str()), (4, "error: a exists already\nhint: --force replaces it\n"));
+        }
+    }
+
+    #[test]
+    fn interrupted_changes_are_advised_on() {
+        let (code, words) = told(MergeError::Interrupted { path: "a b".into() }.into());
+        let expected =
+            "error: a b: a change was interrupted and waits for `recover`\nhint: neuroada-ckpt recover a b\n";
+        assert_eq!((code, words.as_str()), (6, expected));
     }
 }

@@ -5,8 +5,6 @@
 //! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
-#![allow(dead_code, reason = "what all commands share is here before they are")]
-
 mod completions;
 mod env;
 mod failure;
@@ -86,7 +84,6 @@ enum Answer {
     /// Done, or "yes" (exit 0).
     Yes,
     /// Files differ, or a check failed (exit 1).
-    #[allow(dead_code, reason = "only commands that ask a question answer no")]
     No,
 }
 

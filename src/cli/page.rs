@@ -168,7 +168,6 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
 }
 
 /// A measured number, four digits that matter: `0.01234`, `1.234e-9`.
-#[allow(dead_code, reason = "for reports with norms and changes")]
 pub(super) fn number(x: f64) -> String {
     if x == 0.0 || !x.is_finite() {
         return format!("{x}");

@@ -1,3 +1,8 @@
+//! `inspect`: what a file or folder is, told from its headers. Plain tensors are counted here, with the PEFT adapters of other
+//! tools; what a mask or an adapter says about its targets is read in [`sparse`].
+
+mod sparse;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -7,12 +12,16 @@ use std::{
 use clap::Args;
 use globset::{Glob, GlobMatcher};
 use neuroada_ckpt::{
+    adapter::Adapter,
     checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef},
+    mask::{FileKind, MaskFile},
+    merge::{ActiveAdapter, LedgerSummary, MergeError, ledger_summary},
     tensor::{dtype_name, projection_kind},
 };
 use serde::Serialize;
 use serde_json::Value;
 
+use self::sparse::SparseFacts;
 use super::{
     Answer,
     env::Env,
@@ -48,7 +57,7 @@ pub(super) struct InspectArgs {
 /// What `inspect` found; the fields of its JSON document.
 #[derive(Serialize)]
 struct InspectReport {
-    kind: FileKind,
+    kind: Kind,
     name: String,
     layout: &'static str,
     model_type: Option<String>,
@@ -61,23 +70,53 @@ struct InspectReport {
     shards: Vec<ShardFacts>,
     /// Of `adapter_config.json`, what says how the adapter is applied.
     peft: Option<serde_json::Map<String, Value>>,
+    /// Of a mask or an adapter.
+    sparse: Option<SparseFacts>,
+    /// What a merged checkpoint remembers.
+    merges: Option<LedgerSummary>,
     /// Only with `--tensors`.
     tensors: Option<Vec<TensorFacts>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum FileKind {
+enum Kind {
     Checkpoint,
+    Mask,
+    Adapter,
+    Ledger,
     PeftAdapter,
+    /// It says that it is something this version does not know.
+    Unknown,
 }
 
-impl FileKind {
+impl Kind {
     fn word(self) -> &'static str {
         match self {
             Self::Checkpoint => "checkpoint",
+            Self::Mask => "mask",
+            Self::Adapter => "adapter",
+            Self::Ledger => "ledger",
             Self::PeftAdapter => "PEFT adapter",
+            Self::Unknown => "unknown",
         }
+    }
+
+    /// What an open checkpoint is, by its document.
+    fn of(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
+        let [shard] = checkpoint.shards() else { return Ok(Self::Checkpoint) };
+        if checkpoint.layout() != Layout::File {
+            return Ok(Self::Checkpoint);
+        }
+        Ok(match FileKind::of(shard)? {
+            FileKind::Plain => Self::Checkpoint,
+            FileKind::Document(kind) => match kind.as_str() {
+                "mask" => Self::Mask,
+                "adapter" => Self::Adapter,
+                "ledger" => Self::Ledger,
+                _ => Self::Unknown,
+            },
+        })
     }
 }
 
@@ -144,10 +183,20 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         Some(_) => Checkpoint::open(&path.join(PEFT_TENSORS))?,
         None => Checkpoint::open(path)?,
     };
+    let kind = if peft.is_some() { Kind::PeftAdapter } else { Kind::of(&checkpoint)? };
+    let sparse = match kind {
+        Kind::Adapter => Some(SparseFacts::of_adapter(&Adapter::open(path)?, filter, list_tensors)),
+        Kind::Mask => Some(SparseFacts::of_mask(&MaskFile::open(path)?, filter, list_tensors)),
+        _ => None,
+    };
+    let merges = match kind {
+        Kind::Checkpoint => merges_of(&checkpoint)?,
+        _ => None,
+    };
     let chosen = || checkpoint.tensors().filter(|tensor| filter.is_none_or(|f| f.is_match(&tensor.info.name)));
     let total = Count::of(chosen());
     Ok(InspectReport {
-        kind: if peft.is_some() { FileKind::PeftAdapter } else { FileKind::Checkpoint },
+        kind,
         name: if peft.is_some() { folder_name(path) } else { checkpoint.name() },
         layout: match checkpoint.layout() {
             Layout::File => "file",
@@ -162,8 +211,18 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         kinds: count_kinds(chosen()),
         shards: shard_facts(&checkpoint),
         peft,
+        sparse,
+        merges,
         tensors: list_tensors.then(|| chosen().map(TensorFacts::of).collect()),
     })
+}
+
+fn merges_of(checkpoint: &Checkpoint) -> anyhow::Result<Option<LedgerSummary>> {
+    match ledger_summary(checkpoint) {
+        // One shard of a merged checkpoint: the ledger is that of the whole.
+        Err(MergeError::Refused { .. }) if checkpoint.layout() == Layout::File => Ok(None),
+        summary => Ok(summary?),
+    }
 }
 
 /// What a PEFT adapter's folder holds beside its tensors, or `None` where `path` is something else.
@@ -268,18 +327,38 @@ fn write_page(report: &InspectReport, page: &mut Page) {
         _ if report.shards.len() == 1 => "1 shard".to_owned(),
         _ => format!("{} shards", report.shards.len()),
     };
-    let mut facts = vec![
-        (report.kind.word(), format!("{}{model_type}, {layout}", report.name)),
-        ("tensors", count(report.n_tensors)),
-        ("parameters", count(report.n_parameters)),
-        ("size", bytes(report.n_bytes)),
-    ];
+    let mut facts = vec![(report.kind.word(), format!("{}{model_type}, {layout}", report.name))];
+    match &report.sparse {
+        Some(sparse) => facts.extend(sparse.facts()),
+        None => facts.extend([("tensors", count(report.n_tensors)), ("parameters", count(report.n_parameters))]),
+    }
+    facts.push(("size", bytes(report.n_bytes)));
     if let Some(peft) = &report.peft {
         facts.extend(peft.iter().map(|(key, value)| ("config", format!("{key}={}", value_text(value)))));
     }
     facts.extend(shared_metadata(&report.shards));
+    if let Some(merges) = &report.merges {
+        facts.extend(merge_facts(merges));
+    }
     page.facts(&facts);
+    match &report.sparse {
+        Some(sparse) => sparse.write_tables(page),
+        None => write_tables(report, page),
+    }
+}
 
+fn merge_facts(merges: &LedgerSummary) -> Vec<(&'static str, String)> {
+    let merged = |adapter: &ActiveAdapter| ("merged", format!("{} scale {}", adapter.id, adapter.scale));
+    let mut facts: Vec<_> = merges.active.iter().map(merged).collect();
+    let (touched, tensors) = (count(merges.n_touched), count(merges.n_tensors as u64));
+    facts.push(("ledger", format!("{touched} originals of {tensors} tensors, {}", bytes(merges.ledger_bytes))));
+    if merges.interrupted {
+        facts.push(("state", "a change was interrupted and waits for recover".to_owned()));
+    }
+    facts
+}
+
+fn write_tables(report: &InspectReport, page: &mut Page) {
     let mut dtypes = Table::new(["type", "tensors>", "parameters>", "size>", "share>"]);
     for DtypeCount { dtype, count: of } in &report.dtypes {
         let share = percent(of.n_parameters, report.n_parameters);
@@ -327,12 +406,13 @@ fn write_page(report: &InspectReport, page: &mut Page) {
     }
 }
 
-/// Metadata that all shards share, as `key value`.
+/// Metadata that all shards share; what is the program's own is told in other words.
 fn shared_metadata(shards: &[ShardFacts]) -> Vec<(&'static str, String)> {
     let Some((first, others)) = shards.split_first() else { return Vec::new() };
     let is_shared =
         |(key, value): &(&String, &String)| others.iter().all(|shard| shard.metadata.get(*key) == Some(*value));
-    let words = first.metadata.iter().filter(is_shared).take(MOST_ROWS);
+    let is_foreign = |(key, _): &(&String, &String)| key.as_str() != "neuroada" && !key.starts_with("neuroada.");
+    let words = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MOST_ROWS);
     words.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
 }
 

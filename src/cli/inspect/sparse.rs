@@ -1,0 +1,206 @@
+//! What a mask or an adapter says about itself.
+
+use std::collections::BTreeMap;
+
+use globset::GlobMatcher;
+use neuroada_ckpt::{
+    adapter::{Adapter, AdapterNotes},
+    mask::{BaseInfo, MaskFile, Recipe, TargetInfo},
+    tensor::{dtype_name, projection_kind},
+};
+use serde::Serialize;
+
+use super::super::page::{Page, Table, count, number, percent};
+
+/// Chosen connections, and the deltas on them.
+#[derive(Serialize)]
+pub(super) struct SparseFacts {
+    /// What the base is called.
+    base: BaseInfo,
+    /// How the connections were chosen.
+    recipe: Recipe,
+    n_targets: u64,
+    n_rows: u64,
+    /// Chosen connections.
+    nnz: u64,
+    /// Elements of the targets in the base.
+    n_elements: u64,
+    kinds: Vec<SparseKind>,
+    /// Of an adapter: what its deltas are multiplied by.
+    scale: Option<f64>,
+    /// Of an adapter: license, description, author, training.
+    notes: Option<AdapterNotes>,
+    /// Only with `--tensors`.
+    targets: Option<Vec<Target>>,
+}
+
+/// Targets of one kind, with the same number of connections in every row or none fixed.
+#[derive(Serialize)]
+struct SparseKind {
+    kind: String,
+    /// The base's type.
+    dtype: String,
+    /// The type of an adapter's values.
+    values_dtype: Option<String>,
+    /// Connections per row; `null` where rows differ.
+    k: Option<u64>,
+    n_targets: u64,
+    n_rows: u64,
+    nnz: u64,
+    n_elements: u64,
+}
+
+#[derive(Serialize)]
+struct Target {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
+    transposed: bool,
+    k: Option<u64>,
+    nnz: u64,
+    /// BLAKE3 of the base's values at the chosen positions.
+    anchor: String,
+    /// BLAKE3 of the base's whole tensor, where it was asked for.
+    blake3: Option<String>,
+}
+
+impl SparseFacts {
+    pub(super) fn of_mask(mask: &MaskFile, filter: Option<&GlobMatcher>, list: bool) -> Self {
+        Self::new(mask.base(), mask.recipe(), mask.targets(), |_| None, filter, list)
+    }
+
+    pub(super) fn of_adapter(adapter: &Adapter, filter: Option<&GlobMatcher>, list: bool) -> Self {
+        let values_dtype = |target: &TargetInfo| Some(dtype_name(adapter.values_dtype(target)));
+        let facts = Self::new(adapter.base(), adapter.recipe(), adapter.targets(), values_dtype, filter, list);
+        Self { scale: Some(adapter.scale()), notes: Some(adapter.notes().clone()), ..facts }
+    }
+
+    fn new(
+        base: &BaseInfo,
+        recipe: &Recipe,
+        targets: &[TargetInfo],
+        values_dtype: impl Fn(&TargetInfo) -> Option<String>,
+        filter: Option<&GlobMatcher>,
+        list: bool,
+    ) -> Self {
+        let chosen = || targets.iter().filter(|target| filter.is_none_or(|filter| filter.is_match(&target.name)));
+        let mut kinds: BTreeMap<_, SparseKind> = BTreeMap::new();
+        for target in chosen() {
+            let (kind, dtype, k) = (projection_kind(&target.name), dtype_name(target.dtype), target.uniform_k);
+            let values_dtype = values_dtype(target);
+            let key = (kind, dtype.clone(), values_dtype.clone(), k);
+            let entry = kinds.entry(key).or_insert_with(|| SparseKind {
+                kind: kind.to_owned(),
+                dtype,
+                values_dtype,
+                k,
+                n_targets: 0,
+                n_rows: 0,
+                nnz: 0,
+                n_elements: 0,
+            });
+            entry.n_targets += 1;
+            entry.n_rows = entry.n_rows.saturating_add(target.layout.n_rows());
+            entry.nnz += target.nnz;
+            entry.n_elements = entry.n_elements.saturating_add(target.layout.n_elements());
+        }
+        let kinds: Vec<SparseKind> = kinds.into_values().collect();
+        let sum = |field: fn(&SparseKind) -> u64| kinds.iter().map(field).fold(0, u64::saturating_add);
+        Self {
+            base: base.clone(),
+            recipe: recipe.clone(),
+            n_targets: sum(|kind| kind.n_targets),
+            n_rows: sum(|kind| kind.n_rows),
+            nnz: sum(|kind| kind.nnz),
+            n_elements: sum(|kind| kind.n_elements),
+            kinds,
+            scale: None,
+            notes: None,
+            targets: list.then(|| chosen().map(Target::of).collect()),
+        }
+    }
+
+    /// Lines for the facts at the top.
+    pub(super) fn facts(&self) -> Vec<(&'static str, String)> {
+        let model_type = self.base.model_type.as_deref().map_or_else(String::new, |name| format!(" ({name})"));
+        let share = percent(self.nnz, self.n_elements);
+        let mut facts = vec![
+            ("base", format!("{}{model_type}", self.base.name)),
+            ("chosen by", recipe_text(&self.recipe)),
+            ("targets", format!("{}, {} rows", count(self.n_targets), count(self.n_rows))),
+            ("connections", format!("{}, {share} of the targets", count(self.nnz))),
+        ];
+        facts.extend(self.scale.map(|scale| ("scale", scale.to_string())));
+        if let Some(AdapterNotes { license, description, author, training }) = &self.notes {
+            let training = training.as_ref().map(super::value_text);
+            let notes =
+                [("license", license), ("description", description), ("author", author), ("training", &training)];
+            facts.extend(notes.into_iter().filter_map(|(name, note)| Some((name, note.clone()?))));
+        }
+        facts
+    }
+
+    pub(super) fn write_tables(&self, page: &mut Page) {
+        let k_text = |k: Option<u64>| k.map_or_else(|| "varies".to_owned(), count);
+        let mut kinds =
+            Table::new(["kind", "base type", "values", "targets>", "rows>", "per row>", "connections>", "share>"]);
+        for kind in self.kinds.iter().take(super::MOST_ROWS) {
+            kinds.row([
+                kind.kind.clone(),
+                kind.dtype.clone(),
+                kind.values_dtype.clone().unwrap_or_else(|| "-".to_owned()),
+                count(kind.n_targets),
+                count(kind.n_rows),
+                k_text(kind.k),
+                count(kind.nnz),
+                percent(kind.nnz, kind.n_elements),
+            ]);
+        }
+        page.blank();
+        page.table(&kinds);
+        super::and_more(page, self.kinds.len());
+        let Some(list) = &self.targets else { return };
+        let mut targets = Table::new(["target", "base type", "shape", "per row>", "connections>", "anchor", "whole"]);
+        for target in list {
+            targets.row([
+                target.name.clone(),
+                target.dtype.clone(),
+                super::shape_text(&target.shape),
+                k_text(target.k),
+                count(target.nnz),
+                target.anchor[..12].to_owned(),
+                target.blake3.as_ref().map_or("-", |hash| &hash[..12]).to_owned(),
+            ]);
+        }
+        page.blank();
+        page.table(&targets);
+    }
+}
+
+impl Target {
+    fn of(target: &TargetInfo) -> Self {
+        Self {
+            name: target.name.clone(),
+            dtype: dtype_name(target.dtype),
+            shape: target.shape.clone(),
+            transposed: target.layout.transposed,
+            k: target.uniform_k,
+            nnz: target.nnz,
+            anchor: target.anchor.to_string(),
+            blake3: target.blake3.map(|hash| hash.to_string()),
+        }
+    }
+}
+
+/// A recipe in one line: `magnitude, k 2, scope row`.
+fn recipe_text(recipe: &Recipe) -> String {
+    let mut words = vec![recipe.score.clone()];
+    let mut add = |name: &str, value: Option<String>| words.extend(value.map(|value| format!("{name} {value}")));
+    add("k", recipe.k.map(|k| k.to_string()));
+    add("budget", recipe.budget.map(|share| format!("{} %", number(share * 100.0))));
+    add("scope", (!recipe.scope.is_empty()).then(|| recipe.scope.clone()));
+    add("seed", recipe.seed.map(|seed| seed.to_string()));
+    add("neuron fraction", recipe.neuron_fraction.map(|share| share.to_string()));
+    add("targets", (!recipe.targets.is_empty()).then(|| recipe.targets.join(" ")));
+    words.join(", ")
+}
