@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 
+mod adapters;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
 mod inspect;
 mod manners;
+mod merge;
 
 use harness::Place;

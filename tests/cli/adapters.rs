@@ -1,0 +1,53 @@
+//! Adapters of the tiny model, small enough to check by eye.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use neuroada_ckpt::{
+    adapter::{AdapterNotes, AdapterWriter},
+    checkpoint::{Checkpoint, Context, Existing, gather_rows},
+    mask::{BaseInfo, Recipe},
+    tensor::{Dtype, RowColumns},
+};
+
+use super::harness::{Place, fixtures};
+
+/// All seven projections of both layers.
+pub(crate) const PROJECTIONS: &str = "_proj.weight";
+
+/// Writes an adapter made from `[FIXTURES]/tiny-llama`: on each row of the tensors whose name ends with `targets`, `delta` on
+/// column `first` and a quarter of it on the next.
+pub(crate) fn write_adapter(place: &Place, name: &str, targets: &str, first: u32, delta: f32) -> PathBuf {
+    write_adapter_for(&fixtures().join("tiny-llama"), &place.path(name), targets, first, delta)
+}
+
+/// The same for any base.
+pub(crate) fn write_adapter_for(base: &Path, path: &Path, targets: &str, first: u32, delta: f32) -> PathBuf {
+    let (base, ctx) = (Checkpoint::open(base).unwrap(), Context::default());
+    let mut adapter = AdapterWriter::create(path, Existing::Replace, Dtype::F32).unwrap();
+    for tensor in base.tensors().filter(|tensor| tensor.info.name.ends_with(targets)) {
+        let layout = tensor.rows(false).unwrap();
+        let n_rows = layout.n_rows() as usize;
+        let columns = RowColumns::uniform([first, first + 1].repeat(n_rows), 2);
+        let base_values = gather_rows(&ctx, tensor, layout, 0, &columns).unwrap();
+        adapter.begin_target(&tensor.info.name, tensor.info.dtype, &tensor.info.shape, false, Some(2)).unwrap();
+        adapter.push_rows(&columns, &[delta, delta / 4.0].repeat(n_rows), &base_values).unwrap();
+        adapter.end_target(None);
+    }
+    adapter.finish(&ctx, 1.0, &Recipe::custom(), &BaseInfo::of(&base), &AdapterNotes::default()).unwrap();
+    path.to_owned()
+}
+
+/// The bytes of all files of a checkpoint's folder, by name, without the folder that remembers.
+pub(crate) fn content(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_type().unwrap().is_file())
+        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
