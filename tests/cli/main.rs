@@ -6,6 +6,7 @@ mod adapters;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
 mod inspect;
+mod json;
 mod manners;
 mod merge;
 

@@ -1,0 +1,56 @@
+use serde_json::Value;
+
+use super::{
+    Place,
+    adapters::{PROJECTIONS, write_adapter},
+};
+
+const DOCUMENTATION: &str = include_str!("../../src/cli/json.md");
+
+/// Fields whose value is free in form: what other tools wrote.
+const FREE: [&str; 4] = ["metadata", "peft", "training", "extra"];
+
+/// The part of the documentation under a heading that names `command`.
+fn section(command: &str) -> &'static str {
+    let mut sections = DOCUMENTATION.split("\n## ");
+    let names_it = |section: &&str| section.lines().next().unwrap().split(", ").any(|name| name == command);
+    sections.find(names_it).unwrap_or_else(|| panic!("json.md has no section on {command}"))
+}
+
+fn collect_fields<'a>(value: &'a Value, fields: &mut Vec<&'a str>) {
+    match value {
+        Value::Object(object) => {
+            for (name, value) in object {
+                fields.push(name);
+                if !FREE.contains(&name.as_str()) {
+                    collect_fields(value, fields);
+                }
+            }
+        }
+        Value::Array(values) => values.iter().for_each(|value| collect_fields(value, fields)),
+        _ => {}
+    }
+}
+
+/// Fails where the document has a field that the section on `command` does not name.
+fn is_documented(command: &str, document: &Value) {
+    let mut fields = Vec::new();
+    collect_fields(document, &mut fields);
+    assert!(!fields.is_empty(), "{command} printed {document}");
+    let section = section(command);
+    fields.retain(|field| !section.contains(&format!("`{field}`")));
+    fields.dedup();
+    assert!(fields.is_empty(), "json.md does not say what {fields:?} of {command} are");
+}
+
+#[test]
+fn every_field_of_json_is_documented() {
+    let place = Place::new();
+    write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.01);
+    is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
+    is_documented("inspect", &place.json("inspect out --tensors"));
+    is_documented("inspect", &place.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));
+    is_documented("verify", &place.json("verify out --base [FIXTURES]/tiny-llama"));
+    is_documented("unmerge", &place.json("unmerge out --in-place"));
+    is_documented("recover", &place.json("recover out"));
+}
