@@ -78,11 +78,14 @@ pub(super) fn apply(
         }
     };
     let ledger = after.ledger.as_ref().expect("it was just written");
-    report.ledger_bytes = ledger.n_bytes();
+    report.ledger_bytes = if after.active.is_empty() { 0 } else { ledger.n_bytes() };
     Journal::new(before.ledger.as_ref().map(super::ledger::Ledger::digest), ledger.digest()).write(&state.txn())?;
     let patched = patch(ctx, &touched, &files, before, &after).and_then(|()| commit(state));
     match patched {
-        Ok(()) => state.tidy(&after.ids())?,
+        Ok(()) => {
+            // The change is complete; what could not be removed now, the next change removes.
+            let _left_behind = state.tidy(&after.ids());
+        }
         Err(e) => return Err(roll_back(ctx, checkpoint, state, &touched, &files, [&after, before], e)),
     }
     Ok(report)
