@@ -105,7 +105,9 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::in_folder(tempfile::tempdir().unwrap())
+    }
+    pub(crate) fn in_folder(dir: TempDir) -> Self {
         let base = dir.path().join("base");
         write_checkpoint(&base);
         let targets: [&[&str]; 4] = [
