@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{copy_file_range, ioctl_ficlone, statvfs};
+use rustix::fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone, statvfs};
 
 use super::{CheckpointError, Context};
 
@@ -85,6 +85,13 @@ fn copy_bytes(
     (to, target): (&File, &Path),
     n_bytes: u64,
 ) -> Result<(), CheckpointError> {
+    // A full disk is met here, before hours of copying; file systems that cannot are met as they fill.
+    if n_bytes > 0
+        && let Err(e @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) =
+            fallocate(to, FallocateFlags::empty(), 0, n_bytes)
+    {
+        return Err(CheckpointError::io("write", target, e.into()));
+    }
     let shrank = |at: u64| {
         let what = format!("shrank while being read, from {n_bytes} to {at} bytes");
         CheckpointError::Changed { path: source.to_owned(), what }

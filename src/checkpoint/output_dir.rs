@@ -7,7 +7,7 @@ use std::{
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
-use super::{CheckpointError, Existing, INDEX_FILE, folder_of, sync_folder};
+use super::{CheckpointError, Existing, INDEX_FILE, folder_of, sync_folder, write_atomic};
 
 /// A folder under a temporary name beside the place where it will appear; gone when dropped before [`AtomicDir::commit`].
 ///
@@ -20,7 +20,12 @@ pub struct AtomicDir {
     /// Held as long as the folder has its temporary name.
     _lock: File,
     committed: bool,
+    /// Whether what is in it stays for a later run when this one gives up.
+    resumable: bool,
 }
+
+/// What a resumable folder is to become; a later run goes on with it only where this is the same.
+const PLAN_FILE: &str = ".plan";
 
 impl AtomicDir {
     /// Begins a folder that will appear at `target`.
@@ -29,6 +34,24 @@ impl AtomicDir {
     /// [`CheckpointError::OutputExists`] where it exists and must be kept; [`CheckpointError::Refused`] where it exists and is no
     /// checkpoint, or another run is writing it.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
+        let output = Self::lock(target, existing)?;
+        clear(&output.temp)?;
+        Ok(output)
+    }
+
+    /// The same, but what is in the folder when this run gives up stays, and a later run with the same `plan` finds it there.
+    pub fn create_resumable(target: &Path, existing: Existing, plan: &str) -> Result<Self, CheckpointError> {
+        let mut output = Self::lock(target, existing)?;
+        let plan_file = output.temp.join(PLAN_FILE);
+        if !fs::read_to_string(&plan_file).is_ok_and(|found| found == plan) {
+            clear(&output.temp)?;
+            write_atomic(&plan_file, Existing::Replace, plan.as_bytes())?;
+        }
+        output.resumable = true;
+        Ok(output)
+    }
+
+    fn lock(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         check_target(target, existing)?;
         let name = target.file_name().ok_or_else(|| CheckpointError::Refused {
             path: target.to_owned(),
@@ -50,8 +73,8 @@ impl AtomicDir {
             if !is_same(&lock, &temp) {
                 continue;
             }
-            clear(&temp)?;
-            return Ok(Self { target: target.to_owned(), existing, temp, _lock: lock, committed: false });
+            let target = target.to_owned();
+            return Ok(Self { target, existing, temp, _lock: lock, committed: false, resumable: false });
         }
     }
 
@@ -66,6 +89,10 @@ impl AtomicDir {
     /// [`CheckpointError::OutputExists`] where the target came to exist meanwhile and must be kept.
     pub fn commit(mut self) -> Result<(), CheckpointError> {
         check_target(&self.target, self.existing)?;
+        if self.resumable {
+            let plan = self.temp.join(PLAN_FILE);
+            fs::remove_file(&plan).map_err(|e| CheckpointError::io("remove", &plan, e))?;
+        }
         sync_tree(&self.temp)?;
         let io = |e: rustix::io::Errno| CheckpointError::io("create", &self.target, e.into());
         let exists = self.target.symlink_metadata().is_ok();
@@ -90,7 +117,7 @@ impl AtomicDir {
 
 impl Drop for AtomicDir {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.committed && !self.resumable {
             // Nothing to be done about a failure here; the next run removes what is left.
             let _left_behind = remove_tree(&self.temp);
         }

@@ -119,6 +119,12 @@ impl Shard {
         })
     }
 
+    /// Length and modification time of the file when it was opened, as text: the same as long as nobody writes it.
+    pub fn stamp(&self) -> String {
+        let (seconds, nanoseconds) = self.stamp.modified;
+        format!("{} bytes, modified {seconds}.{nanoseconds:09}", self.stamp.file_bytes)
+    }
+
     /// Fails where the file's length or modification time is no longer what it was at opening.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
         let now = Stamp::of(&self.file).map_err(|e| CheckpointError::io("read", &self.path, e))?;

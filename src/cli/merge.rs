@@ -52,6 +52,9 @@ pub(super) struct OutputArgs {
     /// Hard-link shards that no delta touches instead of copying them
     #[arg(long, conflicts_with = "in_place")]
     link: bool,
+    /// Keep finished shards when cut short, and go on from those of an earlier run
+    #[arg(long, conflicts_with = "in_place")]
+    resume: bool,
     /// Check everything, say what would be written, write nothing
     #[arg(long)]
     dry_run: bool,
@@ -62,7 +65,7 @@ impl OutputArgs {
         let output = match self.output {
             Some(path) => {
                 let existing = if self.force { Existing::Replace } else { Existing::Keep };
-                MergeOutput::New { path, existing, ledger, link: self.link }
+                MergeOutput::New { path, existing, ledger, link: self.link, resume: self.resume }
             }
             None => MergeOutput::InPlace { through_links: self.break_links },
         };

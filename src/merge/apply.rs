@@ -42,6 +42,8 @@ pub enum MergeOutput {
         ledger: bool,
         /// Whether shards that no delta touches are hard-linked instead of copied.
         link: bool,
+        /// Whether finished shards stay when the merge is cut short, and are taken over from an earlier one that was.
+        resume: bool,
     },
 }
 
@@ -57,7 +59,8 @@ pub struct MergeOptions {
 impl MergeOptions {
     /// A new checkpoint at `path`, which must not exist, with a ledger.
     pub fn new_checkpoint(path: impl Into<PathBuf>) -> Self {
-        let output = MergeOutput::New { path: path.into(), existing: Existing::Keep, ledger: true, link: false };
+        let output =
+            MergeOutput::New { path: path.into(), existing: Existing::Keep, ledger: true, link: false, resume: false };
         Self { output, dry_run: false }
     }
     /// Into the checkpoint itself.
@@ -206,9 +209,10 @@ fn apply(
             in_place::apply(ctx, &checkpoint, &state, &before, after)
         }
         _ if state.is_interrupted() => Err(MergeError::Interrupted { path: path.to_owned() }),
-        MergeOutput::New { path: output, existing, ledger, link } if !options.dry_run => {
+        MergeOutput::New { path: output, existing, ledger, link, resume } if !options.dry_run => {
             let (before, after) = open_stacks()?;
-            let target = out_of_place::Target { path: output, existing: *existing, keep_ledger: *ledger, link: *link };
+            let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
+            let target = out_of_place::Target { path: output, existing, keep_ledger, link, resume };
             out_of_place::apply(ctx, &checkpoint, &before, after, &target)
         }
         _ => {

@@ -12,7 +12,7 @@ use super::{
     in_place::copy_adapter,
     ledger::LedgerWriter,
     stack::Stack,
-    state::StateFolder,
+    state::{StateFolder, remove_file},
 };
 use crate::checkpoint::{
     AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, check_free_space, copy_file,
@@ -25,6 +25,7 @@ pub(super) struct Target<'a> {
     pub(super) existing: Existing,
     pub(super) keep_ledger: bool,
     pub(super) link: bool,
+    pub(super) resume: bool,
 }
 
 /// Writes the checkpoint that `after` makes of `checkpoint`, which `before` describes.
@@ -39,7 +40,7 @@ pub(super) fn apply(
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
     let is_file = checkpoint.layout() == Layout::File;
-    let output = Output::create(target, is_file)?;
+    let output = Output::create(target, is_file, || plan(&change))?;
     let root = output.root();
     let state = StateFolder::at(&root, checkpoint.layout());
     state.create()?;
@@ -56,19 +57,35 @@ pub(super) fn apply(
     writer.finish(ctx)?;
     let after = Stack::open_ledger(ctx, &state, &state.ledger())?;
     let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
-    ctx.observer.begin("copying", checkpoint.n_bytes());
     for (index, shard) in checkpoint.shards().iter().enumerate() {
-        let is_touched = touched.iter().any(|target| target.tensor.shard_index == index);
-        let mode = if target.link && !is_touched { CopyMode::Link } else { CopyMode::Auto };
-        copy_file(ctx, shard.path(), &shard_path(shard.file_name()), mode)?;
+        let path = shard_path(shard.file_name());
+        // Shards get their names when they are finished: what has one was finished by an earlier run of the same plan.
+        if path.exists() {
+            continue;
+        }
+        let of_shard: Vec<Touched<'_>> =
+            touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
+        let part = path.with_extension("part");
+        remove_file(&part)?;
+        ctx.observer.begin("copying", shard.file_bytes());
+        let mode = if target.link && of_shard.is_empty() { CopyMode::Link } else { CopyMode::Auto };
+        copy_file(ctx, shard.path(), &part, mode)?;
+        if !of_shard.is_empty() {
+            let file = File::options().read(true).write(true).open(&part);
+            let file = file.map_err(|e| CheckpointError::io("open for writing", &part, e))?;
+            let mut files: Vec<Option<File>> = checkpoint.shards().iter().map(|_| None).collect();
+            files[index] = Some(file);
+            patch(ctx, &of_shard, &files, before, &after)?;
+        }
+        fs::rename(&part, &path).map_err(|e| CheckpointError::io("create", &path, e))?;
+        sync_folder(folder_of(&path))?;
     }
     for side_file in checkpoint.side_files()? {
         let to = root.join(&side_file);
         fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
+        remove_file(&to)?;
         copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
     }
-    let files = open_copies(checkpoint, &touched, shard_path)?;
-    patch(ctx, &touched, &files, before, &after)?;
     checkpoint.unchanged()?;
 
     report.bytes_written = checkpoint.n_bytes();
@@ -92,9 +109,13 @@ enum Output {
 }
 
 impl Output {
-    fn create(target: &Target<'_>, is_file: bool) -> Result<Self, MergeError> {
+    /// `plan` says what the output will be, for a later run to compare.
+    fn create(target: &Target<'_>, is_file: bool, plan: impl FnOnce() -> String) -> Result<Self, MergeError> {
         if !is_file {
-            return Ok(Self::Folder(AtomicDir::create(target.path, target.existing)?));
+            return Ok(Self::Folder(match target.resume {
+                true => AtomicDir::create_resumable(target.path, target.existing, &plan())?,
+                false => AtomicDir::create(target.path, target.existing)?,
+            }));
         }
         match target.path.symlink_metadata() {
             Ok(meta) if target.existing == Existing::Keep || !meta.is_file() => {
@@ -123,23 +144,6 @@ impl Output {
     }
 }
 
-/// The copies of the touched shards, open for reading and writing.
-fn open_copies(
-    checkpoint: &Checkpoint,
-    touched: &[Touched<'_>],
-    path_of: impl Fn(String) -> PathBuf,
-) -> Result<Vec<Option<File>>, MergeError> {
-    let open = |(index, shard): (usize, &crate::checkpoint::Shard)| {
-        if !touched.iter().any(|target| target.tensor.shard_index == index) {
-            return Ok(None);
-        }
-        let path = path_of(shard.file_name());
-        let file = File::options().read(true).write(true).open(&path);
-        Ok(Some(file.map_err(|e| CheckpointError::io("open for writing", &path, e))?))
-    };
-    checkpoint.shards().iter().enumerate().map(open).collect()
-}
-
 /// Lets a single file and its ledger appear, the ledger first: a file without its ledger could not be undone.
 fn commit_file(file: &Path, state: &StateFolder, target: &Target<'_>) -> Result<(), MergeError> {
     let final_state = StateFolder::at(target.path, Layout::File);
@@ -155,6 +159,20 @@ fn commit_file(file: &Path, state: &StateFolder, target: &Target<'_>) -> Result<
     }
     rename(file, target.path)?;
     Ok(sync_folder(folder_of(target.path))?)
+}
+
+/// Everything that the output's bytes depend on: the input's files as they are, and the adapters before and after.
+fn plan(change: &Change<'_>) -> String {
+    let mut plan = String::new();
+    for shard in change.checkpoint.shards() {
+        plan += &format!("shard {:?}: {}\n", shard.file_name(), shard.stamp());
+    }
+    for (when, stack) in [("before", change.before), ("after", change.after)] {
+        for (id, scale) in stack.entries() {
+            plan += &format!("{when} {id} {:016x}\n", scale.to_bits());
+        }
+    }
+    plan
 }
 
 /// The output must not be the input under another name, nor inside it.
