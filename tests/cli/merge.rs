@@ -262,7 +262,6 @@ fn merge_in_place_and_back_restores_every_byte() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    4.86 kB
-    ledger   192 B
     --- stderr
     ");
     assert!(!place.path("tiny-llama/.neuroada").exists(), "nothing is left to remember");
