@@ -1,7 +1,63 @@
 //! Hot loops over rows, each with a plain form that stays as the judge of every faster one.
 //!
 //! Nothing here knows files or checkpoints: rows come in as [`crate::tensor::RowBlock`]s and columns, results go out as values.
+//!
+//! [`ScoredRows`] turns every weight of a run of rows into an integer key, larger first; the functions below choose by key,
+//! and settle equal keys in favour of the lower column. Keys are integers so that every instruction set and thread count
+//! agrees. What is chosen becomes what a merge changes in `patch`.
 
+mod keys;
 mod patch;
+mod portable;
+mod score;
 
+use crate::tensor::{RowBlock, RowColumns};
+pub use keys::{Digit, KeySpace};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
+pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
+
+/// Chooses the `k` entries of largest key in each row.
+///
+/// Returns columns, `[n_rows, min(k, d_in)]`, ascending within a row. Equal keys are settled in favour of the lower
+/// column, on every backend. Memory beside the result: `O(d_in)`.
+///
+/// # Errors
+/// [`NotANumber`] names the first row and column holding a NaN.
+///
+/// Source: NeuroAda, <https://arxiv.org/abs/2510.18940>.
+pub fn topk_rows(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, NotANumber> {
+    keys::with_key!(rows.space(), K => portable::topk_rows::<K>(rows, k))
+}
+
+/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to).
+///
+/// # Errors
+/// [`NotANumber`] names the first row and column holding a NaN.
+pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, counts: &mut [u32]) -> Result<(), NotANumber> {
+    keys::with_key!(rows.space(), K => portable::count_keys::<K>(rows, digit, counts))
+}
+
+/// Rows cut at a key.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CutRows {
+    /// What was chosen.
+    pub columns: RowColumns,
+    /// `[nnz]`: whether the entry's key equals the cut.
+    pub is_tie: Vec<bool>,
+}
+
+/// Chooses all entries whose key is greater than `cut`, and of those equal to it the first `most_ties`, row by row.
+///
+/// # Errors
+/// [`NotANumber`] names the first row and column holding a NaN.
+pub fn cut_rows(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) -> Result<CutRows, NotANumber> {
+    keys::with_key!(rows.space(), K => portable::cut_rows::<K>(rows, cut, most_ties))
+}
+
+/// The elements of `rows` at `columns`, as stored, row after row: `nnz` elements.
+///
+/// # Panics
+/// Where the two differ in rows, or a column lies outside of its row.
+pub fn gather(rows: RowBlock<'_>, columns: &RowColumns) -> Vec<u8> {
+    portable::gather(rows, columns)
+}
