@@ -14,6 +14,7 @@ mod score;
 use crate::tensor::{RowBlock, RowColumns};
 pub use keys::{Digit, KeySpace};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
+pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
 
 /// Chooses the `k` entries of largest key in each row.

@@ -10,6 +10,7 @@ mod env;
 mod failure;
 mod inspect;
 mod man;
+mod mask;
 mod merge;
 mod page;
 mod progress;
@@ -58,6 +59,7 @@ Exit codes:
 #[derive(Subcommand)]
 enum Command {
     Inspect(inspect::InspectArgs),
+    Mask(mask::MaskArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -69,6 +71,7 @@ enum Command {
 fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
+        Command::Mask(args) => mask::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

@@ -1,0 +1,162 @@
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::{
+    checkpoint::{Checkpoint, Existing},
+    mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Scope, ScoreKind},
+};
+
+use super::{
+    Answer,
+    env::Env,
+    page::{Page, Table, count, percent},
+};
+
+/// Choose the important connections of every neuron
+///
+/// Ranks the weights of each row by a score and writes the chosen columns to a mask file, reading the checkpoint once, whatever
+/// its size. Equal scores go to the smaller column; the same mask comes out for any number of threads.
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("amount").required(true).args(["k", "budget"]))]
+pub(super) struct MaskArgs {
+    /// Directory or .safetensors file of the base checkpoint
+    base: PathBuf,
+    /// Where to write the mask
+    #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Entries to choose in each row
+    #[arg(short, long, value_name = "N")]
+    k: Option<u64>,
+    /// Share of all parameters of the model (0.02%, 0.0002) or number of entries (1000000) to choose
+    #[arg(long, value_name = "BUDGET", value_parser = |text: &str| text.parse::<Amount>().map_err(|e| e.to_string()))]
+    budget: Option<Amount>,
+    /// What weights are ranked by
+    #[arg(long, value_enum, default_value_t = ScoreChoice::Magnitude)]
+    score: ScoreChoice,
+    /// Within what they compete
+    #[arg(long, value_enum, default_value_t = ScopeChoice::Row)]
+    scope: ScopeChoice,
+    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: the seven Llama projections]
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    transposed: Vec<String>,
+    /// For --score random and --neuron-fraction
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Share of each tensor's rows that take part, chosen at random
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    neuron_fraction: f64,
+    /// Checkpoint of gradients, by the weights' names, for gradient, snip and fisher
+    #[arg(long, value_name = "PATH")]
+    gradients: Option<PathBuf>,
+    /// File of activation norms per column, by the names of weights or modules, for wanda
+    #[arg(long, value_name = "FILE")]
+    activations: Option<PathBuf>,
+    /// Also name each whole target by its BLAKE3
+    #[arg(long)]
+    hash: bool,
+    /// Replace an existing mask
+    #[arg(long)]
+    force: bool,
+    /// Say what the mask would hold, write nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum ScoreChoice {
+    /// |w|
+    Magnitude,
+    /// |w|, least first
+    Smallest,
+    /// Seeded
+    Random,
+    /// |g|
+    Gradient,
+    /// |w * g|
+    Snip,
+    /// |w| * norm of the column's activations
+    Wanda,
+    /// g^2
+    Fisher,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum ScopeChoice {
+    /// Each row gets its share
+    Row,
+    /// Each tensor
+    Tensor,
+    /// All targets together
+    Global,
+}
+
+pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
+    let checkpoint = Checkpoint::open(&args.base)?;
+    let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
+    let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);
+    let options = MaskOptions {
+        amount: args.budget.unwrap_or(Amount::K(args.k.unwrap_or(1))),
+        score: match args.score {
+            ScoreChoice::Magnitude => ScoreKind::Magnitude,
+            ScoreChoice::Smallest => ScoreKind::Smallest,
+            ScoreChoice::Random => ScoreKind::Random,
+            ScoreChoice::Gradient => ScoreKind::Gradient,
+            ScoreChoice::Snip => ScoreKind::Snip,
+            ScoreChoice::Wanda => ScoreKind::Wanda,
+            ScoreChoice::Fisher => ScoreKind::Fisher,
+        },
+        scope: match args.scope {
+            ScopeChoice::Row => Scope::Row,
+            ScopeChoice::Tensor => Scope::Tensor,
+            ScopeChoice::Global => Scope::Global,
+        },
+        seed: args.seed,
+        neuron_fraction: args.neuron_fraction,
+        targets: args.targets,
+        transposed: args.transposed,
+        gradients: gradients.as_ref(),
+        activations: activations.as_ref(),
+        hash: args.hash,
+    };
+    let existing = if args.force { Existing::Replace } else { Existing::Keep };
+    let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
+    let report = mask::create_mask(&env.context(), &checkpoint, &options, output)?;
+    env.report(&report, print)?;
+    if !report.clamped.is_empty() {
+        let k = report.k.unwrap_or_default();
+        env.note(&format!(
+            "note: {} targets have rows shorter than {k}: all of each row was chosen",
+            report.clamped.len()
+        ));
+    }
+    for skipped in &report.skipped {
+        env.note(&format!("note: skipped \"{}\": {}", skipped.tensor, skipped.why));
+    }
+    Ok(Answer::Yes)
+}
+
+fn print(report: &MaskReport, page: &mut Page) {
+    let mut table = Table::new(["kind", "tensors>", "rows>", "chosen>", "of>", "share>"]);
+    for kind in report.kinds.iter().chain([&report.total]) {
+        table.row(kind_cells(kind));
+    }
+    page.table(&table);
+    page.blank();
+    let verb = if report.dry_run { "would be trainable" } else { "trainable" };
+    let (chosen, all) = (report.total.n_chosen, report.n_model_parameters);
+    page.facts(&[(verb, format!("{} of the model's {} parameters", percent(chosen, all), count(all)))]);
+}
+
+fn kind_cells(kind: &MaskKind) -> [String; 6] {
+    [
+        kind.kind.clone(),
+        count(kind.n_tensors),
+        count(kind.n_rows),
+        count(kind.n_chosen),
+        count(kind.n_parameters),
+        percent(kind.n_chosen, kind.n_parameters),
+    ]
+}

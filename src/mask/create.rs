@@ -1,0 +1,476 @@
+//! Choosing connections, out of core.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::Serialize;
+
+use super::{
+    Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Recipe, Scope, SkippedTensor,
+    source::{Source, sources},
+    targets::{LLAMA_PROJECTIONS, select_targets},
+};
+use crate::{
+    backend::{CutRows, Digit, KeySpace, count_keys, cut_rows, gather, topk_rows},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, TensorRef, scan_rows},
+    tensor::{RowBlock, RowColumns, projection_kind},
+};
+
+/// What was chosen in one kind of projection.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MaskKind {
+    /// Such as `q_proj`.
+    pub kind: String,
+    /// Tensors.
+    pub n_tensors: u64,
+    /// Their rows.
+    pub n_rows: u64,
+    /// Their elements.
+    pub n_parameters: u64,
+    /// Chosen entries.
+    pub n_chosen: u64,
+    /// `n_chosen / n_parameters`.
+    pub share: f64,
+}
+
+/// What was chosen.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MaskReport {
+    /// The checkpoint's name.
+    pub base: String,
+    /// Whether nothing was written.
+    pub dry_run: bool,
+    /// What weights were ranked by.
+    pub score: String,
+    /// Within what they competed.
+    pub scope: String,
+    /// Entries per row, where all rows have as many (but for shorter rows).
+    pub k: Option<u64>,
+    /// Per kind of projection.
+    pub kinds: Vec<MaskKind>,
+    /// All kinds together.
+    pub total: MaskKind,
+    /// Elements of all tensors of the model.
+    pub n_model_parameters: u64,
+    /// `total.n_chosen / n_model_parameters`: the trainable share as the paper counts it.
+    pub trainable_share: f64,
+    /// Targets whose rows are shorter than k, so that all of each row was chosen.
+    pub clamped: Vec<String>,
+    /// Tensors that patterns named but that cannot take part.
+    pub skipped: Vec<SkippedTensor>,
+}
+
+/// Chooses connections of `checkpoint` and writes the mask to `output`, or only reports what it would hold.
+///
+/// Ranks by score; equal scores go to the smaller column (in wider scopes: to the smaller tensor name, row, column). The
+/// same mask comes out for any thread count and window size. Reads the targets once in row scope; in the wider scopes once for
+/// every 16 bits of a key and once more. Memory: a few windows per thread.
+///
+/// ```
+/// use neuroada_ckpt::{checkpoint::{Checkpoint, Context, Existing}, mask::{MaskFile, MaskOptions, create_mask}};
+/// # let dir = tempfile::tempdir()?;
+/// # let path = dir.path().join("mask.safetensors");
+/// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+/// let report = create_mask(&Context::default(), &checkpoint, &MaskOptions::new(2), Some((&path, Existing::Keep)))?;
+/// assert_eq!(report.total.n_chosen, 2 * report.total.n_rows);
+/// assert_eq!(MaskFile::open(&path)?.targets().len(), 14);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`MaskError`]; nothing was written.
+///
+/// Source: NeuroAda, <https://arxiv.org/abs/2510.18940>.
+pub fn create_mask(
+    ctx: &Context<'_>,
+    checkpoint: &Checkpoint,
+    options: &MaskOptions<'_>,
+    output: Option<(&Path, Existing)>,
+) -> Result<MaskReport, MaskError> {
+    options.check()?;
+    let selection = select_targets(checkpoint, &options.targets, &options.transposed)?;
+    let sources = sources(options, &selection)?;
+    let mut job = Job { ctx, options, sources: &sources, writer: None, counts: vec![0; sources.len()] };
+    if let Some((path, existing)) = output {
+        job.writer = Some(MaskWriter::create(path, existing)?);
+    }
+    let k = job.k(checkpoint)?;
+    match (options.scope, k) {
+        (Scope::Row, Some(k)) => job.choose_per_row(k)?,
+        (Scope::Tensor, _) => {
+            for (target, n) in job.per_tensor(checkpoint).into_iter().enumerate() {
+                job.choose_at_cut(&[target], n)?;
+            }
+        }
+        _ => {
+            let all: Vec<usize> = (0..sources.len()).collect();
+            let n = job.in_all(checkpoint);
+            job.choose_at_cut(&all, n)?;
+        }
+    }
+    for other in [Some(checkpoint), options.gradients, options.activations].into_iter().flatten() {
+        other.unchanged()?;
+    }
+    let mut report = job.report(checkpoint, k);
+    report.dry_run = output.is_none();
+    report.skipped.clone_from(&selection.skipped);
+    if let Some(writer) = job.writer {
+        writer.finish(ctx, &recipe(options, k), &BaseInfo::of(checkpoint))?;
+    }
+    Ok(report)
+}
+
+/// Enough to choose the same again.
+fn recipe(options: &MaskOptions<'_>, k: Option<u64>) -> Recipe {
+    let patterns = match &options.targets[..] {
+        [] => LLAMA_PROJECTIONS.map(str::to_owned).into(),
+        given => given.to_vec(),
+    };
+    let budget = match options.amount {
+        Amount::K(_) => None,
+        Amount::Share(share) => Some(share),
+        Amount::Count(count) => Some(count as f64),
+    };
+    let is_random = options.score == crate::backend::ScoreKind::Random || options.neuron_fraction < 1.0;
+    let extra = [("gradients", options.gradients), ("activations", options.activations)];
+    Recipe {
+        score: options.score.name().to_owned(),
+        k,
+        budget,
+        scope: options.scope.name().to_owned(),
+        seed: is_random.then_some(options.seed),
+        targets: patterns,
+        transposed: options.transposed.clone(),
+        neuron_fraction: (options.neuron_fraction < 1.0).then_some(options.neuron_fraction),
+        extra: extra.into_iter().filter_map(|(what, from)| Some((what.to_owned(), from?.name()))).collect(),
+    }
+}
+
+/// One mask on its way.
+struct Job<'a> {
+    ctx: &'a Context<'a>,
+    options: &'a MaskOptions<'a>,
+    sources: &'a [Source<'a>],
+    writer: Option<MaskWriter>,
+    /// Chosen entries by target.
+    counts: Vec<u64>,
+}
+
+impl Job<'_> {
+    /// Entries per row, where that was asked for or follows from a budget in row scope.
+    fn k(&self, checkpoint: &Checkpoint) -> Result<Option<u64>, MaskError> {
+        let budget = match self.options.amount {
+            Amount::K(k) => return Ok(Some(k)),
+            Amount::Share(share) => (share * checkpoint.n_parameters() as f64) as u64,
+            Amount::Count(count) => count,
+        };
+        if self.options.scope != Scope::Row {
+            return Ok(None);
+        }
+        let n_rows: u64 = self.sources.iter().map(Source::n_rows).sum();
+        match budget / n_rows {
+            0 => Err(MaskError::Usage(format!(
+                "a budget of {budget} entries is less than one for each of {n_rows} rows; a wider scope can share it out"
+            ))),
+            k => Ok(Some(k)),
+        }
+    }
+
+    /// Entries to choose over all targets.
+    fn in_all(&self, checkpoint: &Checkpoint) -> u64 {
+        let elements = |source: &Source<'_>| source.n_rows() * source.scan.layout.d_in;
+        let most: u64 = self.sources.iter().map(elements).sum();
+        let wanted = match self.options.amount {
+            Amount::K(k) => self.sources.iter().map(|source| k.min(source.scan.layout.d_in) * source.n_rows()).sum(),
+            Amount::Share(share) => (share * checkpoint.n_parameters() as f64) as u64,
+            Amount::Count(count) => count,
+        };
+        wanted.min(most)
+    }
+
+    /// Entries to choose in each target: k per row, or a budget shared out by size, the largest remainders rounded up.
+    fn per_tensor(&self, checkpoint: &Checkpoint) -> Vec<u64> {
+        if let Amount::K(k) = self.options.amount {
+            return self.sources.iter().map(|source| k.min(source.scan.layout.d_in) * source.n_rows()).collect();
+        }
+        let sizes: Vec<u64> = self.sources.iter().map(|source| source.n_rows() * source.scan.layout.d_in).collect();
+        share_out(self.in_all(checkpoint), &sizes)
+    }
+
+    /// Each row's `k` best.
+    fn choose_per_row(&mut self, k: u64) -> Result<(), MaskError> {
+        if self.writer.is_none() {
+            for (count, source) in self.counts.iter_mut().zip(self.sources) {
+                *count = source.n_rows() * k.min(source.scan.layout.d_in);
+            }
+            return Ok(());
+        }
+        let (ctx, sources) = (self.ctx, self.sources);
+        let scans: Vec<RowScan<'_>> = sources.iter().map(|source| source.scan).collect();
+        let mut progress = Progress::default();
+        scan_rows(
+            ctx,
+            "choosing",
+            &scans,
+            |span, block| {
+                let source = &sources[span.target];
+                let k = k.min(source.scan.layout.d_in) as usize;
+                let mut rows = Rows::new(span.n_rows, k);
+                source.for_each_run(ctx, source.key_space(), span, block, |run, scored| {
+                    rows.skip_to(run.start);
+                    topk_rows(scored, k)?.chunks_exact(k).for_each(|columns| rows.columns.push_row(columns));
+                    Ok(())
+                })?;
+                Ok(Chosen::new(rows.finish(span.n_rows), block))
+            },
+            |span, chosen| {
+                let source = &sources[span.target];
+                let uniform = source.has_all_rows().then_some(k.min(source.scan.layout.d_in));
+                self.push(&mut progress, span.target, span, chosen, uniform)
+            },
+        )
+    }
+
+    /// The `n` best of all rows of `targets`, which compete with one another.
+    fn choose_at_cut(&mut self, targets: &[usize], n: u64) -> Result<(), MaskError> {
+        let (ctx, sources) = (self.ctx, self.sources);
+        let space = targets.iter().map(|&target| sources[target].key_space()).reduce(KeySpace::common);
+        let space = space.expect("there is a target");
+        let scans: Vec<RowScan<'_>> = targets.iter().map(|&target| sources[target].scan).collect();
+        let Cut { key, mut n_ties } = self.find_cut(targets, &scans, space, n)?;
+        let most_ties = n_ties;
+        let mut progress = Progress::default();
+        scan_rows(
+            ctx,
+            "choosing",
+            &scans,
+            |span, block| {
+                let source = &sources[targets[span.target]];
+                let mut rows = Rows::new(span.n_rows, 1);
+                let mut is_tie = Vec::new();
+                source.for_each_run(ctx, space, span, block, |run, scored| {
+                    rows.skip_to(run.start);
+                    let CutRows { columns, is_tie: ties } = cut_rows(scored, key, most_ties)?;
+                    (0..columns.n_rows()).for_each(|row| rows.columns.push_row(columns.row(row)));
+                    is_tie.extend(ties);
+                    Ok(())
+                })?;
+                Ok((Chosen::new(rows.finish(span.n_rows), block), is_tie))
+            },
+            |span, (chosen, is_tie)| {
+                // Ties go to what comes first; blocks did not know how many were left.
+                let chosen = chosen.without_ties_past(&mut n_ties, &is_tie);
+                self.push(&mut progress, targets[span.target], span, chosen, None)
+            },
+        )
+    }
+
+    /// The key of the `n`-th best, and how many entries of that very key belong to the `n`.
+    fn find_cut(&self, targets: &[usize], scans: &[RowScan<'_>], space: KeySpace, n: u64) -> Result<Cut, MaskError> {
+        let (ctx, sources) = (self.ctx, self.sources);
+        let mut digit = Digit::first(space);
+        let mut left = n;
+        loop {
+            let mut counts = vec![0u64; Digit::VALUES];
+            scan_rows(
+                ctx,
+                "ranking",
+                scans,
+                |span, block| {
+                    let mut counts = vec![0u32; Digit::VALUES];
+                    let source = &sources[targets[span.target]];
+                    source.for_each_run(ctx, space, span, block, |_, scored| count_keys(scored, digit, &mut counts))?;
+                    Ok::<_, MaskError>(counts)
+                },
+                |_, of_block| {
+                    counts.iter_mut().zip(of_block).for_each(|(count, n)| *count += u64::from(n));
+                    Ok(())
+                },
+            )?;
+            let mut value = Digit::VALUES - 1;
+            while counts[value] < left && value > 0 {
+                left -= counts[value];
+                value -= 1;
+            }
+            let (key, below) = digit.then(value);
+            match below {
+                Some(below) => digit = below,
+                None => return Ok(Cut { key, n_ties: left }),
+            }
+        }
+    }
+
+    /// Hands a block's rows to the writer, target after target.
+    fn push(
+        &mut self,
+        progress: &mut Progress,
+        target: usize,
+        span: RowSpan,
+        chosen: Chosen,
+        uniform_k: Option<u64>,
+    ) -> Result<(), MaskError> {
+        let RowScan { tensor, layout } = self.sources[target].scan;
+        self.counts[target] += chosen.columns.nnz() as u64;
+        progress.n_rows += span.n_rows as u64;
+        let is_last = progress.n_rows == layout.n_rows();
+        if let Some(writer) = &mut self.writer {
+            if !progress.is_open {
+                let info = tensor.info;
+                writer.begin_target(&info.name, info.dtype, &info.shape, layout.transposed, uniform_k)?;
+            }
+            writer.push_rows(&chosen.columns, &chosen.base_values)?;
+            if is_last {
+                let whole = self.options.hash.then(|| whole_tensor(self.ctx, tensor)).transpose()?;
+                writer.end_target(whole);
+            }
+        }
+        *progress = if is_last { Progress::default() } else { Progress { is_open: true, ..*progress } };
+        Ok(())
+    }
+
+    fn report(&self, checkpoint: &Checkpoint, k: Option<u64>) -> MaskReport {
+        let mut kinds: BTreeMap<&str, MaskKind> = BTreeMap::new();
+        let mut total = empty_kind("total");
+        for (source, &n_chosen) in self.sources.iter().zip(&self.counts) {
+            let RowScan { tensor, layout } = source.scan;
+            let kind = projection_kind(&tensor.info.name);
+            for kind in [kinds.entry(kind).or_insert_with(|| empty_kind(kind)), &mut total] {
+                kind.n_tensors += 1;
+                kind.n_rows += layout.n_rows();
+                kind.n_parameters += layout.n_elements();
+                kind.n_chosen += n_chosen;
+                kind.share = kind.n_chosen as f64 / kind.n_parameters as f64;
+            }
+        }
+        let per_row = k.filter(|_| self.options.scope == Scope::Row);
+        let is_clamped = |source: &&Source<'_>| per_row.is_some_and(|k| k > source.scan.layout.d_in);
+        let n_model_parameters = checkpoint.n_parameters();
+        MaskReport {
+            base: checkpoint.name(),
+            dry_run: false,
+            score: self.options.score.name().to_owned(),
+            scope: self.options.scope.name().to_owned(),
+            k: per_row,
+            kinds: kinds.into_values().collect(),
+            trainable_share: total.n_chosen as f64 / n_model_parameters as f64,
+            total,
+            n_model_parameters,
+            clamped: self.sources.iter().filter(is_clamped).map(|s| s.scan.tensor.info.name.clone()).collect(),
+            skipped: Vec::new(),
+        }
+    }
+}
+
+fn empty_kind(kind: &str) -> MaskKind {
+    MaskKind { kind: kind.to_owned(), n_tensors: 0, n_rows: 0, n_parameters: 0, n_chosen: 0, share: 0.0 }
+}
+
+/// How far the writer is in its target.
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    is_open: bool,
+    n_rows: u64,
+}
+
+/// The key of the last entry that is chosen.
+struct Cut {
+    key: u64,
+    n_ties: u64,
+}
+
+/// Columns of a block, rows that take no part left empty.
+struct Rows {
+    columns: RowColumns,
+}
+
+impl Rows {
+    fn new(n_rows: usize, k: usize) -> Self {
+        Self { columns: RowColumns::with_capacity(n_rows, n_rows * k) }
+    }
+    fn skip_to(&mut self, row: usize) {
+        while self.columns.n_rows() < row {
+            self.columns.push_row(&[]);
+        }
+    }
+    fn finish(mut self, n_rows: usize) -> RowColumns {
+        self.skip_to(n_rows);
+        self.columns
+    }
+}
+
+/// Chosen columns of a block, and the base's bytes there.
+struct Chosen {
+    columns: RowColumns,
+    base_values: Vec<u8>,
+}
+
+impl Chosen {
+    fn new(columns: RowColumns, block: RowBlock<'_>) -> Self {
+        let base_values = gather(block, &columns);
+        Self { columns, base_values }
+    }
+
+    /// Keeps the first `n_ties` of the entries marked as ties, and counts down.
+    fn without_ties_past(self, n_ties: &mut u64, is_tie: &[bool]) -> Self {
+        let n = is_tie.iter().filter(|&&is_tie| is_tie).count() as u64;
+        if n <= *n_ties {
+            *n_ties -= n;
+            return self;
+        }
+        let width = self.base_values.len() / self.columns.nnz().max(1);
+        let mut kept = Self { columns: RowColumns::with_capacity(self.columns.n_rows(), 0), base_values: Vec::new() };
+        let mut row_columns = Vec::new();
+        for row in 0..self.columns.n_rows() {
+            row_columns.clear();
+            for at in self.columns.row_range(row) {
+                if is_tie[at] {
+                    if *n_ties == 0 {
+                        continue;
+                    }
+                    *n_ties -= 1;
+                }
+                row_columns.push(self.columns.columns()[at]);
+                kept.base_values.extend_from_slice(&self.base_values[at * width..(at + 1) * width]);
+            }
+            kept.columns.push_row(&row_columns);
+        }
+        kept
+    }
+}
+
+/// Shares `n` out in proportion to `sizes`: rounded down, and the largest remainders rounded up (equal ones: the first).
+fn share_out(n: u64, sizes: &[u64]) -> Vec<u64> {
+    let total: u128 = sizes.iter().map(|&size| u128::from(size)).sum();
+    let exact = |size: u64| u128::from(n) * u128::from(size);
+    let mut shares: Vec<u64> = sizes.iter().map(|&size| (exact(size) / total) as u64).collect();
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(exact(sizes[i]) % total), i));
+    let left = n - shares.iter().sum::<u64>();
+    for &i in order.iter().take(left as usize) {
+        shares[i] += 1;
+    }
+    shares
+}
+
+/// The BLAKE3 of all of a tensor's bytes.
+fn whole_tensor(ctx: &Context<'_>, tensor: TensorRef<'_>) -> Result<blake3::Hash, CheckpointError> {
+    let mut hasher = blake3::Hasher::new();
+    for start in (0..tensor.info.n_bytes()).step_by(ctx.window_bytes() as usize) {
+        ctx.check()?;
+        let end = tensor.info.n_bytes().min(start + ctx.window_bytes());
+        hasher.update(&tensor.window(ctx, start..end)?);
+    }
+    Ok(hasher.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_shared_out_by_largest_remainder() {
+        assert_eq!(share_out(10, &[1, 1, 1]), [4, 3, 3]);
+        assert_eq!(share_out(7, &[100, 10, 1]), [6, 1, 0]);
+        assert_eq!(share_out(0, &[5, 5]), [0, 0]);
+        assert_eq!(share_out(u64::MAX / 2, &[u64::MAX / 2, 1]).iter().sum::<u64>(), u64::MAX / 2);
+    }
+}

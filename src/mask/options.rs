@@ -1,0 +1,143 @@
+//! What a mask is asked to be.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::MaskError;
+use crate::{backend::ScoreKind, checkpoint::Checkpoint};
+
+/// Within what weights compete.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Within each row: every neuron gets its share.
+    #[default]
+    Row,
+    /// Within each tensor.
+    Tensor,
+    /// All targets together.
+    Global,
+}
+
+impl Scope {
+    /// The name in recipes and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Row => "row",
+            Self::Tensor => "tensor",
+            Self::Global => "global",
+        }
+    }
+}
+
+/// How much to choose.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Amount {
+    /// Entries per row; in the wider scopes as many as this would give in all.
+    K(u64),
+    /// A share of all parameters of the model, 0 to 1.
+    Share(f64),
+    /// Entries in all.
+    Count(u64),
+}
+
+impl FromStr for Amount {
+    type Err = MaskError;
+
+    /// Reads a budget: `0.02%`, a share such as `0.0002`, or a count such as `1000000`.
+    fn from_str(text: &str) -> Result<Self, MaskError> {
+        let bad = || MaskError::Usage(format!("budget {text:?}: expected a percentage, a share below 1, or a count"));
+        if let Some(percent) = text.strip_suffix('%') {
+            let share = percent.trim().parse::<f64>().map_err(|_| bad())? / 100.0;
+            return if share > 0.0 && share <= 1.0 { Ok(Self::Share(share)) } else { Err(bad()) };
+        }
+        if let Ok(count) = text.parse::<u64>() {
+            return if count > 0 { Ok(Self::Count(count)) } else { Err(bad()) };
+        }
+        match text.parse::<f64>() {
+            Ok(share) if share > 0.0 && share < 1.0 => Ok(Self::Share(share)),
+            _ => Err(bad()),
+        }
+    }
+}
+
+/// How to choose. [`MaskOptions::new`] gives the paper's mask.
+#[derive(Clone, Debug)]
+pub struct MaskOptions<'a> {
+    /// How much to choose.
+    pub amount: Amount,
+    /// What weights are ranked by.
+    pub score: ScoreKind,
+    /// Within what they compete.
+    pub scope: Scope,
+    /// For random scores and the neuron fraction.
+    pub seed: u64,
+    /// The share of each tensor's rows that take part; 1 for all.
+    pub neuron_fraction: f64,
+    /// Patterns of tensors that take part; the seven Llama projections where empty.
+    pub targets: Vec<String>,
+    /// Patterns of targets stored as `[d_in, d_out]`.
+    pub transposed: Vec<String>,
+    /// Gradients by the names and shapes of the weights, for scores that need them.
+    pub gradients: Option<&'a Checkpoint>,
+    /// Norms of activations per column, `[d_in]` (or `[E, d_in]` for stacks) by the names of weights or their modules, for `wanda`.
+    pub activations: Option<&'a Checkpoint>,
+    /// Whether the mask names each whole target by its BLAKE3.
+    pub hash: bool,
+}
+
+impl MaskOptions<'_> {
+    /// The `k` entries of largest magnitude in each row of the seven Llama projections.
+    pub fn new(k: u64) -> Self {
+        Self {
+            amount: Amount::K(k),
+            score: ScoreKind::Magnitude,
+            scope: Scope::Row,
+            seed: 0,
+            neuron_fraction: 1.0,
+            targets: Vec::new(),
+            transposed: Vec::new(),
+            gradients: None,
+            activations: None,
+            hash: false,
+        }
+    }
+
+    /// What cannot be asked for.
+    pub(super) fn check(&self) -> Result<(), MaskError> {
+        let usage = |what: &str| Err(MaskError::Usage(what.to_owned()));
+        if self.amount == Amount::K(0) {
+            return usage("k is 0: nothing would be chosen");
+        }
+        if !(self.neuron_fraction > 0.0 && self.neuron_fraction <= 1.0) {
+            return usage("the neuron fraction must be above 0 and at most 1");
+        }
+        if self.score.needs_gradients() != self.gradients.is_some() {
+            let need = if self.gradients.is_some() { "takes no" } else { "needs" };
+            return usage(&format!("score {} {need} gradients", self.score.name()));
+        }
+        if (self.score == ScoreKind::Wanda) != self.activations.is_some() {
+            let need = if self.activations.is_some() { "takes no" } else { "needs" };
+            return usage(&format!("score {} {need} activations", self.score.name()));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_percentages_shares_or_counts() {
+        let amount = |text: &str| text.parse::<Amount>().ok();
+        assert_eq!(amount("0.02%"), Some(Amount::Share(0.0002)));
+        assert_eq!(amount("100 %"), Some(Amount::Share(1.0)));
+        assert_eq!(amount("0.5"), Some(Amount::Share(0.5)));
+        assert_eq!(amount("1000"), Some(Amount::Count(1000)));
+        for bad in ["", "0", "0%", "101%", "1.5", "-1", "nan", "inf%", "x"] {
+            assert_eq!(amount(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Which tensors take part.
+
+use std::collections::BTreeMap;
+
+use globset::{Glob, GlobMatcher};
+use serde::Serialize;
+
+use super::MaskError;
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError, Printable, RowScan, TensorRef},
+    tensor::{Dtype, dtype_name, is_float, projection_kind},
+};
+
+/// The seven projections of a Llama layer: what takes part where nothing else is asked for.
+pub const LLAMA_PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// The pattern for every linear layer but embeddings and the output head.
+const ALL_LINEAR: &str = "all-linear";
+/// Parts of module paths that are embeddings, output heads or norms.
+const NOT_LINEAR: [&str; 12] = [
+    "embed_tokens",
+    "tok_embeddings",
+    "wte",
+    "wpe",
+    "embeddings",
+    "embed_in",
+    "lm_head",
+    "embed_out",
+    "output_layer",
+    "score",
+    "classifier",
+    "norm",
+];
+
+/// A way to name tensors.
+///
+/// - `all-linear`: every matrix or stack of matrices of floats but embeddings, output heads and norms
+/// - with `*`, `?`, `[` or `{`: a glob on the whole name; `*` matches dots too
+/// - else a tensor's name, a module's path, or the end of one: `q_proj` names `model.layers.0.self_attn.q_proj.weight`
+#[derive(Debug)]
+enum Pattern {
+    AllLinear,
+    Glob(GlobMatcher),
+    Name(String),
+}
+
+impl Pattern {
+    fn parse(text: &str) -> Result<Self, MaskError> {
+        if text == ALL_LINEAR {
+            return Ok(Self::AllLinear);
+        }
+        if !text.contains(['*', '?', '[', '{']) {
+            return Ok(Self::Name(text.to_owned()));
+        }
+        let glob =
+            Glob::new(text).map_err(|e| MaskError::Usage(format!("pattern \"{}\": {}", Printable(text), e.kind())))?;
+        Ok(Self::Glob(glob.compile_matcher()))
+    }
+
+    fn matches(&self, tensor: &TensorRef<'_>) -> bool {
+        let name = tensor.info.name.as_str();
+        match self {
+            Self::AllLinear => {
+                let module = weight_module(name);
+                let is_other = |part: &str| NOT_LINEAR.iter().any(|other| part == *other || part.ends_with("norm"));
+                module.is_some_and(|module| !module.split('.').any(is_other))
+                    && matches!(tensor.info.shape.len(), 2 | 3)
+                    && is_float(tensor.info.dtype)
+            }
+            Self::Glob(glob) => glob.is_match(name),
+            Self::Name(wanted) => {
+                self.is_exact(name) || weight_module(name).is_some_and(|module| ends_with(module, wanted))
+            }
+        }
+    }
+
+    /// Whether the pattern is this very name, so that nothing else can be meant.
+    fn is_exact(&self, name: &str) -> bool {
+        matches!(self, Self::Name(wanted) if wanted == name)
+    }
+}
+
+/// The module whose weight a tensor is; biases have none.
+fn weight_module(name: &str) -> Option<&str> {
+    match name.strip_suffix(".weight") {
+        Some(module) => Some(module),
+        None => (!name.ends_with(".bias")).then_some(name),
+    }
+}
+
+/// Whether `module` is `wanted`, or ends with it behind a dot.
+fn ends_with(module: &str, wanted: &str) -> bool {
+    module.strip_suffix(wanted).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+/// A tensor that a pattern named but that cannot take part.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SkippedTensor {
+    /// The tensor's name.
+    pub tensor: String,
+    /// Why it was left out.
+    pub why: String,
+}
+
+/// The tensors that take part.
+#[derive(Debug, Default)]
+pub struct Selection<'a> {
+    /// By name.
+    pub targets: Vec<RowScan<'a>>,
+    /// What patterns named besides, and why it cannot take part.
+    pub skipped: Vec<SkippedTensor>,
+}
+
+/// Selects the tensors that `patterns` name; those that `transposed` name too are stored as `[d_in, d_out]`.
+///
+/// With no pattern, [`LLAMA_PROJECTIONS`].
+///
+/// # Errors
+/// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, where none was given); a tensor that was
+/// named in full and is no matrix of floats; 8-bit floats with block scales beside them.
+pub fn select_targets<'a>(
+    checkpoint: &'a Checkpoint,
+    patterns: &[String],
+    transposed: &[String],
+) -> Result<Selection<'a>, MaskError> {
+    let defaults: Vec<String> = LLAMA_PROJECTIONS.map(str::to_owned).into();
+    let given = if patterns.is_empty() { &defaults } else { patterns };
+    let parsed = given.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
+    let parsed_transposed = transposed.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
+    let mut n_selected = vec![0usize; parsed.len()];
+    let mut n_transposed = vec![0usize; parsed_transposed.len()];
+    let mut selection = Selection::default();
+    for tensor in checkpoint.tensors() {
+        if !parsed.iter().any(|pattern| pattern.matches(&tensor)) {
+            continue;
+        }
+        let is_transposed = parsed_transposed.iter().any(|pattern| pattern.matches(&tensor));
+        match rows_of(checkpoint, tensor, is_transposed) {
+            Ok(scan) => selection.targets.push(scan),
+            Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
+            Err(MaskError::Checkpoint(CheckpointError::BadTensor { what, .. })) => {
+                selection.skipped.push(SkippedTensor { tensor: tensor.info.name.clone(), why: what });
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let count = |patterns: &[Pattern], counts: &mut [usize]| {
+            for (pattern, n) in patterns.iter().zip(counts) {
+                *n += usize::from(pattern.matches(&tensor));
+            }
+        };
+        count(&parsed, &mut n_selected);
+        count(&parsed_transposed, &mut n_transposed);
+    }
+    let idle = |texts: &[String], counts: &[usize]| -> Vec<String> {
+        texts.iter().zip(counts).filter(|(_, n)| **n == 0).map(|(text, _)| text.clone()).collect()
+    };
+    let mut unmatched = idle(given, &n_selected);
+    if patterns.is_empty() && !selection.targets.is_empty() {
+        unmatched.clear();
+    }
+    unmatched.extend(idle(transposed, &n_transposed));
+    if unmatched.is_empty() {
+        return Ok(selection);
+    }
+    Err(MaskError::NoMatch { path: checkpoint.root().to_owned(), patterns: unmatched, kinds: kinds(checkpoint) })
+}
+
+fn rows_of<'a>(checkpoint: &Checkpoint, tensor: TensorRef<'a>, transposed: bool) -> Result<RowScan<'a>, MaskError> {
+    let layout = tensor.rows(transposed)?;
+    let name = &tensor.info.name;
+    if matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
+        let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
+        if let Some(scale) = scales.iter().find(|scale| checkpoint.tensor(scale).is_some()) {
+            let path = checkpoint.root().to_owned();
+            let scale = Printable(scale);
+            let what = format!(
+                "\"{}\" has block scales in \"{scale}\": scaled 8-bit floats are not supported yet",
+                Printable(name)
+            );
+            return Err(CheckpointError::Refused { path, what }.into());
+        }
+    }
+    Ok(RowScan { tensor, layout })
+}
+
+/// One line for each kind of tensor that the checkpoint has.
+fn kinds(checkpoint: &Checkpoint) -> Vec<String> {
+    let mut kinds: BTreeMap<(&str, String), u64> = BTreeMap::new();
+    for tensor in checkpoint.tensors() {
+        let what = format!("{} {:?}", dtype_name(tensor.info.dtype), tensor.info.shape);
+        *kinds.entry((projection_kind(&tensor.info.name), what)).or_default() += 1;
+    }
+    kinds
+        .into_iter()
+        .map(|((kind, what), n)| format!("{}: {n} tensor{} of {what}", Printable(kind), if n == 1 { "" } else { "s" }))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{Context, Existing, TensorFileWriter};
+
+    fn checkpoint(tensors: &[(&str, Dtype, &[u64])]) -> (tempfile::TempDir, Checkpoint) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.safetensors");
+        let mut writer = TensorFileWriter::create(&path, Existing::Keep).unwrap();
+        for (name, dtype, shape) in tensors {
+            let id = writer.add_tensor((*name).to_owned(), *dtype);
+            let n_bytes = shape.iter().product::<u64>() as usize * dtype.bitsize() / 8;
+            writer.append(id, &vec![0; n_bytes]).unwrap();
+            writer.finish_tensor(id, shape.to_vec());
+        }
+        writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        (folder, checkpoint)
+    }
+
+    fn names(selection: &Selection<'_>) -> Vec<String> {
+        selection.targets.iter().map(|scan| scan.tensor.info.name.clone()).collect()
+    }
+
+    fn select(checkpoint: &Checkpoint, patterns: &[&str]) -> Result<Vec<String>, String> {
+        let patterns: Vec<String> = patterns.iter().map(|&pattern| pattern.to_owned()).collect();
+        select_targets(checkpoint, &patterns, &[]).map(|selection| names(&selection)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn patterns_are_names_ends_of_modules_globs_and_all_linear() {
+        let (_folder, found) = checkpoint(&[
+            ("lm_head.weight", Dtype::BF16, &[4, 2]),
+            ("model.embed_tokens.weight", Dtype::BF16, &[4, 2]),
+            ("model.layers.0.input_layernorm.weight", Dtype::BF16, &[2]),
+            ("model.layers.0.mlp.experts.gate_up_proj", Dtype::BF16, &[3, 2, 2]),
+            ("model.layers.0.self_attn.q_proj.bias", Dtype::BF16, &[2]),
+            ("model.layers.0.self_attn.q_proj.weight", Dtype::BF16, &[2, 2]),
+            ("model.layers.1.self_attn.xq_proj.weight", Dtype::BF16, &[2, 2]),
+        ]);
+        let q = "model.layers.0.self_attn.q_proj.weight".to_owned();
+        assert_eq!(select(&found, &[]), Ok(vec![q.clone()]));
+        assert_eq!(select(&found, &["q_proj"]), Ok(vec![q.clone()]));
+        assert_eq!(select(&found, &[&q]), Ok(vec![q.clone()]));
+        assert_eq!(select(&found, &["self_attn.q_proj", "lm_head"]).unwrap().len(), 2);
+        assert_eq!(select(&found, &["model.layers.*.weight"]).unwrap().len(), 2, "the norm is skipped");
+        assert_eq!(select(&found, &["all-linear"]).unwrap().len(), 3);
+        let error = select(&found, &["q_proj", "v_proj"]).unwrap_err();
+        assert!(error.contains("\"v_proj\"") && error.contains("gate_up_proj: 1 tensor of BF16 [3, 2, 2]"), "{error}");
+        let error = select(&found, &["model.layers.0.input_layernorm.weight"]).unwrap_err();
+        assert!(error.contains("shape [2] is no matrix"), "{error}");
+        assert!(select(&found, &["a[b"]).unwrap_err().contains("pattern \"a[b\""));
+    }
+
+    #[test]
+    fn scaled_8_bit_floats_are_refused() {
+        let (_folder, found) = checkpoint(&[
+            ("a.q_proj.weight", Dtype::F8_E4M3, &[2, 2]),
+            ("a.q_proj.weight_scale_inv", Dtype::F32, &[1, 1]),
+        ]);
+        let error = select(&found, &[]).unwrap_err();
+        assert!(error.contains("block scales in \"a.q_proj.weight_scale_inv\""), "{error}");
+    }
+}
