@@ -5,10 +5,14 @@
 //! values at its positions. Its own name is its content too ([`AdapterId`]). Everything is read and written a run of
 //! rows at a time.
 
+mod builder;
 mod error;
 mod file;
 mod id;
+mod init;
 
+pub use builder::AdapterBuilder;
 pub use error::AdapterError;
 pub use file::{Adapter, AdapterNotes, AdapterWriter, DeltaRows};
 pub use id::AdapterId;
+pub use init::{InitOptions, InitReport, init_adapter};

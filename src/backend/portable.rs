@@ -259,7 +259,7 @@ mod tests {
                     }
                     let rows = RowBlock::new(&bytes, dtype, 2, d_in);
                     let keys: Vec<u64> =
-                        bytes.chunks_exact(T::BYTES).map(|bytes| T::from_le(bytes).magnitude_key().into()).collect();
+                        bytes.chunks_exact(T::BYTES).map(|bytes| Key::to_u64(T::from_le(bytes).magnitude_key())).collect();
                     for k in [1, 2, 5, 20, 256, d_in] {
                         let expected: Vec<u32> =
                             keys.chunks(d_in).flat_map(|row| sorted_topk(row, k)).collect();

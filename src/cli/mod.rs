@@ -8,6 +8,7 @@
 mod completions;
 mod env;
 mod failure;
+mod init;
 mod inspect;
 mod man;
 mod mask;
@@ -60,6 +61,7 @@ Exit codes:
 enum Command {
     Inspect(inspect::InspectArgs),
     Mask(mask::MaskArgs),
+    Init(init::InitArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -72,6 +74,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
+        Command::Init(args) => init::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),
