@@ -9,5 +9,6 @@ mod inspect;
 mod json;
 mod manners;
 mod merge;
+mod signals;
 
 use harness::Place;
