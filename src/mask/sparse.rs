@@ -227,14 +227,13 @@ impl SparseFile {
     ) -> Result<Vec<u64>, CheckpointError> {
         let tensor = self.tensor(target, Part::RowOffsets);
         let mut offsets = Vec::with_capacity((rows.end - rows.start + 1) as usize);
-        self.for_each_window(ctx, tensor, rows.start..rows.end + 1, |bytes| match tensor.dtype {
-            Dtype::U32 => {
-                offsets.extend(
-                    bytes.chunks_exact(4).map(|le| u64::from(u32::from_le_bytes([le[0], le[1], le[2], le[3]]))),
-                );
-            }
-            _ => {
+        let wide = tensor.dtype == Dtype::U64;
+        self.for_each_window(ctx, tensor, rows.start..rows.end + 1, |bytes| {
+            if wide {
                 offsets.extend(bytes.chunks_exact(8).map(|le| u64::from_le_bytes(le.try_into().expect("eight bytes"))));
+            } else {
+                let wider = |le: &[u8]| u64::from(u32::from_le_bytes(le.try_into().expect("four bytes")));
+                offsets.extend(bytes.chunks_exact(4).map(wider));
             }
         })?;
         let bad = |what: String| Err(self.bad(target, Part::RowOffsets, what));
