@@ -5,6 +5,7 @@ use std::{error::Error, fmt, io, process::ExitCode};
 use neuroada_ckpt::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable},
+    diff::DiffError,
     mask::MaskError,
     merge::MergeError,
 };
@@ -106,6 +107,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     None.or_else(|| error.downcast_ref().map(CheckpointError::kind))
         .or_else(|| error.downcast_ref().map(MaskError::kind))
         .or_else(|| error.downcast_ref().map(AdapterError::kind))
+        .or_else(|| error.downcast_ref().map(DiffError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
 }

@@ -6,6 +6,7 @@
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
 mod completions;
+mod diff;
 mod env;
 mod failure;
 mod init;
@@ -61,6 +62,7 @@ Exit codes:
 enum Command {
     Inspect(inspect::InspectArgs),
     Mask(mask::MaskArgs),
+    Diff(diff::DiffArgs),
     Init(init::InitArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
@@ -74,6 +76,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
+        Command::Diff(args) => diff::run(args, env),
         Command::Init(args) => init::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
