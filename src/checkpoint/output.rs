@@ -46,7 +46,7 @@ impl AtomicFile {
             // The umask takes away what it must.
             .permissions(fs::Permissions::from_mode(0o666))
             .tempfile_in(folder_of(target))
-            .map_err(|e| CheckpointError::io("create", target, e))?;
+            .map_err(|e| CheckpointError::io("create", target, without_path(e)))?;
         Ok(Self { target: target.to_owned(), existing, temp })
     }
 
@@ -82,6 +82,11 @@ impl AtomicFile {
         }
         sync_folder(folder_of(&target))
     }
+}
+
+/// What the system said, without the temporary name that tempfile adds: it would tell nobody anything, and differ every time.
+fn without_path(error: io::Error) -> io::Error {
+    if error.raw_os_error().is_some() { error } else { error.kind().into() }
 }
 
 /// Writes `bytes` as a file that appears whole or not at all.
@@ -149,7 +154,8 @@ impl TensorFileWriter {
             folder = folder_of(folder);
         }
         // A file without a name: nothing of it shows, whatever happens.
-        let spool = tempfile::tempfile_in(folder).map_err(|e| CheckpointError::io("create", target, e))?;
+        let spool =
+            tempfile::tempfile_in(folder).map_err(|e| CheckpointError::io("create", target, without_path(e)))?;
         let spool = BufWriter::with_capacity(1 << 20, spool);
         Ok(Self { target: target.to_owned(), existing, spool, spooled: 0, tensors: Vec::new() })
     }

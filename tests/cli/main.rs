@@ -3,11 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 
 mod adapters;
+mod diff;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
+mod init;
 mod inspect;
 mod json;
 mod manners;
+mod mask;
 mod merge;
 mod signals;
 
