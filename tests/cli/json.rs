@@ -47,7 +47,12 @@ fn is_documented(command: &str, document: &Value) {
 fn every_field_of_json_is_documented() {
     let place = Place::new();
     write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.01);
+    is_documented("mask", &place.json("mask [FIXTURES]/tiny-llama --k 70 --targets *layers.0* -o m.safetensors"));
+    is_documented("init", &place.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
+    is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
     is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
+    is_documented("diff", &place.json("diff [FIXTURES]/tiny-llama out"));
+    is_documented("diff", &place.json("diff [FIXTURES]/accepted/odd-header.safetensors out"));
     is_documented("inspect", &place.json("inspect out --tensors"));
     is_documented("inspect", &place.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));
     is_documented("verify", &place.json("verify out --base [FIXTURES]/tiny-llama"));
