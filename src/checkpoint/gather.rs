@@ -1,6 +1,6 @@
 //! The base's values at chosen positions, read with as few bytes as pay.
 
-use super::{CheckpointError, Context, TensorRef};
+use super::{CheckpointError, Context, TensorRef, Window};
 use crate::tensor::{RowColumns, RowLayout};
 
 /// Positions closer than this, in bytes, are read in one piece: a second read costs more than the bytes between.
@@ -85,9 +85,10 @@ impl Piece<'_> {
         };
         self.ctx.check()?;
         let (start, end) = (first * self.element_bytes, (last + 1) * self.element_bytes);
+        let TensorRef { shard, info, .. } = self.tensor;
         let window;
         let bytes: &[u8] = if end - start <= SMALL_PIECE {
-            let TensorRef { shard, info, .. } = self.tensor;
+            window = Window::owned(Vec::new());
             self.buffer.resize((end - start) as usize, 0);
             shard.read_at(&mut self.buffer, shard.file_range(info).start + start)?;
             &self.buffer
@@ -100,7 +101,7 @@ impl Piece<'_> {
             let at = (flat - first) as usize * n;
             gathered[slot * n..(slot + 1) * n].copy_from_slice(&bytes[at..at + n]);
         }
-        Ok(())
+        shard.confirm(&window)
     }
 }
 

@@ -7,19 +7,15 @@
 //! The format: 8 bytes of little-endian header length `n`, `n` bytes of JSON, tensor data. Sources:
 //! <https://github.com/huggingface/safetensors#format> and `safetensors/src/tensor.rs` 0.8.
 
-use std::{collections::BTreeMap, fmt, ops::Range, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
-
-use super::{CheckpointError, Printable};
+use super::{CheckpointError, json::malformed, raw_header::RawHeader};
 use crate::tensor::{Dtype, checked_bytes, dtype_name};
 
 /// Headers larger than this are refused, here and by the safetensors crate.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// More tensors than this in one file are refused: forty times the largest published shard.
 pub const MAX_TENSORS: usize = 1_000_000;
-/// Tensors of more dimensions than this are refused.
-const MAX_RANK: usize = 64;
 
 /// One tensor of a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -59,6 +55,8 @@ pub struct Header {
 impl Header {
     /// Parses `json`, the header of a file of `file_bytes` bytes; `path` is for messages.
     ///
+    /// Memory: in all, `json` itself counted, at most three times the largest header that is accepted.
+    ///
     /// # Errors
     /// [`CheckpointError::BadFile`] or [`CheckpointError::BadTensor`], naming the place.
     pub fn parse(path: &Path, json: &[u8], file_bytes: u64) -> Result<Self, CheckpointError> {
@@ -68,18 +66,16 @@ impl Header {
         }
         let text = std::str::from_utf8(json)
             .map_err(|e| bad(format!("the header is not UTF-8 at byte {}", 8 + e.valid_up_to())))?;
-        let mut deserializer = serde_json::Deserializer::from_str(text);
-        let raw = RawHeader::deserialize(&mut deserializer)
-            .and_then(|raw| deserializer.end().map(|()| raw))
-            .map_err(|e| bad(format!("the header is malformed: {}", Printable(&e.to_string()))))?;
+        let raw =
+            RawHeader::parse(text).map_err(|e| bad(format!("the header is malformed: {}", malformed(json, 8, &e))))?;
         Self::check(path, raw, json.len() as u64, file_bytes)
     }
 
     fn check(path: &Path, raw: RawHeader, json_bytes: u64, file_bytes: u64) -> Result<Self, CheckpointError> {
         let mut tensors = raw.tensors;
         let bad = |tensor: &TensorInfo, what: String| CheckpointError::bad_tensor(path, &tensor.name, what);
-        // A stable order: empty tensors share an offset with their successor.
-        tensors.sort_by_key(|tensor| (tensor.data.start, tensor.data.end));
+        // Empty tensors share an offset with their successor; among themselves they go by name.
+        tensors.sort_unstable_by(|a, b| (a.data.start, a.data.end, &a.name).cmp(&(b.data.start, b.data.end, &b.name)));
         let mut end = 0;
         for tensor in &tensors {
             if tensor.data.end < tensor.data.start {
@@ -178,201 +174,6 @@ fn first_byte(json: &[u8]) -> String {
         [] => "an empty header".to_owned(),
         [0xef, 0xbb, 0xbf, ..] => "a byte order mark".to_owned(),
         [byte, ..] => format!("byte 0x{byte:02x}"),
-    }
-}
-
-/// The JSON has this shape, nothing more is known.
-struct RawHeader {
-    metadata: Option<BTreeMap<String, String>>,
-    tensors: Vec<TensorInfo>,
-}
-
-impl RawHeader {
-    fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(HeaderVisitor)
-    }
-}
-
-struct HeaderVisitor;
-
-impl<'de> Visitor<'de> for HeaderVisitor {
-    type Value = RawHeader;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object of tensors")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-        let mut raw = RawHeader { metadata: None, tensors: Vec::new() };
-        while let Some(name) = map.next_key::<String>()? {
-            if name == "__metadata__" {
-                if raw.metadata.is_some() {
-                    return Err(de::Error::custom("`__metadata__` appears twice"));
-                }
-                raw.metadata = Some(map.next_value_seed(MetadataSeed)?);
-            } else {
-                if raw.tensors.len() == MAX_TENSORS {
-                    return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} tensors")));
-                }
-                raw.tensors.push(map.next_value_seed(TensorSeed(name))?);
-            }
-        }
-        Ok(raw)
-    }
-}
-
-/// `__metadata__`: an object of strings, each key once.
-struct MetadataSeed;
-
-impl<'de> DeserializeSeed<'de> for MetadataSeed {
-    type Value = BTreeMap<String, String>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for MetadataSeed {
-    type Value = BTreeMap<String, String>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("`__metadata__` as an object of strings")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        // Bounded like tensors are: a hostile header may hold millions of keys.
-        let mut metadata = BTreeMap::new();
-        while let Some(key) = map.next_key::<String>()? {
-            if metadata.len() == MAX_TENSORS {
-                return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} metadata keys")));
-            }
-            let value = map.next_value::<String>()?;
-            if let Some(_first) = metadata.insert(key.clone(), value) {
-                return Err(de::Error::custom(format_args!("metadata key \"{}\" appears twice", Printable(&key))));
-            }
-        }
-        Ok(metadata)
-    }
-}
-
-/// One tensor's entry: exactly `dtype`, `shape` and `data_offsets`.
-struct TensorSeed(String);
-
-impl<'de> DeserializeSeed<'de> for TensorSeed {
-    type Value = TensorInfo;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<TensorInfo, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for TensorSeed {
-    type Value = TensorInfo;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tensor \"{}\" as an object of dtype, shape and data_offsets", Printable(&self.0))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TensorInfo, A::Error> {
-        let name = self.0;
-        let (mut dtype, mut shape, mut data) = (None, None, None);
-        let twice = |key: &str| de::Error::custom(format_args!("tensor \"{}\" has two `{key}`", Printable(&name)));
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "dtype" => {
-                    if dtype.replace(map.next_value_seed(Named(&name, DtypeVisitor))?).is_some() {
-                        return Err(twice("dtype"));
-                    }
-                }
-                "shape" => {
-                    if shape
-                        .replace(map.next_value_seed(Named(&name, SizesVisitor { most: MAX_RANK, what: "shape" }))?)
-                        .is_some()
-                    {
-                        return Err(twice("shape"));
-                    }
-                }
-                "data_offsets" => {
-                    let seed = Named(&name, SizesVisitor { most: 2, what: "data_offsets" });
-                    let sizes = map.next_value_seed(seed)?;
-                    let [begin, end] = sizes[..] else {
-                        return Err(de::Error::custom(format_args!(
-                            "tensor \"{}\": data_offsets are two numbers",
-                            Printable(&name)
-                        )));
-                    };
-                    if data.replace(begin..end).is_some() {
-                        return Err(twice("data_offsets"));
-                    }
-                }
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                    let (name, key) = (Printable(&name), Printable(&key));
-                    return Err(de::Error::custom(format_args!("tensor \"{name}\" has the unknown field `{key}`")));
-                }
-            }
-        }
-        let missing = |key: &str| de::Error::custom(format_args!("tensor \"{}\" has no `{key}`", Printable(&name)));
-        Ok(TensorInfo {
-            dtype: dtype.ok_or_else(|| missing("dtype"))?,
-            shape: shape.ok_or_else(|| missing("shape"))?,
-            data: data.ok_or_else(|| missing("data_offsets"))?,
-            name,
-        })
-    }
-}
-
-/// A visitor whose errors name the tensor they stand in.
-struct Named<'a, V>(&'a str, V);
-
-impl<'de> DeserializeSeed<'de> for Named<'_, DtypeVisitor> {
-    type Value = Dtype;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Dtype, D::Error> {
-        deserializer.deserialize_str(self.1).map_err(|e| in_tensor(self.0, &e))
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for Named<'_, SizesVisitor> {
-    type Value = Vec<u64>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u64>, D::Error> {
-        deserializer.deserialize_seq(self.1).map_err(|e| in_tensor(self.0, &e))
-    }
-}
-
-fn in_tensor<E: de::Error>(name: &str, e: &E) -> E {
-    E::custom(format_args!("tensor \"{}\": {e}", Printable(name)))
-}
-
-struct DtypeVisitor;
-
-impl Visitor<'_> for DtypeVisitor {
-    type Value = Dtype;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a dtype such as \"BF16\"")
-    }
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<Dtype, E> {
-        crate::tensor::parse_dtype(name).ok_or_else(|| E::custom(format_args!("unknown dtype \"{}\"", Printable(name))))
-    }
-}
-
-/// A list of at most `most` sizes.
-struct SizesVisitor {
-    most: usize,
-    what: &'static str,
-}
-
-impl<'de> Visitor<'de> for SizesVisitor {
-    type Value = Vec<u64>;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} as a list of sizes", self.what)
-    }
-    fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
-        let mut sizes = Vec::new();
-        while let Some(size) = seq.next_element::<u64>()? {
-            if sizes.len() == self.most {
-                return Err(de::Error::custom(format_args!("{} has more than {} numbers", self.what, self.most)));
-            }
-            sizes.push(size);
-        }
-        Ok(sizes)
     }
 }
 

@@ -2,40 +2,43 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
 };
 
-use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::{CheckpointError, Printable, Shard};
+use super::{
+    CheckpointError, Printable, Shard,
+    json::{Allowance, Text, malformed, not_a_string, read_whole},
+};
 
 /// The file's name beside its shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// Index files larger than this are refused.
-const MAX_INDEX_BYTES: u64 = 256 << 20;
+/// Index files larger than this are refused: six times that of the largest published model.
+const MAX_INDEX_BYTES: u64 = 100_000_000;
+/// Memory for all that is kept of an index.
+const MAX_PARSED_BYTES: usize = 170_000_000;
+/// More shards than this are refused: ten times as many as the largest published model has.
+const MAX_SHARDS: usize = 10_000;
+/// After this many problems the search for more stops.
+const MAX_PROBLEMS: usize = 10_000;
 
 /// The index as its JSON has it; shard names are plain file names.
 #[derive(Debug)]
 pub struct Index {
-    /// Tensor name to shard file name.
-    weight_map: BTreeMap<String, String>,
+    /// Tensor name and position of its shard in `shards`, by name; each name once.
+    weight_map: Vec<(String, u32)>,
+    /// By name.
+    shards: Vec<String>,
     total_size: Option<u64>,
 }
 
 impl Index {
     /// Reads and parses the index file at `path`.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let io = |e| CheckpointError::io("read", path, e);
-        let n_bytes = fs::metadata(path).map_err(io)?.len();
-        if n_bytes > MAX_INDEX_BYTES {
-            return Err(CheckpointError::bad_file(
-                path,
-                format!("has {n_bytes} bytes, at most {MAX_INDEX_BYTES} are accepted"),
-            ));
-        }
-        Self::parse(path, &fs::read(path).map_err(io)?)
+        Self::parse(path, &read_whole(path, MAX_INDEX_BYTES)?)
     }
 
     /// Parses the index's JSON; `path` is for messages.
@@ -43,23 +46,17 @@ impl Index {
     /// # Errors
     /// [`CheckpointError::BadFile`], or [`CheckpointError::Many`] listing every shard name that is not a plain file name.
     pub fn parse(path: &Path, json: &[u8]) -> Result<Self, CheckpointError> {
-        let raw: RawIndex = serde_json::from_slice(json).map_err(|e| {
-            CheckpointError::bad_file(path, format!("the index is malformed: {}", Printable(&e.to_string())))
-        })?;
-        let total_size = match raw.total_size {
-            None => None,
-            Some(value) => Some(whole_number(&value).ok_or_else(|| {
-                CheckpointError::bad_file(
-                    path,
-                    format!("metadata.total_size is {}, not a number of bytes", Printable(&value.to_string())),
-                )
-            })?),
-        };
-        let mut names: Vec<&String> = raw.weight_map.values().collect();
-        names.sort_unstable();
-        names.dedup();
-        let escapes: Vec<String> = names
-            .into_iter()
+        let bad = |what: String| CheckpointError::bad_file(path, what);
+        let raw =
+            RawIndex::parse(json).map_err(|e| bad(format!("the index is malformed: {}", malformed(json, 0, &e))))?;
+        let WeightMap { mut tensors, shards } = raw.weight_map;
+        // The shards came in some order; `tensors` counts in it.
+        let mut names: Vec<&str> = vec![""; shards.len()];
+        for (name, &id) in &shards {
+            names[id as usize] = name;
+        }
+        let escapes: Vec<String> = shards
+            .keys()
             .filter(|name| !is_plain_file_name(name))
             .map(|name| format!("\"{}\"", Printable(name)))
             .collect();
@@ -67,53 +64,64 @@ impl Index {
             let what = "shards must be plain file names inside the checkpoint's folder, found".to_owned();
             return Err(CheckpointError::Many { path: path.to_owned(), what, problems: escapes });
         }
-        if raw.weight_map.is_empty() {
-            return Err(CheckpointError::bad_file(path, "weight_map is empty"));
+        tensors.sort_unstable();
+        for pair in tensors.windows(2) {
+            let [(first, a), (second, b)] = pair else { unreachable!("a window of two") };
+            if first == second {
+                let (a, b) = (Printable(names[*a as usize]), Printable(names[*b as usize]));
+                return Err(bad(format!("tensor \"{}\" is listed twice, in {a} and in {b}", Printable(first))));
+            }
         }
-        Ok(Self { weight_map: raw.weight_map, total_size })
+        if tensors.is_empty() {
+            return Err(bad("weight_map is empty".to_owned()));
+        }
+        let mut sorted = vec![0; shards.len()];
+        for (position, &id) in shards.values().enumerate() {
+            sorted[id as usize] = position as u32;
+        }
+        for (_, shard) in &mut tensors {
+            *shard = sorted[*shard as usize];
+        }
+        Ok(Self { weight_map: tensors, shards: shards.into_keys().collect(), total_size: raw.total_size })
     }
 
     /// The shards, by name.
     pub fn shard_names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.weight_map.values().map(String::as_str).collect();
-        names.sort_unstable();
-        names.dedup();
-        names
+        self.shards.iter().map(String::as_str).collect()
     }
 
-    /// Everything in which the index and its shards disagree.
+    /// The tensors and the positions of their shards in [`Index::shard_names`], by name.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
+        self.weight_map.iter().map(|(name, shard)| (name.as_str(), *shard as usize))
+    }
+
+    /// Everything in which the index and its shards disagree; `shards` are those of [`Index::shard_names`].
     pub(super) fn disagreements(&self, shards: &[Shard]) -> Vec<String> {
         let mut problems = Vec::new();
-        let mut seen: BTreeMap<&str, &Shard> = BTreeMap::new();
+        let file_name = |shard: usize| Printable(&self.shards[shard]).to_string();
+        let listed = |name: &str| self.weight_map.binary_search_by(|(listed, _)| listed.as_str().cmp(name)).is_ok();
+        let mut stored: Vec<(&str, usize)> = Vec::new();
         let mut total = 0u64;
-        for shard in shards {
+        for (position, shard) in shards.iter().enumerate() {
             for tensor in shard.header().by_name() {
                 total = total.saturating_add(tensor.n_bytes());
-                let name = Printable(&tensor.name);
-                if let Some(first) = seen.insert(&tensor.name, shard) {
-                    problems.push(format!(
-                        "tensor \"{name}\" is in {} and in {}",
-                        Printable(&first.file_name()),
-                        Printable(&shard.file_name())
-                    ));
-                }
-                if !self.weight_map.contains_key(&tensor.name) {
-                    problems.push(format!(
-                        "tensor \"{name}\" is in {} but not in the index",
-                        Printable(&shard.file_name())
-                    ));
-                }
+                stored.push((&tensor.name, position));
             }
         }
-        for (name, shard_name) in &self.weight_map {
-            let Some(shard) = shards.iter().find(|shard| shard.file_name() == *shard_name) else { continue };
-            if shard.header().tensor(name).is_none() {
-                problems.push(format!(
-                    "tensor \"{}\" is in the index but not in {}",
-                    Printable(name),
-                    Printable(shard_name)
-                ));
-            }
+        stored.sort_unstable();
+        let twice = stored.windows(2).filter(|pair| pair[0].0 == pair[1].0).map(|pair| {
+            let (first, second) = (file_name(pair[0].1), file_name(pair[1].1));
+            format!("tensor \"{}\" is in {first} and in {second}", Printable(pair[0].0))
+        });
+        let unlisted = stored.iter().filter(|(name, _)| !listed(name)).map(|&(name, shard)| {
+            format!("tensor \"{}\" is in {} but not in the index", Printable(name), file_name(shard))
+        });
+        let missing = self.tensors().filter(|(name, shard)| shards[*shard].header().tensor(name).is_none()).map(
+            |(name, shard)| format!("tensor \"{}\" is in the index but not in {}", Printable(name), file_name(shard)),
+        );
+        problems.extend(twice.chain(unlisted).chain(missing).take(MAX_PROBLEMS));
+        if problems.len() == MAX_PROBLEMS {
+            problems.push("the search stopped here".to_owned());
         }
         if let Some(total_size) = self.total_size
             && total_size != total
@@ -128,100 +136,217 @@ fn is_plain_file_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-/// An integer, or a float that is one: some writers sum sizes as floats.
-fn whole_number(value: &serde_json::Value) -> Option<u64> {
-    value.as_u64().or_else(|| {
-        let float = value.as_f64()?;
-        (float >= 0.0 && float.fract() == 0.0 && float < 9e15).then_some(float as u64)
-    })
-}
-
+/// The JSON has this shape; names may still repeat or lead elsewhere.
 struct RawIndex {
-    weight_map: BTreeMap<String, String>,
-    total_size: Option<serde_json::Value>,
+    weight_map: WeightMap,
+    total_size: Option<u64>,
 }
 
-impl<'de> Deserialize<'de> for RawIndex {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct IndexVisitor;
-        impl<'de> Visitor<'de> for IndexVisitor {
-            type Value = RawIndex;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object with a weight_map")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawIndex, A::Error> {
-                let (mut weight_map, mut total_size) = (None, None);
-                while let Some(key) = map.next_key::<String>()? {
-                    match key.as_str() {
-                        "weight_map" => {
-                            if weight_map.replace(map.next_value::<UniqueMap>()?.0).is_some() {
-                                return Err(de::Error::custom("weight_map appears twice"));
-                            }
-                        }
-                        "metadata" => {
-                            let metadata: Option<BTreeMap<String, serde_json::Value>> = map.next_value()?;
-                            total_size = metadata.and_then(|mut metadata| metadata.remove("total_size"));
-                        }
-                        _ => {
-                            map.next_value::<IgnoredAny>()?;
-                        }
-                    }
-                }
-                let weight_map = weight_map.ok_or_else(|| de::Error::missing_field("weight_map"))?;
-                Ok(RawIndex { weight_map, total_size })
-            }
-        }
-        deserializer.deserialize_map(IndexVisitor)
+impl RawIndex {
+    /// Reads the JSON and nothing behind it.
+    fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut deserializer = serde_json::Deserializer::from_slice(json);
+        let raw = deserializer.deserialize_map(IndexVisitor(&Allowance::new(MAX_PARSED_BYTES)))?;
+        deserializer.end()?;
+        Ok(raw)
     }
 }
 
-/// A map of strings in which no key may appear twice.
-struct UniqueMap(BTreeMap<String, String>);
+struct IndexVisitor<'a>(&'a Allowance);
 
-impl<'de> Deserialize<'de> for UniqueMap {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MapVisitor;
-        impl<'de> Visitor<'de> for MapVisitor {
-            type Value = UniqueMap;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("weight_map as an object of strings")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueMap, A::Error> {
-                let mut unique = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, String>()? {
-                    if let Some(first) = unique.insert(key.clone(), value.clone()) {
-                        let (key, first, second) = (Printable(&key), Printable(&first), Printable(&value));
-                        return Err(de::Error::custom(format_args!(
-                            "tensor \"{key}\" is listed twice, in {first} and in {second}"
-                        )));
+impl<'de> Visitor<'de> for IndexVisitor<'_> {
+    type Value = RawIndex;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with a weight_map")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawIndex, A::Error> {
+        let (mut weight_map, mut total_size) = (None, None);
+        while let Some(key) = map.next_key_seed(Text(self.0, "a key"))? {
+            match key.as_str() {
+                "weight_map" => {
+                    if weight_map.replace(map.next_value_seed(WeightMapSeed(self.0))?).is_some() {
+                        return Err(de::Error::custom("weight_map appears twice"));
                     }
                 }
-                Ok(UniqueMap(unique))
+                "metadata" => total_size = map.next_value_seed(MetadataSeed(self.0))?,
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
             }
         }
-        deserializer.deserialize_map(MapVisitor)
+        let weight_map = weight_map.ok_or_else(|| de::Error::missing_field("weight_map"))?;
+        Ok(RawIndex { weight_map, total_size })
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<RawIndex, E> {
+        Err(not_a_string(text, &self))
     }
 }
 
-/// Where a shard named in an index lies, following links no further than the checkpoint itself or the blobs of the
-/// Hugging Face cache it is a snapshot of.
-///
-/// # Errors
-/// A line for the list of problems.
-pub(super) fn resolve_shard(root: &Path, name: &str) -> Result<PathBuf, String> {
-    let path = root.join(name);
-    let real = path.canonicalize().map_err(|e| format!("shard {} cannot be opened: {e}", Printable(name)))?;
-    let real_root = root.canonicalize().map_err(|e| format!("the folder cannot be opened: {e}"))?;
-    let parent = real.parent();
-    let blobs = real_root
-        .parent()
-        .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
-        .and_then(Path::parent)
-        .map(|repository| repository.join("blobs"));
-    if parent == Some(&real_root) || (blobs.is_some() && parent == blobs.as_deref()) {
-        Ok(path)
-    } else {
-        Err(format!("shard {} is a link out of the folder, to {}", Printable(name), Printable::path(&real)))
+/// `metadata`, of which `total_size` alone is looked at; absent or null is fine.
+struct MetadataSeed<'a>(&'a Allowance);
+
+impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
+    type Value = Option<u64>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<u64>, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for MetadataSeed<'_> {
+    type Value = Option<u64>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("metadata as an object")
+    }
+    fn visit_unit<E: de::Error>(self) -> Result<Option<u64>, E> {
+        Ok(None)
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<u64>, A::Error> {
+        let mut total_size = None;
+        while let Some(key) = map.next_key_seed(Text(self.0, "a key"))? {
+            if key == "total_size" {
+                total_size = Some(map.next_value_seed(TotalSizeVisitor)?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(total_size)
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Option<u64>, E> {
+        Err(not_a_string(text, &self))
+    }
+}
+
+/// An integer, or a float that is one: some writers sum sizes as floats.
+struct TotalSizeVisitor;
+
+impl<'de> DeserializeSeed<'de> for TotalSizeVisitor {
+    type Value = u64;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<u64, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl Visitor<'_> for TotalSizeVisitor {
+    type Value = u64;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("metadata.total_size as a number of bytes")
+    }
+    fn visit_u64<E: de::Error>(self, size: u64) -> Result<u64, E> {
+        Ok(size)
+    }
+    fn visit_f64<E: de::Error>(self, size: f64) -> Result<u64, E> {
+        if size >= 0.0 && size.fract() == 0.0 && size < 9e15 {
+            return Ok(size as u64);
+        }
+        Err(E::invalid_value(de::Unexpected::Float(size), &self))
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<u64, E> {
+        Err(not_a_string(text, &self))
+    }
+}
+
+/// `weight_map`, shard names kept once each.
+#[derive(Default)]
+struct WeightMap {
+    /// Names as they came, and the numbers of their shards.
+    tensors: Vec<(String, u32)>,
+    /// Numbered as they came.
+    shards: BTreeMap<String, u32>,
+}
+
+struct WeightMapSeed<'a>(&'a Allowance);
+
+impl<'de> DeserializeSeed<'de> for WeightMapSeed<'_> {
+    type Value = WeightMap;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<WeightMap, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMapSeed<'_> {
+    type Value = WeightMap;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("weight_map as an object of strings")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap, A::Error> {
+        let mut found = WeightMap::default();
+        while let Some(name) = map.next_key_seed(Text(self.0, "a tensor's name"))? {
+            self.0.take(size_of::<(String, u32)>())?;
+            let shard = map.next_value_seed(ShardSeed { shards: &mut found.shards, allowance: self.0 })?;
+            found.tensors.push((name, shard));
+        }
+        Ok(found)
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<WeightMap, E> {
+        Err(not_a_string(text, &self))
+    }
+}
+
+/// A shard's name, as its number.
+struct ShardSeed<'a> {
+    shards: &'a mut BTreeMap<String, u32>,
+    allowance: &'a Allowance,
+}
+
+impl<'de> DeserializeSeed<'de> for ShardSeed<'_> {
+    type Value = u32;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<u32, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for ShardSeed<'_> {
+    type Value = u32;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a shard as a string")
+    }
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<u32, E> {
+        if let Some(&number) = self.shards.get(name) {
+            return Ok(number);
+        }
+        if self.shards.len() == MAX_SHARDS {
+            return Err(E::custom(format_args!("more than {MAX_SHARDS} shards")));
+        }
+        self.allowance.take_text(name)?;
+        let number = self.shards.len() as u32;
+        self.shards.insert(name.to_owned(), number);
+        Ok(number)
+    }
+}
+
+/// Where the files of a checkpoint's folder may lie: links are followed no further than the folder itself, or the blobs
+/// of the Hugging Face cache it is a snapshot of.
+pub(super) struct Bounds {
+    root: PathBuf,
+    real_root: PathBuf,
+    blobs: Option<PathBuf>,
+}
+
+impl Bounds {
+    /// The bounds of the folder `root`.
+    pub fn of(root: &Path) -> Result<Self, CheckpointError> {
+        let real_root = root.canonicalize().map_err(|e| CheckpointError::io("open", root, e))?;
+        let blobs = real_root
+            .parent()
+            .filter(|snapshots| snapshots.file_name().is_some_and(|name| name == "snapshots"))
+            .and_then(Path::parent)
+            .map(|repository| repository.join("blobs"));
+        Ok(Self { root: root.to_owned(), real_root, blobs })
+    }
+
+    /// The path of a file in the folder.
+    ///
+    /// # Errors
+    /// A line for a list of problems.
+    pub fn resolve(&self, name: &Path) -> Result<PathBuf, String> {
+        let path = self.root.join(name);
+        let shown = Printable::path(name);
+        let real = path.canonicalize().map_err(|e| format!("{shown} cannot be opened: {e}"))?;
+        if real.starts_with(&self.real_root) || (self.blobs.is_some() && real.parent() == self.blobs.as_deref()) {
+            Ok(path)
+        } else {
+            Err(format!("{shown} is a link out of the folder, to {}", Printable::path(&real)))
+        }
     }
 }
 
@@ -237,6 +362,7 @@ mod tests {
     fn shards_are_plain_file_names() {
         let index = parse(r#"{"metadata":{"total_size":1.0e3},"weight_map":{"b":"2","a":"1","c":"1"}}"#).unwrap();
         assert_eq!(index.shard_names(), ["1", "2"]);
+        assert_eq!(index.tensors().collect::<Vec<_>>(), [("a", 0), ("b", 1), ("c", 0)]);
         assert_eq!(index.total_size, Some(1000));
         for name in ["../x", "/etc/passwd", "a/../../x", "a\\u0000b", "..", "", "a/b"] {
             let error = parse(&format!(r#"{{"weight_map":{{"a":"{name}"}}}}"#)).unwrap_err();

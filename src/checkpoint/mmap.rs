@@ -1,16 +1,34 @@
 //! Windows of files, mapped or read: the one place that maps.
+//!
+//! A mapped page whose file was cut short, or whose disk fails, answers with the signal SIGBUS, which by default ends the
+//! process. So every mapped window is entered in a small table, and a handler for SIGBUS is installed with the first one. It
+//! looks the faulting address up; if it lies in a window, the page is replaced by one of zeros, the window is marked, and
+//! the reader goes on, to find the mark when it is done ([`Shard::confirm`](super::Shard::confirm)) before it trusts what it
+//! read. Any other SIGBUS goes to the handler that was there before. Where the table is full, no
+//! handler can be installed, or the file system cannot map, windows are read instead.
 
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, ops::Deref};
+use std::{
+    fs::File,
+    io,
+    ops::Deref,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+};
 
 use memmap2::{Mmap, MmapOptions};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 /// A run of bytes of a file, given back when dropped.
 pub struct Window(Backing);
 
 enum Backing {
-    Mapped(Mmap),
+    // Fields are dropped in this order: an address leaves the table before it can be mapped anew.
+    Mapped { place: Place, map: Mmap },
     Owned(Vec<u8>),
 }
 
@@ -18,7 +36,7 @@ impl Deref for Window {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         match &self.0 {
-            Backing::Mapped(map) => map,
+            Backing::Mapped { map, .. } => map,
             Backing::Owned(bytes) => bytes,
         }
     }
@@ -30,18 +48,178 @@ impl Window {
         Self(Backing::Owned(bytes))
     }
 
-    /// Maps `len` bytes of `file` from `offset`, of any alignment; the pages are in memory when this returns.
+    /// Maps `len` bytes of `file` from `offset`, of any alignment; the pages are in memory when this returns, unless memory
+    /// is short or the file ends before them. What cannot be mapped is read. `lost` is set when the window is dropped after bytes of it could not be read.
     ///
     /// # Errors
     /// What the system says.
-    pub(super) fn map(file: &File, offset: u64, len: usize) -> io::Result<Self> {
+    pub(super) fn map(file: &File, offset: u64, len: usize, lost: &Arc<AtomicBool>) -> io::Result<Self> {
         if len == 0 {
             return Ok(Self::owned(Vec::new()));
         }
-        // SAFETY: the map is private to this window and read-only. What Rust cannot rule out is another process changing
-        // the file meanwhile: bytes are only ever read as plain integers, for which every bit pattern is valid, and
-        // the caller compares the file's length and modification time with those at opening before it trusts a result.
-        let map = unsafe { MmapOptions::new().offset(offset).len(len).populate().map(file)? };
-        Ok(Self(Backing::Mapped(map)))
+        let place = if handler_is_installed() { Place::claim(lost) } else { None };
+        if let Some(place) = place
+            && let Ok(map) = map_populated(file, offset, len)
+        {
+            place.watch(&map);
+            return Ok(Self(Backing::Mapped { place, map }));
+        }
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, offset)?;
+        Ok(Self::owned(bytes))
     }
+    /// Whether all bytes seen so far were the file's.
+    pub(super) fn is_intact(&self) -> bool {
+        match &self.0 {
+            Backing::Mapped { place, .. } => !place.entry().lost.load(SeqCst),
+            Backing::Owned(_) => true,
+        }
+    }
+}
+
+fn map_populated(file: &File, offset: u64, len: usize) -> io::Result<Mmap> {
+    // SAFETY: the map is private to one window and read-only. What Rust cannot rule out is another process changing the file
+    // meanwhile: bytes are only ever read as plain integers, for which every bit pattern is valid, and the caller compares
+    // the file's length and modification time with those at opening before it trusts a result. Pages that go missing are
+    // replaced, see the top of this file.
+    unsafe { MmapOptions::new().offset(offset).len(len).populate().map(file) }
+}
+
+/// A mapped window's address, for the handler. `start` is 0 where the entry is free and 1 where it is being filled.
+struct Entry {
+    start: AtomicUsize,
+    len: AtomicUsize,
+    lost: AtomicBool,
+}
+
+const FREE: usize = 0;
+const CLAIMED: usize = 1;
+
+/// Windows that can be mapped at once, in the whole process: a few per thread.
+const MOST_WINDOWS: usize = 2048;
+static WINDOWS: [Entry; MOST_WINDOWS] =
+    [const { Entry { start: AtomicUsize::new(FREE), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
+        MOST_WINDOWS];
+
+/// The right to one entry of the table.
+struct Place {
+    index: usize,
+    /// Set at the end, if the entry was marked.
+    lost: Arc<AtomicBool>,
+}
+
+impl Place {
+    fn claim(lost: &Arc<AtomicBool>) -> Option<Self> {
+        // Threads begin to look in different places, so that they seldom meet.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let first = NEXT.fetch_add(1, SeqCst);
+        let index = (0..MOST_WINDOWS)
+            .map(|i| first.wrapping_add(i) % MOST_WINDOWS)
+            .find(|&i| WINDOWS[i].start.compare_exchange(FREE, CLAIMED, SeqCst, SeqCst).is_ok())?;
+        WINDOWS[index].lost.store(false, SeqCst);
+        Some(Self { index, lost: Arc::clone(lost) })
+    }
+
+    fn entry(&self) -> &'static Entry {
+        &WINDOWS[self.index]
+    }
+
+    fn watch(&self, map: &Mmap) {
+        self.entry().len.store(map.len(), SeqCst);
+        self.entry().start.store(map.as_ptr() as usize, SeqCst);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.entry().lost.load(SeqCst) {
+            self.lost.store(true, SeqCst);
+        }
+        self.entry().start.store(FREE, SeqCst);
+    }
+}
+
+/// What handled SIGBUS before us.
+static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+
+/// Installs the handler, once.
+fn handler_is_installed() -> bool {
+    static INSTALLED: OnceLock<bool> = OnceLock::new();
+    *INSTALLED.get_or_init(|| {
+        // The page size is asked for here, so that the handler finds it known.
+        let _known = rustix::param::page_size();
+        // SAFETY: all-zero bytes are a valid `sigaction`: no handler, no flags, an empty mask. Its `sa_sigaction` is set to a
+        // function of the type that SA_SIGINFO asks for, which calls nothing but what signal handlers may call. The
+        // handler that was there is kept before ours can run.
+        unsafe {
+            let mut previous: libc::sigaction = std::mem::zeroed();
+            if libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut previous) != 0 {
+                return false;
+            }
+            PREVIOUS.get_or_init(|| previous);
+            let mut ours: libc::sigaction = std::mem::zeroed();
+            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
+            ours.sa_sigaction = handler as usize;
+            ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGBUS, &ours, std::ptr::null_mut()) == 0
+        }
+    })
+}
+
+/// Runs in place of the instruction that touched a missing page, on the thread that did.
+extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the system passes a valid `siginfo_t` for the signal at hand, which for SIGBUS holds an address.
+    let address = unsafe { (*info).si_addr() } as usize;
+    if mark(address) && replace_page(address) {
+        return;
+    }
+    // SAFETY: what follows hands the signal to the handler that was there before us, with what it expects by its flags. Where
+    // there was none, the default is restored: the instruction is run again and ends the process, as it would have.
+    unsafe {
+        let mut default: libc::sigaction = std::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        let previous = PREVIOUS.get().unwrap_or(&default);
+        match previous.sa_sigaction {
+            libc::SIG_DFL | libc::SIG_IGN => {
+                libc::sigaction(signal, &default, std::ptr::null_mut());
+                // A signal that was sent, not caused, does not come again by itself; it stays blocked until we return.
+                if (*info).si_code <= 0 {
+                    libc::raise(signal);
+                }
+            }
+            handler if previous.sa_flags & libc::SA_SIGINFO != 0 => {
+                let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                    std::mem::transmute(handler);
+                handler(signal, info, context);
+            }
+            handler => {
+                let handler: extern "C" fn(libc::c_int) = std::mem::transmute(handler);
+                handler(signal);
+            }
+        }
+    }
+}
+
+/// Marks the window that holds `address`; false where none does.
+fn mark(address: usize) -> bool {
+    let mut found = false;
+    for entry in &WINDOWS {
+        let start = entry.start.load(SeqCst);
+        // An entry that changes while we look may be marked by mistake: its reader then fails without need, no more. The entry
+        // of the window at fault cannot change, because its reader is waiting for us.
+        if start > CLAIMED && address.wrapping_sub(start) < entry.len.load(SeqCst) {
+            entry.lost.store(true, SeqCst);
+            found = true;
+        }
+    }
+    found
+}
+
+/// Puts a page of zeros in place of the one that holds `address`.
+fn replace_page(address: usize) -> bool {
+    let page_bytes = rustix::param::page_size();
+    let page = (address & !(page_bytes - 1)) as *mut std::ffi::c_void;
+    // SAFETY: the page belongs to a live window of this process, which is read-only and of which nothing can be read there: that is
+    // why we are here. The new page has the same address and rights, and goes with the rest when the window is unmapped.
+    unsafe { mmap_anonymous(page, page_bytes, ProtFlags::READ, MapFlags::PRIVATE | MapFlags::FIXED) }.is_ok()
 }

@@ -12,11 +12,13 @@ mod error;
 mod gather;
 mod header;
 mod index;
+mod json;
 mod lock;
 mod mmap;
 mod model;
 mod output;
 mod output_dir;
+mod raw_header;
 mod scan;
 mod shard;
 

@@ -5,7 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{CheckpointError, Context, INDEX_FILE, Index, Shard, TensorInfo, Window, index::resolve_shard};
+use super::{
+    CheckpointError, Context, INDEX_FILE, Index, Printable, Shard, TensorInfo, Window,
+    index::Bounds,
+    json::{malformed, read_whole},
+};
 use crate::tensor::{RowLayout, is_float};
 
 /// The name of a checkpoint's only shard, and of `config.json` beside it.
@@ -90,13 +94,16 @@ impl Checkpoint {
             return Self::assemble(path, Layout::File, vec![Shard::open(path)?]);
         }
         let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
-        match (single.exists(), index.exists()) {
+        // A link that leads nowhere is there too, and is told as such.
+        let exists = |path: &Path| path.symlink_metadata().is_ok();
+        match (exists(&single), exists(&index)) {
             (true, true) => Err(CheckpointError::bad_file(
                 path,
                 format!("has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale"),
             )),
             (true, false) => {
-                resolve_shard(path, SINGLE_FILE).map_err(|problem| CheckpointError::bad_file(path, problem))?;
+                let resolved = Bounds::of(path)?.resolve(SINGLE_FILE.as_ref());
+                resolved.map_err(|problem| CheckpointError::bad_file(path, problem))?;
                 Self::assemble(path, Layout::Folder, vec![Shard::open(&single)?])
             }
             (false, true) => Self::open_sharded(path, &index),
@@ -111,11 +118,12 @@ impl Checkpoint {
             what: what.to_owned(),
             problems,
         };
+        let bounds = Bounds::of(root)?;
         let (mut paths, mut problems) = (Vec::new(), Vec::new());
         for name in index.shard_names() {
-            match resolve_shard(root, name) {
+            match bounds.resolve(name.as_ref()) {
                 Ok(path) => paths.push(path),
-                Err(problem) => problems.push(problem),
+                Err(problem) => problems.push(format!("shard {problem}")),
             }
         }
         if !problems.is_empty() {
@@ -206,16 +214,31 @@ impl Checkpoint {
 
     /// Everything in the folder that is not a shard: config, tokenizer, index; paths from the folder, sorted.
     /// Empty for a single file. Hidden entries (`.git`, `.cache`, ledgers) are left out.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Many`] lists links that lead out of the folder, to nothing, or to another folder: a copy would
+    /// hold what was never part of the checkpoint.
     pub fn side_files(&self) -> Result<Vec<PathBuf>, CheckpointError> {
-        let mut found = Vec::new();
+        let (mut found, mut problems) = (Vec::new(), Vec::new());
         if self.layout != Layout::File {
-            self.collect_side_files(Path::new(""), &mut found)?;
-            found.sort_unstable();
+            self.collect_side_files(&Bounds::of(&self.root)?, Path::new(""), &mut found, &mut problems)?;
         }
+        if !problems.is_empty() {
+            problems.sort_unstable();
+            let what = "links that cannot be followed".to_owned();
+            return Err(CheckpointError::Many { path: self.root.clone(), what, problems });
+        }
+        found.sort_unstable();
         Ok(found)
     }
 
-    fn collect_side_files(&self, below: &Path, found: &mut Vec<PathBuf>) -> Result<(), CheckpointError> {
+    fn collect_side_files(
+        &self,
+        bounds: &Bounds,
+        below: &Path,
+        found: &mut Vec<PathBuf>,
+        problems: &mut Vec<String>,
+    ) -> Result<(), CheckpointError> {
         let folder = self.root.join(below);
         let io = |e| CheckpointError::io("list", &folder, e);
         for entry in fs::read_dir(&folder).map_err(io)? {
@@ -225,11 +248,22 @@ impl Checkpoint {
                 continue;
             }
             let path = below.join(&name);
-            let meta = fs::metadata(self.root.join(&path))
-                .map_err(|e| CheckpointError::io("read", &self.root.join(&path), e))?;
-            if meta.is_dir() {
-                self.collect_side_files(&path, found)?;
-            } else if meta.is_file() && !self.shards.iter().any(|shard| shard.path() == self.root.join(&path)) {
+            let kind = entry.file_type().map_err(io)?;
+            if kind.is_dir() {
+                self.collect_side_files(bounds, &path, found, problems)?;
+                continue;
+            }
+            let full = self.root.join(&path);
+            if kind.is_symlink() {
+                match bounds.resolve(&path) {
+                    Err(problem) => problems.push(problem),
+                    Ok(_) if full.is_dir() => {
+                        problems.push(format!("{} is a link to a folder", Printable::path(&path)))
+                    }
+                    Ok(_) => {}
+                }
+            }
+            if full.is_file() && !self.shards.iter().any(|shard| shard.path() == full) {
                 found.push(path);
             }
         }
@@ -237,22 +271,23 @@ impl Checkpoint {
     }
 }
 
+/// Reads `config.json`, or nothing where there is none.
 fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
-    const MOST: u64 = 16 << 20;
-    let io = |e| CheckpointError::io("read", path, e);
-    match fs::metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(serde_json::Map::new()),
-        Err(e) => return Err(io(e)),
-        Ok(meta) if meta.len() > MOST => {
-            return Err(CheckpointError::bad_file(
-                path,
-                format!("has {} bytes, at most {MOST} are accepted", meta.len()),
-            ));
+    const MOST_BYTES: u64 = 16 << 20;
+    // A parsed value takes some fifty times the memory of the shortest JSON for it.
+    const MOST_VALUES: usize = 1_000_000;
+    let json = match read_whole(path, MOST_BYTES) {
+        Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(serde_json::Map::new());
         }
-        Ok(_) => {}
+        json => json?,
+    };
+    let bad = |what: String| CheckpointError::bad_file(path, what);
+    let n_values = json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
+    if n_values > MOST_VALUES {
+        return Err(bad(format!("has about {n_values} values, at most {MOST_VALUES} are accepted")));
     }
-    serde_json::from_slice(&fs::read(path).map_err(io)?)
-        .map_err(|e| CheckpointError::bad_file(path, format!("malformed: {}", super::Printable(&e.to_string()))))
+    serde_json::from_slice(&json).map_err(|e| bad(format!("the JSON is malformed: {}", malformed(&json, 0, &e))))
 }
 
 /// What a folder without a model has instead.

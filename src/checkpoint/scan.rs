@@ -133,7 +133,8 @@ where
 /// of a few blocks per thread.
 ///
 /// # Errors
-/// What `map` or `sink` return, a failure to read, or [`CheckpointError::Cancelled`].
+/// What `map` or `sink` return, a failure to read, [`CheckpointError::Changed`] where a file changed since it was opened, or
+/// [`CheckpointError::Cancelled`].
 pub fn scan_rows<R, E>(
     ctx: &Context<'_>,
     what: &str,
@@ -155,11 +156,20 @@ where
             let scan = &targets[span.target];
             let window = scan.read(ctx, span.first_row..span.first_row + span.n_rows as u64)?;
             let result = map(*span, window.block());
+            // Asked before the result is looked at: what was made of missing bytes may be an error of its own.
+            scan.tensor.shard.confirm(&window.bytes)?;
             ctx.observer.advance(span.n_rows as u64 * scan.row_bytes());
             result
         },
         &mut sink,
-    )
+    )?;
+    for (i, target) in targets.iter().enumerate() {
+        let shard = target.tensor.shard;
+        if i == 0 || !std::ptr::eq(shard, targets[i - 1].tensor.shard) {
+            shard.unchanged()?;
+        }
+    }
+    Ok(())
 }
 
 /// A tensor's rows in runs of about one window.

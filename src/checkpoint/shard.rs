@@ -1,14 +1,18 @@
 //! One safetensors file: its header in memory, its data in windows.
 
 use std::{
-    fs::File,
-    io::Read,
+    fs::{File, Metadata},
+    io,
     ops::Range,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
 };
 
-use super::{CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window};
+use super::{CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window, json::open_regular};
 
 /// One open safetensors file.
 #[derive(Debug)]
@@ -17,6 +21,8 @@ pub struct Shard {
     file: File,
     header: Header,
     stamp: Stamp,
+    /// Set by windows of which some bytes could not be read.
+    lost: Arc<AtomicBool>,
 }
 
 /// What must not change while a file is read.
@@ -27,9 +33,8 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(file: &File) -> std::io::Result<Self> {
-        let meta = file.metadata()?;
-        Ok(Self { file_bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()) })
+    fn of(meta: &Metadata) -> Self {
+        Self { file_bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()) }
     }
 }
 
@@ -41,16 +46,11 @@ impl Shard {
     /// # Errors
     /// [`CheckpointError::Io`] or, for a file that is not what it should be, what it is instead.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let io = |e| CheckpointError::io("open", path, e);
-        let mut file = File::open(path).map_err(io)?;
-        let meta = file.metadata().map_err(io)?;
-        if !meta.is_file() {
-            return Err(CheckpointError::bad_file(path, "not a regular file"));
-        }
-        let stamp = Stamp::of(&file).map_err(io)?;
-        let json = read_header(path, &mut file, stamp.file_bytes)?;
+        let (file, meta) = open_regular(path, "open")?;
+        let stamp = Stamp::of(&meta);
+        let json = read_header(path, &file, stamp.file_bytes)?;
         let header = Header::parse(path, &json, stamp.file_bytes)?;
-        Ok(Self { path: path.to_owned(), file, header, stamp })
+        Ok(Self { path: path.to_owned(), file, header, stamp, lost: Arc::default() })
     }
 
     /// Where the file lies.
@@ -86,7 +86,7 @@ impl Shard {
         start + tensor.data.start..start + tensor.data.end
     }
 
-    /// The bytes `range` of `tensor`, in bytes from its start.
+    /// The bytes `range` of `tensor`, in bytes from its start. Whoever has looked at them calls [`Shard::confirm`].
     ///
     /// # Panics
     /// Where `range` is not inside the tensor.
@@ -96,12 +96,11 @@ impl Shard {
         let len = (range.end - range.start) as usize;
         match ctx.io {
             Io::Auto | Io::Mapped => {
-                // A map past the end of a file that shrank would fault; a file shrinking later is caught by `unchanged`.
-                let file_bytes = self.file.metadata().map_err(|e| CheckpointError::io("read", &self.path, e))?.len();
+                let file_bytes = self.stamp_now()?.file_bytes;
                 if file_bytes < self.stamp.file_bytes {
                     return Err(self.shrank(file_bytes));
                 }
-                Window::map(&self.file, offset, len).map_err(|e| CheckpointError::io("map", &self.path, e))
+                Window::map(&self.file, offset, len, &self.lost).map_err(|e| self.read_error(e))
             }
             Io::Read => {
                 let mut bytes = vec![0; len];
@@ -113,10 +112,7 @@ impl Shard {
 
     /// Fills `bytes` from `offset` of the file.
     pub fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
-        self.file.read_exact_at(bytes, offset).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.shrank(self.file.metadata().map_or(0, |meta| meta.len())),
-            _ => CheckpointError::io("read", &self.path, e),
-        })
+        self.file.read_exact_at(bytes, offset).map_err(|e| self.read_error(e))
     }
 
     /// Length and modification time of the file when it was opened, as text: the same as long as nobody writes it.
@@ -125,9 +121,22 @@ impl Shard {
         format!("{} bytes, modified {seconds}.{nanoseconds:09}", self.stamp.file_bytes)
     }
 
-    /// Fails where the file's length or modification time is no longer what it was at opening.
+    /// Fails where some of the window's bytes were not the file's, because it shrank or the disk failed while they were looked
+    /// at; zeros stood in for them.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`] or [`CheckpointError::Io`].
+    pub fn confirm(&self, window: &Window) -> Result<(), CheckpointError> {
+        if window.is_intact() { Ok(()) } else { Err(self.loss()) }
+    }
+
+    /// Fails where the file's length or modification time is no longer what it was at opening, or where some of its bytes could
+    /// not be read.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
-        let now = Stamp::of(&self.file).map_err(|e| CheckpointError::io("read", &self.path, e))?;
+        if self.lost.load(SeqCst) {
+            return Err(self.loss());
+        }
+        let now = self.stamp_now()?;
         if now.file_bytes < self.stamp.file_bytes {
             return Err(self.shrank(now.file_bytes));
         }
@@ -140,17 +149,49 @@ impl Shard {
         Ok(())
     }
 
+    fn stamp_now(&self) -> Result<Stamp, CheckpointError> {
+        let meta = self.file.metadata().map_err(|e| CheckpointError::io("read", &self.path, e))?;
+        Ok(Stamp::of(&meta))
+    }
+
+    /// Why a mapped page was missing.
+    fn loss(&self) -> CheckpointError {
+        match self.stamp_now() {
+            Ok(now) if now.file_bytes < self.stamp.file_bytes => self.shrank(now.file_bytes),
+            Ok(now) if now != self.stamp => {
+                CheckpointError::Changed { path: self.path.clone(), what: "shrank while being read".to_owned() }
+            }
+            _ => CheckpointError::io("read", &self.path, io::Error::other("the system could not read a mapped page")),
+        }
+    }
+
+    fn read_error(&self, e: io::Error) -> CheckpointError {
+        match e.kind() {
+            io::ErrorKind::UnexpectedEof => self.shrank(self.file.metadata().map_or(0, |meta| meta.len())),
+            _ => CheckpointError::io("read", &self.path, e),
+        }
+    }
+
     fn shrank(&self, now: u64) -> CheckpointError {
         let what = format!("shrank while being read, from {} to {now} bytes", self.stamp.file_bytes);
         CheckpointError::Changed { path: self.path.clone(), what }
     }
 }
 
-fn read_header(path: &Path, file: &mut File, file_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
     let bad = |what: String| CheckpointError::bad_file(path, what);
+    let read = |bytes: &mut [u8], offset| {
+        file.read_exact_at(bytes, offset).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let what = format!("shrank while being read, from {file_bytes} bytes");
+                CheckpointError::Changed { path: path.to_owned(), what }
+            }
+            _ => CheckpointError::io("read", path, e),
+        })
+    };
     let mut start = [0u8; 64];
     let known = (file_bytes.min(64)) as usize;
-    file.read_exact_at(&mut start[..known], 0).map_err(|e| CheckpointError::io("read", path, e))?;
+    read(&mut start[..known], 0)?;
     if let Some(what) = sniff(&start[..known]) {
         return Err(bad(what.to_owned()));
     }
@@ -168,9 +209,7 @@ fn read_header(path: &Path, file: &mut File, file_bytes: u64) -> Result<Vec<u8>,
         )));
     }
     let mut json = vec![0; claimed as usize];
-    let io = |e| CheckpointError::io("read", path, e);
-    std::io::Seek::seek(file, std::io::SeekFrom::Start(8)).map_err(io)?;
-    file.read_exact(&mut json).map_err(io)?;
+    read(&mut json, 8)?;
     Ok(json)
 }
 
@@ -179,7 +218,7 @@ fn sniff(start: &[u8]) -> Option<&'static str> {
     let text = start.trim_ascii_start();
     if start.starts_with(b"version https://git-lfs") {
         Some("a Git LFS pointer, not the file itself: run `git lfs pull`")
-    } else if start.starts_with(b"PK\x03\x04") {
+    } else if start.starts_with(b"PK\x03\x04") && start.get(4..8) != Some(&[0; 4]) {
         Some("a zip archive (PyTorch .pt or .bin?), not safetensors")
     } else if start.starts_with(b"GGUF") {
         Some("a GGUF file, not safetensors")

@@ -280,7 +280,9 @@ impl SparseFile {
                 self.shard.read_at(&mut bytes, self.shard.file_range(tensor).start + at)?;
                 sink(&bytes);
             } else {
-                sink(&self.shard.window(ctx, tensor, at..at + n)?);
+                let window = self.shard.window(ctx, tensor, at..at + n)?;
+                sink(&window);
+                self.shard.confirm(&window)?;
             }
             at += n;
         }

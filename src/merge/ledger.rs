@@ -178,7 +178,6 @@ impl Ledger {
     /// [`MergeError::BadLedger`] where the ledger has another number of them.
     pub(super) fn originals(
         &self,
-        ctx: &Context<'_>,
         name: &str,
         rows: Range<u64>,
         n: usize,
@@ -188,8 +187,9 @@ impl Ledger {
         let offsets = header.tensor(&format!("{name}.group_offsets")).expect("checked when opened");
         let originals = header.tensor(&format!("{name}.originals")).expect("checked when opened");
         let offset = |group: u64| -> Result<u64, MergeError> {
-            let window = self.shard.window(ctx, offsets, group * 8..group * 8 + 8)?;
-            Ok(u64::from_le_bytes(window[..].try_into().expect("eight bytes")))
+            let mut bytes = [0; 8];
+            self.shard.read_at(&mut bytes, self.shard.file_range(offsets).start + group * 8)?;
+            Ok(u64::from_le_bytes(bytes))
         };
         let (begin, end) = (offset(rows.start / GROUP_ROWS)?, offset(rows.end.div_ceil(GROUP_ROWS))?);
         if end.checked_sub(begin) != Some(n as u64) || end > originals.shape[0] {
@@ -201,7 +201,10 @@ impl Ledger {
             return Err(MergeError::BadLedger { path: self.shard.path().to_owned(), what });
         }
         let width = originals.dtype.bitsize() as u64 / 8;
-        Ok(self.shard.window(ctx, originals, begin * width..end * width)?.to_vec())
+        // Read, not mapped: what is missing is an error here and now.
+        let mut bytes = vec![0; (n as u64 * width) as usize];
+        self.shard.read_at(&mut bytes, self.shard.file_range(originals).start + begin * width)?;
+        Ok(bytes)
     }
 }
 

@@ -1,0 +1,109 @@
+//! What keeps JSON from strangers small: files are measured before they are read, and all that is kept of them is counted.
+
+use std::{cell::Cell, fmt, fs::File, io::Read, os::unix::fs::OpenOptionsExt, path::Path};
+
+use serde::de::{self, DeserializeSeed, Deserializer, Unexpected, Visitor};
+
+use super::{CheckpointError, Printable};
+
+/// Opens a file for reading; what is no regular file is refused, and a pipe without a writer is not waited for.
+pub(super) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std::fs::Metadata), CheckpointError> {
+    let io = |e| CheckpointError::io(verb, path, e);
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(nonblocking).open(path).map_err(io)?;
+    let meta = file.metadata().map_err(io)?;
+    if !meta.is_file() {
+        return Err(CheckpointError::bad_file(path, "not a regular file"));
+    }
+    Ok((file, meta))
+}
+
+/// Reads a whole file of at most `most` bytes.
+pub(super) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
+    let (file, meta) = open_regular(path, "read")?;
+    let too_long =
+        |found: u64| CheckpointError::bad_file(path, format!("has {found} bytes, at most {most} are accepted"));
+    if meta.len() > most {
+        return Err(too_long(meta.len()));
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    // The length told may be 0 where the system makes the file up as it is read.
+    file.take(most + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::io("read", path, e))?;
+    if bytes.len() as u64 > most { Err(too_long(bytes.len() as u64)) } else { Ok(bytes) }
+}
+
+/// What serde_json found wrong, with the byte of the file where it stands; `json` begins at `offset` of the file.
+pub(super) fn malformed(json: &[u8], offset: u64, error: &serde_json::Error) -> String {
+    let (text, line, column) = (error.to_string(), error.line(), error.column());
+    let place = format!(" at line {line} column {column}");
+    let text = Printable(text.strip_suffix(&place).unwrap_or(&text)).to_string();
+    if line == 0 {
+        return text;
+    }
+    let line_start: usize = json.split_inclusive(|&byte| byte == b'\n').take(line - 1).map(<[u8]>::len).sum();
+    // Columns count from 1; an end that comes too early has the column of the last byte.
+    format!("{text}, at byte {}", offset + (line_start + column.saturating_sub(1)) as u64)
+}
+
+/// Counts the memory of what a parser keeps, so that a hostile document costs no more than an honest one.
+pub(super) struct Allowance {
+    most: usize,
+    taken: Cell<usize>,
+    longest: Cell<usize>,
+}
+
+impl Allowance {
+    /// At most `most` bytes.
+    pub fn new(most: usize) -> Self {
+        Self { most, taken: Cell::new(0), longest: Cell::new(0) }
+    }
+
+    /// Counts `bytes` bytes.
+    pub fn take<E: de::Error>(&self, bytes: usize) -> Result<(), E> {
+        let taken = self.taken.get().saturating_add(bytes);
+        self.taken.set(taken);
+        if taken <= self.most {
+            return Ok(());
+        }
+        Err(E::custom(format_args!("it would take more than {} bytes of memory", self.most)))
+    }
+
+    /// Counts a block that the allocator gives for `bytes` bytes.
+    pub fn take_block<E: de::Error>(&self, bytes: usize) -> Result<(), E> {
+        self.take(if bytes == 0 { 0 } else { (bytes + 8).next_multiple_of(16).max(32) })
+    }
+
+    /// Counts a string, and the parser's own copy of the longest one.
+    pub fn take_text<E: de::Error>(&self, text: &str) -> Result<(), E> {
+        let longer = text.len().saturating_sub(self.longest.get());
+        self.longest.set(text.len().max(self.longest.get()));
+        self.take::<E>(longer)?;
+        self.take_block(text.len())
+    }
+}
+
+/// A string whose memory is counted; `what` says what should stand there.
+pub(super) struct Text<'a>(pub &'a Allowance, pub &'static str);
+
+impl<'de> DeserializeSeed<'de> for Text<'_> {
+    type Value = String;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Text<'_> {
+    type Value = String;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.1)
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        self.0.take_text(text)?;
+        Ok(text.to_owned())
+    }
+}
+
+/// The error for a string where something else belongs; serde's own would hold all of it, however long.
+pub(super) fn not_a_string<E: de::Error>(found: &str, expected: &dyn de::Expected) -> E {
+    E::invalid_type(Unexpected::Other(&format!("the string \"{}\"", Printable(found))), expected)
+}
