@@ -76,6 +76,15 @@ impl Header {
         let bad = |tensor: &TensorInfo, what: String| CheckpointError::bad_tensor(path, &tensor.name, what);
         // Empty tensors share an offset with their successor; among themselves they go by name.
         tensors.sort_unstable_by(|a, b| (a.data.start, a.data.end, &a.name).cmp(&(b.data.start, b.data.end, &b.name)));
+        // Before the offsets: two entries of one name that share their bytes are a lie about the name.
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_unstable_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
+        for pair in by_name.windows(2) {
+            let (a, b) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
+            if a.name == b.name {
+                return Err(bad(a, format!("named twice, at data offsets {} and {}", a.data.start, b.data.start)));
+            }
+        }
         let mut end = 0;
         for tensor in &tensors {
             if tensor.data.end < tensor.data.start {
@@ -129,14 +138,6 @@ impl Header {
                     path,
                     format!("needs {needed} bytes, has {file_bytes}: the download is incomplete"),
                 ));
-            }
-        }
-        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
-        by_name.sort_unstable_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
-        for pair in by_name.windows(2) {
-            let (a, b) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
-            if a.name == b.name {
-                return Err(bad(a, format!("named twice, at data offsets {} and {}", a.data.start, b.data.start)));
             }
         }
         Ok(Self { tensors, by_name, metadata: raw.metadata.unwrap_or_default(), header_bytes: json_bytes })

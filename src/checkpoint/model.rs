@@ -258,7 +258,7 @@ impl Checkpoint {
                 match bounds.resolve(&path) {
                     Err(problem) => problems.push(problem),
                     Ok(_) if full.is_dir() => {
-                        problems.push(format!("{} is a link to a folder", Printable::path(&path)))
+                        problems.push(format!("{} is a link to a folder", Printable::path(&path)));
                     }
                     Ok(_) => {}
                 }

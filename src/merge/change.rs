@@ -197,7 +197,7 @@ impl<'a> Change<'a> {
         let mut originals = found.clone();
         let (mut n_changed, mut changed) = (0, Vec::new());
         if let Some(before) = &before {
-            let recorded = self.before.originals(ctx, name, rows, &before.touched)?;
+            let recorded = self.before.originals(name, rows, &before.touched)?;
             let (expected, _) = merged_values(dtype, &before.layers(), &before.touched, &recorded);
             let found = pick(&all, &found, width, &before.touched);
             for (row, column, at) in positions(&before.touched) {
@@ -294,7 +294,7 @@ fn patch_block(
     let mut values = vec![0; all.nnz() * width];
     for (stack, rows_of) in [(before, &before_rows), (after, &after_rows)] {
         if let Some(rows_of) = rows_of {
-            let originals = stack.originals(ctx, name, rows, &rows_of.touched)?;
+            let originals = stack.originals(name, rows, &rows_of.touched)?;
             put(&all, &mut values, width, &rows_of.touched, &originals);
         }
     }

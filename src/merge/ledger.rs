@@ -176,12 +176,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`MergeError::BadLedger`] where the ledger has another number of them.
-    pub(super) fn originals(
-        &self,
-        name: &str,
-        rows: Range<u64>,
-        n: usize,
-    ) -> Result<Vec<u8>, MergeError> {
+    pub(super) fn originals(&self, name: &str, rows: Range<u64>, n: usize) -> Result<Vec<u8>, MergeError> {
         assert!(rows.start.is_multiple_of(GROUP_ROWS), "blocks begin where groups of rows begin");
         let header = self.shard.header();
         let offsets = header.tensor(&format!("{name}.group_offsets")).expect("checked when opened");

@@ -169,14 +169,8 @@ impl Stack {
     }
 
     /// The originals of the positions that this stack touches in `rows`.
-    pub(super) fn originals(
-        &self,
-        ctx: &Context<'_>,
-        name: &str,
-        rows: &Range<u64>,
-        touched: &RowColumns,
-    ) -> Result<Vec<u8>, MergeError> {
+    pub(super) fn originals(&self, name: &str, rows: &Range<u64>, touched: &RowColumns) -> Result<Vec<u8>, MergeError> {
         let ledger = self.ledger.as_ref().expect("a stack with touched positions has a ledger");
-        ledger.originals(ctx, name, rows.clone(), touched.nnz())
+        ledger.originals(name, rows.clone(), touched.nnz())
     }
 }

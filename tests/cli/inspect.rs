@@ -217,7 +217,7 @@ fn inspect_refuses_a_broken_file_by_name() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/rejected/duplicate-name-plain.safetensors: tensor "twin.weight": begins at 0 inside the tensor before it, which ends at 16
+    error: [FIXTURES]/rejected/duplicate-name-plain.safetensors: tensor "twin.weight": named twice, at data offsets 0 and 0
     "#);
 }
 
