@@ -86,7 +86,7 @@ impl LedgerDocument {
     /// What is wrong with it.
     pub fn parse(metadata: &BTreeMap<String, String>) -> Result<Self, String> {
         let text = metadata.get(DOCUMENT_KEY).ok_or("not a ledger: it has no `neuroada` document")?;
-        if metadata.get(CHECKSUM_KEY).map(String::as_str) != Some(blake3::hash(text.as_bytes()).to_hex().as_str()) {
+        if metadata.get(CHECKSUM_KEY) != Some(&Self::checksum(text)) {
             return Err("the ledger is damaged: its document does not match its checksum".to_owned());
         }
         if metadata.len() != 2 {
@@ -98,6 +98,11 @@ impl LedgerDocument {
             1 => Ok(document),
             version => Err(format!("the ledger has version {version}, this program reads version 1")),
         }
+    }
+
+    /// What stands beside a document: its BLAKE3, 64 hexadecimal digits.
+    pub fn checksum(text: &str) -> String {
+        blake3::hash(text.as_bytes()).to_hex().to_string()
     }
 
     /// Touched positions of all tensors.
@@ -316,7 +321,7 @@ impl LedgerWriter {
     /// Lets the ledger appear, synced, and opens it.
     pub(super) fn finish(self, ctx: &Context<'_>) -> Result<Ledger, MergeError> {
         let document = serde_json::to_string(&self.document).expect("strings and numbers serialise");
-        let checksum = blake3::hash(document.as_bytes()).to_hex().to_string();
+        let checksum = LedgerDocument::checksum(&document);
         let metadata = BTreeMap::from([(DOCUMENT_KEY.to_owned(), document), (CHECKSUM_KEY.to_owned(), checksum)]);
         self.writer.finish(ctx, &metadata)?;
         Ledger::open(ctx, &self.path)
