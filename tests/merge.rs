@@ -480,9 +480,9 @@ fn a_flipped_bit_of_the_ledger_is_found_and_the_shards_stay() {
     let ledger = path.join(".neuroada/ledger");
     let bytes = fs::read(&ledger).unwrap();
     let mut random = Random(11);
-    for round in 0..60 {
+    for round in 0..500 {
         // The header and its padding in the first half of the rounds, anywhere in the second.
-        let within = if round < 30 { 3000 } else { bytes.len() as u64 };
+        let within = if round < 250 { 3000 } else { bytes.len() as u64 };
         let at = random.below(within) as usize;
         let mut flipped = bytes.clone();
         flipped[at] ^= 1 << random.below(8);
