@@ -155,7 +155,7 @@ impl fmt::Display for Printable<'_> {
 }
 
 /// `problems` as indented lines, at most 50 of them.
-fn indented_list(problems: &[String]) -> String {
+pub(crate) fn indented_list(problems: &[String]) -> String {
     const MOST: usize = 50;
     let mut list: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
     if problems.len() > MOST {

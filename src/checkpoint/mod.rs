@@ -24,6 +24,7 @@ mod shard;
 
 pub use context::{Context, Io, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file};
+pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gather::gather_rows;
 pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};

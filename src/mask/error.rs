@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
+use crate::checkpoint::{CheckpointError, ErrorKind, Printable, indented_list};
 
 /// What can go wrong while choosing connections or reading a mask.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub enum MaskError {
         what: &'static str,
     },
     /// Target patterns that no tensor of the model fits.
-    #[error("{}: no tensor that can be masked matches {}; the model has:{}", Printable::path(.path), quoted(.patterns), lines(.kinds))]
+    #[error("{}: no tensor that can be masked matches {}; the model has:{}", Printable::path(.path), quoted(.patterns), indented_list(.kinds))]
     NoMatch {
         /// The checkpoint.
         path: PathBuf,
@@ -77,14 +77,4 @@ impl MaskError {
 /// Names in double quotes, with commas between them.
 fn quoted(names: &[String]) -> String {
     names.iter().map(|name| format!("\"{}\"", Printable(name))).collect::<Vec<_>>().join(", ")
-}
-
-/// Indented lines, at most 50 of them.
-fn lines(lines: &[String]) -> String {
-    const MOST: usize = 50;
-    let mut text: String = lines.iter().take(MOST).map(|line| format!("\n  {line}")).collect();
-    if lines.len() > MOST {
-        text += &format!("\n  … and {} more", lines.len() - MOST);
-    }
-    text
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::{
     adapter::{AdapterError, AdapterId},
-    checkpoint::{CheckpointError, ErrorKind, Printable},
+    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
     mask::MaskError,
 };
 
@@ -24,7 +24,7 @@ pub enum MergeError {
     #[error("{0}")]
     Usage(String),
     /// Tensors of an adapter that the base does not have as the adapter needs them.
-    #[error("{}: {} of {n_targets} tensors do not match the base {}:{}", Printable::path(.adapter), .problems.len(), Printable(.base), list(.problems))]
+    #[error("{}: {} of {n_targets} tensors do not match the base {}:{}", Printable::path(.adapter), .problems.len(), Printable(.base), indented_list(.problems))]
     Unmatched {
         /// The adapter.
         adapter: PathBuf,
@@ -54,7 +54,7 @@ pub enum MergeError {
         id: AdapterId,
     },
     /// Weights that a merge wrote were changed since by somebody else.
-    #[error("{}: {n_changed} weights are not what the merges recorded in its ledger left there:{}", Printable::path(.path), list(.examples))]
+    #[error("{}: {n_changed} weights are not what the merges recorded in its ledger left there:{}", Printable::path(.path), indented_list(.examples))]
     Tampered {
         /// The checkpoint.
         path: PathBuf,
@@ -114,13 +114,4 @@ impl MergeError {
             Self::Interrupted { .. } | Self::RollbackFailed { .. } => ErrorKind::Interrupted,
         }
     }
-}
-
-fn list(problems: &[String]) -> String {
-    const MOST: usize = 50;
-    let mut list: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
-    if problems.len() > MOST {
-        list += &format!("\n  … and {} more", problems.len() - MOST);
-    }
-    list
 }

@@ -1,67 +1,19 @@
 //! An adapter of one target: the fuzzer writes the document and the data, the header around them is right.
 #![no_main]
 
-use std::{cell::RefCell, collections::BTreeMap, path::PathBuf};
+mod common;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{adapter::Adapter, checkpoint::Context};
 
-thread_local! {
-    static FOLDER: RefCell<Option<(tempfile::TempDir, PathBuf)>> = const { RefCell::new(None) };
-}
-
-fn path() -> PathBuf {
-    FOLDER.with_borrow_mut(|folder| {
-        let (_, path) = folder.get_or_insert_with(|| {
-            let memory = std::path::Path::new("/dev/shm");
-            let folder = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-            let folder = folder.expect("a temporary folder can be made");
-            let path = folder.path().join("f.safetensors");
-            (folder, path)
-        });
-        path.clone()
-    })
-}
-
-/// Document, shape of the columns, columns, offsets, values.
-type Input = (String, Vec<u8>, Vec<u8>, Vec<u8>, Vec<u8>);
-
-fuzz_target!(|input: Input| {
-    let (document, shape, columns, offsets, values) = input;
-    let (path, ctx) = (path(), Context::default());
-    let mut writer = TensorFileWriter::create(&path, Existing::Replace).expect("it can be written");
-    let mut add = |name: &str, dtype: Dtype, bytes: &[u8], shape: Option<Vec<u64>>| {
-        let width = dtype.bitsize() / 8;
-        let n = bytes.len() / width;
-        let id = writer.add_tensor(name.to_owned(), dtype);
-        writer.append(id, &bytes[..n * width]).expect("it can be written");
-        let shape = shape.filter(|shape| shape.iter().product::<u64>() == n as u64).unwrap_or(vec![n as u64]);
-        writer.finish_tensor(id, shape);
-    };
-    let shape: Vec<u64> = shape.iter().take(3).map(|&size| u64::from(size)).collect();
-    add("w.columns", Dtype::U16, &columns, Some(shape.clone()));
-    if !offsets.is_empty() {
-        add("w.row_offsets", Dtype::U32, &offsets, None);
-    }
-    if !values.is_empty() {
-        add("w.values", Dtype::F32, &values, Some(shape));
-    }
-    let metadata = BTreeMap::from([("neuroada".to_owned(), document)]);
-    writer.finish(&ctx, &metadata).expect("it can be written");
-    if let Ok(file) = Adapter::open(&path) {
+fuzz_target!(|input: common::Input| {
+    let ctx = Context::default();
+    if let Ok(file) = Adapter::open(&common::write(input)) {
         for target in file.targets() {
-            let rows = file.read_rows(&ctx, target, 0..target.layout.n_rows().min(64));
-            if let Ok(rows) = rows {
+            let n_rows = target.layout.n_rows().min(64);
+            if let Ok(rows) = file.read_rows(&ctx, target, 0..n_rows) {
                 assert!(rows.values.iter().all(|value| value.is_finite()));
-                let columns = rows.columns;
-                for row in 0..columns.n_rows() {
-                    assert!(columns.row(row).is_sorted_by(|a, b| a < b));
-                    assert!(columns.row(row).iter().all(|&column| u64::from(column) < target.layout.d_in));
-                }
+                common::check(&rows.columns, target.layout.d_in);
             }
         }
     }
