@@ -15,7 +15,18 @@ use super::{Checkpoint, CheckpointError, Printable};
 /// An advisory lock on the first shard's file: nothing is created, so a refused command leaves no trace.
 #[derive(Debug)]
 pub struct CheckpointLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for CheckpointLock {
+    fn drop(&mut self) {
+        unlock(&self.file);
+    }
+}
+
+/// Gives a lock back at once. Closing the file would not, as long as a child process that is just being started shares it.
+pub(super) fn unlock(file: &File) {
+    let _closed_soon = flock(file, FlockOperation::Unlock);
 }
 
 impl CheckpointLock {
@@ -32,7 +43,7 @@ impl CheckpointLock {
             .open(shard.path())
             .map_err(|e| CheckpointError::io("open for writing", shard.path(), e))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { file }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let what = format!("{} is changing it", holder(&file));
                 Err(CheckpointError::Refused { path: checkpoint.root().to_owned(), what })

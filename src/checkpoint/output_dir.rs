@@ -7,7 +7,7 @@ use std::{
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
-use super::{CheckpointError, Existing, INDEX_FILE, folder_of, sync_folder, write_atomic};
+use super::{CheckpointError, Existing, INDEX_FILE, folder_of, lock::unlock, sync_folder, write_atomic};
 
 /// A folder under a temporary name beside the place where it will appear; gone when dropped before [`AtomicDir::commit`].
 ///
@@ -18,7 +18,7 @@ pub struct AtomicDir {
     existing: Existing,
     temp: PathBuf,
     /// Held as long as the folder has its temporary name.
-    _lock: File,
+    lock: File,
     committed: bool,
     /// Whether what is in it stays for a later run when this one gives up.
     resumable: bool,
@@ -74,7 +74,7 @@ impl AtomicDir {
                 continue;
             }
             let target = target.to_owned();
-            return Ok(Self { target, existing, temp, _lock: lock, committed: false, resumable: false });
+            return Ok(Self { target, existing, temp, lock, committed: false, resumable: false });
         }
     }
 
@@ -121,6 +121,7 @@ impl Drop for AtomicDir {
             // Nothing to be done about a failure here; the next run removes what is left.
             let _left_behind = remove_tree(&self.temp);
         }
+        unlock(&self.lock);
     }
 }
 
