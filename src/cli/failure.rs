@@ -118,6 +118,9 @@ fn advice(error: &anyhow::Error) -> Option<String> {
         if let Some(MergeError::Interrupted { path } | MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
             return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
         }
+        if let Some(MergeError::Linked { .. }) = error.downcast_ref() {
+            return Some("--output makes a copy instead; --break-links changes the files all the same".to_owned());
+        }
         match file_error(error)? {
             CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
             _ => None,

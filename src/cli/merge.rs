@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use anyhow::{anyhow, bail};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use neuroada_ckpt::{
     checkpoint::Existing,
     merge::{self, KindReport, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
@@ -21,6 +21,7 @@ use super::{
 /// base's values must be those the adapter was made from. The result remembers the original bits (in .neuroada/), so
 /// that unmerge can take any adapter out again, exactly.
 #[derive(Args)]
+#[command(group = ArgGroup::new("where").args(["output", "in_place"]).required(true))]
 pub(super) struct MergeArgs {
     /// Directory or .safetensors file of the base checkpoint
     base: PathBuf,
@@ -30,7 +31,7 @@ pub(super) struct MergeArgs {
     #[command(flatten)]
     output: OutputArgs,
     /// Write no ledger: the merge cannot be undone
-    #[arg(long, conflicts_with = "in_place")]
+    #[arg(long, requires = "output")]
     no_ledger: bool,
 }
 
@@ -38,22 +39,22 @@ pub(super) struct MergeArgs {
 #[derive(Args)]
 pub(super) struct OutputArgs {
     /// Where to write the new checkpoint
-    #[arg(short, long, value_name = "PATH", required_unless_present = "in_place", conflicts_with = "in_place")]
+    #[arg(short, long, value_name = "PATH", conflicts_with = "in_place")]
     output: Option<PathBuf>,
     /// Change the checkpoint itself, journaled
     #[arg(long)]
     in_place: bool,
     /// In place: work on files that other paths lead to as well
-    #[arg(long, requires = "in_place")]
+    #[arg(long, conflicts_with = "output")]
     break_links: bool,
     /// Replace an existing output
-    #[arg(long, conflicts_with = "in_place")]
+    #[arg(long, requires = "output")]
     force: bool,
     /// Hard-link shards that no delta touches instead of copying them
-    #[arg(long, conflicts_with = "in_place")]
+    #[arg(long, requires = "output")]
     link: bool,
     /// Keep finished shards when cut short, and go on from those of an earlier run
-    #[arg(long, conflicts_with = "in_place")]
+    #[arg(long, requires = "output")]
     resume: bool,
     /// Check everything, say what would be written, write nothing
     #[arg(long)]

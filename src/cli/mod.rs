@@ -62,12 +62,12 @@ Exit codes:
 enum Command {
     Inspect(inspect::InspectArgs),
     Mask(mask::MaskArgs),
-    Diff(diff::DiffArgs),
     Init(init::InitArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
     Recover(recover::RecoverArgs),
+    Diff(diff::DiffArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -76,12 +76,12 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
-        Command::Diff(args) => diff::run(args, env),
         Command::Init(args) => init::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),
         Command::Recover(args) => recover::run(args, env),
+        Command::Diff(args) => diff::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
     }

@@ -114,7 +114,12 @@ pub fn merge(
                 Printable::path(&input.adapter)
             )));
         }
-        added.push(Active { id: adapter.id(ctx)?, scale, adapter });
+        let id = adapter.id(ctx)?;
+        if added.iter().any(|other: &Active| other.id == id) {
+            let path = Printable::path(&input.adapter);
+            return Err(MergeError::Usage(format!("{path}: adapter {} is given twice", id.short())));
+        }
+        added.push(Active { id, scale, adapter });
     }
     let to_after = |before: &Stack, path: &Path| {
         let mut active = reopen(before)?;

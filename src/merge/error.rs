@@ -63,6 +63,14 @@ pub enum MergeError {
         /// The first of them.
         examples: Vec<String>,
     },
+    /// Other paths lead to the files that would change in place.
+    #[error("{}: in place would change what others see: {}", Printable::path(.path), .hazards.join("; "))]
+    Linked {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What leads there, by file.
+        hazards: Vec<String>,
+    },
     /// Doing this would be wrong.
     #[error("{}: {what}", Printable::path(.path))]
     Refused {
@@ -109,6 +117,7 @@ impl MergeError {
             | Self::WrongBase { .. }
             | Self::AlreadyMerged { .. }
             | Self::Tampered { .. }
+            | Self::Linked { .. }
             | Self::Refused { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
             Self::Interrupted { .. } | Self::RollbackFailed { .. } => ErrorKind::Interrupted,

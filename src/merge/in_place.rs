@@ -34,8 +34,7 @@ use crate::checkpoint::{
 pub(super) fn begin(checkpoint: &Checkpoint, through_links: bool) -> Result<CheckpointLock, MergeError> {
     let hazards = in_place_hazards(checkpoint);
     if !through_links && !hazards.is_empty() {
-        let what = format!("in place would change what others see: {}", hazards.join("; "));
-        return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
+        return Err(MergeError::Linked { path: checkpoint.root().to_owned(), hazards });
     }
     Ok(CheckpointLock::acquire(checkpoint)?)
 }

@@ -297,6 +297,28 @@ fn adapters_come_out_in_any_order() {
 }
 
 #[test]
+fn unmerge_works_in_place_unless_told_where_else() {
+    let place = place();
+    place.stdout(&format!("{MERGE_A} -o out"));
+    let merged = content(&place.path("out"));
+    place.stdout("unmerge out -o base");
+    assert_eq!((content(&place.path("out")), content(&place.path("base"))), (merged, base()));
+    place.stdout("unmerge out");
+    assert_eq!(content(&place.path("out")), base());
+    assert_snapshot!(place.run("unmerge out --force"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    error: the following required arguments were not provided:
+      --output <PATH>
+
+    Usage: neuroada-ckpt unmerge --output <PATH> --force <PATH>
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
 fn unmerge_takes_the_beginning_of_an_id() {
     let place = place();
     let report = place.json(&format!("{MERGE_A} -o out"));
@@ -396,9 +418,9 @@ fn requests_that_make_no_sense_are_usage_errors() {
     --- stdout
     --- stderr
     error: the following required arguments were not provided:
-      --output <PATH>
+      <--output <PATH>|--in-place>
 
-    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> --output <PATH> <BASE>
+    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> <--output <PATH>|--in-place> <BASE>
 
     For more information, try '--help'.
     ");
@@ -408,7 +430,7 @@ fn requests_that_make_no_sense_are_usage_errors() {
     --- stderr
     error: the argument '--output <PATH>' cannot be used with '--in-place'
 
-    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> --output <PATH> <BASE>
+    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> <--output <PATH>|--in-place> <BASE>
 
     For more information, try '--help'.
     ");
@@ -419,11 +441,10 @@ fn requests_that_make_no_sense_are_usage_errors() {
     error: a.safetensors=much: expected FILE or FILE=SCALE, and "much" is not a number
     "#);
     assert_snapshot!(place.run(&format!("{MERGE_A} --adapter a.safetensors -o out")), @r"
-    exit: 4
+    exit: 2
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama: adapter 00677c4f4526 is merged into it already
-    hint: take it out with unmerge first, to merge it with another scale
+    error: a.safetensors: adapter 00677c4f4526 is given twice
     ");
     assert_snapshot!(place.run("merge [FIXTURES]/tiny-llama -o out"), @r"
     exit: 2
@@ -432,7 +453,7 @@ fn requests_that_make_no_sense_are_usage_errors() {
     error: the following required arguments were not provided:
       --adapter <FILE[=SCALE]>
 
-    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> --output <PATH> <BASE>
+    Usage: neuroada-ckpt merge --adapter <FILE[=SCALE]> <--output <PATH>|--in-place> <BASE>
 
     For more information, try '--help'.
     ");
@@ -473,6 +494,7 @@ fn links_are_worked_on_only_when_asked() {
     --- stdout
     --- stderr
     error: tiny-llama: in place would change what others see: model-00002-of-00003.safetensors has 2 names (hard links)
+    hint: --output makes a copy instead; --break-links changes the files all the same
     ");
     place.stdout("merge tiny-llama --adapter a.safetensors --in-place --break-links");
 }
