@@ -20,7 +20,7 @@ pub const MAX_TENSORS: usize = 1_000_000;
 /// One tensor of a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TensorInfo {
-    /// The name as stored; print it through [`Printable`].
+    /// The name as stored; print it through [`Printable`](super::Printable).
     pub name: String,
     /// The element type.
     pub dtype: Dtype,
