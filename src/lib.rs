@@ -7,7 +7,7 @@
 //!
 //! Imports go down this list, never up:
 //!
-//! - [`merge`], [`diff`]: what users ask for; they do not import one another
+//! - [`merge`], [`diff`], [`extract`]: what users ask for; they do not import one another
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
@@ -17,6 +17,7 @@ pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
 pub mod diff;
+pub mod extract;
 pub mod mask;
 pub mod merge;
 pub mod tensor;

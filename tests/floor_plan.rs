@@ -18,8 +18,9 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),
+    ("extract", BELOW_COMMANDS),
     ("train", BELOW_COMMANDS),
-    ("cli", &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter", "merge", "diff", "train"]),
+    ("cli", &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter", "merge", "diff", "extract", "train"]),
 ];
 const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter"];
 

@@ -292,6 +292,16 @@ impl AdapterWriter {
         Ok(Self { file, path: path.to_owned(), values, target: String::new(), n_rows: 0 })
     }
 
+    /// Stores the values of the targets that begin from here on as `values`: F32, BF16 or F16.
+    ///
+    /// # Panics
+    /// Where `values` is another type, or a target is open.
+    pub fn store_as(&mut self, values: Dtype) {
+        assert!(matches!(values, Dtype::F32 | Dtype::BF16 | Dtype::F16), "values are F32, BF16 or F16");
+        self.values = values;
+        self.file.store_as(values);
+    }
+
     /// Begins a target: the base's tensor `name`, its type and shape as stored. With `uniform_k` every row has that many
     /// columns; without, rows may differ.
     ///

@@ -6,6 +6,7 @@ use neuroada_ckpt::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable},
     diff::DiffError,
+    extract::ExtractError,
     mask::MaskError,
     merge::MergeError,
 };
@@ -108,6 +109,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(MaskError::kind))
         .or_else(|| error.downcast_ref().map(AdapterError::kind))
         .or_else(|| error.downcast_ref().map(DiffError::kind))
+        .or_else(|| error.downcast_ref().map(ExtractError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
 }
@@ -135,6 +137,14 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             MergeError::Checkpoint(error) => Some(error),
             MergeError::Adapter(error) => file_error(error),
             MergeError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            ExtractError::Checkpoint(error) => Some(error),
+            ExtractError::Adapter(error) => file_error(error),
+            ExtractError::Mask(error) => file_error(error),
             _ => None,
         };
     }

@@ -8,6 +8,7 @@
 mod completions;
 mod diff;
 mod env;
+mod extract;
 mod failure;
 mod init;
 mod inspect;
@@ -63,6 +64,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Mask(mask::MaskArgs),
     Init(init::InitArgs),
+    Extract(extract::ExtractArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -77,6 +79,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
         Command::Init(args) => init::run(args, env),
+        Command::Extract(args) => extract::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

@@ -45,6 +45,12 @@ impl SparseWriter {
         Ok(Self { file, path, values, open: None, entries: Vec::new(), bytes: Vec::new() })
     }
 
+    /// The type of the values of the targets that begin from here on.
+    pub fn store_as(&mut self, values: Dtype) {
+        assert!(self.open.is_none(), "one target at a time");
+        self.values = Some(values);
+    }
+
     pub fn begin_target(
         &mut self,
         name: &str,

@@ -52,6 +52,7 @@ fn every_field_of_json_is_documented() {
     is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
     is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
     is_documented("diff", &place.json("diff [FIXTURES]/tiny-llama out"));
+    is_documented("extract", &place.json("extract [FIXTURES]/tiny-llama out -o x.safetensors --targets *layers.0*"));
     is_documented("diff", &place.json("diff [FIXTURES]/accepted/odd-header.safetensors out"));
     is_documented("inspect", &place.json("inspect out --tensors"));
     is_documented("inspect", &place.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));

@@ -79,6 +79,7 @@ fn help_lists_commands_options_and_exit_codes() {
       inspect      Say what a checkpoint, mask or adapter is
       mask         Choose the important connections of every neuron
       init         Start an adapter from a mask: zeros, or values trained elsewhere
+      extract      Make an adapter of what changed between two checkpoints
       merge        Add adapters to a checkpoint
       unmerge      Take adapters out of a checkpoint again, exactly
       verify       Prove a merge: every touched weight is right, every other byte is the base's

@@ -1,0 +1,199 @@
+use std::{collections::BTreeMap, path::PathBuf};
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::{
+    adapter::AdapterNotes,
+    checkpoint::{Checkpoint, Existing, Printable},
+    extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut},
+    tensor::{Dtype, projection_kind},
+};
+
+use super::{
+    Answer,
+    env::Env,
+    failure::Hint,
+    page::{Page, Table, bytes, count, number, percent},
+};
+
+/// Make an adapter of what changed between two checkpoints
+///
+/// Exact by default: merging the adapter into BASE gives TUNED byte for byte, and every merged value is computed and compared
+/// before the adapter appears. What no delta can do is refused, with a list: norms and biases that changed (they are no
+/// matrices), tensors of which too much changed, NaN and infinities, and changes so much larger than their result that the
+/// sum rounds past it. With -k the adapter holds the largest changes of each row instead, and the report says how much
+/// of the change is lost.
+#[derive(Args)]
+pub(super) struct ExtractArgs {
+    /// Directory or .safetensors file of the base checkpoint
+    base: PathBuf,
+    /// The same model, tuned: tensors of the same names, types and shapes
+    tuned: PathBuf,
+    /// Where to write the adapter
+    #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    /// Keep the N largest changes of each row instead of all
+    #[arg(short, long, value_name = "N")]
+    k: Option<u64>,
+    /// The type that deltas are stored in; auto: for each tensor the first of bf16, f16 and f32 that is exact
+    #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
+    dtype: DtypeChoice,
+    /// The largest share of a tensor that may get a delta
+    #[arg(long, value_name = "SHARE", default_value = "25%", value_parser = parse_share)]
+    max_density: f64,
+    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: every matrix]
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    transposed: Vec<String>,
+    /// Under what terms it may be used, as an SPDX expression
+    #[arg(long, value_name = "SPDX")]
+    license: Option<String>,
+    /// What it is for
+    #[arg(long, value_name = "TEXT")]
+    description: Option<String>,
+    /// Who made it
+    #[arg(long, value_name = "NAME")]
+    author: Option<String>,
+    /// List every tensor instead of a line per kind
+    #[arg(long)]
+    tensors: bool,
+    /// Replace an existing adapter
+    #[arg(long)]
+    force: bool,
+    /// Say what the adapter would hold, write nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum DtypeChoice {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Reads `25%` or `0.25`; whether the share makes sense is the library's to say.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let number = |text: &str| text.trim().parse::<f64>().map_err(|_| "expected a share such as 25% or 0.25".to_owned());
+    match text.strip_suffix('%') {
+        Some(percent) => Ok(number(percent)? / 100.0),
+        None => number(text),
+    }
+}
+
+pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
+    let (base, tuned) = (Checkpoint::open(&args.base)?, Checkpoint::open(&args.tuned)?);
+    let dtype = match args.dtype {
+        DtypeChoice::Auto => None,
+        DtypeChoice::F32 => Some(Dtype::F32),
+        DtypeChoice::Bf16 => Some(Dtype::BF16),
+        DtypeChoice::F16 => Some(Dtype::F16),
+    };
+    let (license, description, author) = (args.license, args.description, args.author);
+    let options = ExtractOptions {
+        k: args.k,
+        dtype,
+        max_density: args.max_density,
+        targets: args.targets,
+        transposed: args.transposed,
+        notes: AdapterNotes { license, description, author, training: None },
+    };
+    let existing = if args.force { Existing::Replace } else { Existing::Keep };
+    let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
+    let report = match extract::extract(&env.context(), &base, &tuned, &options, output) {
+        Err(e @ ExtractError::Unfit { .. }) if args.k.is_none() => {
+            Err(e).hint("--targets chooses the tensors that take part, -k keeps the largest changes of each row")?
+        }
+        report => report?,
+    };
+    env.report(&report, |report, page| print(report, args.tensors, page))?;
+    Ok(Answer::Yes)
+}
+
+fn print(report: &ExtractReport, tensors: bool, page: &mut Page) {
+    let title = if tensors { "tensor" } else { "kind" };
+    let mut table = Table::new([title, "tensors>", "changed>", "of>", "share>", "deltas>", "norm>", "lost>"]);
+    let mut row = |kind: &ExtractKind| {
+        let ExtractKind { n_changed, n_elements, .. } = *kind;
+        table.row([
+            kind.kind.clone(),
+            count(kind.n_tensors),
+            count(n_changed),
+            count(n_elements),
+            percent(n_changed, n_elements),
+            count(kind.n_deltas),
+            number(kind.norm),
+            number(kind.norm_lost),
+        ]);
+    };
+    if tensors {
+        for tensor in &report.tensors {
+            row(&ExtractKind {
+                kind: tensor.tensor.clone(),
+                n_tensors: 1,
+                n_elements: tensor.n_elements,
+                n_changed: tensor.n_changed,
+                n_deltas: tensor.n_deltas,
+                norm: tensor.norm,
+                norm_lost: tensor.norm_lost,
+            });
+        }
+    } else {
+        report.kinds.iter().for_each(&mut row);
+    }
+    row(&report.total);
+    page.table(&table);
+    page.blank();
+    for line in left_out(report, tensors) {
+        page.line(line);
+    }
+    page.blank();
+    let mut facts = Vec::new();
+    if let Some(id) = &report.id {
+        facts.push(("adapter", id[..12].to_owned()));
+    }
+    facts.push(("made from", report.base.clone()));
+    facts.push(("deltas", deltas(report)));
+    facts.push(("unchanged", format!("{} tensors", count(report.n_same))));
+    if report.total.norm_lost > 0.0 {
+        facts.push(("norm", format!("{} of {} is lost", number(report.total.norm_lost), number(report.total.norm))));
+    }
+    if let Some(n_bytes) = report.n_bytes {
+        facts.push(("size", bytes(n_bytes)));
+    }
+    let verdict = if report.exact {
+        format!("exact: merged, it gives {} byte for byte", report.tuned)
+    } else {
+        format!("partial: merged, it does not give {}", report.tuned)
+    };
+    facts.push(("verdict", verdict));
+    page.facts(&facts);
+}
+
+/// What changed and takes no part: each tensor, or their kinds by reason.
+fn left_out(report: &ExtractReport, tensors: bool) -> Vec<String> {
+    if tensors {
+        let line = |tensor: &LeftOut| format!("left out: {}: {}", Printable(&tensor.tensor), tensor.why);
+        return report.left_out.iter().map(line).collect();
+    }
+    let mut by_reason: BTreeMap<&str, BTreeMap<&str, u64>> = BTreeMap::new();
+    for LeftOut { tensor, why } in &report.left_out {
+        *by_reason.entry(why).or_default().entry(projection_kind(tensor)).or_default() += 1;
+    }
+    let kinds = |kinds: BTreeMap<&str, u64>| {
+        kinds.into_iter().map(|(kind, n)| format!("{n} {}", Printable(kind))).collect::<Vec<_>>().join(", ")
+    };
+    by_reason.into_iter().map(|(why, found)| format!("left out: {}: {why}", kinds(found))).collect()
+}
+
+/// How many deltas of which types: `2,255: 14 tensors as BF16`.
+fn deltas(report: &ExtractReport) -> String {
+    let mut by_type: BTreeMap<&str, u64> = BTreeMap::new();
+    for tensor in &report.tensors {
+        *by_type.entry(&tensor.values_dtype).or_default() += 1;
+    }
+    let types: Vec<String> = by_type.iter().map(|(dtype, n)| format!("{n} tensors as {dtype}")).collect();
+    format!("{}: {}", count(report.total.n_deltas), types.join(", "))
+}

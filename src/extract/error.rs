@@ -1,0 +1,69 @@
+//! What can go wrong while extracting.
+
+use std::path::PathBuf;
+
+use crate::{
+    adapter::AdapterError,
+    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    mask::MaskError,
+};
+
+/// What can go wrong while extracting; nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum ExtractError {
+    /// A file could not be read or written, or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The targets cannot be selected.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+    /// The adapter could not be written.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// The two have not the same tensors, of the same types and shapes.
+    #[error("{}: no adapter can make it from {}:{}", Printable::path(.tuned), Printable(.base), indented_list(.problems))]
+    Unlike {
+        /// The tuned checkpoint.
+        tuned: PathBuf,
+        /// The base's name.
+        base: String,
+        /// One line for each tensor.
+        problems: Vec<String>,
+    },
+    /// Tensors that changed in a way that the adapter asked for cannot hold.
+    #[error("{}: what changed from {} does not fit the adapter:{}", Printable::path(.tuned), Printable(.base), indented_list(.problems))]
+    Unfit {
+        /// The tuned checkpoint.
+        tuned: PathBuf,
+        /// The base's name.
+        base: String,
+        /// One line for each tensor.
+        problems: Vec<String>,
+    },
+    /// Nothing changed.
+    #[error("{}: {what} the same in {}: there is no delta", Printable::path(.tuned), Printable(.base))]
+    Same {
+        /// The tuned checkpoint.
+        tuned: PathBuf,
+        /// The base's name.
+        base: String,
+        /// What was compared.
+        what: &'static str,
+    },
+    /// A request that makes no sense, whatever the files hold.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl ExtractError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::Mask(e) => e.kind(),
+            Self::Adapter(e) => e.kind(),
+            Self::Unlike { .. } | Self::Unfit { .. } | Self::Same { .. } => ErrorKind::Refused,
+            Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+}

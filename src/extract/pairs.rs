@@ -1,0 +1,101 @@
+//! Tensors of two checkpoints, paired.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use super::{ExtractError, ExtractOptions};
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef},
+    mask::select_targets,
+    tensor::dtype_name,
+};
+
+/// A tensor of the base and the same of the tuned checkpoint.
+pub(super) struct Pair<'a> {
+    pub(super) base: TensorRef<'a>,
+    pub(super) tuned: TensorRef<'a>,
+    /// Both as rows, or why the tensor takes no part.
+    pub(super) rows: Result<(RowScan<'a>, RowScan<'a>), String>,
+    /// Whether it was the request that left the tensor out.
+    pub(super) is_unwanted: bool,
+}
+
+impl Pair<'_> {
+    pub(super) fn name(&self) -> &str {
+        &self.base.info.name
+    }
+
+    /// Runs of rows, or of bytes where the tensor takes no part, of at most about `n_bytes` each.
+    pub(super) fn runs(&self, n_bytes: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let (end, step) = match &self.rows {
+            Ok((scan, _)) => (scan.layout.n_rows(), (n_bytes / scan.row_bytes().max(1)).max(1)),
+            Err(_) => (self.base.info.n_bytes(), n_bytes.max(1)),
+        };
+        (0..end).step_by(step as usize).map(move |start| start..end.min(start + step))
+    }
+
+    /// Whether a run of bytes of a tensor that takes no part is the same.
+    pub(super) fn is_same(&self, ctx: &Context<'_>, bytes: Range<u64>) -> Result<bool, CheckpointError> {
+        Ok(*self.base.window(ctx, bytes.clone())? == *self.tuned.window(ctx, bytes)?)
+    }
+}
+
+/// Pairs all tensors by name.
+///
+/// # Errors
+/// [`ExtractError::Unlike`] lists tensors that one of the two has not, or not alike.
+pub(super) fn pairs<'a>(
+    base: &'a Checkpoint,
+    tuned: &'a Checkpoint,
+    options: &ExtractOptions,
+) -> Result<Vec<Pair<'a>>, ExtractError> {
+    let mut problems = Vec::new();
+    let mut matched = Vec::new();
+    for a in base.tensors() {
+        let name = Printable(&a.info.name);
+        match tuned.tensor(&a.info.name) {
+            None => problems.push(format!("\"{name}\" was removed")),
+            Some(b) if (b.info.dtype, &b.info.shape) != (a.info.dtype, &a.info.shape) => {
+                let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
+                problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
+            }
+            Some(b) => matched.push((a, b)),
+        }
+    }
+    for b in tuned.tensors().filter(|b| base.tensor(&b.info.name).is_none()) {
+        problems.push(format!("\"{}\" was added", Printable(&b.info.name)));
+    }
+    if !problems.is_empty() {
+        return Err(ExtractError::Unlike { tuned: tuned.root().to_owned(), base: base.name(), problems });
+    }
+    let wanted = wanted(base, options)?;
+    let pair = |(a, b): (TensorRef<'a>, TensorRef<'a>)| {
+        let of_name = wanted.as_ref().map(|wanted| wanted.get(a.info.name.as_str()));
+        let layout = match of_name {
+            Some(Some(scan)) => Ok(scan.layout),
+            Some(None) if !options.targets.is_empty() => Err("not among the targets".to_owned()),
+            _ => a.rows(false).map_err(|e| match e {
+                CheckpointError::BadTensor { what, .. } => what,
+                other => other.to_string(),
+            }),
+        };
+        let is_unwanted = !options.targets.is_empty() && of_name.is_some_and(|scan| scan.is_none());
+        let scan = |tensor| move |layout| RowScan { tensor, layout };
+        let rows = layout.map(|layout| (scan(a)(layout), scan(b)(layout)));
+        Pair { base: a, tuned: b, rows, is_unwanted }
+    };
+    Ok(matched.into_iter().map(pair).collect())
+}
+
+/// The tensors that patterns name, where there are patterns.
+fn wanted<'a>(
+    base: &'a Checkpoint,
+    options: &ExtractOptions,
+) -> Result<Option<BTreeMap<&'a str, RowScan<'a>>>, ExtractError> {
+    if options.targets.is_empty() && options.transposed.is_empty() {
+        return Ok(None);
+    }
+    let every = ["*".to_owned()];
+    let patterns = if options.targets.is_empty() { &every[..] } else { &options.targets };
+    let selection = select_targets(base, patterns, &options.transposed)?;
+    Ok(Some(selection.targets.into_iter().map(|scan| (scan.tensor.info.name.as_str(), scan)).collect()))
+}
