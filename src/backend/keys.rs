@@ -130,6 +130,11 @@ impl Digit {
         (upper >> Self::BITS == self.prefix).then_some(upper as usize % Self::VALUES)
     }
 
+    /// The least key that begins with the prefix.
+    pub fn floor(self) -> u64 {
+        self.prefix.checked_shl(self.shift + Self::BITS).unwrap_or(0)
+    }
+
     /// The key so far, once this digit is known to be `value`, and the digit below it.
     pub fn then(self, value: usize) -> (u64, Option<Self>) {
         let prefix = self.prefix << Self::BITS | value as u64;

@@ -10,6 +10,7 @@ mod keys;
 mod patch;
 mod portable;
 mod score;
+mod simd;
 
 use crate::tensor::{RowBlock, RowColumns};
 pub use keys::{Digit, KeySpace};
@@ -27,15 +28,34 @@ pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
 ///
 /// Source: NeuroAda, <https://arxiv.org/abs/2510.18940>.
 pub fn topk_rows(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, NotANumber> {
-    keys::with_key!(rows.space(), K => portable::topk_rows::<K>(rows, k))
+    keys::with_key!(rows.space(), K => {
+        simd::topk_rows::<K>(rows, k).unwrap_or_else(|| portable::topk_rows::<K>(rows, k))
+    })
 }
 
-/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to).
+/// The instruction set that the loops run on: `avx512`, `avx2`, `neon` or `portable`.
+pub fn instruction_set() -> &'static str {
+    simd::name()
+}
+
+/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to). Keys below
+/// `floor` need not be counted: who knows one is told faster.
 ///
 /// # Errors
 /// [`NotANumber`] names the first row and column holding a NaN.
-pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, counts: &mut [u32]) -> Result<(), NotANumber> {
-    keys::with_key!(rows.space(), K => portable::count_keys::<K>(rows, digit, counts))
+pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, floor: u64, counts: &mut [u32]) -> Result<(), NotANumber> {
+    keys::with_key!(rows.space(), K => {
+        // Where most keys are counted, finding them first does not pay.
+        let counted = if floor == 0 { None } else { simd::columns_from::<K>(rows, floor) };
+        match counted {
+            Some(keyed) => {
+                let (_, keys) = keyed?;
+                keys.iter().filter_map(|&key| digit.of(key.into())).for_each(|value| counts[value] += 1);
+                Ok(())
+            }
+            None => portable::count_keys::<K>(rows, digit, counts),
+        }
+    })
 }
 
 /// Rows cut at a key.
@@ -52,7 +72,34 @@ pub struct CutRows {
 /// # Errors
 /// [`NotANumber`] names the first row and column holding a NaN.
 pub fn cut_rows(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) -> Result<CutRows, NotANumber> {
-    keys::with_key!(rows.space(), K => portable::cut_rows::<K>(rows, cut, most_ties))
+    keys::with_key!(rows.space(), K => match simd::columns_from::<K>(rows, cut) {
+        Some(keyed) => Ok(without_ties_past(keyed?, cut, most_ties)),
+        None => portable::cut_rows::<K>(rows, cut, most_ties),
+    })
+}
+
+/// Keeps the first `most_ties` of the entries whose key is `cut`.
+fn without_ties_past((columns, keys): simd::KeyedColumns, cut: u64, most_ties: u64) -> CutRows {
+    let is_tie: Vec<bool> = keys.iter().map(|&key| u64::from(key) == cut).collect();
+    if is_tie.iter().filter(|&&is_tie| is_tie).count() as u64 <= most_ties {
+        return CutRows { columns, is_tie };
+    }
+    let mut kept = CutRows::default();
+    let mut ties_left = most_ties;
+    let mut row_columns = Vec::new();
+    for row in 0..columns.n_rows() {
+        row_columns.clear();
+        for at in columns.row_range(row) {
+            if is_tie[at] && ties_left == 0 {
+                continue;
+            }
+            ties_left -= u64::from(is_tie[at]);
+            row_columns.push(columns.columns()[at]);
+            kept.is_tie.push(is_tie[at]);
+        }
+        kept.columns.push_row(&row_columns);
+    }
+    kept
 }
 
 /// The elements of `rows` at `columns`, as stored, row after row: `nnz` elements.

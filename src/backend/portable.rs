@@ -290,7 +290,7 @@ mod tests {
             let (mut digit, mut before) = (Digit::first(rows.space()), 0);
             let cut = loop {
                 let mut counts = vec![0; Digit::VALUES];
-                super::super::count_keys(&rows, digit, &mut counts).unwrap();
+                super::super::count_keys(&rows, digit, digit.floor(), &mut counts).unwrap();
                 let value = (0..Digit::VALUES).rev().find(|&value| {
                     let found = before + counts[value] as usize > rank;
                     before += if found { 0 } else { counts[value] as usize };

@@ -190,6 +190,14 @@ impl<'a> ScoredRows<'a> {
         if has_nan { Err(self.first_nan(row, scratch)) } else { Ok(()) }
     }
 
+    /// Where the stored weights are their own keys: the bits of an element that belong to its key, and the largest key of a
+    /// number.
+    pub(super) fn stored_keys(&self) -> Option<(u64, u64)> {
+        let dtype = self.weights.dtype();
+        let is_stored = matches!(self.score, Score::Magnitude) && self.space == KeySpace::of_magnitudes(dtype);
+        is_stored.then(|| with_float!(dtype, T => T::KEY_BITS, else unreachable!("only floats are scored")))
+    }
+
     /// Whether products are computed in `f32`.
     fn in_single(&self) -> bool {
         let double = |rows: &RowBlock<'_>| rows.dtype() == Dtype::F64;

@@ -2,9 +2,7 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::{CheckpointError, Context, TensorRef, Window};
+use super::{CheckpointError, Context, TensorRef, Window, for_each_ordered};
 use crate::tensor::{Dtype, RowBlock, RowLayout};
 
 /// A tensor to scan by rows.
@@ -94,37 +92,6 @@ pub struct RowSpan {
     pub first_row: u64,
     /// How many rows.
     pub n_rows: usize,
-}
-
-/// Maps `items` on all threads and hands the results to `sink` in the items' order.
-///
-/// Items are taken in batches of a few per thread, so that memory is bounded whatever their number. The first error in
-/// the items' order is returned, whichever thread met one first.
-///
-/// # Errors
-/// What `map` or `sink` return, or [`CheckpointError::Cancelled`].
-pub fn for_each_ordered<T, R, E>(
-    ctx: &Context<'_>,
-    items: impl IntoIterator<Item = T>,
-    map: impl Fn(&T) -> Result<R, E> + Sync,
-    mut sink: impl FnMut(T, R) -> Result<(), E>,
-) -> Result<(), E>
-where
-    T: Send + Sync,
-    R: Send,
-    E: From<CheckpointError> + Send,
-{
-    let batch_len = 4 * rayon::current_num_threads();
-    let mut items = items.into_iter().peekable();
-    while items.peek().is_some() {
-        ctx.check()?;
-        let batch: Vec<T> = items.by_ref().take(batch_len).collect();
-        let results: Vec<Result<R, E>> = batch.par_iter().with_max_len(1).map(&map).collect();
-        for (item, result) in batch.into_iter().zip(results) {
-            sink(item, result?)?;
-        }
-    }
-    Ok(())
 }
 
 /// Reads all rows of `targets` once, in blocks of whole rows, and hands what `map` made of each block to `sink` in order.

@@ -1,6 +1,10 @@
 //! Choosing connections, out of core.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use serde::Serialize;
 
@@ -271,6 +275,8 @@ impl Job<'_> {
         let mut left = n;
         loop {
             let mut counts = vec![0u64; Digit::VALUES];
+            // What is known so far to be no part of the best: as soon as enough keys were seen, few are left to look at.
+            let floor = AtomicU64::new(digit.floor());
             scan_rows(
                 ctx,
                 "ranking",
@@ -278,19 +284,22 @@ impl Job<'_> {
                 |span, block| {
                     let mut counts = vec![0u32; Digit::VALUES];
                     let source = &sources[targets[span.target]];
-                    source.for_each_run(ctx, space, span, block, |_, scored| count_keys(scored, digit, &mut counts))?;
+                    let floor = floor.load(Relaxed);
+                    source.for_each_run(ctx, space, span, block, |_, scored| {
+                        count_keys(scored, digit, floor, &mut counts)
+                    })?;
                     Ok::<_, MaskError>(counts)
                 },
                 |_, of_block| {
                     counts.iter_mut().zip(of_block).for_each(|(count, n)| *count += u64::from(n));
+                    if let Some((value, _)) = reach(&counts, left) {
+                        floor.store(digit.then(value).0, Relaxed);
+                    }
                     Ok(())
                 },
             )?;
-            let mut value = Digit::VALUES - 1;
-            while counts[value] < left && value > 0 {
-                left -= counts[value];
-                value -= 1;
-            }
+            let (value, n_above) = reach(&counts, left).expect("no more are wanted than there are");
+            left -= n_above;
             let (key, below) = digit.then(value);
             match below {
                 Some(below) => digit = below,
@@ -358,6 +367,18 @@ impl Job<'_> {
             skipped: Vec::new(),
         }
     }
+}
+
+/// The value at which `n` are reached, counted from the largest, and how many lie above it.
+fn reach(counts: &[u64], n: u64) -> Option<(usize, u64)> {
+    let mut n_above = 0;
+    for (value, count) in counts.iter().enumerate().rev() {
+        if n_above + count >= n {
+            return Some((value, n_above));
+        }
+        n_above += count;
+    }
+    None
 }
 
 fn empty_kind(kind: &str) -> MaskKind {

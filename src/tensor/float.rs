@@ -46,6 +46,8 @@ pub trait Float: Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
     /// Bytes of one element.
     const BYTES: usize;
+    /// The bits of an element that make its magnitude key, and the largest key of a number.
+    const KEY_BITS: (u64, u64);
     /// The unsigned integer of the same width.
     type Key: Copy + Ord + Into<u64> + Send + Sync;
     /// The type that arithmetic runs in.
@@ -68,10 +70,11 @@ pub trait Float: Copy + Send + Sync + 'static {
 }
 
 macro_rules! impl_float {
-    ($t:ty, $dtype:ident, $key:ty, $acc:ty, $mask:expr, $bits:ident, $from_bits:ident, $widen:expr, $round:expr, $nan:expr) => {
+    ($t:ty, $dtype:ident, $key:ty, $acc:ty, $mask:expr, $bits:ident, $from_bits:ident, $widen:expr, $round:expr, $nan:expr, $largest:expr) => {
         impl Float for $t {
             const DTYPE: Dtype = Dtype::$dtype;
             const BYTES: usize = size_of::<$key>();
+            const KEY_BITS: (u64, u64) = ($mask, $largest);
             type Key = $key;
             type Acc = $acc;
 
@@ -112,12 +115,24 @@ macro_rules! impl_float {
     };
 }
 
-impl_float!(f64, F64, u64, f64, 0x7fff_ffff_ffff_ffff, to_bits, from_bits, |x| x, |x| x, 0x7ff8_0000_0000_0000);
-impl_float!(f32, F32, u32, f32, 0x7fff_ffff, to_bits, from_bits, |x| x, |x| x, 0x7fc0_0000);
-impl_float!(f16, F16, u16, f32, 0x7fff, to_bits, from_bits, f16::to_f32, f16::from_f32, 0x7e00);
-impl_float!(bf16, BF16, u16, f32, 0x7fff, to_bits, from_bits, bf16::to_f32, bf16::from_f32, 0x7fc0);
-impl_float!(F8E4M3, F8_E4M3, u8, f32, 0x7f, to_bits, from_bits, F8E4M3::to_f32, F8E4M3::from_f32, 0x7f);
-impl_float!(F8E5M2, F8_E5M2, u8, f32, 0x7f, to_bits, from_bits, F8E5M2::to_f32, F8E5M2::from_f32, 0x7e);
+impl_float!(
+    f64,
+    F64,
+    u64,
+    f64,
+    0x7fff_ffff_ffff_ffff,
+    to_bits,
+    from_bits,
+    |x| x,
+    |x| x,
+    0x7ff8_0000_0000_0000,
+    0x7ff0_0000_0000_0000
+);
+impl_float!(f32, F32, u32, f32, 0x7fff_ffff, to_bits, from_bits, |x| x, |x| x, 0x7fc0_0000, 0x7f80_0000);
+impl_float!(f16, F16, u16, f32, 0x7fff, to_bits, from_bits, f16::to_f32, f16::from_f32, 0x7e00, 0x7c00);
+impl_float!(bf16, BF16, u16, f32, 0x7fff, to_bits, from_bits, bf16::to_f32, bf16::from_f32, 0x7fc0, 0x7f80);
+impl_float!(F8E4M3, F8_E4M3, u8, f32, 0x7f, to_bits, from_bits, F8E4M3::to_f32, F8E4M3::from_f32, 0x7f, 0x7e);
+impl_float!(F8E5M2, F8_E5M2, u8, f32, 0x7f, to_bits, from_bits, F8E5M2::to_f32, F8E5M2::from_f32, 0x7e, 0x7c);
 
 /// Whether weights of this type can be scored and merged: F64, F32, F16, BF16, F8_E4M3 and F8_E5M2.
 pub fn is_float(dtype: Dtype) -> bool {

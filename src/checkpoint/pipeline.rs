@@ -1,0 +1,393 @@
+//! Work on many items on all threads, results in the items' order, no barrier between them.
+
+use std::{
+    collections::VecDeque,
+    sync::{Condvar, Mutex, MutexGuard},
+};
+
+use super::{CheckpointError, Context};
+
+/// Maps `items` on all threads and hands the results to `sink` in the items' order.
+///
+/// A few results per thread wait for their turn at most, so that memory is bounded whatever the number of items. The
+/// first error in the items' order is returned, whichever thread met one first. `sink` runs on the calling thread.
+///
+/// # Errors
+/// What `map` or `sink` return, or [`CheckpointError::Cancelled`].
+pub fn for_each_ordered<T, R, E>(
+    ctx: &Context<'_>,
+    items: impl IntoIterator<Item = T, IntoIter: Send>,
+    map: impl Fn(&T) -> Result<R, E> + Sync,
+    sink: impl FnMut(T, R) -> Result<(), E>,
+) -> Result<(), E>
+where
+    T: Send,
+    R: Send,
+    E: From<CheckpointError> + Send,
+{
+    let line = Line::new(items.into_iter(), 0);
+    line.run(ctx, &|_: &T| Ok(()), &|item: &T, ()| map(item), sink)
+}
+
+/// As [`for_each_ordered`], where `n_readers` threads beside those of the pool `read` what `map` then works on: reading goes
+/// on while all cores are busy, and more than one request waits at the disk. Without readers, who maps reads.
+///
+/// At most `2 * n_readers` pieces that were read wait for a thread.
+pub(super) fn read_and_map_ordered<T, W, R, E>(
+    ctx: &Context<'_>,
+    items: impl IntoIterator<Item = T, IntoIter: Send>,
+    n_readers: usize,
+    read: impl Fn(&T) -> Result<W, E> + Sync,
+    map: impl Fn(&T, W) -> Result<R, E> + Sync,
+    sink: impl FnMut(T, R) -> Result<(), E>,
+) -> Result<(), E>
+where
+    T: Send,
+    W: Send,
+    R: Send,
+    E: From<CheckpointError> + Send,
+{
+    Line::new(items.into_iter(), n_readers).run(ctx, &read, &map, sink)
+}
+
+/// The items on their way from hand to hand.
+struct Line<I: Iterator, W, R, E> {
+    state: Mutex<State<I, W, R, E>>,
+    /// Told of every change that somebody may wait for.
+    changed: Condvar,
+    n_readers: usize,
+    /// Items between being taken and being handed to the sink.
+    most_on_the_way: usize,
+}
+
+struct State<I: Iterator, W, R, E> {
+    items: I,
+    has_ended: bool,
+    n_taken: usize,
+    n_sunk: usize,
+    /// Taken by readers and not yet taken by who maps.
+    n_read_ahead: usize,
+    read: VecDeque<(usize, I::Item, Result<W, E>)>,
+    /// Results from item `n_sunk` on.
+    results: VecDeque<Option<Done<I::Item, R, E>>>,
+    is_stopped: bool,
+}
+
+/// An item and what was made of it.
+type Done<T, R, E> = (T, Result<R, E>);
+
+/// What a thread finds to do.
+enum Task<T, W, E> {
+    Read(usize, T),
+    Map(usize, T, Result<W, E>),
+    Nothing,
+}
+
+type ReadFn<'a, T, W, E> = &'a (dyn Fn(&T) -> Result<W, E> + Sync + 'a);
+type MapFn<'a, T, W, R, E> = &'a (dyn Fn(&T, W) -> Result<R, E> + Sync + 'a);
+
+impl<I, W, R, E> Line<I, W, R, E>
+where
+    I: Iterator + Send,
+    I::Item: Send,
+    W: Send,
+    R: Send,
+    E: From<CheckpointError> + Send,
+{
+    fn new(items: I, n_readers: usize) -> Self {
+        let state = State {
+            items,
+            has_ended: false,
+            n_taken: 0,
+            n_sunk: 0,
+            n_read_ahead: 0,
+            read: VecDeque::new(),
+            results: VecDeque::new(),
+            is_stopped: false,
+        };
+        let most_on_the_way = 4 * rayon::current_num_threads() + 2 * n_readers;
+        Self { state: Mutex::new(state), changed: Condvar::new(), n_readers, most_on_the_way }
+    }
+
+    fn run(
+        &self,
+        ctx: &Context<'_>,
+        read: ReadFn<'_, I::Item, W, E>,
+        map: MapFn<'_, I::Item, W, R, E>,
+        mut sink: impl FnMut(I::Item, R) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // A caller that belongs to the pool works too: the pool may have no other thread.
+        let caller_maps = rayon::current_thread_index().is_some();
+        std::thread::scope(|readers| {
+            for _ in 0..self.n_readers {
+                readers.spawn(|| self.read_all(read));
+            }
+            rayon::in_place_scope(|pool| {
+                for _ in usize::from(caller_maps)..rayon::current_num_threads() {
+                    pool.spawn(|_| self.map_all(read, map));
+                }
+                let stop = StopOnDrop(self);
+                let done = self.sink_all(ctx, read, map, caller_maps, &mut sink);
+                drop(stop);
+                done
+            })
+        })
+    }
+
+    /// The calling thread's part.
+    fn sink_all(
+        &self,
+        ctx: &Context<'_>,
+        read: ReadFn<'_, I::Item, W, E>,
+        map: MapFn<'_, I::Item, W, R, E>,
+        caller_maps: bool,
+        sink: &mut dyn FnMut(I::Item, R) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut state = self.lock();
+        loop {
+            if state.is_stopped {
+                // Another thread panicked; leaving the scopes passes that on.
+                return Err(CheckpointError::Cancelled.into());
+            }
+            if let Some(Some(_)) = state.results.front() {
+                let (item, result) = state.results.pop_front().flatten().expect("the front was just seen");
+                state.n_sunk += 1;
+                drop(state);
+                self.changed.notify_all();
+                ctx.check()?;
+                sink(item, result?)?;
+                state = self.lock();
+                continue;
+            }
+            if state.has_ended && state.n_sunk == state.n_taken {
+                return ctx.check().map_err(E::from);
+            }
+            let task = if caller_maps { self.next_to_map(&mut state) } else { Task::Nothing };
+            state = match task {
+                // Looking for one may have shown that there is none.
+                Task::Nothing if state.has_ended && state.n_sunk == state.n_taken => state,
+                Task::Nothing => self.changed.wait(state).expect("no thread panics holding the lock"),
+                task => {
+                    drop(state);
+                    ctx.check()?;
+                    self.do_map(task, read, map);
+                    self.lock()
+                }
+            };
+        }
+    }
+
+    fn map_all(&self, read: ReadFn<'_, I::Item, W, E>, map: MapFn<'_, I::Item, W, R, E>) {
+        let stop = StopOnPanic(self);
+        let mut state = self.lock();
+        while !state.is_stopped {
+            match self.next_to_map(&mut state) {
+                Task::Nothing if state.has_ended && state.n_read_ahead == 0 => break,
+                Task::Nothing => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+                task => {
+                    drop(state);
+                    self.do_map(task, read, map);
+                    state = self.lock();
+                }
+            }
+        }
+        drop(state);
+        drop(stop);
+    }
+
+    fn read_all(&self, read: ReadFn<'_, I::Item, W, E>) {
+        let stop = StopOnPanic(self);
+        let mut state = self.lock();
+        while !state.is_stopped && !state.has_ended {
+            if state.n_read_ahead >= 2 * self.n_readers {
+                state = self.changed.wait(state).expect("no thread panics holding the lock");
+                continue;
+            }
+            match self.take(&mut state) {
+                Some((at, item)) => {
+                    state.n_read_ahead += 1;
+                    drop(state);
+                    let bytes = read(&item);
+                    state = self.lock();
+                    state.read.push_back((at, item, bytes));
+                    self.changed.notify_all();
+                }
+                None if state.has_ended => self.changed.notify_all(),
+                None => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+            }
+        }
+        drop(state);
+        drop(stop);
+    }
+
+    fn next_to_map(&self, state: &mut State<I, W, R, E>) -> Task<I::Item, W, E> {
+        if let Some((at, item, bytes)) = state.read.pop_front() {
+            state.n_read_ahead -= 1;
+            self.changed.notify_all();
+            return Task::Map(at, item, bytes);
+        }
+        if self.n_readers > 0 {
+            return Task::Nothing;
+        }
+        match self.take(state) {
+            Some((at, item)) => Task::Read(at, item),
+            None => Task::Nothing,
+        }
+    }
+
+    /// The next item, where there is one and not too many are on the way; who has the first of those never waits.
+    fn take(&self, state: &mut State<I, W, R, E>) -> Option<(usize, I::Item)> {
+        if state.has_ended || state.n_taken - state.n_sunk >= self.most_on_the_way {
+            return None;
+        }
+        let Some(item) = state.items.next() else {
+            state.has_ended = true;
+            self.changed.notify_all();
+            return None;
+        };
+        state.n_taken += 1;
+        state.results.push_back(None);
+        Some((state.n_taken - 1, item))
+    }
+
+    fn do_map(&self, task: Task<I::Item, W, E>, read: ReadFn<'_, I::Item, W, E>, map: MapFn<'_, I::Item, W, R, E>) {
+        let (at, item, bytes) = match task {
+            Task::Read(at, item) => {
+                let bytes = read(&item);
+                (at, item, bytes)
+            }
+            Task::Map(at, item, bytes) => (at, item, bytes),
+            Task::Nothing => return,
+        };
+        let result = bytes.and_then(|bytes| map(&item, bytes));
+        let mut state = self.lock();
+        let slot = at - state.n_sunk;
+        state.results[slot] = Some((item, result));
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<I, W, R, E>> {
+        self.state.lock().expect("no thread panics holding the lock")
+    }
+}
+
+impl<I: Iterator, W, R, E> Line<I, W, R, E> {
+    fn stop(&self) {
+        if let Ok(mut state) = self.state.lock() {
+            state.is_stopped = true;
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// Sends everybody home when the caller is done, well or not.
+struct StopOnDrop<'a, I: Iterator, W, R, E>(&'a Line<I, W, R, E>);
+
+impl<I: Iterator, W, R, E> Drop for StopOnDrop<'_, I, W, R, E> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Lets nobody wait for a thread that is no more.
+struct StopOnPanic<'a, I: Iterator, W, R, E>(&'a Line<I, W, R, E>);
+
+impl<I: Iterator, W, R, E> Drop for StopOnPanic<'_, I, W, R, E> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    fn in_pool<R: Send>(n_threads: usize, f: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap().install(f)
+    }
+
+    fn run(n_readers: usize) -> (Vec<usize>, usize) {
+        let (on_the_way, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let mut seen = Vec::new();
+        read_and_map_ordered(
+            &Context::default(),
+            0..500usize,
+            n_readers,
+            |&i| {
+                most.fetch_max(on_the_way.fetch_add(1, SeqCst), SeqCst);
+                Ok::<_, CheckpointError>(i * 2)
+            },
+            |&i, read| {
+                // Unequal work, so that results come out of order.
+                std::thread::sleep(std::time::Duration::from_micros((i as u64 * 7919) % 97));
+                Ok(read + i)
+            },
+            |i, result| {
+                on_the_way.fetch_sub(1, SeqCst);
+                assert_eq!(result, 3 * i);
+                seen.push(i);
+                Ok(())
+            },
+        )
+        .unwrap();
+        (seen, most.into_inner())
+    }
+
+    #[test]
+    fn results_come_in_order_and_few_are_on_the_way() {
+        for n_threads in [1, 2, 5] {
+            for n_readers in [0, 1, 3] {
+                let (seen, most) = in_pool(n_threads, || run(n_readers));
+                assert_eq!(seen, (0..500).collect::<Vec<_>>());
+                assert!(
+                    most < 4 * n_threads + 2 * n_readers + 1,
+                    "{most} with {n_threads} threads, {n_readers} readers"
+                );
+            }
+        }
+        assert_eq!(run(2).0.len(), 500);
+    }
+
+    #[test]
+    fn the_first_error_in_order_is_told() {
+        let failing = |ok_until: usize, n_readers| {
+            let error = |i: usize| CheckpointError::bad_file("f".as_ref(), format!("item {i}"));
+            let mut n_sunk = 0;
+            let map = |&i: &usize, ()| {
+                std::thread::sleep(std::time::Duration::from_micros(((100 - i) * 10) as u64));
+                if i >= ok_until { Err(error(i)) } else { Ok(()) }
+            };
+            let done = read_and_map_ordered(
+                &Context::default(),
+                0..100,
+                n_readers,
+                |_| Ok(()),
+                map,
+                |_, ()| {
+                    n_sunk += 1;
+                    Ok(())
+                },
+            );
+            (n_sunk, done.unwrap_err().to_string())
+        };
+        for n_readers in [0, 2] {
+            let (n_sunk, said) = failing(37, n_readers);
+            assert_eq!(n_sunk, 37);
+            assert!(said.contains("item 37"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller() {
+        for n_readers in [0, 2] {
+            let map = |&i: &usize, ()| if i == 5 { panic!("item five") } else { Ok::<_, CheckpointError>(()) };
+            let run = || read_and_map_ordered(&Context::default(), 0..50, n_readers, |_| Ok(()), map, |_, ()| Ok(()));
+            assert!(std::panic::catch_unwind(run).is_err());
+        }
+    }
+}
