@@ -83,7 +83,7 @@ fn a_merge_changes_what_its_report_says() {
     let expected = diff_checkpoints(&Context::default(), &a, &b).unwrap();
     assert_eq!(expected.n_changed_elements, report.total.n_changed);
     assert_eq!(expected.changed.len(), 6);
-    for (threads, max_memory, io) in [(1, 1 << 20, Io::Read), (3, 1 << 30, Io::Mapped), (8, 3 << 20, Io::Auto)] {
+    for (threads, max_memory, io) in [(1, 1 << 20, Io::Read), (3, 1 << 30, Io::Mapped), (8, 3 << 20, Io::Direct)] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let ctx = Context { max_memory, io, ..Context::default() };
         assert_eq!(pool.install(|| diff_checkpoints(&ctx, &a, &b)).unwrap(), expected, "{threads} threads");

@@ -148,7 +148,7 @@ fn thread_count_block_size_and_reading_do_not_show() {
         (1, 1 << 20, neuroada_ckpt::checkpoint::Io::Mapped),
         (2, 1 << 30, neuroada_ckpt::checkpoint::Io::Read),
         (3, 16 << 20, neuroada_ckpt::checkpoint::Io::Auto),
-        (8, 1 << 20, neuroada_ckpt::checkpoint::Io::Read),
+        (8, 1 << 20, neuroada_ckpt::checkpoint::Io::Direct),
     ] {
         let out = world.at(&format!("t{threads}"));
         let ctx = Context { max_memory, io, ..Context::default() };

@@ -44,7 +44,7 @@ fn write(path: &Path) -> u64 {
 
 #[test]
 fn a_mask_of_a_shrinking_file_is_no_mask() {
-    for io in [Io::Mapped, Io::Read] {
+    for io in [Io::Mapped, Io::Direct, Io::Read] {
         for block in [0, 3, 20] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("m.safetensors");

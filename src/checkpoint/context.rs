@@ -5,12 +5,15 @@ use super::CheckpointError;
 /// How tensor data is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Io {
-    /// Chosen by the program.
+    /// What is in memory is mapped; the rest is read directly where the file system can, so that other programs' pages stay
+    /// in memory, else mapped.
     #[default]
     Auto,
     /// Windows of the file are mapped.
     Mapped,
-    /// Windows of the file are read into buffers.
+    /// Windows of the file are read past the page cache, and mapped where the file system cannot.
+    Direct,
+    /// Windows of the file are read through the page cache.
     Read,
 }
 

@@ -140,7 +140,7 @@ mod tests {
             .flat_map(|(i, row)| row.iter().map(move |&c| layout.flat(first_row + i as u64, c.into()) as u32))
             .flat_map(u32::to_le_bytes)
             .collect();
-        for io in [Io::Auto, Io::Read] {
+        for io in [Io::Auto, Io::Direct, Io::Read] {
             let ctx = Context { max_memory, io, ..Context::default() };
             let gathered = gather_rows(&ctx, checkpoint.tensor("w").unwrap(), layout, first_row, &columns).unwrap();
             assert_eq!(gathered, expected);

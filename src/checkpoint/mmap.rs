@@ -23,6 +23,8 @@ use std::{
 use memmap2::{Mmap, MmapOptions};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
+use super::direct::DirectBytes;
+
 /// A run of bytes of a file, given back when dropped.
 pub struct Window(Backing);
 
@@ -30,6 +32,7 @@ enum Backing {
     // Fields are dropped in this order: an address leaves the table before it can be mapped anew.
     Mapped { place: Place, map: Mmap },
     Owned(Vec<u8>),
+    Direct(DirectBytes),
 }
 
 impl Deref for Window {
@@ -38,6 +41,7 @@ impl Deref for Window {
         match &self.0 {
             Backing::Mapped { map, .. } => map,
             Backing::Owned(bytes) => bytes,
+            Backing::Direct(bytes) => bytes,
         }
     }
 }
@@ -46,6 +50,10 @@ impl Window {
     /// A window over bytes that were read.
     pub(super) fn owned(bytes: Vec<u8>) -> Self {
         Self(Backing::Owned(bytes))
+    }
+    /// A window over bytes that were read directly.
+    pub(super) fn direct(bytes: DirectBytes) -> Self {
+        Self(Backing::Direct(bytes))
     }
 
     /// Maps `len` bytes of `file` from `offset`, of any alignment; the pages are in memory when this returns, unless memory
@@ -72,7 +80,7 @@ impl Window {
     pub(super) fn is_intact(&self) -> bool {
         match &self.0 {
             Backing::Mapped { place, .. } => !place.entry().lost.load(SeqCst),
-            Backing::Owned(_) => true,
+            Backing::Owned(_) | Backing::Direct(_) => true,
         }
     }
 }
@@ -83,6 +91,25 @@ fn map_populated(file: &File, offset: u64, len: usize) -> io::Result<Mmap> {
     // the file's length and modification time with those at opening before it trusts a result. Pages that go missing are
     // replaced, see the top of this file.
     unsafe { MmapOptions::new().offset(offset).len(len).populate().map(file) }
+}
+
+/// Pages of a run that are looked at to tell whether all are in memory.
+const SAMPLES: usize = 8;
+
+/// Whether `len` bytes of `file` from `offset` are in the page cache, judged by a few of their pages. Where the system does not tell,
+/// they are taken to be.
+pub(super) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
+    let page_bytes = rustix::param::page_size();
+    // SAFETY: as in `map_populated`; nothing is read through this map.
+    let Ok(map) = (unsafe { MmapOptions::new().offset(offset).len(len).map(file) }) else { return true };
+    let first = map.as_ptr() as usize & !(page_bytes - 1);
+    let n_pages = (map.as_ptr() as usize + len).div_ceil(page_bytes) - first / page_bytes;
+    (0..SAMPLES).map(|i| i * (n_pages - 1) / (SAMPLES - 1)).all(|page| {
+        let mut is_resident = 0u8;
+        // SAFETY: the page belongs to the map, and the answer for one page is one byte.
+        let told = unsafe { libc::mincore((first + page * page_bytes) as *mut _, 1, &mut is_resident) };
+        told != 0 || is_resident & 1 == 1
+    })
 }
 
 /// A mapped window's address, for the handler. `start` is 0 where the entry is free and 1 where it is being filled.

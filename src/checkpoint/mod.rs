@@ -8,6 +8,7 @@
 
 mod context;
 mod copy;
+mod direct;
 mod error;
 mod gather;
 mod header;
@@ -35,6 +36,6 @@ pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};
 pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, write_atomic};
 pub use output_dir::AtomicDir;
-pub use pipeline::for_each_ordered;
-pub use scan::{RowScan, RowSpan, RowWindow, scan_rows};
+pub use pipeline::{for_each_ordered, read_and_map_ordered};
+pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows};
 pub use shard::Shard;

@@ -5,7 +5,7 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard},
 };
 
-use super::{CheckpointError, Context};
+use super::{CheckpointError, Context, direct::free_spare_buffers};
 
 /// Maps `items` on all threads and hands the results to `sink` in the items' order.
 ///
@@ -30,10 +30,14 @@ where
 }
 
 /// As [`for_each_ordered`], where `n_readers` threads beside those of the pool `read` what `map` then works on: reading goes
-/// on while all cores are busy, and more than one request waits at the disk. Without readers, who maps reads.
+/// on while all cores are busy, and more than one request waits at the disk. Without readers, who maps reads. See
+/// [`n_readers`](super::n_readers).
 ///
-/// At most `2 * n_readers` pieces that were read wait for a thread.
-pub(super) fn read_and_map_ordered<T, W, R, E>(
+/// At most one piece per thread that was read waits for it.
+///
+/// # Errors
+/// What `read`, `map` or `sink` return, or [`CheckpointError::Cancelled`].
+pub fn read_and_map_ordered<T, W, R, E>(
     ctx: &Context<'_>,
     items: impl IntoIterator<Item = T, IntoIter: Send>,
     n_readers: usize,
@@ -118,7 +122,7 @@ where
     ) -> Result<(), E> {
         // A caller that belongs to the pool works too: the pool may have no other thread.
         let caller_maps = rayon::current_thread_index().is_some();
-        std::thread::scope(|readers| {
+        let done = std::thread::scope(|readers| {
             for _ in 0..self.n_readers {
                 readers.spawn(|| self.read_all(read));
             }
@@ -131,7 +135,9 @@ where
                 drop(stop);
                 done
             })
-        })
+        });
+        free_spare_buffers();
+        done
     }
 
     /// The calling thread's part.
@@ -199,7 +205,7 @@ where
         let stop = StopOnPanic(self);
         let mut state = self.lock();
         while !state.is_stopped && !state.has_ended {
-            if state.n_read_ahead >= 2 * self.n_readers {
+            if state.n_read_ahead >= self.n_readers + rayon::current_num_threads() {
                 state = self.changed.wait(state).expect("no thread panics holding the lock");
                 continue;
             }

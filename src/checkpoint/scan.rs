@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{CheckpointError, Context, TensorRef, Window, for_each_ordered};
+use super::{CheckpointError, Context, TensorRef, Window, read_and_map_ordered};
 use crate::tensor::{Dtype, RowBlock, RowLayout};
 
 /// A tensor to scan by rows.
@@ -115,20 +115,24 @@ where
 {
     ctx.observer.begin(what, targets.iter().map(|target| target.tensor.info.n_bytes()).sum());
     let spans = (0..targets.len()).flat_map(|t| row_spans(ctx, t, &targets[t]));
-    let mut sink = sink;
-    for_each_ordered(
+    let tensors: Vec<TensorRef<'_>> = targets.iter().map(|target| target.tensor).collect();
+    read_and_map_ordered(
         ctx,
         spans,
+        n_readers(ctx, &tensors),
         |span| {
+            let rows = span.first_row..span.first_row + span.n_rows as u64;
+            Ok(targets[span.target].read(ctx, rows)?)
+        },
+        |span, window| {
             let scan = &targets[span.target];
-            let window = scan.read(ctx, span.first_row..span.first_row + span.n_rows as u64)?;
             let result = map(*span, window.block());
             // Asked before the result is looked at: what was made of missing bytes may be an error of its own.
             scan.tensor.shard.confirm(&window.bytes)?;
             ctx.observer.advance(span.n_rows as u64 * scan.row_bytes());
             result
         },
-        &mut sink,
+        sink,
     )?;
     for (i, target) in targets.iter().enumerate() {
         let shard = target.tensor.shard;
@@ -137,6 +141,20 @@ where
         }
     }
     Ok(())
+}
+
+/// Threads that read ahead for a pass over `tensors`: some where they come from the disk, none where they are in memory.
+///
+/// Disks are fastest with several large requests waiting: on a virtual disk 1.2 GB/s with one of 8 MiB, 1.7 with four, 1.9
+/// with eight.
+pub fn n_readers(ctx: &Context<'_>, tensors: &[TensorRef<'_>]) -> usize {
+    /// Tensors that are looked at.
+    const SAMPLES: usize = 32;
+    let step = tensors.len().div_ceil(SAMPLES).max(1);
+    let sampled: Vec<bool> =
+        tensors.iter().step_by(step).map(|tensor| tensor.shard.reads_directly(ctx, tensor.info)).collect();
+    let n_direct = sampled.iter().filter(|&&is_direct| is_direct).count();
+    if 2 * n_direct > sampled.len() { (4 * rayon::current_num_threads()).min(16) } else { 0 }
 }
 
 /// A tensor's rows in runs of about one window.

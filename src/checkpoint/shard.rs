@@ -7,12 +7,18 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
 };
 
-use super::{CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window, json::open_regular};
+use super::{
+    CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window, direct, json::open_regular,
+    mmap::is_cached,
+};
+
+/// Shorter runs are mapped, whether in memory or not: the page cache reads ahead for those who read little.
+const LEAST_DIRECT: usize = 64 << 10;
 
 /// One open safetensors file.
 #[derive(Debug)]
@@ -21,6 +27,8 @@ pub struct Shard {
     file: File,
     header: Header,
     stamp: Stamp,
+    /// The file once more, for direct reads; none inside where there are none.
+    direct: OnceLock<Option<File>>,
     /// Set by windows of which some bytes could not be read.
     lost: Arc<AtomicBool>,
 }
@@ -50,7 +58,7 @@ impl Shard {
         let stamp = Stamp::of(&meta);
         let json = read_header(path, &file, stamp.file_bytes)?;
         let header = Header::parse(path, &json, stamp.file_bytes)?;
-        Ok(Self { path: path.to_owned(), file, header, stamp, lost: Arc::default() })
+        Ok(Self { path: path.to_owned(), file, header, stamp, direct: OnceLock::new(), lost: Arc::default() })
     }
 
     /// Where the file lies.
@@ -95,18 +103,50 @@ impl Shard {
         let offset = self.file_range(tensor).start + range.start;
         let len = (range.end - range.start) as usize;
         match ctx.io {
-            Io::Auto | Io::Mapped => {
-                let file_bytes = self.stamp_now()?.file_bytes;
-                if file_bytes < self.stamp.file_bytes {
-                    return Err(self.shrank(file_bytes));
-                }
-                Window::map(&self.file, offset, len, &self.lost).map_err(|e| self.read_error(e))
-            }
+            Io::Auto if self.is_cold(offset, len) => self.read_direct(offset, len),
+            Io::Direct => self.read_direct(offset, len),
+            Io::Auto | Io::Mapped => self.map(offset, len),
             Io::Read => {
                 let mut bytes = vec![0; len];
                 self.read_at(&mut bytes, offset)?;
                 Ok(Window::owned(bytes))
             }
+        }
+    }
+
+    fn map(&self, offset: u64, len: usize) -> Result<Window, CheckpointError> {
+        let file_bytes = self.stamp_now()?.file_bytes;
+        if file_bytes < self.stamp.file_bytes {
+            return Err(self.shrank(file_bytes));
+        }
+        Window::map(&self.file, offset, len, &self.lost).map_err(|e| self.read_error(e))
+    }
+
+    /// Reads past the page cache, or maps where that cannot be.
+    fn read_direct(&self, offset: u64, len: usize) -> Result<Window, CheckpointError> {
+        let Some(file) = self.direct.get_or_init(|| direct::open(&self.path, &self.file)) else {
+            return self.map(offset, len);
+        };
+        match direct::read(file, offset, len) {
+            Ok(bytes) => Ok(Window::direct(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.map(offset, len),
+            Err(e) => Err(self.read_error(e)),
+        }
+    }
+
+    /// Whether bytes are better read from the disk, past the page cache.
+    fn is_cold(&self, offset: u64, len: usize) -> bool {
+        len >= LEAST_DIRECT && !is_cached(&self.file, offset, len)
+    }
+
+    /// Whether windows of `tensor` are going to be read from the disk, past the page cache, judged by one of them.
+    pub(super) fn reads_directly(&self, ctx: &Context<'_>, tensor: &TensorInfo) -> bool {
+        let range = self.file_range(tensor);
+        let len = ctx.window_bytes().min(range.end - range.start);
+        match ctx.io {
+            Io::Auto => self.is_cold(range.start, len as usize),
+            Io::Direct => true,
+            Io::Mapped | Io::Read => false,
         }
     }
 

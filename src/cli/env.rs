@@ -45,11 +45,14 @@ pub(super) struct GlobalArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum IoChoice {
-    /// Chosen by the program
+    /// What is in memory is mapped, the rest read past the page cache
     Auto,
     /// Files are mapped, in windows
+    #[value(name = "mmap", alias = "mapped")]
     Mapped,
-    /// Files are read into buffers
+    /// Files are read past the page cache
+    Direct,
+    /// Files are read through the page cache
     Read,
 }
 
@@ -120,6 +123,7 @@ impl Env {
         let io = match self.args.io {
             IoChoice::Auto => Io::Auto,
             IoChoice::Mapped => Io::Mapped,
+            IoChoice::Direct => Io::Direct,
             IoChoice::Read => Io::Read,
         };
         Context { max_memory: self.args.max_memory, io, observer: &self.progress }

@@ -37,7 +37,7 @@ fn weights(dtype: Dtype) -> Vec<u8> {
                 _ => {
                     element[0] = ((sum.to_bits() >> 24 & 0x80)
                         | ((sum.to_bits() >> 20).wrapping_sub(120 << 3) & 0x7f).min(0x7e))
-                        as u8
+                        as u8;
                 }
             }
         }

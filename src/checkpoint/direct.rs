@@ -1,0 +1,150 @@
+//! Reads past the page cache, into aligned buffers that are used again.
+//!
+//! What is not in memory comes from the disk faster this way than through the page cache, and what other programs have there
+//! stays there. Not every file system can; callers then read as usual.
+
+use std::{
+    fs::File,
+    io,
+    ops::{Deref, Range},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::Path,
+    sync::Mutex,
+};
+
+use rustix::fs::OFlags;
+
+/// Addresses, offsets and lengths of direct reads and writes are multiples of this, which suits every disk in use.
+pub(super) const ALIGNMENT: usize = 4096;
+
+/// Buffers that nobody uses at the moment; taking one again spares the system's clearing of fresh memory.
+static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+/// More are freed.
+const MOST_SPARE: usize = 32;
+
+/// A buffer whose first byte lies on an [`ALIGNMENT`] boundary.
+pub(super) struct AlignedBuffer {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    /// A buffer of `len` bytes of no meaning.
+    pub(super) fn new(len: usize) -> Self {
+        let needed = len + ALIGNMENT;
+        let spare = SPARE.lock().ok().and_then(|mut spare| {
+            let fits = spare.iter().position(|memory| memory.len() >= needed)?;
+            Some(spare.swap_remove(fits))
+        });
+        let memory = spare.unwrap_or_else(|| vec![0; needed]);
+        let start = memory.as_ptr().align_offset(ALIGNMENT);
+        assert!(start < ALIGNMENT, "bytes can be aligned");
+        Self { memory, start, len }
+    }
+
+    pub(super) fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl Deref for AlignedBuffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl Drop for AlignedBuffer {
+    fn drop(&mut self) {
+        if let Ok(mut spare) = SPARE.lock()
+            && spare.len() < MOST_SPARE
+        {
+            spare.push(std::mem::take(&mut self.memory));
+        }
+    }
+}
+
+/// Frees the buffers that nobody uses.
+pub(super) fn free_spare_buffers() {
+    if let Ok(mut spare) = SPARE.lock() {
+        spare.clear();
+    }
+}
+
+/// A part of an [`AlignedBuffer`].
+pub(super) struct DirectBytes {
+    buffer: AlignedBuffer,
+    range: Range<usize>,
+}
+
+impl Deref for DirectBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+/// Opens the file at `path` once more for direct reads; none where that cannot be, or where another file lies there now.
+pub(super) fn open(path: &Path, file: &File) -> Option<File> {
+    let direct = File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()?;
+    let (meta, same) = (direct.metadata().ok()?, file.metadata().ok()?);
+    ((meta.dev(), meta.ino()) == (same.dev(), same.ino())).then_some(direct)
+}
+
+/// Reads `len` bytes of `direct` from `offset`, of any alignment.
+///
+/// # Errors
+/// [`io::ErrorKind::UnexpectedEof`] where the file is shorter, and what the system says, as
+/// [`io::ErrorKind::InvalidInput`] where this file cannot be read directly.
+pub(super) fn read(direct: &File, offset: u64, len: usize) -> io::Result<DirectBytes> {
+    let first = offset & !(ALIGNMENT as u64 - 1);
+    let skipped = (offset - first) as usize;
+    let mut buffer = AlignedBuffer::new((skipped + len).next_multiple_of(ALIGNMENT));
+    let mut n_read = 0;
+    while n_read < skipped + len {
+        match direct.read_at(&mut buffer.as_mut()[n_read..], first + n_read as u64) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => n_read += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        // What ends off a boundary is the end of the file.
+        if n_read % ALIGNMENT != 0 && n_read < skipped + len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(DirectBytes { buffer, range: skipped..skipped + len })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_run_of_bytes_can_be_read() {
+        let dir = tempfile::tempdir_in(".").unwrap();
+        let path = dir.path().join("f");
+        let bytes: Vec<u8> = (0..20_001).map(|i| (i * 31 % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let file = File::open(&path).unwrap();
+        let Some(direct) = open(&path, &file) else {
+            eprintln!("skipped: this file system has no direct reads");
+            return;
+        };
+        for range in [0..20_001, 0..1, 4095..4097, 4096..8192, 19_999..20_001, 123..123] {
+            match read(&direct, range.start as u64, range.len()) {
+                Ok(read) => assert_eq!(*read, bytes[range]),
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                    eprintln!("skipped: this file system has no direct reads");
+                    return;
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
+        for (offset, len) in [(20_000, 2), (20_001, 1), (30_000, 5), (0, 20_002)] {
+            let error = read(&direct, offset, len).err().map(|e| e.kind());
+            assert_eq!(error, Some(io::ErrorKind::UnexpectedEof), "{offset} {len}");
+        }
+    }
+}
