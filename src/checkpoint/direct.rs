@@ -129,16 +129,13 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let file = File::open(&path).unwrap();
         let Some(direct) = open(&path, &file) else {
-            eprintln!("skipped: this file system has no direct reads");
             return;
         };
         for range in [0..20_001, 0..1, 4095..4097, 4096..8192, 19_999..20_001, 123..123] {
             match read(&direct, range.start as u64, range.len()) {
                 Ok(read) => assert_eq!(*read, bytes[range]),
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
-                    eprintln!("skipped: this file system has no direct reads");
-                    return;
-                }
+                // This file system has no direct reads, and what to do without is tested where they are used.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
                 Err(e) => panic!("{e}"),
             }
         }

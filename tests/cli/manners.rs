@@ -111,9 +111,10 @@ fn help_lists_commands_options_and_exit_codes() {
               How tensors are read
 
               Possible values:
-              - auto:   Chosen by the program
-              - mapped: Files are mapped, in windows
-              - read:   Files are read into buffers
+              - auto:   What is in memory is mapped, the rest read past the page cache
+              - mmap:   Files are mapped, in windows
+              - direct: Files are read past the page cache
+              - read:   Files are read through the page cache
               
               [default: auto]
 

@@ -157,7 +157,8 @@ fn for_each_run<K: Key>(
     Ok(())
 }
 
-/// A vector of keys. All functions need the instruction set they are written for.
+/// A vector of keys. Callers of any function vouch for two things: the machine has the instruction set it is written for, and
+/// pointers are good for as many keys as are read or written.
 trait Vector: Copy {
     /// Bytes of a key.
     const KEY_BYTES: usize;

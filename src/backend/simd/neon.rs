@@ -21,45 +21,52 @@ macro_rules! vector {
         #[derive(Clone, Copy)]
         struct $name($inner);
 
-        // SAFETY (of all functions): callers have the instruction set, and vouch for the memory.
-        #[allow(clippy::undocumented_unsafe_blocks)]
         impl Vector for $name {
             const KEY_BYTES: usize = size_of::<$key>();
             const LANES: usize = $lanes;
             #[inline(always)]
             unsafe fn load(from: *const u8) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $load(from.cast()) })
             }
             #[inline(always)]
             unsafe fn store(self, to: *mut u8) {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $store(to.cast(), self.0) }
             }
             #[inline(always)]
             unsafe fn splat(key: u32) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $splat(key as $key) })
             }
             #[inline(always)]
             unsafe fn and(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $and(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn max(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $max(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn min(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $min(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn not_below(self, bound: Self) -> u64 {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $not_below(self.0, bound.0) }
             }
             #[inline(always)]
             unsafe fn largest(self) -> u32 {
+                // SAFETY: the caller's, as `Vector` says.
                 u32::from(unsafe { $largest(self.0) })
             }
             #[inline(always)]
             unsafe fn smallest(self) -> u32 {
+                // SAFETY: the caller's, as `Vector` says.
                 u32::from(unsafe { $smallest(self.0) })
             }
             #[inline(always)]

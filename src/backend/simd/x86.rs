@@ -25,49 +25,57 @@ macro_rules! vector {
         #[derive(Clone, Copy)]
         struct $name($inner);
 
-        // SAFETY (of all functions): callers have the instruction set, and vouch for the memory.
-        #[allow(clippy::undocumented_unsafe_blocks)]
         impl Vector for $name {
             const KEY_BYTES: usize = $key_bytes;
             const LANES: usize = $lanes;
             #[inline(always)]
             unsafe fn load(from: *const u8) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $load(from.cast()) })
             }
             #[inline(always)]
             unsafe fn store(self, to: *mut u8) {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $store(to.cast(), self.0) }
             }
             #[inline(always)]
             unsafe fn splat(key: u32) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $splat(key) })
             }
             #[inline(always)]
             unsafe fn and(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $and(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn max(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $max(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn min(self, other: Self) -> Self {
+                // SAFETY: the caller's, as `Vector` says.
                 Self(unsafe { $min(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn not_below(self, bound: Self) -> u64 {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $not_below(self.0, bound.0) }
             }
             #[inline(always)]
             unsafe fn largest(self) -> u32 {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $largest(self.0) }
             }
             #[inline(always)]
             unsafe fn smallest(self) -> u32 {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { $smallest(self.0) }
             }
             #[inline(always)]
             unsafe fn prefetch(at: *const u8) {
+                // SAFETY: the caller's, as `Vector` says.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
             }
             $($compressing!();)?
@@ -108,6 +116,7 @@ macro_rules! compressing {
     () => {
         #[inline(always)]
         unsafe fn positions(word: u64, base: u32, to: *mut u32) {
+            // SAFETY: the caller's, as `Vector` says.
             unsafe {
                 let first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
                 let (mut word, mut to) = (word, to);
@@ -122,6 +131,7 @@ macro_rules! compressing {
         }
         #[inline(always)]
         unsafe fn compress(from: *const u32, word: u64, to: *mut u32) {
+            // SAFETY: the caller's, as `Vector` says.
             unsafe {
                 let mut to = to;
                 for i in 0..4 {
