@@ -382,7 +382,7 @@ fn a_cancelled_change_is_rolled_back() {
         assert!(tree(&path) == before, "{pass} {block}");
     }
     let out = world.at("out");
-    let observer = stop_at("copying", 0, false);
+    let observer = stop_at("merging", 0, false);
     let ctx = Context { observer: &observer, ..Context::default() };
     merge::merge(&ctx, &world.base(), &[world.input(0)], &MergeOptions::new_checkpoint(&out)).unwrap_err();
     let left: Vec<_> = fs::read_dir(world.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -403,8 +403,15 @@ fn a_resumed_merge_takes_over_finished_shards_of_the_same_plan_alone() {
     };
     let partial = world.at(".out.neuroada-partial");
     let finished = partial.join("model-00001-of-00002.safetensors");
-    // Stopped in the second shard.
-    merge_with(0, &stop_at("copying", 1, false)).unwrap_err();
+    // Stopped later and later, until it is in the second shard.
+    let stop_in_the_second_shard = |adapter: usize| {
+        let stopped = (0..).find(|&block| {
+            merge_with(adapter, &stop_at("merging", block, false)).unwrap_err();
+            finished.exists()
+        });
+        assert!(stopped > Some(0), "pieces of the first shard come first");
+    };
+    stop_in_the_second_shard(0);
     assert!(!out.exists() && finished.exists() && !partial.join("model-00002-of-00002.safetensors").exists());
     use std::os::unix::fs::MetadataExt;
     let inode = fs::metadata(&finished).unwrap().ino();
@@ -414,8 +421,7 @@ fn a_resumed_merge_takes_over_finished_shards_of_the_same_plan_alone() {
 
     // Another adapter is another plan: nothing of the first is taken over.
     fs::remove_dir_all(&out).unwrap();
-    merge_with(3, &stop_at("copying", 1, false)).unwrap_err();
-    assert!(finished.exists());
+    stop_in_the_second_shard(3);
     merge_with(0, &neuroada_ckpt::checkpoint::Silent).unwrap();
     assert!(tree(&out) == expected);
 }

@@ -1,13 +1,16 @@
 //! Copies of whole files, by the cheapest means the file system has.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::Path,
 };
 
-use rustix::fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone, statvfs};
+use rustix::{
+    fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone, statvfs},
+    io::Errno,
+};
 
 use super::{CheckpointError, Context};
 
@@ -35,6 +38,37 @@ pub enum Copied {
     Bytes,
 }
 
+/// Copies `source` to the new file `target`, with its mode, synced, where that costs no bytes: as blocks that both share, or
+/// with [`CopyMode::Link`] as another name of the same file.
+///
+/// # Errors
+/// A failure to create or sync `target`.
+pub fn share_file(source: &Path, target: &Path, mode: CopyMode) -> Result<Option<Copied>, CheckpointError> {
+    let from = File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
+    if mode == CopyMode::Link && link(source, target)? {
+        return Ok(Some(Copied::Linked));
+    }
+    let meta = from.metadata().map_err(|e| CheckpointError::io("read", source, e))?;
+    let to = create_like(&meta, target)?;
+    if ioctl_ficlone(&to, &from).is_err() {
+        fs::remove_file(target).map_err(|e| CheckpointError::io("remove", target, e))?;
+        return Ok(None);
+    }
+    to.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?;
+    Ok(Some(Copied::Reflinked))
+}
+
+/// Gives `source` the other name `target`, where the file system can.
+fn link(source: &Path, target: &Path) -> Result<bool, CheckpointError> {
+    // The path may be a link itself: the file it leads to is what gets another name.
+    let real = source.canonicalize().map_err(|e| CheckpointError::io("read", source, e))?;
+    match fs::hard_link(&real, target) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(CheckpointError::io("write", target, e)),
+        Err(_another_file_system) => Ok(false),
+    }
+}
+
 /// Copies `source` to the new file `target`, with its mode, synced.
 ///
 /// Memory: one buffer of 8 MiB at most.
@@ -43,30 +77,13 @@ pub enum Copied {
 /// A failure to read or write, or [`CheckpointError::Cancelled`]; `target` may then exist in part.
 pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode) -> Result<Copied, CheckpointError> {
     let read_error = |e| CheckpointError::io("read", source, e);
-    let write_error = |e: io::Error| CheckpointError::io("write", target, e);
     let from = File::open(source).map_err(read_error)?;
     let meta = from.metadata().map_err(read_error)?;
-    if mode == CopyMode::Link {
-        // The path may be a link itself: the file it leads to is what gets another name.
-        let real = source.canonicalize().map_err(read_error)?;
-        match fs::hard_link(&real, target) {
-            Ok(()) => {
-                ctx.observer.advance(meta.len());
-                return Ok(Copied::Linked);
-            }
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(write_error(e)),
-            Err(_another_file_system) => {}
-        }
+    if mode == CopyMode::Link && link(source, target)? {
+        ctx.observer.advance(meta.len());
+        return Ok(Copied::Linked);
     }
-    let to = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(meta.mode() & 0o777)
-        .open(target)
-        .map_err(|e| CheckpointError::io("create", target, e))?;
-    // The umask may have taken bits away that the source has.
-    to.set_permissions(fs::Permissions::from_mode(meta.mode() & 0o777)).map_err(write_error)?;
+    let to = create_like(&meta, target)?;
     let copied = if ioctl_ficlone(&to, &from).is_ok() {
         ctx.observer.advance(meta.len());
         Copied::Reflinked
@@ -78,6 +95,28 @@ pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode
     Ok(copied)
 }
 
+/// The new file `target` with the mode that `meta` has.
+pub(super) fn create_like(meta: &Metadata, target: &Path) -> Result<File, CheckpointError> {
+    let mode = meta.mode() & 0o777;
+    let mut options = File::options();
+    let created = options.read(true).write(true).create_new(true).mode(mode).open(target);
+    let file = created.map_err(|e| CheckpointError::io("create", target, e))?;
+    // The umask may have taken bits away that the source has.
+    let set = file.set_permissions(fs::Permissions::from_mode(mode));
+    set.map_err(|e| CheckpointError::io("write", target, e))?;
+    Ok(file)
+}
+
+/// Takes the space that `file` needs: a full disk is met here, before hours of copying; where the file system cannot, as it fills.
+pub(super) fn preallocate(file: &File, path: &Path, n_bytes: u64) -> Result<(), CheckpointError> {
+    if n_bytes > 0
+        && let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = fallocate(file, FallocateFlags::empty(), 0, n_bytes)
+    {
+        return Err(CheckpointError::io("write", path, e.into()));
+    }
+    Ok(())
+}
+
 /// Copies `n_bytes` bytes, inside the kernel where it can.
 fn copy_bytes(
     ctx: &Context<'_>,
@@ -85,13 +124,7 @@ fn copy_bytes(
     (to, target): (&File, &Path),
     n_bytes: u64,
 ) -> Result<(), CheckpointError> {
-    // A full disk is met here, before hours of copying; file systems that cannot are met as they fill.
-    if n_bytes > 0
-        && let Err(e @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) =
-            fallocate(to, FallocateFlags::empty(), 0, n_bytes)
-    {
-        return Err(CheckpointError::io("write", target, e.into()));
-    }
+    preallocate(to, target, n_bytes)?;
     let shrank = |at: u64| {
         let what = format!("shrank while being read, from {n_bytes} to {at} bytes");
         CheckpointError::Changed { path: source.to_owned(), what }
@@ -107,8 +140,8 @@ fn copy_bytes(
             match copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), chunk) {
                 Ok(0) => return Err(shrank(at)),
                 Ok(done) => done,
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => {
+                Err(Errno::INTR) => continue,
+                Err(Errno::NOSPC | Errno::DQUOT) => {
                     return Err(CheckpointError::io("write", target, io::ErrorKind::StorageFull.into()));
                 }
                 // Between file systems that cannot, or on kernels that do not.

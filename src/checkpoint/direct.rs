@@ -4,7 +4,7 @@
 //! stays there. Not every file system can; callers then read as usual.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io,
     ops::{Deref, Range},
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
@@ -72,10 +72,31 @@ pub(super) fn free_spare_buffers() {
     }
 }
 
-/// A part of an [`AlignedBuffer`].
+/// Bytes of a file, so placed in memory that whole pages of the file are whole pages of memory.
 pub(super) struct DirectBytes {
     buffer: AlignedBuffer,
     range: Range<usize>,
+}
+
+impl DirectBytes {
+    /// Room for `len` bytes from `offset` of a file, of no meaning yet.
+    pub(super) fn new(offset: u64, len: usize) -> Self {
+        let skipped = (offset % ALIGNMENT as u64) as usize;
+        let buffer = AlignedBuffer::new((skipped + len).next_multiple_of(ALIGNMENT));
+        Self { buffer, range: skipped..skipped + len }
+    }
+
+    /// The bytes, to be filled or changed.
+    pub(super) fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer.as_mut()[self.range.clone()]
+    }
+
+    /// Which of them fill whole pages of the file.
+    pub(super) fn whole_pages(&self) -> Range<usize> {
+        let start = self.range.start.next_multiple_of(ALIGNMENT);
+        let end = self.range.end - self.range.end % ALIGNMENT;
+        if start < end { start - self.range.start..end - self.range.start } else { 0..0 }
+    }
 }
 
 impl Deref for DirectBytes {
@@ -87,7 +108,16 @@ impl Deref for DirectBytes {
 
 /// Opens the file at `path` once more for direct reads; none where that cannot be, or where another file lies there now.
 pub(super) fn open(path: &Path, file: &File) -> Option<File> {
-    let direct = File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()?;
+    open_as(File::options().read(true), path, file)
+}
+
+/// The same for direct writes.
+pub(super) fn open_for_writing(path: &Path, file: &File) -> Option<File> {
+    open_as(File::options().write(true), path, file)
+}
+
+fn open_as(options: &mut OpenOptions, path: &Path, file: &File) -> Option<File> {
+    let direct = options.custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()?;
     let (meta, same) = (direct.metadata().ok()?, file.metadata().ok()?);
     ((meta.dev(), meta.ino()) == (same.dev(), same.ino())).then_some(direct)
 }
@@ -98,23 +128,22 @@ pub(super) fn open(path: &Path, file: &File) -> Option<File> {
 /// [`io::ErrorKind::UnexpectedEof`] where the file is shorter, and what the system says, as
 /// [`io::ErrorKind::InvalidInput`] where this file cannot be read directly.
 pub(super) fn read(direct: &File, offset: u64, len: usize) -> io::Result<DirectBytes> {
-    let first = offset & !(ALIGNMENT as u64 - 1);
-    let skipped = (offset - first) as usize;
-    let mut buffer = AlignedBuffer::new((skipped + len).next_multiple_of(ALIGNMENT));
+    let mut bytes = DirectBytes::new(offset, len);
+    let (first, needed) = (offset - bytes.range.start as u64, bytes.range.end);
     let mut n_read = 0;
-    while n_read < skipped + len {
-        match direct.read_at(&mut buffer.as_mut()[n_read..], first + n_read as u64) {
+    while n_read < needed {
+        match direct.read_at(&mut bytes.buffer.as_mut()[n_read..], first + n_read as u64) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => n_read += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
         // What ends off a boundary is the end of the file.
-        if n_read % ALIGNMENT != 0 && n_read < skipped + len {
+        if n_read % ALIGNMENT != 0 && n_read < needed {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
-    Ok(DirectBytes { buffer, range: skipped..skipped + len })
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -83,6 +83,11 @@ impl AtomicDir {
         &self.temp
     }
 
+    /// Removes the folder, resumable or not: what is in it is of no use to any run.
+    pub fn discard(mut self) {
+        self.resumable = false;
+    }
+
     /// Lets the folder appear, in one step; its files were synced by whoever wrote them.
     ///
     /// # Errors

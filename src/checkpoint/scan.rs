@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{CheckpointError, Context, TensorRef, Window, read_and_map_ordered};
+use super::{CheckpointError, Context, Shard, TensorInfo, TensorRef, Window, read_and_map_ordered};
 use crate::tensor::{Dtype, RowBlock, RowLayout};
 
 /// A tensor to scan by rows.
@@ -148,11 +148,18 @@ where
 /// Disks are fastest with several large requests waiting: on a virtual disk 1.2 GB/s with one of 8 MiB, 1.7 with four, 1.9
 /// with eight.
 pub fn n_readers(ctx: &Context<'_>, tensors: &[TensorRef<'_>]) -> usize {
+    readers_for(ctx, tensors.iter().map(|tensor| (tensor.shard, tensor.info)))
+}
+
+/// As [`n_readers`], for tensors of which no more is known than where they are.
+pub(super) fn readers_for<'a>(
+    ctx: &Context<'_>,
+    tensors: impl ExactSizeIterator<Item = (&'a Shard, &'a TensorInfo)>,
+) -> usize {
     /// Tensors that are looked at.
     const SAMPLES: usize = 32;
     let step = tensors.len().div_ceil(SAMPLES).max(1);
-    let sampled: Vec<bool> =
-        tensors.iter().step_by(step).map(|tensor| tensor.shard.reads_directly(ctx, tensor.info)).collect();
+    let sampled: Vec<bool> = tensors.step_by(step).map(|(shard, info)| shard.reads_directly(ctx, info)).collect();
     let n_direct = sampled.iter().filter(|&&is_direct| is_direct).count();
     if 2 * n_direct > sampled.len() { (4 * rayon::current_num_threads()).min(16) } else { 0 }
 }

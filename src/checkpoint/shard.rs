@@ -13,7 +13,9 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window, direct, json::open_regular,
+    CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window,
+    direct::{self, DirectBytes},
+    json::open_regular,
     mmap::is_cached,
 };
 
@@ -124,7 +126,7 @@ impl Shard {
 
     /// Reads past the page cache, or maps where that cannot be.
     fn read_direct(&self, offset: u64, len: usize) -> Result<Window, CheckpointError> {
-        let Some(file) = self.direct.get_or_init(|| direct::open(&self.path, &self.file)) else {
+        let Some(file) = self.direct_file() else {
             return self.map(offset, len);
         };
         match direct::read(file, offset, len) {
@@ -132,6 +134,29 @@ impl Shard {
             Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.map(offset, len),
             Err(e) => Err(self.read_error(e)),
         }
+    }
+
+    /// Reads a run of the file into memory of its own, past the page cache where it is not there.
+    pub(super) fn read_copy(&self, ctx: &Context<'_>, range: Range<u64>) -> Result<DirectBytes, CheckpointError> {
+        let (offset, len) = (range.start, (range.end - range.start) as usize);
+        let past_cache = match ctx.io {
+            Io::Auto => self.is_cold(offset, len),
+            Io::Direct => true,
+            Io::Mapped | Io::Read => false,
+        };
+        let direct = past_cache.then(|| self.direct_file()).flatten();
+        match direct.map(|file| direct::read(file, offset, len)) {
+            Some(Ok(bytes)) => return Ok(bytes),
+            Some(Err(e)) if e.kind() != io::ErrorKind::InvalidInput => return Err(self.read_error(e)),
+            _ => {}
+        }
+        let mut bytes = DirectBytes::new(offset, len);
+        self.read_at(bytes.as_mut(), offset)?;
+        Ok(bytes)
+    }
+
+    fn direct_file(&self) -> Option<&File> {
+        self.direct.get_or_init(|| direct::open(&self.path, &self.file)).as_ref()
     }
 
     /// Whether bytes are better read from the disk, past the page cache.

@@ -7,7 +7,7 @@ use super::{
     norms::{PIECE, Sums},
 };
 use crate::{
-    checkpoint::{Checkpoint, Context, TensorRef, for_each_ordered},
+    checkpoint::{Checkpoint, Context, TensorRef, n_readers, read_and_map_ordered},
     tensor::{Accumulator, Dtype, Float, dtype_name, with_float},
 };
 
@@ -114,14 +114,22 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
         let (n_bytes, step) = (tensor.info.n_bytes(), step(ctx, tensor.info.dtype));
         (0..n_bytes).step_by(step as usize).map(move |start| (i, start..n_bytes.min(start + step)))
     });
-    for_each_ordered(
+    let both: Vec<TensorRef<'_>> = pairs.iter().flat_map(|&(a, b)| [a, b]).collect();
+    read_and_map_ordered(
         ctx,
         windows,
+        n_readers(ctx, &both),
         |(i, range)| {
             let (a, b) = pairs[*i];
-            let (bytes_a, bytes_b) = (a.window(ctx, range.clone())?, b.window(ctx, range.clone())?);
+            Ok((a.window(ctx, range.clone())?, b.window(ctx, range.clone())?))
+        },
+        |(i, range), (bytes_a, bytes_b)| {
+            let (a, b) = pairs[*i];
+            let changes = compare(a.info.dtype, &bytes_a, &bytes_b);
+            a.shard.confirm(&bytes_a)?;
+            b.shard.confirm(&bytes_b)?;
             ctx.observer.advance(range.end - range.start);
-            Ok::<_, DiffError>(compare(a.info.dtype, &bytes_a, &bytes_b))
+            Ok::<_, DiffError>(changes)
         },
         |(i, _), pieces| {
             pieces.iter().for_each(|piece| found[i].add(piece));

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::{
     MergeError, MergeReport,
-    change::{Change, Findings, Touched},
+    change::{Change, Touched},
+    examine::Findings,
     in_place, out_of_place, recover,
     report::{entries, kind_reports},
     stack::{Active, Stack},

@@ -1,28 +1,32 @@
 //! From one set of active adapters to another: first everything is checked, then the weights are patched.
 //!
 //! A weight's value is a pure function of its original and the active adapters. A change therefore needs no memory of how
-//! a checkpoint came to be: [`Change::examine`] compares what lies on disk with what `before` says, proves the adapters'
-//! anchors and records the originals that `after` needs; [`patch`] writes what `after` says. Rolling back is [`patch`] in
-//! the other direction, and both may be repeated.
+//! a checkpoint came to be: examining it ([`Change::examine`](super::examine)) compares what lies on disk with what `before`
+//! says, proves the adapters' anchors and records the originals that `after` needs; [`patch`] writes what `after` says.
+//! Rolling back is [`patch`] in the other direction, and both may be repeated.
 
-use std::{collections::BTreeMap, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::Path,
+};
 
 use super::{
     MergeError,
-    ledger::{GROUP_ROWS, LedgerWriter},
+    ledger::GROUP_ROWS,
     stack::{Stack, StackRows},
 };
 use crate::{
-    backend::{PatchCounts, merged_values, pick, union_columns},
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered, gather_rows},
+    backend::{merged_values, pick, union_columns},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered},
     mask::TargetInfo,
     tensor::{RowColumns, RowLayout, dtype_name},
 };
 
 /// Chosen columns in one block of rows, about.
 const BLOCK_COLUMNS: u64 = 1 << 16;
-/// Changed weights that are listed one by one.
-const MOST_EXAMPLES: usize = 20;
 
 /// A step from one stack to another on one checkpoint.
 pub(super) struct Change<'a> {
@@ -37,40 +41,6 @@ pub(super) struct Touched<'a> {
     pub(super) name: &'a str,
     pub(super) tensor: TensorRef<'a>,
     pub(super) layout: RowLayout,
-}
-
-/// What examining a change found.
-#[derive(Default)]
-pub(super) struct Findings {
-    /// Per tensor that `after` touches, by name.
-    pub(super) counts: BTreeMap<String, PatchCounts>,
-    /// Positions touched before or after.
-    pub(super) n_touched: u64,
-    /// Weights that are not what `before` left there.
-    pub(super) n_changed: u64,
-    /// The first of them.
-    pub(super) changed: Vec<String>,
-    /// Per adapter of `after`: how many of its tensors' anchors match, and the first that does not.
-    pub(super) anchors: Vec<Anchors>,
-}
-
-/// How an adapter's anchors compare with the originals.
-#[derive(Clone, Default)]
-pub(super) struct Anchors {
-    pub(super) n_matching: usize,
-    pub(super) first_mismatch: Option<String>,
-}
-
-/// What one block of rows contributes.
-struct BlockFindings {
-    counts: PatchCounts,
-    n_touched: u64,
-    n_changed: u64,
-    changed: Vec<String>,
-    /// The positions and originals of `after`.
-    after: Option<(RowColumns, Vec<u8>)>,
-    /// Per adapter of `after` with this target: originals at its columns.
-    anchored: Vec<Option<Vec<u8>>>,
 }
 
 impl<'a> Change<'a> {
@@ -122,123 +92,6 @@ impl<'a> Change<'a> {
         }
         Ok(tensor)
     }
-
-    /// Checks every touched position and every anchor, and records the originals of `after` in `ledger`.
-    ///
-    /// Reads the touched rows of the checkpoint once. Writes nothing but the ledger. Memory: a few blocks per thread.
-    pub(super) fn examine(
-        &self,
-        ctx: &Context<'_>,
-        touched: &[Touched<'_>],
-        mut ledger: Option<&mut LedgerWriter>,
-    ) -> Result<Findings, MergeError> {
-        ctx.observer.begin("checking", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
-        let mut findings =
-            Findings { anchors: vec![Anchors::default(); self.after.active.len()], ..Findings::default() };
-        for target in touched {
-            let in_after = self.after.active.iter().any(|active| active.adapter.target(target.name).is_some());
-            let mut hashers = vec![blake3::Hasher::new(); self.after.active.len()];
-            let mut counts = PatchCounts::default();
-            if let (Some(ledger), true) = (ledger.as_deref_mut(), in_after) {
-                let info = target.tensor.info;
-                ledger.begin_target(target.name, info.dtype, &info.shape, target.layout.transposed)?;
-            }
-            let nnz = self.before.nnz(target.name) + self.after.nnz(target.name);
-            for_each_ordered(
-                ctx,
-                row_blocks(ctx, target, nnz),
-                |rows| self.examine_block(ctx, target, rows),
-                |_rows, block: BlockFindings| {
-                    counts.add(block.counts);
-                    findings.n_touched += block.n_touched;
-                    findings.n_changed += block.n_changed;
-                    let room = MOST_EXAMPLES.saturating_sub(findings.changed.len());
-                    findings.changed.extend(block.changed.into_iter().take(room));
-                    for (hasher, originals) in hashers.iter_mut().zip(&block.anchored) {
-                        hasher.update(originals.as_deref().unwrap_or_default());
-                    }
-                    if let (Some(ledger), Some((columns, originals))) = (ledger.as_deref_mut(), &block.after) {
-                        ledger.push_rows(columns, originals)?;
-                    }
-                    Ok::<_, MergeError>(())
-                },
-            )?;
-            if in_after {
-                findings.counts.insert(target.name.to_owned(), counts);
-                if let Some(ledger) = ledger.as_deref_mut() {
-                    ledger.end_target();
-                }
-            }
-            for ((active, hasher), anchors) in self.after.active.iter().zip(hashers).zip(&mut findings.anchors) {
-                let Some(info) = active.adapter.target(target.name) else { continue };
-                if hasher.finalize() == info.anchor {
-                    anchors.n_matching += 1;
-                } else {
-                    anchors.first_mismatch.get_or_insert_with(|| target.name.to_owned());
-                }
-            }
-        }
-        Ok(findings)
-    }
-
-    fn examine_block(
-        &self,
-        ctx: &Context<'_>,
-        target: &Touched<'_>,
-        rows: &Range<u64>,
-    ) -> Result<BlockFindings, MergeError> {
-        let Touched { name, tensor, layout } = *target;
-        let dtype = tensor.info.dtype;
-        let width = dtype.bitsize() / 8;
-        let before = self.before.rows(ctx, name, rows)?;
-        let after = self.after.rows(ctx, name, rows)?;
-        let all = touched_by_either(before.as_ref(), after.as_ref());
-        let found = gather_rows(ctx, tensor, layout, rows.start, &all)?;
-        let mut originals = found.clone();
-        let (mut n_changed, mut changed) = (0, Vec::new());
-        if let Some(before) = &before {
-            let recorded = self.before.originals(name, rows, &before.touched)?;
-            let (expected, _) = merged_values(dtype, &before.layers(), &before.touched, &recorded);
-            let found = pick(&all, &found, width, &before.touched);
-            for (row, column, at) in positions(&before.touched) {
-                let element = at * width..(at + 1) * width;
-                if found[element.clone()] != expected[element.clone()] {
-                    n_changed += 1;
-                    if changed.len() < MOST_EXAMPLES {
-                        let (found, expected) = (hex(&found[element.clone()]), hex(&expected[element]));
-                        let row = rows.start + row as u64;
-                        changed.push(format!(
-                            "\"{}\" [{row}, {column}]: bits {found}, the merges left {expected}",
-                            Printable(name)
-                        ));
-                    }
-                }
-            }
-            put(&all, &mut originals, width, &before.touched, &recorded);
-        }
-        let mut block = BlockFindings {
-            counts: PatchCounts::default(),
-            n_touched: all.nnz() as u64,
-            n_changed,
-            changed,
-            after: None,
-            anchored: Vec::new(),
-        };
-        if let Some(after) = &after {
-            let originals = pick(&all, &originals, width, &after.touched);
-            block.counts = merged_values(dtype, &after.layers(), &after.touched, &originals).1;
-            block.anchored = (0..self.after.active.len())
-                .map(|i| {
-                    let columns = self.after.columns_of(after, name, i)?;
-                    Some(pick(&after.touched, &originals, width, &columns))
-                })
-                .collect();
-            block.after = Some((after.touched.clone(), originals));
-        }
-        let share = (rows.end - rows.start) * tensor.info.n_bytes() / layout.n_rows();
-        ctx.observer.advance(share);
-        Ok(block)
-    }
 }
 
 /// Writes what `after` says at every position that `before` or `after` touches; `files` are the shards, open for writing,
@@ -267,7 +120,7 @@ pub(super) fn patch(
         },
         |_, ()| Ok::<_, MergeError>(()),
     )?;
-    for target in touched.iter().map(|target| target.tensor.shard_index).collect::<std::collections::BTreeSet<_>>() {
+    for target in touched.iter().map(|target| target.tensor.shard_index).collect::<BTreeSet<_>>() {
         let path =
             touched.iter().find(|t| t.tensor.shard_index == target).map_or(Path::new(""), |t| t.tensor.shard.path());
         let file = files[target].as_ref().expect("touched shards are open for writing");
@@ -357,7 +210,7 @@ pub(super) fn row_blocks(
     (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
 }
 
-fn touched_by_either(before: Option<&StackRows>, after: Option<&StackRows>) -> RowColumns {
+pub(super) fn touched_by_either(before: Option<&StackRows>, after: Option<&StackRows>) -> RowColumns {
     let parts: Vec<&RowColumns> = before.into_iter().chain(after).map(|rows| &rows.touched).collect();
     union_columns(&parts)
 }
@@ -370,7 +223,7 @@ pub(super) fn positions(columns: &RowColumns) -> impl Iterator<Item = (usize, u3
 }
 
 /// Puts `elements` (one per column of `part`) where those columns stand among `all`.
-fn put(all: &RowColumns, bytes: &mut [u8], width: usize, part: &RowColumns, elements: &[u8]) {
+pub(super) fn put(all: &RowColumns, bytes: &mut [u8], width: usize, part: &RowColumns, elements: &[u8]) {
     if all == part {
         bytes.copy_from_slice(elements);
         return;

@@ -10,6 +10,7 @@
 mod apply;
 mod change;
 mod error;
+mod examine;
 mod in_place;
 mod journal;
 mod ledger;

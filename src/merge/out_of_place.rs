@@ -1,22 +1,24 @@
-//! A new checkpoint of the same layout: shards copied, the touched ones patched, side files brought along.
+//! A new checkpoint of the same layout: shards copied, examined and patched in one pass, side files brought along.
 
 use std::{
     fs::{self, File},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use super::{
     MergeError, MergeReport,
     apply::{judge, report},
-    change::{Change, Touched, patch},
+    change::{Change, Touched, patch, row_blocks},
+    examine::Examination,
     in_place::copy_adapter,
     ledger::LedgerWriter,
     stack::Stack,
     state::{StateFolder, remove_file},
 };
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, check_free_space, copy_file,
-    folder_of, sync_folder,
+    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Shard, Silent, check_free_space,
+    copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -29,6 +31,8 @@ pub(super) struct Target<'a> {
 }
 
 /// Writes the checkpoint that `after` makes of `checkpoint`, which `before` describes.
+///
+/// Shards are copied, examined and patched in one pass, and judged when all were: until then nothing has its name.
 pub(super) fn apply(
     ctx: &Context<'_>,
     checkpoint: &Checkpoint,
@@ -39,46 +43,63 @@ pub(super) fn apply(
     refuse_same_place(checkpoint, target.path)?;
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
+    refuse_wrong_base(ctx, &change, &touched)?;
     let is_file = checkpoint.layout() == Layout::File;
     let output = Output::create(target, is_file, || plan(&change))?;
+    check_free_space(folder_of(target.path), checkpoint.n_bytes() + state_bytes(&after, &touched))?;
     let root = output.root();
     let state = StateFolder::at(&root, checkpoint.layout());
     state.create()?;
-    let mut writer = LedgerWriter::create(&state.ledger(), &after.entries())?;
-    let findings = change.examine(ctx, &touched, Some(&mut writer))?;
-    judge(&change, &findings)?;
-    let mut report = report(&change, &touched, &findings);
-    let adapter_bytes = after.active.iter().map(|active| active.adapter.n_bytes()).sum::<u64>();
-    check_free_space(folder_of(target.path), checkpoint.n_bytes() + 2 * writer.n_bytes() + adapter_bytes)?;
+    let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
 
+    let mut writer = LedgerWriter::create(&state.ledger(), &after.entries())?;
+    let mut examination = Examination::new(&change, Some(&mut writer));
+    ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
+    let mut patched_later = Vec::new();
+    for (index, shard) in checkpoint.shards().iter().enumerate() {
+        let mut of_shard: Vec<Touched<'_>> =
+            touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
+        of_shard.sort_by_key(|target| target.tensor.info.data.start);
+        let path = shard_path(shard.file_name());
+        // Shards get their names when they are finished: what has one was finished by an earlier run of the same plan.
+        if path.exists() {
+            of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+            continue;
+        }
+        let part = path.with_extension("part");
+        remove_file(&part)?;
+        let mode = if target.link && of_shard.is_empty() { CopyMode::Link } else { CopyMode::Auto };
+        let later = match share_file(shard.path(), &part, mode)? {
+            Some(_) => {
+                of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+                of_shard
+            }
+            None => rewrite(ctx, &change, shard, &of_shard, &part, &mut examination)?,
+        };
+        if later.is_empty() {
+            give_name(&part, &path)?;
+        } else {
+            patched_later.push((index, later, part, path));
+        }
+    }
+    let findings = examination.findings();
+    if let Err(e) = judge(&change, &findings) {
+        output.discard();
+        return Err(e);
+    }
+    let mut report = report(&change, &touched, &findings);
     for active in &after.active {
         copy_adapter(active.adapter.path(), &state.adapter(&active.id))?;
     }
     writer.finish(ctx)?;
     let after = Stack::open_ledger(ctx, &state, &state.ledger())?;
-    let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
-    for (index, shard) in checkpoint.shards().iter().enumerate() {
-        let path = shard_path(shard.file_name());
-        // Shards get their names when they are finished: what has one was finished by an earlier run of the same plan.
-        if path.exists() {
-            continue;
-        }
-        let of_shard: Vec<Touched<'_>> =
-            touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
-        let part = path.with_extension("part");
-        remove_file(&part)?;
-        ctx.observer.begin("copying", shard.file_bytes());
-        let mode = if target.link && of_shard.is_empty() { CopyMode::Link } else { CopyMode::Auto };
-        copy_file(ctx, shard.path(), &part, mode)?;
-        if !of_shard.is_empty() {
-            let file = File::options().read(true).write(true).open(&part);
-            let file = file.map_err(|e| CheckpointError::io("open for writing", &part, e))?;
-            let mut files: Vec<Option<File>> = checkpoint.shards().iter().map(|_| None).collect();
-            files[index] = Some(file);
-            patch(ctx, &of_shard, &files, before, &after)?;
-        }
-        fs::rename(&part, &path).map_err(|e| CheckpointError::io("create", &path, e))?;
-        sync_folder(folder_of(&path))?;
+    for (index, later, part, path) in patched_later {
+        let file = File::options().read(true).write(true).open(&part);
+        let file = file.map_err(|e| CheckpointError::io("open for writing", &part, e))?;
+        let mut files: Vec<Option<File>> = checkpoint.shards().iter().map(|_| None).collect();
+        files[index] = Some(file);
+        patch(ctx, &later, &files, before, &after)?;
+        give_name(&part, &path)?;
     }
     for side_file in checkpoint.side_files()? {
         let to = root.join(&side_file);
@@ -98,6 +119,85 @@ pub(super) fn apply(
     }
     output.commit(&state, target)?;
     Ok(report)
+}
+
+/// Copies a shard, patching and examining on the way the tensors whose rows lie in one piece; returns the others, examined.
+fn rewrite<'a>(
+    ctx: &Context<'_>,
+    change: &Change<'_>,
+    shard: &Shard,
+    of_shard: &[Touched<'a>],
+    part: &Path,
+    examination: &mut Examination<'_, '_>,
+) -> Result<Vec<Touched<'a>>, MergeError> {
+    let (later, at_once): (Vec<_>, Vec<_>) = of_shard.iter().partition(|target| target.layout.transposed);
+    rewrite_shard(
+        ctx,
+        shard,
+        part,
+        pieces(ctx, change, shard, &at_once),
+        |rows, bytes| match rows {
+            Some((target, rows)) => change.examine_and_patch(ctx, target, rows, bytes).map(Some),
+            None => Ok(None),
+        },
+        |rows, block| match (rows, block) {
+            (Some((target, rows)), Some(block)) => examination.push(target, &rows, block),
+            _ => Ok(()),
+        },
+    )?;
+    later.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+    Ok(later)
+}
+
+/// A shard's bytes in order: blocks of rows of `targets`, which ascend, and windows of all that lies between.
+fn pieces<'t>(
+    ctx: &'t Context<'_>,
+    change: &'t Change<'_>,
+    shard: &'t Shard,
+    targets: &'t [Touched<'t>],
+) -> impl Iterator<Item = (Range<u64>, Option<(&'t Touched<'t>, Range<u64>)>)> + Send + 't {
+    let ends = targets.iter().map(|target| shard.file_range(target.tensor.info).end);
+    let starts = std::iter::once(0).chain(ends);
+    let upto = targets.iter().map(Some).chain([None]);
+    starts.zip(upto).flat_map(move |(start, target)| {
+        let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), |t| shard.file_range(t.tensor.info));
+        let between = windows(ctx, start..tensor.start).map(|range| (range, None));
+        let blocks = target.into_iter().flat_map(move |target| {
+            let nnz = change.before.nnz(target.name) + change.after.nnz(target.name);
+            let row_bytes = target.tensor.info.n_bytes() / target.layout.n_rows();
+            row_blocks(ctx, target, nnz).map(move |rows| {
+                let place = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
+                (place, Some((target, rows)))
+            })
+        });
+        between.chain(blocks)
+    })
+}
+
+/// Fails before anything is written where the smallest tensor shows that the base is another.
+fn refuse_wrong_base(ctx: &Context<'_>, change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
+    let Some(smallest) = touched.iter().min_by_key(|target| target.tensor.info.n_bytes()) else { return Ok(()) };
+    let quiet = Context { observer: &Silent, ..*ctx };
+    match judge(change, &change.examine(&quiet, std::slice::from_ref(smallest), None)?) {
+        Ok(()) => Ok(()),
+        // Told with all that is wrong.
+        Err(_) => judge(change, &change.examine(ctx, touched, None)?),
+    }
+}
+
+/// Bytes that the ledger and the adapters beside it take at most, while the ledger is being written.
+fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
+    let adapters: u64 = after.active.iter().map(|active| active.adapter.n_bytes()).sum();
+    let originals = |target: &Touched<'_>| {
+        after.nnz(target.name) * target.tensor.info.dtype.bitsize() as u64 / 8 + target.layout.n_rows() / 4
+    };
+    adapters + 2 * touched.iter().map(originals).sum::<u64>()
+}
+
+/// Lets a finished shard appear.
+fn give_name(part: &Path, path: &Path) -> Result<(), MergeError> {
+    fs::rename(part, path).map_err(|e| CheckpointError::io("create", path, e))?;
+    Ok(sync_folder(folder_of(path))?)
 }
 
 /// The output under its temporary name; gone when dropped before [`Output::commit`].
@@ -132,6 +232,13 @@ impl Output {
         match self {
             Self::Folder(output) => output.path().to_owned(),
             Self::File(folder) => folder.path().join("model.safetensors"),
+        }
+    }
+
+    /// Removes what was written, for good.
+    fn discard(self) {
+        if let Self::Folder(output) = self {
+            output.discard();
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{change::Findings, stack::Stack};
+use super::{examine::Findings, stack::Stack};
 use crate::{backend::PatchCounts, tensor::projection_kind};
 
 /// An adapter in a checkpoint.

@@ -14,7 +14,8 @@ use serde::Serialize;
 
 use super::{
     AdapterEntry, MergeError, MergeInput,
-    change::{Change, Findings},
+    change::Change,
+    examine::Findings,
     ledger::LedgerWriter,
     report::entries,
     stack::{Active, Stack},
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, for_each_ordered},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered},
 };
 
 /// What to hold a merged checkpoint against.
@@ -208,14 +209,19 @@ fn compare_rest(
         let n_bytes = merged.info.n_bytes();
         (0..n_bytes).step_by(step as usize).map(move |start| (merged, original, start..n_bytes.min(start + step)))
     });
-    for_each_ordered(
+    let both: Vec<TensorRef<'_>> = pairs.iter().flat_map(|&(merged, original)| [merged, original]).collect();
+    read_and_map_ordered(
         ctx,
         windows,
-        |(merged, original, range)| {
-            let (found, expected) = (merged.window(ctx, range.clone())?, original.window(ctx, range.clone())?);
-            ctx.observer.advance(range.end - range.start);
+        n_readers(ctx, &both),
+        |(merged, original, range)| Ok((merged.window(ctx, range.clone())?, original.window(ctx, range.clone())?)),
+        |(merged, original, range), (found, expected)| {
             // Elements of less than a byte are compared by bytes; no adapter touches them.
-            Ok(count_differing(&found, &expected, (merged.info.dtype.bitsize() / 8).max(1)))
+            let n = count_differing(&found, &expected, (merged.info.dtype.bitsize() / 8).max(1));
+            merged.shard.confirm(&found)?;
+            original.shard.confirm(&expected)?;
+            ctx.observer.advance(range.end - range.start);
+            Ok(n)
         },
         |(merged, ..), n| {
             *n_differing.entry(&merged.info.name).or_default() += n;
