@@ -39,5 +39,5 @@ pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sy
 pub use output_dir::AtomicDir;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use rewrite::{rewrite_shard, windows};
-pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows};
+pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping};
 pub use shard::Shard;

@@ -107,7 +107,28 @@ pub fn scan_rows<R, E>(
     what: &str,
     targets: &[RowScan<'_>],
     map: impl Fn(RowSpan, RowBlock<'_>) -> Result<R, E> + Sync,
-    sink: impl FnMut(RowSpan, R) -> Result<(), E>,
+    mut sink: impl FnMut(RowSpan, R) -> Result<(), E>,
+) -> Result<(), E>
+where
+    R: Send,
+    E: From<CheckpointError> + Send,
+{
+    scan_rows_keeping(ctx, what, targets, false, map, |span, result, _| sink(span, result))
+}
+
+/// As [`scan_rows`]; where the windows are to be kept, `sink` is handed each of them too, for work that must go in order.
+///
+/// Memory: as for [`scan_rows`], and with `keep` the windows of the results that wait.
+///
+/// # Errors
+/// As [`scan_rows`].
+pub fn scan_rows_keeping<R, E>(
+    ctx: &Context<'_>,
+    what: &str,
+    targets: &[RowScan<'_>],
+    keep: bool,
+    map: impl Fn(RowSpan, RowBlock<'_>) -> Result<R, E> + Sync,
+    mut sink: impl FnMut(RowSpan, R, Option<&RowWindow>) -> Result<(), E>,
 ) -> Result<(), E>
 where
     R: Send,
@@ -122,7 +143,7 @@ where
         n_readers(ctx, &tensors),
         |span| {
             let rows = span.first_row..span.first_row + span.n_rows as u64;
-            Ok(targets[span.target].read(ctx, rows)?)
+            Ok::<_, E>(targets[span.target].read(ctx, rows)?)
         },
         |span, window| {
             let scan = &targets[span.target];
@@ -130,9 +151,15 @@ where
             // Asked before the result is looked at: what was made of missing bytes may be an error of its own.
             scan.tensor.shard.confirm(&window.bytes)?;
             ctx.observer.advance(span.n_rows as u64 * scan.row_bytes());
-            result
+            Ok((result?, keep.then_some(window)))
         },
-        sink,
+        |span, (result, window)| {
+            sink(span, result, window.as_ref())?;
+            match window {
+                Some(window) => Ok(targets[span.target].tensor.shard.confirm(&window.bytes)?),
+                None => Ok(()),
+            }
+        },
     )?;
     for (i, target) in targets.iter().enumerate() {
         let shard = target.tensor.shard;

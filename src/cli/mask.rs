@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, Existing},
-    mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Scope, ScoreKind},
+    mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
 };
 
 use super::{
@@ -54,6 +54,9 @@ pub(super) struct MaskArgs {
     /// File of activation norms per column, by the names of weights or modules, for wanda
     #[arg(long, value_name = "FILE")]
     activations: Option<PathBuf>,
+    /// Handle one part of the targets, as in 2/8; mask-join puts the parts together
+    #[arg(long, value_name = "I/N", value_parser = |text: &str| text.parse::<Partition>().map_err(|e| e.to_string()))]
+    partition: Option<Partition>,
     /// Also name each whole target by its BLAKE3
     #[arg(long)]
     hash: bool,
@@ -119,6 +122,7 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
         transposed: args.transposed,
         gradients: gradients.as_ref(),
         activations: activations.as_ref(),
+        partition: args.partition,
         hash: args.hash,
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
@@ -147,7 +151,9 @@ fn print(report: &MaskReport, page: &mut Page) {
     page.blank();
     let verb = if report.dry_run { "would be trainable" } else { "trainable" };
     let (chosen, all) = (report.total.n_chosen, report.n_model_parameters);
-    page.facts(&[(verb, format!("{} of the model's {} parameters", percent(chosen, all), count(all)))]);
+    let mut facts = vec![(verb, format!("{} of the model's {} parameters", percent(chosen, all), count(all)))];
+    facts.extend(report.partition.map(|partition| ("partition", format!("{partition} of the targets"))));
+    page.facts(&facts);
 }
 
 fn kind_cells(kind: &MaskKind) -> [String; 6] {

@@ -14,6 +14,7 @@ mod init;
 mod inspect;
 mod man;
 mod mask;
+mod mask_join;
 mod merge;
 mod page;
 mod progress;
@@ -63,6 +64,7 @@ Exit codes:
 enum Command {
     Inspect(inspect::InspectArgs),
     Mask(mask::MaskArgs),
+    MaskJoin(mask_join::MaskJoinArgs),
     Init(init::InitArgs),
     Extract(extract::ExtractArgs),
     Merge(merge::MergeArgs),
@@ -78,6 +80,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
+        Command::MaskJoin(args) => mask_join::run(args, env),
         Command::Init(args) => init::run(args, env),
         Command::Extract(args) => extract::run(args, env),
         Command::Merge(args) => merge::run(args, env),

@@ -9,13 +9,16 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Recipe, Scope, SkippedTensor,
+    Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Partition, Recipe, Scope, SkippedTensor,
     source::{Source, sources},
     targets::{LLAMA_PROJECTIONS, select_targets},
 };
 use crate::{
     backend::{CutRows, Digit, KeySpace, count_keys, cut_rows, gather, topk_rows},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, TensorRef, scan_rows},
+    checkpoint::{
+        Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows,
+        scan_rows_keeping,
+    },
     tensor::{RowBlock, RowColumns, projection_kind},
 };
 
@@ -47,6 +50,8 @@ pub struct MaskReport {
     pub score: String,
     /// Within what they competed.
     pub scope: String,
+    /// The part of the targets that was handled, as in `2/8`, where not all were.
+    pub partition: Option<Partition>,
     /// Entries per row, where all rows have as many (but for shorter rows).
     pub k: Option<u64>,
     /// Per kind of projection.
@@ -93,7 +98,15 @@ pub fn create_mask(
     options.check()?;
     let selection = select_targets(checkpoint, &options.targets, &options.transposed)?;
     let sources = sources(options, &selection)?;
-    let mut job = Job { ctx, options, sources: &sources, writer: None, counts: vec![0; sources.len()] };
+    let mine = match options.partition {
+        Some(partition) => {
+            let n_bytes: Vec<u64> = sources.iter().map(|source| source.scan.tensor.info.n_bytes()).collect();
+            partition.of(&n_bytes)?
+        }
+        None => (0..sources.len()).collect(),
+    };
+    let counts = vec![0; sources.len()];
+    let mut job = Job { ctx, options, sources: &sources, mine: &mine, writer: None, counts };
     if let Some((path, existing)) = output {
         job.writer = Some(MaskWriter::create(path, existing)?);
     }
@@ -101,14 +114,14 @@ pub fn create_mask(
     match (options.scope, k) {
         (Scope::Row, Some(k)) => job.choose_per_row(k)?,
         (Scope::Tensor, _) => {
-            for (target, n) in job.per_tensor(checkpoint).into_iter().enumerate() {
-                job.choose_at_cut(&[target], n)?;
+            let n_chosen = job.per_tensor(checkpoint);
+            for &target in &mine {
+                job.choose_at_cut(&[target], n_chosen[target])?;
             }
         }
         _ => {
-            let all: Vec<usize> = (0..sources.len()).collect();
             let n = job.in_all(checkpoint);
-            job.choose_at_cut(&all, n)?;
+            job.choose_at_cut(&mine, n)?;
         }
     }
     for other in [Some(checkpoint), options.gradients, options.activations].into_iter().flatten() {
@@ -145,6 +158,7 @@ fn recipe(options: &MaskOptions<'_>, k: Option<u64>) -> Recipe {
         targets: patterns,
         transposed: options.transposed.clone(),
         neuron_fraction: (options.neuron_fraction < 1.0).then_some(options.neuron_fraction),
+        partition: options.partition,
         extra: extra.into_iter().filter_map(|(what, from)| Some((what.to_owned(), from?.name()))).collect(),
     }
 }
@@ -154,6 +168,8 @@ struct Job<'a> {
     ctx: &'a Context<'a>,
     options: &'a MaskOptions<'a>,
     sources: &'a [Source<'a>],
+    /// Which of them belong to this partition, ascending.
+    mine: &'a [usize],
     writer: Option<MaskWriter>,
     /// Chosen entries by target.
     counts: Vec<u64>,
@@ -203,20 +219,22 @@ impl Job<'_> {
     /// Each row's `k` best.
     fn choose_per_row(&mut self, k: u64) -> Result<(), MaskError> {
         if self.writer.is_none() {
-            for (count, source) in self.counts.iter_mut().zip(self.sources) {
-                *count = source.n_rows() * k.min(source.scan.layout.d_in);
+            for &target in self.mine {
+                let source = &self.sources[target];
+                self.counts[target] = source.n_rows() * k.min(source.scan.layout.d_in);
             }
             return Ok(());
         }
-        let (ctx, sources) = (self.ctx, self.sources);
-        let scans: Vec<RowScan<'_>> = sources.iter().map(|source| source.scan).collect();
+        let (ctx, sources, mine) = (self.ctx, self.sources, self.mine);
+        let scans: Vec<RowScan<'_>> = mine.iter().map(|&target| sources[target].scan).collect();
         let mut progress = Progress::default();
-        scan_rows(
+        scan_rows_keeping(
             ctx,
             "choosing",
             &scans,
+            self.options.hash,
             |span, block| {
-                let source = &sources[span.target];
+                let source = &sources[mine[span.target]];
                 let k = k.min(source.scan.layout.d_in) as usize;
                 let mut rows = Rows::new(span.n_rows, k);
                 source.for_each_run(ctx, source.key_space(), span, block, |run, scored| {
@@ -226,10 +244,11 @@ impl Job<'_> {
                 })?;
                 Ok(Chosen::new(rows.finish(span.n_rows), block))
             },
-            |span, chosen| {
-                let source = &sources[span.target];
+            |span, chosen, window| {
+                let target = mine[span.target];
+                let source = &sources[target];
                 let uniform = source.has_all_rows().then_some(k.min(source.scan.layout.d_in));
-                self.push(&mut progress, span.target, span, chosen, uniform)
+                self.push(&mut progress, target, span, (chosen, window), uniform)
             },
         )
     }
@@ -243,10 +262,11 @@ impl Job<'_> {
         let Cut { key, mut n_ties } = self.find_cut(targets, &scans, space, n)?;
         let most_ties = n_ties;
         let mut progress = Progress::default();
-        scan_rows(
+        scan_rows_keeping(
             ctx,
             "choosing",
             &scans,
+            self.options.hash,
             |span, block| {
                 let source = &sources[targets[span.target]];
                 let mut rows = Rows::new(span.n_rows, 1);
@@ -260,10 +280,10 @@ impl Job<'_> {
                 })?;
                 Ok((Chosen::new(rows.finish(span.n_rows), block), is_tie))
             },
-            |span, (chosen, is_tie)| {
+            |span, (chosen, is_tie), window| {
                 // Ties go to what comes first; blocks did not know how many were left.
                 let chosen = chosen.without_ties_past(&mut n_ties, &is_tie);
-                self.push(&mut progress, targets[span.target], span, chosen, None)
+                self.push(&mut progress, targets[span.target], span, (chosen, window), None)
             },
         )
     }
@@ -308,38 +328,44 @@ impl Job<'_> {
         }
     }
 
-    /// Hands a block's rows to the writer, target after target.
+    /// Hands a block's rows to the writer, target after target; `window` holds them where whole tensors are hashed.
     fn push(
         &mut self,
         progress: &mut Progress,
         target: usize,
         span: RowSpan,
-        chosen: Chosen,
+        (chosen, window): (Chosen, Option<&RowWindow>),
         uniform_k: Option<u64>,
     ) -> Result<(), MaskError> {
         let RowScan { tensor, layout } = self.sources[target].scan;
         self.counts[target] += chosen.columns.nnz() as u64;
-        progress.n_rows += span.n_rows as u64;
-        let is_last = progress.n_rows == layout.n_rows();
-        if let Some(writer) = &mut self.writer {
-            if !progress.is_open {
-                let info = tensor.info;
-                writer.begin_target(&info.name, info.dtype, &info.shape, layout.transposed, uniform_k)?;
-            }
-            writer.push_rows(&chosen.columns, &chosen.base_values)?;
-            if is_last {
-                let whole = self.options.hash.then(|| whole_tensor(self.ctx, tensor)).transpose()?;
-                writer.end_target(whole);
-            }
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        if span.first_row == 0 {
+            let info = tensor.info;
+            writer.begin_target(&info.name, info.dtype, &info.shape, layout.transposed, uniform_k)?;
+            *progress = Progress::default();
         }
-        *progress = if is_last { Progress::default() } else { Progress { is_open: true, ..*progress } };
+        writer.push_rows(&chosen.columns, &chosen.base_values)?;
+        if let Some(window) = window.filter(|_| !layout.transposed) {
+            progress.whole.update(window.block().bytes());
+        }
+        if span.first_row + span.n_rows as u64 == layout.n_rows() {
+            let whole = match (self.options.hash, layout.transposed) {
+                (false, _) => None,
+                (true, false) => Some(progress.whole.finalize()),
+                // Rows did not come in the order they are stored.
+                (true, true) => Some(whole_tensor(self.ctx, tensor)?),
+            };
+            writer.end_target(whole);
+        }
         Ok(())
     }
 
     fn report(&self, checkpoint: &Checkpoint, k: Option<u64>) -> MaskReport {
         let mut kinds: BTreeMap<&str, MaskKind> = BTreeMap::new();
         let mut total = empty_kind("total");
-        for (source, &n_chosen) in self.sources.iter().zip(&self.counts) {
+        for &target in self.mine {
+            let (source, n_chosen) = (&self.sources[target], self.counts[target]);
             let RowScan { tensor, layout } = source.scan;
             let kind = projection_kind(&tensor.info.name);
             for kind in [kinds.entry(kind).or_insert_with(|| empty_kind(kind)), &mut total] {
@@ -351,6 +377,7 @@ impl Job<'_> {
             }
         }
         let per_row = k.filter(|_| self.options.scope == Scope::Row);
+        let mine = || self.mine.iter().map(|&target| &self.sources[target]);
         let is_clamped = |source: &&Source<'_>| per_row.is_some_and(|k| k > source.scan.layout.d_in);
         let n_model_parameters = checkpoint.n_parameters();
         MaskReport {
@@ -358,12 +385,13 @@ impl Job<'_> {
             dry_run: false,
             score: self.options.score.name().to_owned(),
             scope: self.options.scope.name().to_owned(),
+            partition: self.options.partition,
             k: per_row,
             kinds: kinds.into_values().collect(),
             trainable_share: total.n_chosen as f64 / n_model_parameters as f64,
             total,
             n_model_parameters,
-            clamped: self.sources.iter().filter(is_clamped).map(|s| s.scan.tensor.info.name.clone()).collect(),
+            clamped: mine().filter(is_clamped).map(|s| s.scan.tensor.info.name.clone()).collect(),
             skipped: Vec::new(),
         }
     }
@@ -385,11 +413,11 @@ fn empty_kind(kind: &str) -> MaskKind {
     MaskKind { kind: kind.to_owned(), n_tensors: 0, n_rows: 0, n_parameters: 0, n_chosen: 0, share: 0.0 }
 }
 
-/// How far the writer is in its target.
-#[derive(Clone, Copy, Default)]
+/// What is known of the target being written.
+#[derive(Default)]
 struct Progress {
-    is_open: bool,
-    n_rows: u64,
+    /// Of all its bytes so far.
+    whole: blake3::Hasher,
 }
 
 /// The key of the last entry that is chosen.

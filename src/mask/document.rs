@@ -10,7 +10,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use super::MaskError;
+use super::{MaskError, Partition};
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Printable, Shard},
     tensor::{Dtype, dtype_name, parse_dtype},
@@ -56,6 +56,9 @@ pub struct Recipe {
     /// The share of rows that take part, 0 to 1, where not all do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub neuron_fraction: Option<f64>,
+    /// The part of the targets that this file has, where it is a part of a mask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partition: Option<Partition>,
     /// Names of other files that the scores came from, by what they are, such as `gradients`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub extra: BTreeMap<String, String>,

@@ -58,6 +58,14 @@ pub enum MaskError {
         /// The newest version that this program reads.
         known: u64,
     },
+    /// Parts that do not make a whole mask.
+    #[error("{}: {what}", Printable::path(.path))]
+    Parts {
+        /// The part that does not fit.
+        path: PathBuf,
+        /// Why.
+        what: String,
+    },
     /// A request that makes no sense, whatever the files hold.
     #[error("{0}")]
     Usage(String),
@@ -69,6 +77,7 @@ impl MaskError {
         match self {
             Self::Checkpoint(error) => error.kind(),
             Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
+            Self::Parts { .. } => ErrorKind::Refused,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
         }
     }

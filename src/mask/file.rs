@@ -17,7 +17,7 @@ const KIND: &str = "mask";
 /// An open mask: header in memory, columns on disk.
 #[derive(Debug)]
 pub struct MaskFile {
-    file: SparseFile,
+    pub(super) file: SparseFile,
     recipe: Recipe,
     base: BaseInfo,
 }
@@ -95,7 +95,7 @@ impl MaskFile {
 /// at all. The same content gives the same bytes, however the rows were cut into runs.
 ///
 /// Memory: a buffer, and about 300 bytes per target.
-pub struct MaskWriter(SparseWriter);
+pub struct MaskWriter(pub(super) SparseWriter);
 
 impl MaskWriter {
     /// Begins a mask that will appear at `path`.

@@ -8,7 +8,9 @@ mod create;
 mod document;
 mod error;
 mod file;
+mod join;
 mod options;
+mod partition;
 #[cfg(test)]
 pub(crate) mod samples;
 mod source;
@@ -20,7 +22,9 @@ pub use create::{MaskKind, MaskReport, create_mask};
 pub use document::{BaseInfo, FileKind, Recipe};
 pub use error::MaskError;
 pub use file::{MaskFile, MaskWriter};
+pub use join::{JoinReport, join_masks};
 pub use options::{Amount, MaskOptions, Scope};
+pub use partition::Partition;
 pub use sparse::TargetInfo;
 pub use targets::{LLAMA_PROJECTIONS, Selection, SkippedTensor, select_targets};
 

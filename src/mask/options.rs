@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::MaskError;
+use super::{MaskError, Partition};
 use crate::{backend::ScoreKind, checkpoint::Checkpoint};
 
 /// Within what weights compete.
@@ -83,6 +83,9 @@ pub struct MaskOptions<'a> {
     pub gradients: Option<&'a Checkpoint>,
     /// Norms of activations per column, `[d_in]` (or `[E, d_in]` for stacks) by the names of weights or their modules, for `wanda`.
     pub activations: Option<&'a Checkpoint>,
+    /// The part of the targets that is handled; all where none. The parts of one mask can be made on different machines, in any
+    /// order, and put together by [`join_masks`](super::join_masks).
+    pub partition: Option<Partition>,
     /// Whether the mask names each whole target by its BLAKE3.
     pub hash: bool,
 }
@@ -100,6 +103,7 @@ impl MaskOptions<'_> {
             transposed: Vec::new(),
             gradients: None,
             activations: None,
+            partition: None,
             hash: false,
         }
     }
@@ -120,6 +124,10 @@ impl MaskOptions<'_> {
         if (self.score == ScoreKind::Wanda) != self.activations.is_some() {
             let need = if self.activations.is_some() { "takes no" } else { "needs" };
             return usage(&format!("score {} {need} activations", self.score.name()));
+        }
+        if let (Some(partition), Scope::Global) = (self.partition, self.scope) {
+            let what = format!("partition {partition}: in global scope all weights compete, so no part stands alone");
+            return Err(MaskError::Usage(what));
         }
         Ok(())
     }

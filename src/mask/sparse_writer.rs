@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     document::{DOCUMENT_KEY, TargetEntries, TargetEntry},
-    sparse::{MOST_U16, Part, target_layout},
+    sparse::{MOST_U16, Part, SparseFile, TargetInfo, target_layout},
 };
 use crate::{
     checkpoint::{CheckpointError, Context, Existing, TensorFileWriter, TensorId},
@@ -166,6 +166,32 @@ impl SparseWriter {
         let entry = TargetEntry { dtype, shape, anchor, blake3: whole, transposed: layout.transposed };
         self.entries.push((name, entry));
         (nnz, anchor)
+    }
+
+    /// Copies a target of another file of the same kind of values, as it stands.
+    pub fn copy_target(
+        &mut self,
+        ctx: &Context<'_>,
+        from: &SparseFile,
+        target: &TargetInfo,
+    ) -> Result<(), CheckpointError> {
+        assert!(self.open.is_none(), "one target at a time");
+        let header = from.shard().header();
+        for part in [Part::Columns, Part::RowOffsets, Part::Values] {
+            let Some(info) = header.tensor(&part.name(&target.name)) else { continue };
+            let id = self.file.add_tensor(info.name.clone(), info.dtype);
+            for start in (0..info.n_bytes()).step_by(ctx.window_bytes() as usize) {
+                ctx.check()?;
+                let window = from.shard().window(ctx, info, start..info.n_bytes().min(start + ctx.window_bytes()))?;
+                self.file.append(id, &window)?;
+                from.shard().confirm(&window)?;
+                ctx.observer.advance(window.len() as u64);
+            }
+            self.file.finish_tensor(id, info.shape.clone());
+        }
+        let TargetInfo { name, dtype, shape, transposed, anchor, blake3, .. } = target.clone();
+        self.entries.push((name, TargetEntry { dtype, shape, anchor, blake3, transposed }));
+        Ok(())
     }
 
     /// Writes what `document` makes of the targets' entries as the document, and lets the file appear.

@@ -48,6 +48,9 @@ fn every_field_of_json_is_documented() {
     let place = Place::new();
     write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.01);
     is_documented("mask", &place.json("mask [FIXTURES]/tiny-llama --k 70 --targets *layers.0* -o m.safetensors"));
+    place.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o p.safetensors");
+    is_documented("inspect", &place.json("inspect p.safetensors"));
+    is_documented("mask-join", &place.json("mask-join p.safetensors -o j.safetensors"));
     is_documented("init", &place.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
     is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
     is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));

@@ -12,6 +12,7 @@ mod inspect;
 mod json;
 mod manners;
 mod mask;
+mod mask_join;
 mod merge;
 mod signals;
 

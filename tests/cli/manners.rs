@@ -78,6 +78,7 @@ fn help_lists_commands_options_and_exit_codes() {
     Commands:
       inspect      Say what a checkpoint, mask or adapter is
       mask         Choose the important connections of every neuron
+      mask-join    Put the parts of a mask together
       init         Start an adapter from a mask: zeros, or values trained elsewhere
       extract      Make an adapter of what changed between two checkpoints
       merge        Add adapters to a checkpoint
