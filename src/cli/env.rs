@@ -163,12 +163,27 @@ impl Env {
         }
     }
 
+    /// Tells what the work took, at the end.
+    pub(super) fn farewell(&self) {
+        self.progress.clear();
+        if let Some(peak) = peak_memory().filter(|_| self.args.verbose) {
+            self.detail(&format!("{} MiB of memory at the peak", peak >> 20));
+        }
+    }
+
     /// Tells how the work is done, on stderr, with `-v`.
     pub(super) fn detail(&self, words: &str) {
         if self.args.verbose {
             self.progress.tell(words);
         }
     }
+}
+
+/// The most resident memory that this process has had, in bytes, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 #[cfg(test)]

@@ -112,7 +112,7 @@ pub(crate) fn main() -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match Env::new(cli.global).and_then(|env| run(cli.command, &env)) {
+    match Env::new(cli.global).and_then(|env| run(cli.command, &env).inspect(|_| env.farewell())) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
         Err(error) => Failure::of(&error).tell(),

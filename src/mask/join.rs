@@ -7,7 +7,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{BaseInfo, MaskError, MaskFile, MaskWriter, Recipe};
+use super::{BaseInfo, MaskError, MaskFile, MaskWriter, Partition, Recipe};
 use crate::checkpoint::{Context, Existing, Printable};
 
 /// What was put together.
@@ -80,7 +80,7 @@ fn agree(parts: &[MaskFile]) -> Result<(Recipe, BaseInfo), MaskError> {
             return refuse(part, "it is a whole mask, not a part of one".to_owned());
         };
         let name = Printable::path(first.path());
-        if Some(partition.count()) != first.recipe().partition.map(|first| first.count()) {
+        if Some(partition.count()) != first.recipe().partition.map(Partition::count) {
             return refuse(part, format!("it is part {partition}, {name} is of another number of parts"));
         }
         if whole(part) != whole(first) {
@@ -93,7 +93,7 @@ fn agree(parts: &[MaskFile]) -> Result<(Recipe, BaseInfo), MaskError> {
             return refuse(part, format!("it is part {partition}, and so is {}", Printable::path(other.path())));
         }
     }
-    let count = first.recipe().partition.map_or(0, |partition| partition.count());
+    let count = first.recipe().partition.map_or(0, Partition::count);
     let missing: Vec<String> =
         (1..=count).filter(|number| !found.contains_key(number)).map(|number| format!("{number}/{count}")).collect();
     match missing.len() {

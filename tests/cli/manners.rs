@@ -181,6 +181,8 @@ fn quiet_prints_no_report_but_json() {
 fn verbose_tells_on_stderr_how_the_work_is_done() {
     let told = Place::new().run("inspect [FIXTURES]/accepted/no-tensors.safetensors -v --threads 3 --max-memory 256M");
     assert!(told.contains("--- stderr\n3 threads, 256 MiB of memory, "), "{told}");
+    #[cfg(target_os = "linux")]
+    assert!(told.trim_end().ends_with(" MiB of memory at the peak"), "{told}");
 }
 
 /// The command's exit status and stderr when its reader has gone before it writes.

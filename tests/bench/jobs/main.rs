@@ -1,0 +1,222 @@
+//! Whole commands on a checkpoint of a real model's shape, beside what the machine can do at all.
+//!
+//! `cargo bench --bench jobs -- [--shape 135m|1b|8b|70b] [--dir DIR] [--runs N] [--max-memory SIZE] [--cold]`
+//!
+//! The checkpoint is made under DIR (`target/bench` by default) and stays there for the next time. Every job runs N times in
+//! turn with its limit, and the medians are printed: bytes of the weights a second, the share of the limit, and the most
+//! memory that was resident. `--cold` takes the checkpoint out of the page cache before every run. Figures and what they
+//! were measured on: README.md in the folder above.
+
+mod limits;
+mod synthetic;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use synthetic::{SHAPES, Shape};
+
+struct Options {
+    shape: Shape,
+    dir: PathBuf,
+    runs: usize,
+    max_memory: String,
+    cold: bool,
+}
+
+fn options() -> Options {
+    let mut options = Options {
+        shape: SHAPES[0],
+        dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench"),
+        runs: 5,
+        max_memory: "256M".to_owned(),
+        cold: false,
+    };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().unwrap_or_else(|| panic!("{argument} takes a value"));
+        match argument.as_str() {
+            "--shape" => {
+                let name = value();
+                let known = SHAPES.iter().find(|shape| shape.name == name);
+                options.shape = *known.unwrap_or_else(|| panic!("no shape {name}"));
+            }
+            "--dir" => options.dir = value().into(),
+            "--runs" => options.runs = value().parse().expect("--runs takes a number"),
+            "--max-memory" => options.max_memory = value(),
+            "--cold" => options.cold = true,
+            // Cargo's own.
+            "--bench" => {}
+            other => panic!("unknown option {other}"),
+        }
+    }
+    options
+}
+
+/// What one run of a command took.
+struct Run {
+    time: Duration,
+    peak_mib: u64,
+}
+
+/// Runs the command with `-v`, which tells of the memory it took.
+fn run(options: &Options, arguments: &[&str]) -> Run {
+    let began = Instant::now();
+    let output = Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt"))
+        .args(arguments)
+        .args(["-v", "--max-memory", &options.max_memory])
+        .output()
+        .expect("the command starts");
+    let time = began.elapsed();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {told}");
+    let peak = told.lines().find_map(|line| line.strip_suffix(" MiB of memory at the peak"));
+    Run { time, peak_mib: peak.map_or(0, |mib| mib.parse().expect("a number")) }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Measures `job` in turn with its limit, after `prepare`, and prints a line.
+fn measure(
+    options: &Options,
+    name: &str,
+    n_bytes: u64,
+    mut prepare: impl FnMut(),
+    mut limit: impl FnMut() -> Option<Duration>,
+    mut job: impl FnMut() -> Run,
+) {
+    let (mut limits, mut times, mut peak) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..options.runs {
+        prepare();
+        limits.extend(limit());
+        prepare();
+        let run = job();
+        times.push(run.time);
+        peak = peak.max(run.peak_mib);
+    }
+    let speed = |time: Duration| n_bytes as f64 / time.as_secs_f64() / 1e9;
+    let time = median(times);
+    let (limit, share) = match limits.is_empty() {
+        true => ("-".to_owned(), "-".to_owned()),
+        false => {
+            let limit = median(limits);
+            let share = 100.0 * limit.as_secs_f64() / time.as_secs_f64();
+            (format!("{:.2}", speed(limit)), format!("{share:.0} %"))
+        }
+    };
+    println!("{name:<28} {:>8.3} {:>8.2} {limit:>8} {share:>7} {peak:>6}", time.as_secs_f64(), speed(time));
+}
+
+fn main() {
+    let options = options();
+    let base = options.dir.join(options.shape.name);
+    options.shape.write(&base).expect("the checkpoint can be written");
+    let work = options.dir.join("work");
+    let remove = |path: &Path| match path.is_dir() {
+        true => fs::remove_dir_all(path).expect("output can be removed"),
+        false => drop(fs::remove_file(path)),
+    };
+    remove(&work);
+    fs::create_dir_all(&work).expect("a folder can be made");
+    let at = |name: &str| work.join(name).display().to_string();
+    let base_path = base.display().to_string();
+    let n_bytes: u64 = fs::read_dir(&base)
+        .expect("the checkpoint is a folder")
+        .filter_map(|entry| entry.ok()?.metadata().ok())
+        .map(|meta| meta.len())
+        .sum();
+    println!(
+        "{} shape, {:.2} GB, {} cores, {}, --max-memory {}",
+        options.shape.name,
+        n_bytes as f64 / 1e9,
+        rayon::current_num_threads(),
+        if options.cold { "cold" } else { "warm" },
+        options.max_memory
+    );
+    println!("{:<28} {:>8} {:>8} {:>8} {:>7} {:>6}", "job", "s", "GB/s", "limit", "share", "MiB");
+
+    let prepare = || if options.cold { limits::chill(&base) } else { limits::warm(&base) };
+    let read = || if options.cold { limits::read_direct(&base) } else { Some(limits::read_mapped(&base)) };
+    let mask = at("mask.safetensors");
+    for (name, extra) in [
+        ("mask --k 256", &["--k", "256"][..]),
+        ("mask --k 20", &["--k", "20"]),
+        ("mask --k 1 --hash", &["--k", "1", "--hash"]),
+        ("mask --budget 0.02% global", &["--budget", "0.02%", "--scope", "global"]),
+        ("mask --k 1", &["--k", "1"]),
+    ] {
+        let arguments = [&["mask", &base_path, "-o", &mask, "--force"], extra].concat();
+        measure(&options, name, n_bytes, prepare, read, || run(&options, &arguments));
+    }
+    let adapter = at("adapter.safetensors");
+    run(&options, &["init", &base_path, "--mask", &mask, "-o", &adapter]);
+    measure(
+        &options,
+        "diff with itself",
+        2 * n_bytes,
+        prepare,
+        || read().map(|time| 2 * time),
+        || run(&options, &["diff", &base_path, &base_path]),
+    );
+
+    let (copy, merged) = (work.join("copy"), work.join("merged"));
+    let merged_path = merged.display().to_string();
+    let cp = || {
+        remove(&copy);
+        let began = Instant::now();
+        let status = Command::new("cp").arg("-r").arg(&base).arg(&copy).status();
+        let time = began.elapsed();
+        // What it left to be written does not belong to the next measurement.
+        remove(&copy);
+        status.is_ok_and(|status| status.success()).then_some(time)
+    };
+    measure(&options, "merge -o (limit: cp -r)", n_bytes, prepare, cp, || {
+        remove(&merged);
+        run(&options, &["merge", &base_path, "--adapter", &adapter, "-o", &merged_path])
+    });
+    measure(
+        &options,
+        "verify --base",
+        2 * n_bytes,
+        prepare,
+        || None,
+        || run(&options, &["verify", &merged_path, "--base", &base_path]),
+    );
+    measure(
+        &options,
+        "unmerge --in-place",
+        n_bytes,
+        || run_quietly(&options, &adapter, &merged_path),
+        || None,
+        || run(&options, &["unmerge", &merged_path, "--in-place"]),
+    );
+    measure(
+        &options,
+        "merge --in-place",
+        n_bytes,
+        || unmerge_quietly(&options, &merged_path),
+        || None,
+        || run(&options, &["merge", &merged_path, "--adapter", &adapter, "--in-place"]),
+    );
+    remove(&work);
+}
+
+/// Merges in place unless that was done.
+fn run_quietly(options: &Options, adapter: &str, merged: &str) {
+    if !Path::new(merged).join(".neuroada/ledger").exists() {
+        run(options, &["merge", merged, "--adapter", adapter, "--in-place"]);
+    }
+}
+
+/// Takes out what was merged.
+fn unmerge_quietly(options: &Options, merged: &str) {
+    if Path::new(merged).join(".neuroada/ledger").exists() {
+        run(options, &["unmerge", merged, "--in-place"]);
+    }
+}
