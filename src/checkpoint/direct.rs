@@ -116,6 +116,11 @@ pub(super) fn open_for_writing(path: &Path, file: &File) -> Option<File> {
     open_as(File::options().write(true), path, file)
 }
 
+/// The same for both.
+pub(super) fn open_for_rewriting(path: &Path, file: &File) -> Option<File> {
+    open_as(File::options().read(true).write(true), path, file)
+}
+
 fn open_as(options: &mut OpenOptions, path: &Path, file: &File) -> Option<File> {
     let direct = options.custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()?;
     let (meta, same) = (direct.metadata().ok()?, file.metadata().ok()?);

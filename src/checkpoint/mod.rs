@@ -23,6 +23,7 @@ mod pipeline;
 mod raw_header;
 mod rewrite;
 mod scan;
+mod scatter;
 mod shard;
 
 pub use context::{Context, Io, Observer, Silent};
@@ -40,4 +41,5 @@ pub use output_dir::AtomicDir;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use rewrite::{rewrite_shard, windows};
 pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping};
+pub use scatter::{Patcher, Place};
 pub use shard::Shard;

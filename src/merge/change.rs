@@ -5,13 +5,7 @@
 //! says, proves the adapters' anchors and records the originals that `after` needs; [`patch`] writes what `after` says.
 //! Rolling back is [`patch`] in the other direction, and both may be repeated.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    ops::Range,
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{collections::BTreeMap, ops::Range};
 
 use super::{
     MergeError,
@@ -20,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::{merged_values, pick, union_columns},
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered},
+    checkpoint::{Checkpoint, Context, Patcher, Place, Printable, TensorRef, for_each_ordered},
     mask::TargetInfo,
     tensor::{RowColumns, RowLayout, dtype_name},
 };
@@ -102,7 +96,7 @@ impl<'a> Change<'a> {
 pub(super) fn patch(
     ctx: &Context<'_>,
     touched: &[Touched<'_>],
-    files: &[Option<File>],
+    files: &[Option<Patcher>],
     before: &Stack,
     after: &Stack,
 ) -> Result<(), MergeError> {
@@ -120,12 +114,8 @@ pub(super) fn patch(
         },
         |_, ()| Ok::<_, MergeError>(()),
     )?;
-    for target in touched.iter().map(|target| target.tensor.shard_index).collect::<BTreeSet<_>>() {
-        let path =
-            touched.iter().find(|t| t.tensor.shard_index == target).map_or(Path::new(""), |t| t.tensor.shard.path());
-        let file = files[target].as_ref().expect("touched shards are open for writing");
-        // Not tried again on failure: the system may have dropped the pages and would then report success.
-        file.sync_data().map_err(|e| CheckpointError::io("sync", path, e))?;
+    for file in files.iter().flatten() {
+        file.sync()?;
     }
     Ok(())
 }
@@ -134,7 +124,7 @@ fn patch_block(
     ctx: &Context<'_>,
     target: &Touched<'_>,
     rows: &Range<u64>,
-    file: &File,
+    file: &Patcher,
     before: &Stack,
     after: &Stack,
 ) -> Result<(), MergeError> {
@@ -156,44 +146,18 @@ fn patch_block(
         let (merged, _) = merged_values(dtype, &after.layers(), &after.touched, &originals);
         put(&all, &mut values, width, &after.touched, &merged);
     }
-    let start = tensor.shard.file_range(tensor.info).start;
-    let mut writes: Vec<(u64, usize)> = positions(&all)
-        .map(|(row, column, at)| {
-            (start + layout.flat(rows.start + row as u64, u64::from(column)) * width as u64, at * width)
-        })
-        .collect();
-    writes.sort_unstable();
-    write_elements(file, &writes, &values, width).map_err(|e| CheckpointError::io("write", tensor.shard.path(), e))?;
+    let place =
+        |row: u64, column: u64| tensor.shard.file_range(tensor.info).start + layout.flat(row, column) * width as u64;
+    let mut places: Vec<Place> =
+        positions(&all).map(|(row, column, at)| (place(rows.start + row as u64, u64::from(column)), at)).collect();
+    places.sort_unstable();
+    // Transposed rows lie between those of other blocks.
+    let own = match layout.transposed {
+        true => 0..0,
+        false => place(rows.start, 0)..place(rows.end - 1, layout.d_in - 1) + width as u64,
+    };
+    file.write(own, &places, &values, width)?;
     ctx.observer.advance((rows.end - rows.start) * tensor.info.n_bytes() / layout.n_rows());
-    Ok(())
-}
-
-/// Writes elements at ascending file offsets; those close together in one call, with what lies between them read first.
-fn write_elements(file: &File, writes: &[(u64, usize)], values: &[u8], width: usize) -> std::io::Result<()> {
-    /// Bytes between two elements up to which one longer write is cheaper than two calls.
-    const CLOSE: u64 = 1024;
-    const LONGEST: u64 = 1 << 20;
-    let mut buffer = Vec::new();
-    let mut rest = writes;
-    while let [(first, at), ..] = *rest {
-        let mut n = 1;
-        while n < rest.len() && rest[n].0 - rest[n - 1].0 <= CLOSE && rest[n].0 - first < LONGEST {
-            n += 1;
-        }
-        let (run, others) = rest.split_at(n);
-        rest = others;
-        if n == 1 {
-            file.write_all_at(&values[at..at + width], first)?;
-            continue;
-        }
-        buffer.resize((run[n - 1].0 - first) as usize + width, 0);
-        file.read_exact_at(&mut buffer, first)?;
-        for &(offset, at) in run {
-            let place = (offset - first) as usize;
-            buffer[place..place + width].copy_from_slice(&values[at..at + width]);
-        }
-        file.write_all_at(&buffer, first)?;
-    }
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use super::{
     state::{StateFolder, remove_file},
 };
 use crate::checkpoint::{
-    AtomicFile, Checkpoint, CheckpointError, CheckpointLock, Context, Existing, Silent, check_free_space,
+    AtomicFile, Checkpoint, CheckpointError, CheckpointLock, Context, Existing, Patcher, Silent, check_free_space,
     in_place_hazards, sync_folder,
 };
 
@@ -49,7 +49,7 @@ pub(super) fn apply(
 ) -> Result<MergeReport, MergeError> {
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
-    let files = open_for_writing(checkpoint, &touched)?;
+    let files = open_for_writing(ctx, checkpoint, &touched)?;
     let mut writer = LedgerWriter::create(&state.ledger_new(), &after.entries())?;
     let findings = change.examine(ctx, &touched, Some(&mut writer))?;
     judge(&change, &findings)?;
@@ -112,7 +112,7 @@ fn roll_back(
     checkpoint: &Checkpoint,
     state: &StateFolder,
     touched: &[Touched<'_>],
-    files: &[Option<File>],
+    files: &[Option<Patcher>],
     [after, before]: [&Stack; 2],
     error: MergeError,
 ) -> MergeError {
@@ -137,15 +137,15 @@ fn roll_back(
 
 /// The touched shards, open for reading and writing.
 pub(super) fn open_for_writing(
+    ctx: &Context<'_>,
     checkpoint: &Checkpoint,
     touched: &[Touched<'_>],
-) -> Result<Vec<Option<File>>, MergeError> {
+) -> Result<Vec<Option<Patcher>>, MergeError> {
     let open = |(index, shard): (usize, &crate::checkpoint::Shard)| {
         if !touched.iter().any(|target| target.tensor.shard_index == index) {
             return Ok(None);
         }
-        let file = File::options().read(true).write(true).open(shard.path());
-        Ok(Some(file.map_err(|e| CheckpointError::io("open for writing", shard.path(), e))?))
+        Ok(Some(Patcher::open(ctx, shard.path())?))
     };
     checkpoint.shards().iter().enumerate().map(open).collect()
 }

@@ -1,7 +1,7 @@
 //! A new checkpoint of the same layout: shards copied, examined and patched in one pass, side files brought along.
 
 use std::{
-    fs::{self, File},
+    fs,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -17,8 +17,8 @@ use super::{
     state::{StateFolder, remove_file},
 };
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Shard, Silent, check_free_space,
-    copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
+    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Patcher, Shard, Silent,
+    check_free_space, copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -94,10 +94,8 @@ pub(super) fn apply(
     writer.finish(ctx)?;
     let after = Stack::open_ledger(ctx, &state, &state.ledger())?;
     for (index, later, part, path) in patched_later {
-        let file = File::options().read(true).write(true).open(&part);
-        let file = file.map_err(|e| CheckpointError::io("open for writing", &part, e))?;
-        let mut files: Vec<Option<File>> = checkpoint.shards().iter().map(|_| None).collect();
-        files[index] = Some(file);
+        let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
+        files[index] = Some(Patcher::open(ctx, &part)?);
         patch(ctx, &later, &files, before, &after)?;
         give_name(&part, &path)?;
     }

@@ -79,7 +79,7 @@ pub(super) fn recover_locked(
     }
     let change = Change { checkpoint, before: &before, after: &after };
     let touched = change.touched()?;
-    let files = in_place::open_for_writing(checkpoint, &touched)?;
+    let files = in_place::open_for_writing(ctx, checkpoint, &touched)?;
     patch(ctx, &touched, &files, &after, &before)?;
     in_place::finish(state)?;
     state.tidy(&before.ids())?;

@@ -1,0 +1,247 @@
+//! Elements written at chosen positions of a file, with as few and as long writes as pay.
+
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use super::{
+    CheckpointError, Context, Io,
+    direct::{self, ALIGNMENT},
+    mmap::is_cached,
+};
+
+/// Bytes between two elements up to which, in memory, one longer write is cheaper than two calls.
+const CLOSE: u64 = 1024;
+/// The same on disk, where the page of each element would first be read, one after the other.
+const CLOSE_ON_DISK: u64 = 32 << 10;
+/// The longest write.
+const LONGEST: u64 = 4 << 20;
+/// Shorter runs go through the page cache.
+const LEAST_DIRECT: u64 = 64 << 10;
+
+/// A file open for changes in place.
+#[derive(Debug)]
+pub struct Patcher {
+    path: PathBuf,
+    file: File,
+    /// The file once more, for direct reads and writes; none where there are none.
+    direct: Option<File>,
+    /// Set when the file system refused them.
+    refused: AtomicBool,
+    io: Io,
+}
+
+/// Where an element goes: bytes from the start of the file, and its index among the elements.
+pub type Place = (u64, usize);
+
+impl Patcher {
+    /// Opens the existing file `path` for reading and writing.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Self, CheckpointError> {
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.map_err(|e| CheckpointError::io("open for writing", path, e))?;
+        let direct = match ctx.io {
+            Io::Auto | Io::Direct => direct::open_for_rewriting(path, &file),
+            Io::Mapped | Io::Read => None,
+        };
+        Ok(Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io })
+    }
+
+    /// Writes elements of `width` bytes at `places`, which ascend; `elements` holds them one after the other.
+    ///
+    /// Between the elements nothing changes. What lies in `own`, a run of the file, nobody else writes meanwhile: there, where
+    /// the file is not in memory, whole pages are read and written past the page cache. Memory: the longest write, 4 MiB.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`]; some of the elements may then be written.
+    pub fn write(
+        &self,
+        own: Range<u64>,
+        places: &[Place],
+        elements: &[u8],
+        width: usize,
+    ) -> Result<(), CheckpointError> {
+        let (Some(first), Some(last)) = (places.first(), places.last()) else { return Ok(()) };
+        let page = ALIGNMENT as u64;
+        let own = own.start.next_multiple_of(page)..own.end / page * page;
+        let is_long = last.0 - first.0 >= LEAST_DIRECT && own.end.saturating_sub(own.start) >= LEAST_DIRECT;
+        let patch = Patch { places, elements, width };
+        let written = match self.direct.as_ref().filter(|_| is_long && !self.refused.load(Relaxed)) {
+            Some(direct) if self.is_cold(&own) => match patch.write_past_cache(&self.file, direct, &own) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                    self.refused.store(true, Relaxed);
+                    patch.write(&self.file)
+                }
+                written => written,
+            },
+            _ => patch.write(&self.file),
+        };
+        written.map_err(|e| CheckpointError::io("write", &self.path, e))
+    }
+
+    fn is_cold(&self, run: &Range<u64>) -> bool {
+        self.io == Io::Direct || !is_cached(&self.file, run.start, (run.end - run.start) as usize)
+    }
+
+    /// Waits until what was written is on disk.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`], as "sync". Trying again proves nothing: the system may have dropped the pages and would then
+    /// report success.
+    pub fn sync(&self) -> Result<(), CheckpointError> {
+        self.file.sync_data().map_err(|e| CheckpointError::io("sync", &self.path, e))
+    }
+}
+
+/// Elements on their way to a file.
+#[derive(Clone, Copy)]
+struct Patch<'a> {
+    places: &'a [Place],
+    elements: &'a [u8],
+    width: usize,
+}
+
+impl<'a> Patch<'a> {
+    /// Puts the elements into `bytes`, which begin at `start` of the file.
+    fn put(&self, bytes: &mut [u8], start: u64) {
+        let width = self.width;
+        for &(offset, at) in self.places {
+            let place = (offset - start) as usize;
+            bytes[place..place + width].copy_from_slice(&self.elements[at * width..(at + 1) * width]);
+        }
+    }
+
+    /// Runs of places at most `gap` bytes apart, at most [`LONGEST`] long.
+    fn runs(self, gap: u64) -> impl Iterator<Item = Self> {
+        let mut rest = self.places;
+        std::iter::from_fn(move || {
+            let first = rest.first()?.0;
+            let is_in = |pair: &&[Place]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < LONGEST;
+            let n = 1 + rest.windows(2).take_while(is_in).count();
+            let (run, others) = rest.split_at(n);
+            rest = others;
+            Some(Self { places: run, ..self })
+        })
+    }
+
+    /// Where the first element begins and the last one ends.
+    fn span(&self) -> Range<u64> {
+        let (first, last) = (self.places[0].0, self.places[self.places.len() - 1].0);
+        first..last + self.width as u64
+    }
+
+    /// Writes through the page cache; nothing but the elements is written.
+    fn write(self, file: &File) -> io::Result<()> {
+        let mut buffer = Vec::new();
+        for run in self.runs(CLOSE) {
+            let span = run.span();
+            buffer.resize((span.end - span.start) as usize, 0);
+            if run.places.len() > 1 {
+                file.read_exact_at(&mut buffer, span.start)?;
+            }
+            run.put(&mut buffer, span.start);
+            file.write_all_at(&buffer, span.start)?;
+        }
+        Ok(())
+    }
+
+    /// Writes whole pages of `own` past the page cache, everything else through it.
+    fn write_past_cache(self, file: &File, direct: &File, own: &Range<u64>) -> io::Result<()> {
+        let before = self.places.partition_point(|place| place.0 < own.start);
+        let inside = before + self.places[before..].partition_point(|place| place.0 + self.width as u64 <= own.end);
+        let part = |places: &'a [Place]| Self { places, ..self };
+        part(&self.places[..before]).write(file)?;
+        for run in part(&self.places[before..inside]).runs(CLOSE_ON_DISK) {
+            let page = ALIGNMENT as u64;
+            let (start, end) = (run.span().start / page * page, run.span().end.next_multiple_of(page));
+            if end - start < LEAST_DIRECT {
+                run.write(file)?;
+                continue;
+            }
+            let mut bytes = direct::read(direct, start, (end - start) as usize)?;
+            run.put(bytes.as_mut(), start);
+            direct.write_all_at(&bytes, start)?;
+        }
+        part(&self.places[inside..]).write(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Places at many distances, in the file and at its edges.
+    fn places(n_bytes: u64, width: u64) -> Vec<u64> {
+        let mut places = vec![0, width, 4096 - width, 4096, 4096 + 2 * width];
+        let gaps =
+            [width, 1000 * width, CLOSE, CLOSE + width, 5000 / width * width, CLOSE_ON_DISK, CLOSE_ON_DISK + width];
+        for gap in gaps.into_iter().cycle() {
+            let next = places[places.len() - 1] + gap;
+            if next > n_bytes - width {
+                break;
+            }
+            places.push(next);
+        }
+        places.extend((places[places.len() - 1] < n_bytes - width).then_some(n_bytes - width));
+        places
+    }
+
+    #[test]
+    fn elements_go_where_they_belong_and_nowhere_else() {
+        let dir = tempfile::tempdir_in(".").unwrap();
+        let path = dir.path().join("f");
+        for (n_bytes, width) in [(9_000_000_u64, 2_u64), (300_000, 4), (5000, 1), (8, 8)] {
+            let bytes: Vec<u8> = (0..n_bytes).map(|i| (i * 31 % 251) as u8).collect();
+            let mut offsets = places(n_bytes.max(9000), width);
+            offsets.retain(|&offset| offset + width <= n_bytes);
+            let elements: Vec<u8> = (0..offsets.len() as u64 * width).map(|i| (i * 17 % 253) as u8).collect();
+            // The elements lie in another order than the places.
+            let n = offsets.len();
+            let placed: Vec<Place> = offsets.iter().enumerate().map(|(i, &offset)| (offset, n - 1 - i)).collect();
+            let mut expected = bytes.clone();
+            for &(offset, at) in &placed {
+                let (to, from) = (offset as usize, at * width as usize);
+                expected[to..to + width as usize].copy_from_slice(&elements[from..from + width as usize]);
+            }
+            for io in [Io::Auto, Io::Direct, Io::Mapped, Io::Read] {
+                for own in [0..n_bytes, 0..0, 4097..n_bytes.max(4097) - 1, n_bytes / 2..n_bytes] {
+                    std::fs::write(&path, &bytes).unwrap();
+                    let patcher = Patcher::open(&Context { io, ..Context::default() }, &path).unwrap();
+                    patcher.write(own.clone(), &placed, &elements, width as usize).unwrap();
+                    patcher.sync().unwrap();
+                    assert!(std::fs::read(&path).unwrap() == expected, "{n_bytes} {io:?} {own:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_share_pages_without_losing_a_byte() {
+        let dir = tempfile::tempdir_in(".").unwrap();
+        let path = dir.path().join("f");
+        const N: u64 = 64;
+        // Each part ends in the middle of a page, where the next one begins.
+        const PART: u64 = 70_001;
+        std::fs::write(&path, vec![0; (N * PART) as usize]).unwrap();
+        let patcher = Patcher::open(&Context { io: Io::Direct, ..Context::default() }, &path).unwrap();
+        std::thread::scope(|scope| {
+            for part in 0..N {
+                let patcher = &patcher;
+                scope.spawn(move || {
+                    let places: Vec<Place> = (0..PART).map(|i| (part * PART + i, i as usize)).collect();
+                    let elements = vec![part as u8 + 1; PART as usize];
+                    patcher.write(part * PART..(part + 1) * PART, &places, &elements, 1).unwrap();
+                });
+            }
+        });
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.iter().enumerate().all(|(i, &byte)| u64::from(byte) == i as u64 / PART + 1));
+    }
+}
