@@ -38,23 +38,22 @@ pub fn instruction_set() -> &'static str {
     simd::name()
 }
 
-/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to). Keys below
-/// `floor` need not be counted: who knows one is told faster.
+/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to).
 ///
 /// # Errors
 /// [`NotANumber`] names the first row and column holding a NaN.
-pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, floor: u64, counts: &mut [u32]) -> Result<(), NotANumber> {
-    keys::with_key!(rows.space(), K => {
-        // Where most keys are counted, finding them first does not pay.
-        let counted = if floor == 0 { None } else { simd::columns_from::<K>(rows, floor) };
-        match counted {
-            Some(keyed) => {
-                let (_, keys) = keyed?;
-                keys.iter().filter_map(|&key| digit.of(key.into())).for_each(|value| counts[value] += 1);
-                Ok(())
-            }
-            None => portable::count_keys::<K>(rows, digit, counts),
-        }
+pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, counts: &mut [u32]) -> Result<(), NotANumber> {
+    keys::with_key!(rows.space(), K => portable::count_keys::<K>(rows, digit, counts))
+}
+
+/// The keys not below `bound`, row by row.
+///
+/// # Errors
+/// [`NotANumber`] names the first row and column holding a NaN.
+pub fn keys_from(rows: &ScoredRows<'_>, bound: u64) -> Result<Vec<u64>, NotANumber> {
+    keys::with_key!(rows.space(), K => match simd::columns_from::<K>(rows, bound) {
+        Some(keyed) => Ok(keyed?.1.into_iter().map(u64::from).collect()),
+        None => portable::keys_from::<K>(rows, bound),
     })
 }
 

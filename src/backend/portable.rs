@@ -23,6 +23,13 @@ pub(super) fn count_keys<K: Key>(rows: &ScoredRows<'_>, digit: Digit, counts: &m
     })
 }
 
+/// Judge of [`super::keys_from`].
+pub(super) fn keys_from<K: Key>(rows: &ScoredRows<'_>, bound: u64) -> Result<Vec<u64>, NotANumber> {
+    let mut found = Vec::new();
+    for_each_row::<K>(rows, |keys| for_each_from(keys, K::from_u64(bound), |key, _| found.push(key.to_u64())))?;
+    Ok(found)
+}
+
 /// Judge of [`super::cut_rows`].
 pub(super) fn cut_rows<K: Key>(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) -> Result<CutRows, NotANumber> {
     let cut = K::from_u64(cut);
@@ -290,7 +297,7 @@ mod tests {
             let (mut digit, mut before) = (Digit::first(rows.space()), 0);
             let cut = loop {
                 let mut counts = vec![0; Digit::VALUES];
-                super::super::count_keys(&rows, digit, digit.floor(), &mut counts).unwrap();
+                super::super::count_keys(&rows, digit, &mut counts).unwrap();
                 let value = (0..Digit::VALUES).rev().find(|&value| {
                     let found = before + counts[value] as usize > rank;
                     before += if found { 0 } else { counts[value] as usize };

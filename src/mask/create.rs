@@ -1,23 +1,19 @@
 //! Choosing connections, out of core.
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::{collections::BTreeMap, path::Path};
 
 use serde::Serialize;
 
 use super::{
     Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Partition, Recipe, Scope, SkippedTensor,
+    cut::{Cut, find_cut},
     source::{Source, sources},
     targets::{LLAMA_PROJECTIONS, select_targets},
 };
 use crate::{
-    backend::{CutRows, Digit, KeySpace, count_keys, cut_rows, gather, topk_rows},
+    backend::{CutRows, KeySpace, cut_rows, gather, topk_rows},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows,
-        scan_rows_keeping,
+        Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows_keeping,
     },
     tensor::{RowBlock, RowColumns, projection_kind},
 };
@@ -71,8 +67,9 @@ pub struct MaskReport {
 /// Chooses connections of `checkpoint` and writes the mask to `output`, or only reports what it would hold.
 ///
 /// Ranks by score; equal scores go to the smaller column (in wider scopes: to the smaller tensor name, row, column). The
-/// same mask comes out for any thread count and window size. Reads the targets once in row scope; in the wider scopes once for
-/// every 16 bits of a key and once more. Memory: a few windows per thread.
+/// same mask comes out for any thread count and window size. Reads the targets once in row scope and twice in the wider scopes, where
+/// the chosen entries' keys fit into a quarter of [`Context::max_memory`] at 8 bytes each; where not, once for every 16 bits of
+/// a key and once more. Memory: a few windows per thread, and those keys.
 ///
 /// ```
 /// use neuroada_ckpt::{checkpoint::{Checkpoint, Context, Existing}, mask::{MaskFile, MaskOptions, create_mask}};
@@ -259,7 +256,8 @@ impl Job<'_> {
         let space = targets.iter().map(|&target| sources[target].key_space()).reduce(KeySpace::common);
         let space = space.expect("there is a target");
         let scans: Vec<RowScan<'_>> = targets.iter().map(|&target| sources[target].scan).collect();
-        let Cut { key, mut n_ties } = self.find_cut(targets, &scans, space, n)?;
+        let competing: Vec<&Source<'_>> = targets.iter().map(|&target| &sources[target]).collect();
+        let Cut { key, mut n_ties } = find_cut(ctx, &competing, space, n)?;
         let most_ties = n_ties;
         let mut progress = Progress::default();
         scan_rows_keeping(
@@ -286,46 +284,6 @@ impl Job<'_> {
                 self.push(&mut progress, targets[span.target], span, (chosen, window), None)
             },
         )
-    }
-
-    /// The key of the `n`-th best, and how many entries of that very key belong to the `n`.
-    fn find_cut(&self, targets: &[usize], scans: &[RowScan<'_>], space: KeySpace, n: u64) -> Result<Cut, MaskError> {
-        let (ctx, sources) = (self.ctx, self.sources);
-        let mut digit = Digit::first(space);
-        let mut left = n;
-        loop {
-            let mut counts = vec![0u64; Digit::VALUES];
-            // What is known so far to be no part of the best: as soon as enough keys were seen, few are left to look at.
-            let floor = AtomicU64::new(digit.floor());
-            scan_rows(
-                ctx,
-                "ranking",
-                scans,
-                |span, block| {
-                    let mut counts = vec![0u32; Digit::VALUES];
-                    let source = &sources[targets[span.target]];
-                    let floor = floor.load(Relaxed);
-                    source.for_each_run(ctx, space, span, block, |_, scored| {
-                        count_keys(scored, digit, floor, &mut counts)
-                    })?;
-                    Ok::<_, MaskError>(counts)
-                },
-                |_, of_block| {
-                    counts.iter_mut().zip(of_block).for_each(|(count, n)| *count += u64::from(n));
-                    if let Some((value, _)) = reach(&counts, left) {
-                        floor.store(digit.then(value).0, Relaxed);
-                    }
-                    Ok(())
-                },
-            )?;
-            let (value, n_above) = reach(&counts, left).expect("no more are wanted than there are");
-            left -= n_above;
-            let (key, below) = digit.then(value);
-            match below {
-                Some(below) => digit = below,
-                None => return Ok(Cut { key, n_ties: left }),
-            }
-        }
     }
 
     /// Hands a block's rows to the writer, target after target; `window` holds them where whole tensors are hashed.
@@ -397,18 +355,6 @@ impl Job<'_> {
     }
 }
 
-/// The value at which `n` are reached, counted from the largest, and how many lie above it.
-fn reach(counts: &[u64], n: u64) -> Option<(usize, u64)> {
-    let mut n_above = 0;
-    for (value, count) in counts.iter().enumerate().rev() {
-        if n_above + count >= n {
-            return Some((value, n_above));
-        }
-        n_above += count;
-    }
-    None
-}
-
 fn empty_kind(kind: &str) -> MaskKind {
     MaskKind { kind: kind.to_owned(), n_tensors: 0, n_rows: 0, n_parameters: 0, n_chosen: 0, share: 0.0 }
 }
@@ -418,12 +364,6 @@ fn empty_kind(kind: &str) -> MaskKind {
 struct Progress {
     /// Of all its bytes so far.
     whole: blake3::Hasher,
-}
-
-/// The key of the last entry that is chosen.
-struct Cut {
-    key: u64,
-    n_ties: u64,
 }
 
 /// Columns of a block, rows that take no part left empty.

@@ -5,6 +5,7 @@
 //! in common on disk (columns, row offsets, the JSON document) is read and written here, a run of rows at a time.
 
 mod create;
+mod cut;
 mod document;
 mod error;
 mod file;

@@ -1,0 +1,176 @@
+//! The key at which a budget ends, found without sorting.
+//!
+//! Keys are counted by their first 16 bits; where the budget ends is then known to 16 bits, and counting the next 16 bits of
+//! the keys that begin so tells more. As soon as enough keys were seen, those too small to matter are passed over, and what is
+//! left is few: where they fit into the memory allowed, all bits of them are kept, and one pass over the data is enough.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use super::{MaskError, source::Source};
+use crate::{
+    backend::{Digit, KeySpace, count_keys, keys_from},
+    checkpoint::{Context, RowScan, scan_rows},
+};
+
+/// The key of the last entry that is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Cut {
+    pub(super) key: u64,
+    /// How many entries of that very key are chosen.
+    pub(super) n_ties: u64,
+}
+
+/// The key of the `n`-th best entry of all rows of `sources`.
+///
+/// Reads them once, or once for every 16 bits of a key where the best do not fit into a quarter of the memory allowed.
+pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpace, n: u64) -> Result<Cut, MaskError> {
+    let scans: Vec<RowScan<'_>> = sources.iter().map(|source| source.scan).collect();
+    let mut digit = Digit::first(space);
+    let mut left = n;
+    loop {
+        let mut counts = vec![0u64; Digit::VALUES];
+        // What is known so far to be no part of the best: as soon as enough keys were seen, few are left to look at.
+        let floor = AtomicU64::new(digit.floor());
+        let best = Best::new(if digit.shift == 0 { 0 } else { (ctx.max_memory / 4 / 8) as usize });
+        let mut kept = Vec::new();
+        scan_rows(
+            ctx,
+            "ranking",
+            &scans,
+            |span, block| {
+                let mut found = Found::default();
+                let floor = floor.load(Relaxed);
+                sources[span.target].for_each_run(ctx, space, span, block, |_, scored| {
+                    if floor == 0 && !best.fits() {
+                        // Where most keys are counted, finding them first does not pay.
+                        return count_keys(scored, digit, &mut found.counts);
+                    }
+                    let keys = keys_from(scored, floor)?;
+                    keys.iter().filter_map(|&key| digit.of(key)).for_each(|value| found.counts[value] += 1);
+                    if best.fits() {
+                        found.keys.extend(keys);
+                        found.keep_best(digit, left);
+                    }
+                    Ok(())
+                })?;
+                Ok::<_, MaskError>(found)
+            },
+            |_, found| {
+                counts.iter_mut().zip(found.counts).for_each(|(count, n)| *count += u64::from(n));
+                if let Some((value, _)) = reach(&counts, left) {
+                    floor.store(digit.then(value).0, Relaxed);
+                }
+                best.keep(&mut kept, found.keys, floor.load(Relaxed));
+                Ok(())
+            },
+        )?;
+        let (value, n_above) = reach(&counts, left).expect("no more are wanted than there are");
+        left -= n_above;
+        let (key, below) = digit.then(value);
+        let Some(below) = below else { return Ok(Cut { key, n_ties: left }) };
+        if best.fits() {
+            kept.retain(|&key| digit.of(key) == Some(value));
+            return Ok(nth_largest(&mut kept, left));
+        }
+        digit = below;
+    }
+}
+
+/// What a block of rows holds.
+struct Found {
+    counts: Vec<u32>,
+    /// Those that may belong to the best.
+    keys: Vec<u64>,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self { counts: vec![0; Digit::VALUES], keys: Vec::new() }
+    }
+}
+
+impl Found {
+    /// Forgets keys that cannot be among the `n` best, judged by this block alone.
+    fn keep_best(&mut self, digit: Digit, n: u64) {
+        let counts: Vec<u64> = self.counts.iter().map(|&count| count.into()).collect();
+        if let Some((value, _)) = reach(&counts, n) {
+            let floor = digit.then(value).0;
+            self.keys.retain(|&key| key >= floor);
+        }
+    }
+}
+
+/// Whether the best keys are kept in memory.
+struct Best {
+    most: usize,
+    fit: AtomicBool,
+}
+
+impl Best {
+    fn new(most: usize) -> Self {
+        Self { most, fit: AtomicBool::new(most > 0) }
+    }
+    fn fits(&self) -> bool {
+        self.fit.load(Relaxed)
+    }
+    /// Adds `keys` to `kept`, or gives up.
+    fn keep(&self, kept: &mut Vec<u64>, keys: Vec<u64>, floor: u64) {
+        if !self.fits() {
+            return;
+        }
+        if kept.len() + keys.len() > self.most {
+            kept.retain(|&key| key >= floor);
+        }
+        if kept.len() + keys.len() > self.most {
+            self.fit.store(false, Relaxed);
+            *kept = Vec::new();
+        } else {
+            kept.extend(keys.into_iter().filter(|&key| key >= floor));
+        }
+    }
+}
+
+/// The value at which `n` are reached, counted from the largest, and how many lie above it.
+fn reach(counts: &[u64], n: u64) -> Option<(usize, u64)> {
+    let mut n_above = 0;
+    for (value, count) in counts.iter().enumerate().rev() {
+        if n_above + count >= n {
+            return Some((value, n_above));
+        }
+        n_above += count;
+    }
+    None
+}
+
+/// The `n`-th largest of `keys`, counted from 1, and how many of the `n` are equal to it.
+fn nth_largest(keys: &mut [u64], n: u64) -> Cut {
+    let (above, &mut key, _) = keys.select_nth_unstable_by(n as usize - 1, |a, b| b.cmp(a));
+    Cut { key, n_ties: n - above.iter().filter(|&&other| other > key).count() as u64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nth_largest_knows_its_ties() {
+        for n in 1..=7 {
+            let cut = nth_largest(&mut [5, 9, 5, 1, 5, 9, 0], n);
+            let expected = [(9, 1), (9, 2), (5, 1), (5, 2), (5, 3), (1, 1), (0, 1)][n as usize - 1];
+            assert_eq!((cut.key, cut.n_ties), expected);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_given_up_for_good() {
+        let best = Best::new(4);
+        let mut kept = Vec::new();
+        best.keep(&mut kept, vec![1, 2, 3], 2);
+        best.keep(&mut kept, vec![5, 6, 7], 3);
+        assert_eq!(kept, [3, 5, 6, 7]);
+        best.keep(&mut kept, vec![8], 3);
+        assert!(!best.fits() && kept.is_empty());
+        best.keep(&mut kept, vec![9], 9);
+        assert!(kept.is_empty());
+    }
+}
