@@ -10,6 +10,7 @@
 //! - [`merge`], [`diff`], [`extract`]: what users ask for; they do not import one another
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
+//! - [`peft`]: adapters as other tools leave them on disk
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
 //! - [`tensor`]: plain values
 
@@ -20,4 +21,5 @@ pub mod diff;
 pub mod extract;
 pub mod mask;
 pub mod merge;
+pub mod peft;
 pub mod tensor;

@@ -14,15 +14,19 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("gpu", &["tensor"]),
     ("checkpoint", &["tensor"]),
     ("backend", &["tensor", "gpu"]),
+    ("peft", &["tensor", "checkpoint"]),
     ("mask", &["tensor", "gpu", "checkpoint", "backend"]),
     ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),
     ("extract", BELOW_COMMANDS),
     ("train", BELOW_COMMANDS),
-    ("cli", &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter", "merge", "diff", "extract", "train"]),
+    (
+        "cli",
+        &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter", "merge", "diff", "extract", "train"],
+    ),
 ];
-const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "mask", "adapter"];
+const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter"];
 
 const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "indicatif", "signal_hook"];

@@ -19,7 +19,7 @@ pub(super) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std
 }
 
 /// Reads a whole file of at most `most` bytes.
-pub(super) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
+pub(crate) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
     let (file, meta) = open_regular(path, "read")?;
     let too_long =
         |found: u64| CheckpointError::bad_file(path, format!("has {found} bytes, at most {most} are accepted"));
@@ -33,7 +33,7 @@ pub(super) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointEr
 }
 
 /// What serde_json found wrong, with the byte of the file where it stands; `json` begins at `offset` of the file.
-pub(super) fn malformed(json: &[u8], offset: u64, error: &serde_json::Error) -> String {
+pub(crate) fn malformed(json: &[u8], offset: u64, error: &serde_json::Error) -> String {
     let (text, line, column) = (error.to_string(), error.line(), error.column());
     let place = format!(" at line {line} column {column}");
     let text = Printable(text.strip_suffix(&place).unwrap_or(&text)).to_string();

@@ -1,0 +1,511 @@
+//! A LoRA adapter: which low-rank product goes to which module.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use super::{LoraConfig, PeftError, PeftFolder, PeftName, base_name};
+use crate::{
+    checkpoint::{CheckpointError, Context, Printable, Shard, TensorInfo},
+    tensor::{Dtype, dtype_name, projection_kind},
+};
+
+/// The part of names that marks LoRA's tensors.
+const PART_PREFIX: &str = "lora_";
+/// How two parameters of one module are nested, innermost first: in the order in which the models declare them.
+const NESTING: [&str; 2] = ["gate_up_proj", "down_proj"];
+
+/// How the factors of a module are laid out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LoraShape {
+    /// `A` is `[r, d_in]`, `B` is `[d_out, r]`; of convolutions `d_in` counts the kernel too.
+    Linear {
+        /// Rows of `B`.
+        d_out: u64,
+        /// Row length of `A`.
+        d_in: u64,
+    },
+    /// `A` is `[r, vocabulary]`, `B` is `[d_out, r]`; the weight is `[vocabulary, d_out]`.
+    Embedding {
+        /// Rows of the weight.
+        vocabulary: u64,
+        /// Row length of the weight.
+        d_out: u64,
+    },
+    /// A stack of experts, targeted as a parameter: `A` is `[E * r, d_in]`, `B` is `[d_out, r * E]`.
+    Experts {
+        /// `E`.
+        n_experts: u64,
+        /// Rows of `B`.
+        d_out: u64,
+        /// Row length of `A`.
+        d_in: u64,
+    },
+}
+
+/// A module that gets a low-rank product.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LoraModule {
+    /// The module as the model names it.
+    pub module: String,
+    /// Its parameter: `weight`, unless targeted by its own name.
+    pub parameter: String,
+    /// How the factors are laid out.
+    pub shape: LoraShape,
+    /// The rank.
+    pub rank: u64,
+    /// What the product is multiplied by.
+    pub scaling: f64,
+    /// The adapter's tensors, by their names in the file.
+    pub a: String,
+    /// The second factor.
+    pub b: String,
+    /// The second factor's bias, `[d_out]`.
+    pub bias: Option<String>,
+    /// Magnitudes (DoRA), `[d_out]`.
+    pub magnitude: Option<String>,
+}
+
+impl LoraModule {
+    /// `MODULE.PARAMETER`.
+    pub fn target(&self) -> String {
+        format!("{}.{}", self.module, self.parameter)
+    }
+}
+
+/// A tensor that an adapter holds in full.
+#[derive(Clone, PartialEq, Debug)]
+pub struct FullTensor {
+    /// The parameter as the model names it.
+    pub name: String,
+    /// Its name in the file.
+    pub tensor: String,
+}
+
+/// An open LoRA adapter: header in memory, factors on disk.
+#[derive(Debug)]
+pub struct LoraAdapter {
+    folder: PeftFolder,
+    config: LoraConfig,
+    modules: Vec<LoraModule>,
+    full: Vec<FullTensor>,
+}
+
+impl LoraAdapter {
+    /// Opens the folder `path`: every tensor has a role, every shape fits the config. Reads the header only.
+    ///
+    /// # Errors
+    /// Files that are not what they should be, with a list of all that does not fit; variants that are not implemented.
+    pub fn open(path: &Path) -> Result<Self, PeftError> {
+        let folder = PeftFolder::open(path)?;
+        let config = LoraConfig::of(folder.config())?;
+        let mut found = Found::default();
+        for info in folder.shard().header().by_name() {
+            found.add(info);
+        }
+        let modules = found.modules(&config);
+        if !found.problems.is_empty() {
+            let what = format!("{} of its tensors are not what a LoRA adapter has", found.problems.len());
+            let path = folder.shard().path().to_owned();
+            return Err(CheckpointError::Many { path, what, problems: found.problems }.into());
+        }
+        if modules.is_empty() && found.full.is_empty() {
+            return Err(CheckpointError::bad_file(folder.shard().path(), "has no tensors: nothing to merge").into());
+        }
+        let full = found.full.into_iter().map(|(name, tensor)| FullTensor { name, tensor }).collect();
+        Ok(Self { folder, config, modules, full })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+    /// The adapter's two files.
+    pub fn files(&self) -> [PathBuf; 2] {
+        [self.folder.config().path().to_owned(), self.shard().path().to_owned()]
+    }
+    /// The tensors' file.
+    pub fn shard(&self) -> &Shard {
+        self.folder.shard()
+    }
+    /// What the config says.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+    /// Modules with low-rank products, by module and parameter.
+    pub fn modules(&self) -> &[LoraModule] {
+        &self.modules
+    }
+    /// Tensors it holds in full, by name.
+    pub fn full(&self) -> &[FullTensor] {
+        &self.full
+    }
+
+    /// The tensor of this name in the file.
+    ///
+    /// # Panics
+    /// Where the adapter has none.
+    pub fn tensor(&self, name: &str) -> &TensorInfo {
+        self.shard().header().tensor(name).expect("names come from the header")
+    }
+
+    /// Parameters in all.
+    pub fn n_parameters(&self) -> u64 {
+        self.shard().header().tensors().iter().map(TensorInfo::n_elements).fold(0, u64::saturating_add)
+    }
+
+    /// The BLAKE3 of all that a merge depends on, reading and proving all of it: every number is finite.
+    ///
+    /// Hashed, all integers little-endian: a domain; for each module, in order, its name, parameter, shape, rank, scaling, and type
+    /// and BLAKE3 of each of its tensors; for each full tensor its name, type, shape and BLAKE3; `fan_in_fan_out`. The name of
+    /// the base, the training options and the order of the files count nothing. Memory: a window.
+    ///
+    /// # Errors
+    /// A number that is not finite, naming the tensor and the place.
+    pub fn id(&self, ctx: &Context<'_>) -> Result<blake3::Hash, PeftError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"neuroada-ckpt LoRA id v1\n").update(&[u8::from(self.config.fan_in_fan_out)]);
+        let text = |hasher: &mut blake3::Hasher, text: &str| {
+            hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+        };
+        for module in &self.modules {
+            text(&mut hasher, &module.module);
+            text(&mut hasher, &module.parameter);
+            text(&mut hasher, &format!("{:?}", module.shape));
+            hasher.update(&module.rank.to_le_bytes()).update(&module.scaling.to_le_bytes());
+            for tensor in [Some(&module.a), Some(&module.b), module.bias.as_ref(), module.magnitude.as_ref()] {
+                let Some(tensor) = tensor else {
+                    hasher.update(&[0]);
+                    continue;
+                };
+                hasher.update(&[1]);
+                text(&mut hasher, &dtype_name(self.tensor(tensor).dtype));
+                hasher.update(self.digest(ctx, self.tensor(tensor))?.as_bytes());
+            }
+        }
+        for full in &self.full {
+            let info = self.tensor(&full.tensor);
+            text(&mut hasher, &full.name);
+            text(&mut hasher, &dtype_name(info.dtype));
+            text(&mut hasher, &format!("{:?}", info.shape));
+            hasher.update(self.digest(ctx, info)?.as_bytes());
+        }
+        self.shard().unchanged()?;
+        Ok(hasher.finalize())
+    }
+
+    /// The BLAKE3 of a tensor whose numbers are all finite.
+    fn digest(&self, ctx: &Context<'_>, info: &TensorInfo) -> Result<blake3::Hash, PeftError> {
+        let mut hasher = blake3::Hasher::new();
+        let width = info.dtype.bitsize() as u64 / 8;
+        for start in (0..info.n_bytes()).step_by(ctx.window_bytes() as usize) {
+            ctx.check()?;
+            let end = info.n_bytes().min(start + ctx.window_bytes());
+            let window = self.shard().window(ctx, info, start..end)?;
+            if let Some(at) = first_not_finite(info.dtype, &window) {
+                let what = format!("element {} is not a finite number", start / width + at as u64);
+                return Err(CheckpointError::bad_tensor(self.shard().path(), &info.name, what).into());
+            }
+            hasher.update(&window);
+            self.shard().confirm(&window)?;
+        }
+        Ok(hasher.finalize())
+    }
+}
+
+fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    use crate::tensor::Float;
+    crate::tensor::with_float!(dtype, T => {
+        bytes.chunks_exact(T::BYTES).position(|element| !T::from_le(element).is_finite())
+    }, else unreachable!("factors are floats"))
+}
+
+/// The tensors of a file, sorted by what they are.
+#[derive(Default)]
+struct Found {
+    /// By module and nesting depth, the parts by name.
+    parts: BTreeMap<(String, usize), BTreeMap<String, TensorInfo>>,
+    full: BTreeMap<String, String>,
+    problems: Vec<String>,
+}
+
+/// The types that factors may have.
+fn is_factor_type(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16)
+}
+
+impl Found {
+    fn add(&mut self, info: &TensorInfo) {
+        if !is_factor_type(info.dtype) {
+            return self.problem(info, format!("elements are {}; F32, BF16 or F16 are needed", dtype_name(info.dtype)));
+        }
+        if info.shape.contains(&0) || info.shape.is_empty() {
+            return self
+                .problem(info, format!("shape {:?} is empty: was it gathered before it was saved?", info.shape));
+        }
+        let Some(name) = PeftName::parse(&info.name, PART_PREFIX) else {
+            if self.full.insert(base_name(&info.name), info.name.clone()).is_some() {
+                self.problem(info, "is there twice, under two names".to_owned());
+            }
+            return;
+        };
+        let part =
+            name.part.strip_suffix(".weight").filter(|part| !part.contains('.')).unwrap_or(&name.part).to_owned();
+        if !matches!(
+            part.as_str(),
+            "lora_A" | "lora_B" | "lora_B.bias" | "lora_embedding_A" | "lora_embedding_B" | "lora_magnitude_vector"
+        ) {
+            return self.problem(info, format!("\"{}\" is no part of a LoRA adapter known here", Printable(&part)));
+        }
+        let parts = self.parts.entry((name.module, name.depth)).or_default();
+        if parts.insert(part, info.clone()).is_some() {
+            self.problem(info, "is there twice, under two names".to_owned());
+        }
+    }
+
+    fn problem(&mut self, info: &TensorInfo, what: String) {
+        self.problems.push(format!("\"{}\": {what}", Printable(&info.name)));
+    }
+
+    /// The modules, by module and parameter.
+    fn modules(&mut self, config: &LoraConfig) -> Vec<LoraModule> {
+        let parts = std::mem::take(&mut self.parts);
+        // Depths of each module that have parts.
+        let mut depths: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (module, depth) in parts.keys() {
+            depths.entry(module).or_default().push(*depth);
+        }
+        let mut modules = Vec::new();
+        for ((module, depth), parts) in &parts {
+            let parameter = match parameter_of(config, module, *depth, &depths[module.as_str()]) {
+                Ok(parameter) => parameter,
+                Err(what) => {
+                    self.problems.push(format!("\"{}\": {what}", Printable(module)));
+                    continue;
+                }
+            };
+            match read_module(config, module, parameter.as_deref(), parts) {
+                Ok(module) => modules.push(module),
+                Err(what) => self.problems.push(format!("\"{}\": {what}", Printable(module))),
+            }
+        }
+        modules.sort_by(|a, b| (&a.module, &a.parameter).cmp(&(&b.module, &b.parameter)));
+        modules
+    }
+}
+
+/// The parameter of `module` that the factors at `depth` are for, or `None` for the weight of a module targeted as such.
+fn parameter_of(config: &LoraConfig, module: &str, depth: usize, depths: &[usize]) -> Result<Option<String>, String> {
+    let ends = |key: &&String| {
+        let (owner, _) = key.rsplit_once('.').unwrap_or(("", key));
+        module == owner || module.strip_suffix(owner).is_some_and(|rest| owner.is_empty() || rest.ends_with('.'))
+    };
+    let mut named: Vec<&str> =
+        config.target_parameters.iter().filter(ends).map(|key| projection_or_weight(key)).collect();
+    named.sort_by_key(|name| (NESTING.iter().position(|known| known == name), *name));
+    named.dedup();
+    match (&named[..], depths) {
+        ([], [_]) => Ok(None),
+        ([only], [_]) => Ok(Some((*only).to_owned())),
+        (_, [_]) => Err(format!("has one pair of factors, `target_parameters` names {} for it", named.join(" and "))),
+        // The innermost has the most wrappers around it.
+        (inner_first, depths) if inner_first == NESTING && depths == [0, 1] => Ok(Some(NESTING[1 - depth].to_owned())),
+        _ => Err("has factors at several depths, and which parameter each is for cannot be told".to_owned()),
+    }
+}
+
+/// The last word of a parameter's key.
+fn projection_or_weight(key: &str) -> &str {
+    if key.ends_with(".weight") { "weight" } else { projection_kind(key) }
+}
+
+fn read_module(
+    config: &LoraConfig,
+    module: &str,
+    parameter: Option<&str>,
+    parts: &BTreeMap<String, TensorInfo>,
+) -> Result<LoraModule, String> {
+    let is_embedding = parts.contains_key("lora_embedding_A") || parts.contains_key("lora_embedding_B");
+    if is_embedding && (parts.contains_key("lora_A") || parts.contains_key("lora_B")) {
+        return Err("has factors of a linear layer and of an embedding".to_owned());
+    }
+    let half = |name: &str| parts.get(name).ok_or_else(|| format!("{name} is missing: the other half is there"));
+    let (a, b) = match is_embedding {
+        true => (half("lora_embedding_A")?, half("lora_embedding_B")?),
+        false => (half("lora_A")?, half("lora_B")?),
+    };
+    // Targeted by its own name, the parameter is part of what patterns are matched against.
+    let key = parameter.map_or_else(|| module.to_owned(), |parameter| format!("{module}.{parameter}"));
+    let (rank, scaling) = (config.rank(&key), config.scaling(&key));
+    if !(scaling as f32).is_finite() {
+        return Err(format!("its scaling {scaling} is not a number that float32 holds"));
+    }
+    let parameter = parameter.unwrap_or("weight").to_owned();
+    let shape = if is_embedding {
+        embedding_shape(a, b, rank)?
+    } else if parameter == "weight" {
+        linear_shape(a, b, rank)?
+    } else {
+        experts_shape(a, b, rank)?
+    };
+    let d_out = match shape {
+        LoraShape::Linear { d_out, .. } | LoraShape::Embedding { d_out, .. } | LoraShape::Experts { d_out, .. } => {
+            d_out
+        }
+    };
+    let vector = |name: &str, is_wanted: bool, why: &str| match (parts.get(name), is_wanted) {
+        (None, false) => Ok(None),
+        (None, true) => Err(format!("{name} is missing: {why}")),
+        (Some(_), false) => Err(format!("has {name}, which the config does not speak of")),
+        (Some(info), true) if info.n_elements() != d_out => {
+            Err(format!("{name} is {:?}, {d_out} elements are needed", info.shape))
+        }
+        (Some(info), true) => Ok(Some(info.name.clone())),
+    };
+    let is_stack = matches!(shape, LoraShape::Experts { .. });
+    let magnitude = vector("lora_magnitude_vector", config.use_dora && !is_stack, "the config says `use_dora`")?;
+    let bias = vector("lora_B.bias", config.lora_bias && !is_embedding && !is_stack, "the config says `lora_bias`")?;
+    Ok(LoraModule {
+        module: module.to_owned(),
+        parameter,
+        shape,
+        rank,
+        scaling,
+        a: a.name.clone(),
+        b: b.name.clone(),
+        bias,
+        magnitude,
+    })
+}
+
+fn embedding_shape(a: &TensorInfo, b: &TensorInfo, rank: u64) -> Result<LoraShape, String> {
+    match (&a.shape[..], &b.shape[..]) {
+        (&[r, vocabulary], &[d_out, s]) if r == rank && s == rank => Ok(LoraShape::Embedding { vocabulary, d_out }),
+        _ => Err(misfit(a, b, &format!("[{rank}, vocabulary] and [d_out, {rank}]"))),
+    }
+}
+
+fn linear_shape(a: &TensorInfo, b: &TensorInfo, rank: u64) -> Result<LoraShape, String> {
+    let wrong = || misfit(a, b, &format!("[{rank}, d_in] and [d_out, {rank}]"));
+    match (&a.shape[..], &b.shape[..]) {
+        // The second convolution of a pair has a kernel of one.
+        ([r, d_in @ ..], [d_out, s, ones @ ..])
+            if !d_in.is_empty() && d_in.len() == 1 + ones.len() && ones.iter().all(|&d| d == 1) =>
+        {
+            if *r != rank || *s != rank {
+                return Err(wrong());
+            }
+            Ok(LoraShape::Linear { d_out: *d_out, d_in: d_in.iter().product() })
+        }
+        _ => Err(wrong()),
+    }
+}
+
+fn experts_shape(a: &TensorInfo, b: &TensorInfo, rank: u64) -> Result<LoraShape, String> {
+    match (&a.shape[..], &b.shape[..]) {
+        (&[rows, d_in], &[d_out, columns]) if rows == columns && rows.is_multiple_of(rank) => {
+            Ok(LoraShape::Experts { n_experts: rows / rank, d_out, d_in })
+        }
+        _ => Err(misfit(a, b, &format!("[E * {rank}, d_in] and [d_out, {rank} * E]"))),
+    }
+}
+
+fn misfit(a: &TensorInfo, b: &TensorInfo, needed: &str) -> String {
+    format!("its factors are {:?} and {:?}, the config needs {needed}", a.shape, b.shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::{Existing, TensorFileWriter},
+        peft::{PEFT_CONFIG, PEFT_TENSORS},
+    };
+
+    type Tensors<'a> = &'a [(&'a str, &'a [u64], f32)];
+
+    fn write(folder: &Path, config: &str, tensors: Tensors<'_>) {
+        std::fs::write(folder.join(PEFT_CONFIG), format!("{{\"peft_type\":\"LORA\",\"r\":2{config}}}")).unwrap();
+        let mut file = TensorFileWriter::create(&folder.join(PEFT_TENSORS), Existing::Replace).unwrap();
+        for (name, shape, value) in tensors {
+            let id = file.add_tensor(format!("base_model.model.{name}"), Dtype::F32);
+            file.append(id, &value.to_le_bytes().repeat(shape.iter().product::<u64>() as usize)).unwrap();
+            file.finish_tensor(id, shape.to_vec());
+        }
+        file.finish(&Context::default(), &BTreeMap::new()).unwrap();
+    }
+
+    fn open(config: &str, tensors: Tensors<'_>) -> Result<LoraAdapter, String> {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), config, tensors);
+        LoraAdapter::open(dir.path()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn every_tensor_has_a_role() {
+        let config =
+            r#","use_dora":true,"lora_bias":true,"target_parameters":["experts.gate_up_proj","experts.down_proj"]"#;
+        let adapter = open(
+            config,
+            &[
+                ("a.q.lora_A.weight", &[2, 5], 1.0),
+                ("a.q.lora_B.weight", &[3, 2], 1.0),
+                ("a.q.lora_B.bias", &[3], 1.0),
+                ("a.q.lora_magnitude_vector", &[3], 1.0),
+                ("e.lora_embedding_A", &[2, 9], 1.0),
+                ("e.lora_embedding_B", &[4, 2], 1.0),
+                ("e.lora_magnitude_vector.weight", &[4], 1.0),
+                ("m.experts.lora_A.weight", &[6, 5], 1.0),
+                ("m.experts.lora_B.weight", &[7, 6], 1.0),
+                ("m.experts.base_layer.lora_A.weight", &[6, 7], 1.0),
+                ("m.experts.base_layer.lora_B.weight", &[8, 6], 1.0),
+                ("lm_head.weight", &[9, 4], 1.0),
+            ],
+        )
+        .unwrap();
+        let told: Vec<_> = adapter.modules().iter().map(|m| (m.target(), m.shape)).collect();
+        let expected = [
+            ("a.q.weight", LoraShape::Linear { d_out: 3, d_in: 5 }),
+            ("e.weight", LoraShape::Embedding { vocabulary: 9, d_out: 4 }),
+            ("m.experts.down_proj", LoraShape::Experts { n_experts: 3, d_out: 7, d_in: 5 }),
+            ("m.experts.gate_up_proj", LoraShape::Experts { n_experts: 3, d_out: 8, d_in: 7 }),
+        ];
+        assert_eq!(told, expected.map(|(name, shape)| (name.to_owned(), shape)));
+        assert_eq!(adapter.full()[0].name, "lm_head.weight");
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_listed() {
+        let a: (&str, &[u64], f32) = ("q.lora_A.weight", &[2, 5], 1.0);
+        for (config, tensors, said) in [
+            ("", &[a][..], "lora_B is missing"),
+            ("", &[a, ("q.lora_B.weight", &[3, 4], 1.0)], "the config needs [2, d_in] and [d_out, 2]"),
+            ("", &[a, ("q.lora_B.weight", &[0, 2], 1.0)], "is empty"),
+            ("", &[("q.lora_E", &[2], 1.0)], "is no part of a LoRA adapter"),
+            (r#","use_dora":true"#, &[a, ("q.lora_B.weight", &[3, 2], 1.0)], "lora_magnitude_vector is missing"),
+            ("", &[a, ("q.lora_B.weight", &[3, 2], 1.0), ("q.lora_B.bias", &[3], 1.0)], "does not speak of"),
+            ("", &[a, ("q.base_layer.lora_A.default.weight", &[2, 5], 1.0)], "at several depths"),
+            ("", &[], "nothing to merge"),
+            ("", &[("w.weight", &[2], 1.0), ("w.base_layer.weight", &[2], 1.0)], "is there twice"),
+        ] {
+            let error = open(config, tensors).unwrap_err();
+            assert!(error.contains(said), "{said}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_id_is_of_what_a_merge_depends_on() {
+        let id = |config: &str, value: f32| {
+            let dir = tempfile::tempdir().unwrap();
+            let tensors: Tensors<'_> = &[("q.lora_A.weight", &[2, 5], value), ("q.lora_B.weight", &[3, 2], 1.0)];
+            write(dir.path(), config, tensors);
+            LoraAdapter::open(dir.path()).unwrap().id(&Context::default()).map_err(|e| e.to_string())
+        };
+        let plain = id("", 1.0).unwrap();
+        assert_eq!(id(r#","lora_dropout":0.5,"base_model_name_or_path":"x""#, 1.0).unwrap(), plain);
+        assert_ne!(id(r#","lora_alpha":3"#, 1.0).unwrap(), plain);
+        assert_ne!(id("", 2.0).unwrap(), plain);
+        assert!(id("", f32::NAN).unwrap_err().contains("element 0 is not a finite number"));
+    }
+}
