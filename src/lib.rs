@@ -8,6 +8,7 @@
 //! Imports go down this list, never up:
 //!
 //! - [`merge`], [`diff`], [`extract`]: what users ask for; they do not import one another
+//! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
 //! - [`peft`]: adapters as other tools leave them on disk
@@ -17,6 +18,8 @@
 pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
+#[cfg(feature = "train")]
+pub mod data;
 pub mod diff;
 pub mod extract;
 pub mod mask;
