@@ -7,7 +7,7 @@
 //!
 //! Imports go down this list, never up:
 //!
-//! - [`merge`], [`diff`], [`extract`]: what users ask for; they do not import one another
+//! - [`merge`], [`diff`], [`extract`] and `train` (feature `train`): what users ask for; they do not import one another
 //! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
@@ -26,3 +26,5 @@ pub mod mask;
 pub mod merge;
 pub mod peft;
 pub mod tensor;
+#[cfg(feature = "train")]
+pub mod train;

@@ -17,6 +17,8 @@ pub use keys::{Digit, KeySpace};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
+#[cfg(feature = "train")]
+pub use simd::matmul::{Mat, MatMut, Threads, matmul};
 
 /// Chooses the `k` entries of largest key in each row.
 ///

@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(feature = "train")]
+pub(super) mod matmul;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod select;

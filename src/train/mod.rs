@@ -1,0 +1,25 @@
+//! The trainer: NeuroAda deltas on models of the Llama family.
+//!
+//! The forward pass runs on merged weights: before each step the chosen entries of every row hold `round(original + theta)`, so
+//! the bypass costs nothing, and what is trained is bit for bit what a merge writes. The gradient of `theta[i, j]` is a dot
+//! product of two gathered columns, `sum_t dY[t, i] * X[t, column[i, j]]`; no dense gradient of a weight ever exists, and the
+//! optimizer's state is that of the deltas alone.
+//!
+//! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
+//! checkpoint's weights on a device, `cpu` holds the operations' plain form.
+
+pub mod config;
+mod cpu;
+mod device;
+mod error;
+mod evaluate;
+mod model;
+mod pass;
+
+pub use config::ModelConfig;
+pub use cpu::{CpuDevice, CpuWeight};
+pub use device::{AdamW, Deltas, Device, Done, Spans};
+pub use error::{DeviceError, TrainError};
+pub use evaluate::{GenerateOptions, MeanLoss, Question, generate, mean_loss, rank};
+pub use model::{Layer, Linear, Model, Part};
+pub use pass::{DeviceBatch, Keep, Workspace, backward, first_not_finite, forward, logits, losses};

@@ -1,0 +1,430 @@
+//! A model's weights on a device, and what of them is trained.
+//!
+//! Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. A target of the mask is
+//! then a run of rows ([`Part`]).
+
+use std::ops::Range;
+
+use super::{
+    TrainError,
+    config::ModelConfig,
+    device::{Deltas, Device},
+};
+use crate::{
+    adapter::AdapterError,
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
+    mask::{MaskFile, TargetInfo},
+    tensor::{Dtype, Float, dtype_name, with_float},
+};
+
+/// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
+pub struct Linear<D: Device> {
+    /// The weight, patched where it is trained.
+    pub weight: D::Weight,
+    /// `[d_out]`.
+    pub bias: Option<D::F32>,
+    /// Rows.
+    pub d_out: usize,
+    /// Length of a row.
+    pub d_in: usize,
+    /// The type it is stored in.
+    pub dtype: Dtype,
+    /// The tensors it is made of.
+    pub parts: Vec<Part>,
+    /// What of it is trained.
+    pub deltas: Option<Deltas<D>>,
+}
+
+/// One tensor of a [`Linear`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its rows.
+    pub rows: Range<usize>,
+    /// Its entries among the deltas.
+    pub entries: Range<usize>,
+}
+
+/// One decoder layer.
+pub struct Layer<D: Device> {
+    /// `[d_model]`: gain of the norm before attention.
+    pub attention_gain: D::F32,
+    /// `[d_qkv, d_model]`.
+    pub qkv: Linear<D>,
+    /// `[d_head]` each: gains of the norms of queries and keys.
+    pub head_gains: Option<[D::F32; 2]>,
+    /// `[d_model, d_q]`.
+    pub out: Linear<D>,
+    /// `[d_model]`: gain of the norm before the feed-forward part.
+    pub mlp_gain: D::F32,
+    /// `[2 * d_ff, d_model]`.
+    pub gate_up: Linear<D>,
+    /// `[d_model, d_ff]`.
+    pub down: Linear<D>,
+}
+
+impl<D: Device> Layer<D> {
+    /// Its matrices, in the order of the forward pass.
+    pub fn linears(&self) -> [&Linear<D>; 4] {
+        [&self.qkv, &self.out, &self.gate_up, &self.down]
+    }
+    /// The same, to be changed.
+    pub fn linears_mut(&mut self) -> [&mut Linear<D>; 4] {
+        [&mut self.qkv, &mut self.out, &mut self.gate_up, &mut self.down]
+    }
+}
+
+/// A model on a device.
+pub struct Model<D: Device> {
+    /// Its shape.
+    pub config: ModelConfig,
+    /// `[n_vocab, d_model]`.
+    pub embedding: D::Weight,
+    /// Its layers, from the first.
+    pub layers: Vec<Layer<D>>,
+    /// `[d_model]`: gain of the last norm.
+    pub gain: D::F32,
+    /// `[n_vocab, d_model]`; the embedding where the two are tied.
+    head: Option<D::Weight>,
+    /// `[d_head / 2]` radians per position.
+    pub frequencies: D::F32,
+}
+
+impl<D: Device> Model<D> {
+    /// Copies the weights of `checkpoint` to `device`, a window at a time.
+    ///
+    /// # Errors
+    /// An architecture that is not known; a list of all tensors that are missing, of another shape or type, or unknown.
+    pub fn load(ctx: &Context<'_>, device: &D, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
+        let config = ModelConfig::of(checkpoint)?;
+        let wanted = Wanted::of(&config, checkpoint);
+        wanted.check(checkpoint)?;
+        let mut loader = Loader { ctx, device, checkpoint };
+        ctx.observer.begin("loading", checkpoint.tensors().map(|tensor| tensor.info.n_bytes()).sum());
+        let layers = (0..config.n_layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
+        let (embedding, _) = loader.matrix(&[EMBEDDING])?;
+        let head = if config.is_tied { None } else { Some(loader.matrix(&[HEAD])?.0) };
+        let gain = loader.vector("model.norm.weight")?;
+        let table = config.rope.frequencies(config.heads.d_head);
+        let mut frequencies = device.zeros(table.len())?;
+        device.write(&table, &mut frequencies)?;
+        checkpoint.unchanged()?;
+        Ok(Self { config, embedding, layers, gain, head, frequencies })
+    }
+
+    /// `[n_vocab, d_model]`: what turns activations into logits.
+    pub fn head(&self) -> &D::Weight {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// All matrices that can be trained, layer after layer.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear<D>> {
+        self.layers.iter().flat_map(Layer::linears)
+    }
+    /// The same, to be changed.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
+        self.layers.iter_mut().flat_map(Layer::linears_mut)
+    }
+    /// Entries that are trained.
+    pub fn n_trained(&self) -> usize {
+        self.linears().filter_map(|linear| linear.deltas.as_ref()).map(|deltas| deltas.nnz).sum()
+    }
+
+    /// Makes the entries that `mask` chose trainable, at zero.
+    ///
+    /// # Errors
+    /// [`AdapterError::WrongBase`] where the mask was made from other weights; a list of all targets that cannot be trained.
+    pub fn attach(
+        &mut self,
+        ctx: &Context<'_>,
+        device: &D,
+        base: &Checkpoint,
+        mask: &MaskFile,
+    ) -> Result<(), TrainError> {
+        self.check_targets(base, mask)?;
+        for linear in self.linears_mut() {
+            linear.attach(ctx, device, base, mask)?;
+        }
+        Ok(base.unchanged()?)
+    }
+
+    fn check_targets(&self, base: &Checkpoint, mask: &MaskFile) -> Result<(), TrainError> {
+        let mut problems = Vec::new();
+        for target in mask.targets() {
+            let name = Printable(&target.name);
+            let is_part = self.linears().flat_map(|linear| &linear.parts).any(|part| part.name == target.name);
+            let why = match base.tensor(&target.name) {
+                None => "the base has no such tensor".to_owned(),
+                Some(_) if !is_part => "only projections inside of layers are trained".to_owned(),
+                Some(_) if target.transposed => "only weights stored as [d_out, d_in] are trained".to_owned(),
+                Some(found) if (found.info.dtype, &found.info.shape) != (target.dtype, &target.shape) => format!(
+                    "the mask was made for {} {:?}, the base has {} {:?}",
+                    dtype_name(target.dtype),
+                    target.shape,
+                    dtype_name(found.info.dtype),
+                    found.info.shape
+                ),
+                Some(_) => continue,
+            };
+            problems.push(format!("\"{name}\": {why}"));
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(TrainError::Tensors { path: mask.path().to_owned(), what: "these targets cannot be trained", problems })
+    }
+}
+
+impl<D: Device> Linear<D> {
+    fn attach(&mut self, ctx: &Context<'_>, device: &D, base: &Checkpoint, mask: &MaskFile) -> Result<(), TrainError> {
+        let (mut offsets, mut columns, mut originals) = (vec![0], Vec::new(), Vec::new());
+        for part in &mut self.parts {
+            let first = columns.len();
+            match mask.target(&part.name) {
+                None => offsets.resize(offsets.len() + part.rows.len(), first as u32),
+                Some(target) => {
+                    let (chosen, stored) = entries(ctx, base, mask, target)?;
+                    offsets.extend(chosen.offsets()[1..].iter().map(|&end| (first + end) as u32));
+                    columns.extend_from_slice(chosen.columns());
+                    originals.extend(stored);
+                }
+            }
+            part.entries = first..columns.len();
+        }
+        let nnz = columns.len();
+        if nnz == 0 {
+            self.deltas = None;
+            return Ok(());
+        }
+        if u32::try_from(nnz).is_err() {
+            let what = format!("{nnz} entries of one matrix are chosen, at most 2^32 can be trained");
+            return Err(TrainError::Usage(what));
+        }
+        let mut on_device = device.weight(self.dtype, 1, nnz)?;
+        device.write_rows(&mut on_device, 0, &originals)?;
+        self.deltas = Some(Deltas {
+            nnz,
+            offsets: device.ids(&offsets)?,
+            columns: device.ids(&columns)?,
+            originals: on_device,
+            theta: device.zeros(nnz)?,
+            grad: device.zeros(nnz)?,
+            mean: device.zeros(nnz)?,
+            variance: device.zeros(nnz)?,
+        });
+        Ok(())
+    }
+}
+
+/// A target's columns, and the base's elements there, proven to be those that the mask was made from.
+fn entries(
+    ctx: &Context<'_>,
+    base: &Checkpoint,
+    mask: &MaskFile,
+    target: &TargetInfo,
+) -> Result<(crate::tensor::RowColumns, Vec<u8>), TrainError> {
+    let columns = mask.read_columns(ctx, target, 0..target.layout.n_rows())?;
+    let tensor = base.tensor(&target.name).expect("targets were checked");
+    let stored = gather_rows(ctx, tensor, target.layout, 0, &columns)?;
+    if blake3::hash(&stored) != target.anchor {
+        let (made_from, found) = (&mask.base().name, base.name());
+        let what = format!(
+            "the mask was made from {}, {} has other values at its positions",
+            Printable(made_from),
+            Printable(&found)
+        );
+        let (path, tensor) = (mask.path().to_owned(), target.name.clone());
+        return Err(AdapterError::WrongBase { path, tensor, what }.into());
+    }
+    Ok((columns, stored))
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// The tensors that a model has: name and shape, and whether it may be missing.
+struct Wanted(Vec<(String, Vec<u64>, bool)>);
+
+impl Wanted {
+    fn of(config: &ModelConfig, checkpoint: &Checkpoint) -> Self {
+        let mut wanted = Vec::new();
+        let mut want = |name: String, shape: &[usize], optional: bool| {
+            wanted.push((name, shape.iter().map(|&size| size as u64).collect(), optional));
+        };
+        let (d, heads) = (config.d_model, config.heads);
+        want(EMBEDDING.to_owned(), &[config.n_vocab, d], false);
+        want(HEAD.to_owned(), &[config.n_vocab, d], config.is_tied);
+        want("model.norm.weight".to_owned(), &[d], false);
+        for i in 0..config.n_layers {
+            let layer = format!("model.layers.{i}");
+            for (module, d_out, d_in) in projections(config) {
+                want(format!("{layer}.{module}.weight"), &[d_out, d_in], false);
+                want(format!("{layer}.{module}.bias"), &[d_out], true);
+            }
+            want(format!("{layer}.input_layernorm.weight"), &[d], false);
+            want(format!("{layer}.post_attention_layernorm.weight"), &[d], false);
+            for norm in ["q_norm", "k_norm"].iter().filter(|_| config.has_head_norms) {
+                want(format!("{layer}.self_attn.{norm}.weight"), &[heads.d_head], false);
+            }
+        }
+        // Old checkpoints have the frequencies as tensors; they follow from the configuration.
+        let is_table = |name: &str| name.ends_with(".rotary_emb.inv_freq");
+        for tensor in checkpoint.tensors().filter(|tensor| is_table(&tensor.info.name)) {
+            wanted.push((tensor.info.name.clone(), tensor.info.shape.clone(), true));
+        }
+        Self(wanted)
+    }
+
+    /// All that is missing, of another shape or type, or unknown.
+    fn check(&self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        let mut problems = Vec::new();
+        for (name, shape, optional) in &self.0 {
+            let shown = Printable(name);
+            match checkpoint.tensor(name) {
+                None if *optional => {}
+                None => problems.push(format!("\"{shown}\" is missing")),
+                Some(found) if found.info.shape != *shape => {
+                    problems
+                        .push(format!("\"{shown}\": shape {:?}, the configuration says {shape:?}", found.info.shape));
+                }
+                Some(found) if !matches!(found.info.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) => {
+                    let dtype = dtype_name(found.info.dtype);
+                    problems.push(format!("\"{shown}\": type {dtype}, the trainer takes BF16, F16 and F32"));
+                }
+                Some(_) => {}
+            }
+        }
+        let known: std::collections::BTreeSet<&str> = self.0.iter().map(|(name, ..)| name.as_str()).collect();
+        for tensor in checkpoint.tensors().filter(|tensor| !known.contains(tensor.info.name.as_str())) {
+            problems.push(format!("\"{}\": no part of such a model", Printable(&tensor.info.name)));
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let what = "the tensors are not those of its configuration";
+        Err(TrainError::Tensors { path: checkpoint.root().to_owned(), what, problems })
+    }
+}
+
+/// The projections of a layer: module, `d_out`, `d_in`.
+fn projections(config: &ModelConfig) -> [(&'static str, usize, usize); 7] {
+    let (d, d_ff, heads) = (config.d_model, config.d_ff, config.heads);
+    [
+        ("self_attn.q_proj", heads.d_q(), d),
+        ("self_attn.k_proj", heads.d_kv(), d),
+        ("self_attn.v_proj", heads.d_kv(), d),
+        ("self_attn.o_proj", d, heads.d_q()),
+        ("mlp.gate_proj", d_ff, d),
+        ("mlp.up_proj", d_ff, d),
+        ("mlp.down_proj", d, d_ff),
+    ]
+}
+
+/// Reads tensors that were checked.
+struct Loader<'a, D: Device> {
+    ctx: &'a Context<'a>,
+    device: &'a D,
+    checkpoint: &'a Checkpoint,
+}
+
+impl<D: Device> Loader<'_, D> {
+    fn layer(&mut self, config: &ModelConfig, i: usize) -> Result<Layer<D>, TrainError> {
+        let at = |module: &str| format!("model.layers.{i}.{module}");
+        let head_gains = if config.has_head_norms {
+            let gain = |norm: &str| self.vector(&at(&format!("self_attn.{norm}.weight")));
+            Some([gain("q_norm")?, gain("k_norm")?])
+        } else {
+            None
+        };
+        Ok(Layer {
+            attention_gain: self.vector(&at("input_layernorm.weight"))?,
+            qkv: self.linear(&[at("self_attn.q_proj"), at("self_attn.k_proj"), at("self_attn.v_proj")])?,
+            head_gains,
+            out: self.linear(&[at("self_attn.o_proj")])?,
+            mlp_gain: self.vector(&at("post_attention_layernorm.weight"))?,
+            gate_up: self.linear(&[at("mlp.gate_proj"), at("mlp.up_proj")])?,
+            down: self.linear(&[at("mlp.down_proj")])?,
+        })
+    }
+
+    fn tensor(&self, name: &str) -> TensorRef<'_> {
+        self.checkpoint.tensor(name).expect("all tensors were checked")
+    }
+
+    fn linear(&mut self, modules: &[String]) -> Result<Linear<D>, TrainError> {
+        let names: Vec<String> = modules.iter().map(|module| format!("{module}.weight")).collect();
+        let (weight, dtype) = self.matrix(&names)?;
+        let mut parts: Vec<Part> = Vec::new();
+        for name in names {
+            let first = parts.last().map_or(0, |part| part.rows.end);
+            let rows = first..first + self.tensor(&name).info.shape[0] as usize;
+            parts.push(Part { name, rows, entries: 0..0 });
+        }
+        let d_in = self.tensor(&parts[0].name).info.shape[1] as usize;
+        let d_out = parts.last().map_or(0, |part| part.rows.end);
+        // Where one part has a bias and another has none, that one's is zero.
+        let biases: Vec<String> = modules.iter().map(|module| format!("{module}.bias")).collect();
+        let mut bias = vec![0.0; d_out];
+        let mut has_bias = false;
+        for (name, part) in biases.iter().zip(&parts).filter(|(name, _)| self.checkpoint.tensor(name).is_some()) {
+            bias[part.rows.clone()].copy_from_slice(&self.numbers(name)?);
+            has_bias = true;
+        }
+        let bias = has_bias.then(|| self.upload(&bias)).transpose()?;
+        Ok(Linear { weight, bias, d_out, d_in, dtype, parts, deltas: None })
+    }
+
+    /// Tensors one below the other.
+    fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<(D::Weight, Dtype), TrainError> {
+        let tensors: Vec<TensorRef<'_>> = names.iter().map(|name| self.tensor(name.as_ref())).collect();
+        let (dtype, d_in) = (tensors[0].info.dtype, tensors[0].info.shape[1] as usize);
+        if let Some(other) = tensors.iter().find(|tensor| tensor.info.dtype != dtype) {
+            let what = format!(
+                "type {}, \"{}\" beside it has {}",
+                dtype_name(other.info.dtype),
+                Printable(&tensors[0].info.name),
+                dtype_name(dtype)
+            );
+            return Err(CheckpointError::bad_tensor(other.shard.path(), &other.info.name, what).into());
+        }
+        let d_out = tensors.iter().map(|tensor| tensor.info.shape[0] as usize).sum();
+        let mut weight = self.device.weight(dtype, d_out, d_in)?;
+        let row_bytes = d_in as u64 * (dtype.bitsize() as u64 / 8);
+        let mut row = 0;
+        for tensor in tensors {
+            let n_rows = (self.ctx.window_bytes() / row_bytes).max(1);
+            for first in (0..tensor.info.shape[0]).step_by(n_rows as usize) {
+                self.ctx.check()?;
+                let last = (first + n_rows).min(tensor.info.shape[0]);
+                let window = tensor.window(self.ctx, first * row_bytes..last * row_bytes)?;
+                self.device.write_rows(&mut weight, row, &window)?;
+                self.ctx.observer.advance(window.len() as u64);
+                row += (last - first) as usize;
+            }
+        }
+        Ok((weight, dtype))
+    }
+
+    /// A vector, widened; exact.
+    fn numbers(&self, name: &str) -> Result<Vec<f32>, TrainError> {
+        let tensor = self.tensor(name);
+        let bytes = tensor.window(self.ctx, 0..tensor.info.n_bytes())?;
+        Ok(with_float!(tensor.info.dtype, T => {
+            bytes.chunks_exact(T::BYTES).map(|le| {
+                let wide = T::from_le(le).widen();
+                crate::tensor::Accumulator::to_f64(wide) as f32
+            }).collect()
+        }, else unreachable!("types were checked")))
+    }
+
+    fn upload(&self, values: &[f32]) -> Result<D::F32, TrainError> {
+        let mut on_device = self.device.zeros(values.len())?;
+        self.device.write(values, &mut on_device)?;
+        Ok(on_device)
+    }
+
+    fn vector(&self, name: &str) -> Result<D::F32, TrainError> {
+        self.upload(&self.numbers(name)?)
+    }
+}
