@@ -7,7 +7,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, Unexpected, Visitor};
 use super::{CheckpointError, Printable};
 
 /// Opens a file for reading; what is no regular file is refused, and a pipe without a writer is not waited for.
-pub(super) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std::fs::Metadata), CheckpointError> {
+pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std::fs::Metadata), CheckpointError> {
     let io = |e| CheckpointError::io(verb, path, e);
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
     let file = File::options().read(true).custom_flags(nonblocking).open(path).map_err(io)?;

@@ -1,0 +1,63 @@
+//! What can go wrong between a file of rows and token ids.
+
+use std::{fmt, path::PathBuf};
+
+use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
+
+/// Where a row stands in its file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// JSON lines: the line, from 1.
+    Line(u64),
+    /// A JSON array: the element, from 0, as `jq` counts, and the line on which it begins, from 1.
+    Element(u64, u64),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(f, "line {line}"),
+            Self::Element(index, line) => write!(f, "row [{index}] (line {line})"),
+        }
+    }
+}
+
+/// What can go wrong while data is read.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file could not be read, or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A row is not what it should be.
+    #[error("{}: {place}: {what}", Printable::path(.path))]
+    BadRow {
+        /// The file.
+        path: PathBuf,
+        /// Where the row stands.
+        place: Place,
+        /// The field, and what is wrong with it.
+        what: String,
+    },
+    /// No row is left.
+    #[error("{}: {what}", Printable::path(.path))]
+    Empty {
+        /// The file.
+        path: PathBuf,
+        /// Where they went.
+        what: String,
+    },
+    /// A request that makes no sense, whatever the files hold.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl DataError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::BadRow { .. } | Self::Empty { .. } => ErrorKind::BadInput,
+            Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+}

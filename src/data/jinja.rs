@@ -1,0 +1,348 @@
+//! Jinja as Hugging Face renders chat templates with it.
+
+use std::ops::Range;
+
+use minijinja::{
+    Environment, Error, ErrorKind,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Value, ValueKind},
+};
+use serde_json::Value as Json;
+
+use super::clock::Clock;
+
+/// Work that one rendering may do, in minijinja's measure: about an instruction or 64 bytes each. A conversation of a
+/// hundred turns needs a thousandth of it; a template that would loop forever stops within a second.
+const FUEL: u64 = 4_000_000;
+
+/// What surrounds a `generation` block's text while it is rendered: noncharacters, which no text may hold.
+const BEGIN: char = '\u{fdd0}';
+const END: char = '\u{fdd1}';
+
+/// A compiled template.
+pub(super) struct Jinja {
+    env: Environment<'static>,
+    /// Whether it says itself what is learned, in `{% generation %}` blocks.
+    pub has_generation: bool,
+}
+
+/// What a template made of a row.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Rendered {
+    /// The text.
+    pub text: String,
+    /// Bytes of it that came from `{% generation %}` blocks.
+    pub spans: Vec<Range<usize>>,
+}
+
+impl Jinja {
+    /// Compiles a template; `clock` is what its `strftime_now` tells.
+    pub(super) fn new(source: &str, clock: Clock) -> Result<Self, String> {
+        let mut env = Environment::new();
+        let mut syntax = SyntaxConfig::builder();
+        syntax.trim_blocks(true).lstrip_blocks(true);
+        env.set_syntax(syntax.build().map_err(words)?);
+        env.set_fuel(Some(FUEL));
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.add_filter("tojson", to_json);
+        env.add_filter("generation", |text: String| format!("{BEGIN}{text}{END}"));
+        env.add_function("raise_exception", |message: String| -> Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        env.add_function("strftime_now", move |format: String| clock.format(&format));
+        let (source, has_generation) = generation_as_filter(source);
+        env.add_template_owned("template", source).map_err(words)?;
+        Ok(Self { env, has_generation })
+    }
+
+    /// Renders a row's values.
+    pub(super) fn render(&self, values: Value) -> Result<Rendered, String> {
+        let template = self.env.get_template("template").map_err(words)?;
+        let marked = template.render(values).map_err(words)?;
+        let (mut text, mut spans, mut begin) = (String::with_capacity(marked.len()), Vec::new(), None);
+        for c in marked.chars() {
+            match (c, begin) {
+                (BEGIN, None) => begin = Some(text.len()),
+                (END, Some(start)) => {
+                    spans.push(start..text.len());
+                    begin = None;
+                }
+                (BEGIN | END, _) => return Err("a generation block within another, or U+FDD0 in the text".to_owned()),
+                _ => text.push(c),
+            }
+        }
+        Ok(Rendered { text, spans })
+    }
+}
+
+/// minijinja's error in one line.
+fn words(error: Error) -> String {
+    let place = error.line().map_or(String::new(), |line| format!("template line {line}: "));
+    match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => format!("{place}the template runs for too long"),
+        (ErrorKind::InvalidOperation, Some(detail)) => format!("{place}{detail}"),
+        (kind, Some(detail)) => format!("{place}{kind}: {detail}"),
+        (kind, None) => format!("{place}{kind}"),
+    }
+}
+
+/// `{% generation %}` is Hugging Face's own tag; a filter block has its syntax and its rules of white space.
+fn generation_as_filter(source: &str) -> (String, bool) {
+    let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
+    while let Some(at) = rest.find("{%") {
+        let after = &rest[at + 2..];
+        let body = after.trim_start_matches(['-', '+']).trim_start();
+        let (word, replacement) = match body {
+            body if body.starts_with("generation") => ("generation", "filter generation"),
+            body if body.starts_with("endgeneration") => ("endgeneration", "endfilter"),
+            _ => {
+                out += &rest[..at + 2];
+                rest = after;
+                continue;
+            }
+        };
+        let tail = &body[word.len()..];
+        out += &rest[..rest.len() - body.len()];
+        rest = tail;
+        if tail.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
+            out += replacement;
+            found = true;
+        } else {
+            out += word;
+        }
+    }
+    (out + rest, found)
+}
+
+/// JSON as a value of a template.
+pub(super) fn value(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(b) => Value::from(*b),
+        Json::Number(n) => match (n.as_i64(), n.as_u64()) {
+            (Some(n), _) => Value::from(n),
+            (None, Some(n)) => Value::from(n),
+            (None, None) => Value::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => items.iter().map(value).collect(),
+        Json::Object(fields) => Value::from_pairs(fields.iter().map(|(name, field)| (name.as_str(), value(field)))),
+    }
+}
+
+/// Python's `json.dumps`, with the options that Hugging Face lets templates give.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let (item, key) = match separators.as_deref() {
+        Some([item, key]) => (item.clone(), key.clone()),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson takes two separators")),
+        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+    };
+    let style = Style {
+        indent,
+        item,
+        key,
+        ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        sorted: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+    };
+    options.assert_all_used()?;
+    let mut out = String::new();
+    style.write(value, 0, &mut out)?;
+    Ok(Value::from(out))
+}
+
+struct Style {
+    indent: Option<usize>,
+    item: String,
+    key: String,
+    ascii: bool,
+    sorted: bool,
+}
+
+impl Style {
+    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+        if depth > 128 {
+            return Err(Error::new(ErrorKind::InvalidOperation, "too deep for tojson"));
+        }
+        match value.kind() {
+            ValueKind::None => *out += "null",
+            ValueKind::Bool => *out += if value.is_true() { "true" } else { "false" },
+            ValueKind::Number if value.is_integer() => *out += &value.to_string(),
+            ValueKind::Number => *out += &python_float(f64::try_from(value.clone())?),
+            ValueKind::String => self.write_text(value.as_str().unwrap_or_default(), out),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items = value.try_iter()?.map(|item| ("".to_owned(), item));
+                self.write_all(['[', ']'], items, depth, out)?;
+            }
+            ValueKind::Map => {
+                let mut fields = Vec::new();
+                for key in value.try_iter()? {
+                    let field = value.get_item(&key)?;
+                    let mut name = String::new();
+                    self.write_text(&key.to_string(), &mut name);
+                    fields.push((name + &self.key, field));
+                }
+                if self.sorted {
+                    fields.sort_by(|(a, _), (b, _)| a.cmp(b));
+                }
+                self.write_all(['{', '}'], fields.into_iter(), depth, out)?;
+            }
+            kind => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson cannot write {kind}"))),
+        }
+        Ok(())
+    }
+
+    fn write_all(
+        &self,
+        brackets: [char; 2],
+        items: impl Iterator<Item = (String, Value)>,
+        depth: usize,
+        out: &mut String,
+    ) -> Result<(), Error> {
+        let line = |depth: usize| self.indent.map_or(String::new(), |n| format!("\n{}", " ".repeat(n.min(64) * depth)));
+        out.push(brackets[0]);
+        let mut is_empty = true;
+        for (key, item) in items {
+            if !std::mem::take(&mut is_empty) {
+                *out += &self.item;
+            }
+            *out += &line(depth + 1);
+            *out += &key;
+            self.write(&item, depth + 1, out)?;
+        }
+        if !is_empty {
+            *out += &line(depth);
+        }
+        out.push(brackets[1]);
+        Ok(())
+    }
+
+    fn write_text(&self, text: &str, out: &mut String) {
+        let quoted = Json::from(text).to_string();
+        if !self.ascii {
+            *out += &quoted;
+            return;
+        }
+        for c in quoted.chars() {
+            if c.is_ascii() {
+                out.push(c);
+            } else {
+                out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+            }
+        }
+    }
+}
+
+/// A float as Python writes it: `1.0`, `1e-05`, `1e+16`.
+fn python_float(x: f64) -> String {
+    if !x.is_finite() {
+        return if x.is_nan() {
+            "NaN"
+        } else if x > 0.0 {
+            "Infinity"
+        } else {
+            "-Infinity"
+        }
+        .to_owned();
+    }
+    let scientific = format!("{x:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let plain = x.to_string();
+        return if plain.contains('.') { plain } else { plain + ".0" };
+    }
+    format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn render(source: &str, json: Json) -> Result<Rendered, String> {
+        Jinja::new(source, Clock::new(0))?.render(value(&json))
+    }
+
+    fn text(source: &str, json: Json) -> String {
+        render(source, json).expect("a good template").text
+    }
+
+    #[test]
+    fn blocks_take_their_lines_with_them() {
+        assert_eq!(
+            text("{% if true %}\n  {% for x in xs %}\n{{ x }}\n  {% endfor %}\n{% endif %}\n", json!({"xs": [1, 2]})),
+            "1\n2\n"
+        );
+        assert_eq!(
+            text(
+                "{%- for x in xs %}{% if loop.first %}{% continue %}{% endif %}{{ x }}{% endfor %}\n",
+                json!({"xs": [1, 2]})
+            ),
+            "2"
+        );
+    }
+
+    #[test]
+    fn python_methods_are_there() {
+        let values = json!({"m": {"content": " <think>x</think>\nyes ", "n": null}});
+        let source = "{{ m.get('z', 'd') }}{{ m.content.split('</think>')[-1].strip() }}{{ m.content.startswith(' <') }}{{ m.n is none }}";
+        assert_eq!(text(source, values), "dyesTrueTrue");
+    }
+
+    #[test]
+    fn json_is_that_of_python() {
+        let values = json!({"x": {"b": ["é<\"\n", 1, 1.0, 1e16, 0.00001, true, null], "a": {}, "c": []}});
+        assert_eq!(
+            text("{{ x | tojson }}", values.clone()),
+            r#"{"b": ["é<\"\n", 1, 1.0, 1e+16, 1e-05, true, null], "a": {}, "c": []}"#
+        );
+        assert_eq!(
+            text("{{ x.b[:2] | tojson(indent=2) }}{{ x.b[0] | tojson(ensure_ascii=true) }}", values.clone()),
+            "[\n  \"é<\\\"\\n\",\n  1\n]\"\\u00e9<\\\"\\n\""
+        );
+        assert_eq!(
+            text("{{ x | tojson(sort_keys=true, separators=(',', ':')) }}", values),
+            r#"{"a":{},"b":["é<\"\n",1,1.0,1e+16,1e-05,true,null],"c":[]}"#
+        );
+    }
+
+    #[test]
+    fn generation_blocks_say_what_is_learned() {
+        let source = "{% for m in ms %}<{{ m.r }}>{% if m.r == 'a' %}{% generation %}{{ m.c }}!{% endgeneration %}\n\n{% else %}{{ m.c }}{%- endif %}{% endfor %}";
+        let rendered =
+            render(source, json!({"ms": [{"r": "u", "c": "hé"}, {"r": "a", "c": "yes"}, {"r": "a", "c": ""}]}));
+        let rendered = rendered.expect("a good template");
+        assert_eq!(rendered.text, "<u>hé<a>yes!\n<a>!\n");
+        let learned: Vec<&str> = rendered.spans.iter().map(|span| &rendered.text[span.clone()]).collect();
+        assert_eq!(learned, ["yes!", "!"]);
+        assert!(!Jinja::new("{% set generation = 1 %}{{ generation }}", Clock::new(0)).expect("good").has_generation);
+    }
+
+    #[test]
+    fn templates_fail_in_words() {
+        for (source, expected) in [
+            ("a\n{{ raise_exception('roles must alternate') }}", "template line 2: roles must alternate"),
+            ("{% if %}", "template line 1: syntax error: "),
+            ("{{ x.y.z }}", "template line 1: undefined value"),
+            ("{{ none.foo() }}", "template line 1: unknown method"),
+        ] {
+            let found = render(source, json!({})).expect_err("a bad template");
+            assert!(found.starts_with(expected), "{found}");
+        }
+    }
+
+    #[test]
+    fn a_template_that_loops_forever_is_stopped() {
+        for source in [
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "{{ 'x' * 99999999999 }}",
+        ] {
+            assert!(render(source, json!({})).is_err(), "{source}");
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! From files to token ids, with the tokenizer of the tiny model: bytes, a few merges, `<s>` before every text.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::*;
+use crate::checkpoint::{Context, ErrorKind};
+
+/// A folder with the tiny tokenizer, and what else a test puts there.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().expect("a temporary folder"));
+        for name in ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"] {
+            fs::copy(fixtures().join("tiny-llama").join(name), place.path(name)).expect("copied");
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        fs::write(self.path(name), content).expect("written");
+        self.path(name)
+    }
+
+    fn tokenizer(&self) -> Tokenizer {
+        Tokenizer::open(self.0.path()).expect("the tiny tokenizer")
+    }
+
+    /// Reads rows; errors are words without the folder's name.
+    fn read(&self, rows: &str, options: &ReadOptions) -> Result<(Dataset, DataReport), String> {
+        let path = self.write("rows", rows);
+        read_dataset(&Context::default(), &path, &self.tokenizer(), options).map_err(|e| self.words(&e))
+    }
+
+    fn words(&self, error: &DataError) -> String {
+        error.to_string().replace(&format!("{}/", self.0.path().display()), "")
+    }
+
+    /// Each example with `[` and `]` around what is learned, special tokens written out.
+    fn shown(&self, rows: &str, options: &ReadOptions) -> Result<Vec<String>, String> {
+        let (dataset, _) = self.read(rows, options)?;
+        let tokenizer = tokenizers::Tokenizer::from_file(self.path("tokenizer.json")).expect("a tokenizer");
+        let text = |tokens: &[u32]| tokenizer.decode(tokens, false).expect("text");
+        let show = |example: Example<'_>| {
+            let (mut out, mut at) = (String::new(), 0);
+            for &(begin, end) in example.spans {
+                let (begin, end) = (begin as usize, end as usize);
+                out += &format!("{}[{}]", text(&example.tokens[at..begin]), text(&example.tokens[begin..end]));
+                at = end;
+            }
+            out + &text(&example.tokens[at..])
+        };
+        Ok(dataset.iter().map(show).collect())
+    }
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+fn options() -> ReadOptions {
+    ReadOptions {
+        template: Template::Auto,
+        loss: Loss::Response,
+        max_length: 4096,
+        limit: None,
+        clock: Clock::new(1_709_210_096),
+    }
+}
+
+const CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}\
+    {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+const TALK: &str = r#"{"messages":[{"role":"user","content":"hé?"},{"role":"assistant","content":"in"},{"role":"user","content":"so"},{"role":"assistant","content":"the end"}]}"#;
+
+#[test]
+fn a_tokenizer_brings_its_special_tokens() {
+    let tokenizer = Place::new().tokenizer();
+    assert_eq!((tokenizer.prefix(), tokenizer.eos(), tokenizer.stops()), (&[1][..], Some(2), &[2][..]));
+    let the = tokenizer.encode(" the</s>").expect("tokens");
+    assert_eq!(the, [261, 2], "special tokens in the text become themselves");
+    assert_eq!(tokenizer.decode(&[1, 261, 263, 2]).expect("text"), " theer");
+}
+
+#[test]
+fn the_form_is_seen_in_the_fields() {
+    let place = Place::new();
+    let shown = |rows: &str| place.shown(rows, &options()).expect("good rows").remove(0);
+    assert_eq!(
+        shown(r#"{"instruction":"Q?","input":"","output":"the correct answer is true","answer":"true"}"#),
+        "<s>Q?\n[the correct answer is true</s>]"
+    );
+    assert_eq!(
+        shown(r#"{"instruction":"Q?","input":"","output":"It is 5.","answer":5}"#),
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### \
+         Instruction:\nQ?\n\n### Response:\n[It is 5.</s>]"
+    );
+    assert!(shown(r#"{"instruction":"Q?","input":"I","output":"O"}"#).ends_with(
+        "paired with an input that provides further context. Write a response that appropriately completes the \
+                 request.\n\n### Instruction:\nQ?\n\n### Input:\nI\n\n### Response:\n[O</s>]"
+    ));
+    assert_eq!(shown(r#"{"prompt":"a","completion":" b"}"#), "<s>a[ b</s>]");
+    assert_eq!(shown(r#"{"text":"so it is"}"#), "<s>[so it is</s>]");
+}
+
+#[test]
+fn all_of_a_row_is_learned_where_that_is_asked_for() {
+    let place = Place::new();
+    let all = ReadOptions { loss: Loss::All, ..options() };
+    assert_eq!(place.shown(r#"{"prompt":"a","completion":"b"}"#, &all).expect("good"), ["<s>[ab</s>]"]);
+    place.write("chat_template.jinja", CHATML);
+    let shown = place.shown(TALK, &all).expect("good").remove(0);
+    assert!(shown.starts_with("<[|im_start|>user\nh") && shown.ends_with("the end<|im_end|>\n]"), "{shown}");
+}
+
+#[test]
+fn what_assistants_say_is_learned_of_a_conversation() {
+    let place = Place::new();
+    place.write("chat_template.jinja", CHATML);
+    let expected = "<|im_start|>user\nhé?<|im_end|>\n<|im_start|>assistant\n[in<|im_end|>\n]<|im_start|>user\nso<|im_end|>\n\
+                    <|im_start|>assistant\n[the end<|im_end|>\n]";
+    assert_eq!(place.shown(TALK, &options()).expect("good"), [expected]);
+}
+
+#[test]
+fn a_template_may_mark_what_is_learned() {
+    let place = Place::new();
+    let config = fs::read_to_string(place.path("tokenizer_config.json")).expect("there");
+    let template = r#""chat_template": [{"name": "other", "template": "x"}, {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}({{ m.content }}){% endif %}{% endfor %}"}],"#;
+    place.write("tokenizer_config.json", config.replacen('{', &format!("{{{template}"), 1));
+    assert_eq!(place.shown(TALK, &options()).expect("good"), ["<s>(hé?)[in</s>](so)[the end</s>]"]);
+}
+
+#[test]
+fn a_template_that_rewrites_earlier_turns_is_refused_in_words() {
+    let place = Place::new();
+    place.write(
+        "chat_template.jinja",
+        "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content[:1] }};{% endfor %}",
+    );
+    let words = place.shown(TALK, &options()).expect_err("cannot be told");
+    assert!(
+        words.starts_with("rows: line 1: field \"messages\": the template writes the turns before message"),
+        "{words}"
+    );
+    assert!(place.shown(TALK, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
+}
+
+#[test]
+fn a_template_file_makes_a_prompt_or_all() {
+    let place = Place::new();
+    let row = r#"{"question":"Q","output":"O"}"#;
+    let of = |source: &str| {
+        let template = Template::File(place.write("my.jinja", source));
+        place.shown(row, &ReadOptions { template, ..options() })
+    };
+    assert_eq!(of("ask {{ question }}: "), Ok(vec!["<s>ask Q: [O</s>]".to_owned()]));
+    assert_eq!(
+        of("{{ bos_token }}{{ question }}{% generation %}{{ output }}{{ eos_token }}{% endgeneration %}"),
+        Ok(vec!["<s>Q[O</s>]".to_owned()])
+    );
+    assert_eq!(
+        of("{{ question.x.y }}"),
+        Err("rows: line 1: template line 1: undefined value: `question.x` is undefined".to_owned())
+    );
+    let words = of("{% if %}").expect_err("broken");
+    assert!(words.starts_with("my.jinja: template line 1: syntax error"), "{words}");
+    let words =
+        of("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").expect_err("endless");
+    assert_eq!(words, "rows: line 1: template line 1: the template runs for too long");
+}
+
+#[test]
+fn dates_are_those_of_the_clock() {
+    let place = Place::new();
+    place.write(
+        "chat_template.jinja",
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}",
+    );
+    let row = r#"{"messages":[{"role":"assistant","content":"a"}]}"#;
+    assert_eq!(place.shown(row, &ReadOptions { loss: Loss::All, ..options() }).expect("good"), ["2[9 Feb 2024 a]"]);
+}
+
+#[test]
+fn a_prompt_that_ends_within_a_token_is_encoded_apart() {
+    let place = Place::new();
+    let (dataset, report) = place.read("{\"prompt\":\"x t\",\"completion\":\"he\"}", &options()).expect("good");
+    // " t" and "he" would be " the" together.
+    assert_eq!(dataset.example(0).tokens, [1, 90, 259, 260, 2]);
+    assert_eq!((report.n_apart, dataset.example(0).n_prompt()), (1, 3));
+    let (dataset, report) = place.read("{\"prompt\":\"x\",\"completion\":\" the\"}", &options()).expect("good");
+    assert_eq!((dataset.example(0).tokens, report.n_apart), (&[1, 90, 261, 2][..], 0));
+}
+
+#[test]
+fn long_rows_are_cut_and_counted() {
+    let place = Place::new();
+    let rows = r#"[{"prompt":"ab","completion":"cd"},{"prompt":"abcdef","completion":"gh"},{"prompt":"a","completion":" \n"},
+        {"prompt":"a","completion":"b"}]"#;
+    let short = ReadOptions { max_length: 4, ..options() };
+    assert_eq!(place.shown(rows, &short).expect("good"), ["<s>ab[c]", "<s>a[b</s>]"]);
+    let (_, report) = place.read(rows, &short).expect("good");
+    assert_eq!((report.n_rows, report.n_examples, report.n_cut_rows, report.n_cut_tokens), (4, 2, 2, 2 + 6));
+    assert_eq!((report.n_empty, report.n_unsupervised, report.longest, report.n_tokens), (1, 1, 4, 8));
+    assert_eq!(report.blake3, blake3::hash(rows.as_bytes()).to_hex().as_str());
+    let words = place.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
+    assert_eq!(
+        words,
+        "rows: nothing is left to learn from its 4 rows: 1 have an empty response, 3 have none within 2 tokens"
+    );
+}
+
+#[test]
+fn a_limit_takes_the_first_rows_and_the_digest_of_all() {
+    let place = Place::new();
+    let rows = "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\n";
+    let (_, report) = place.read(rows, &ReadOptions { limit: Some(2), ..options() }).expect("good");
+    assert_eq!((report.n_rows, report.blake3.as_str()), (2, blake3::hash(rows.as_bytes()).to_hex().as_str()));
+}
+
+#[test]
+fn bad_rows_are_named_with_line_and_field() {
+    let place = Place::new();
+    let good = r#"{"prompt":"a","completion":"b"}"#;
+    for (row, expected) in [
+        (r#"{"prompt":"a"}"#, "rows: line 3: field \"completion\" is missing"),
+        (r#"{"prompt":["a"],"completion":"b"}"#, "rows: line 3: field \"prompt\": expected a string, found an array"),
+        (r#"{"prompt":"a","completion":null}"#, "rows: line 3: field \"completion\": expected a string, found null"),
+    ] {
+        let many = format!("{good}\n{good}\n{row}\n{good}\n{{}}\n");
+        assert_eq!(place.read(&many, &options()).expect_err("a bad row"), expected);
+    }
+    place.write("chat_template.jinja", "{{ raise_exception('roles must alternate') }}");
+    for (row, expected) in [
+        (
+            r#"{"a":1,"b":2}"#,
+            "its fields [a, b] are none of: messages; prompt and completion; instruction and output; text",
+        ),
+        (r#"{"messages":"x"}"#, "field \"messages\": expected an array, found a string"),
+        (r#"{"messages":[]}"#, "field \"messages\": it is empty"),
+        (r#"{"messages":[{"role":"user"},1]}"#, "field \"messages\": message 1: expected an object, found a number"),
+        (r#"{"messages":[{"content":"x"}]}"#, "field \"messages\": message 0: it has no role"),
+        (r#"{"messages":[{"role":"user","content":"x"}]}"#, "template line 1: roles must alternate"),
+    ] {
+        assert_eq!(place.read(row, &options()).expect_err("a bad row"), format!("rows: line 1: {expected}"));
+    }
+    let commonsense = ReadOptions { template: Template::Commonsense, ..options() };
+    let row = r#"[{"instruction":"Q","input":"I","answer":"true"}]"#;
+    let expected = "rows: row [0] (line 1): field \"input\": the commonsense template has no place for it";
+    assert_eq!(place.read(row, &commonsense).expect_err("a bad row"), expected);
+    assert_eq!(place.read("[]", &options()).expect_err("no row"), "rows: it holds no row");
+}
+
+#[test]
+fn the_first_bad_row_is_told_for_any_number_of_threads() {
+    let place = Place::new();
+    let mut rows = "{\"text\":\"a\"}\n".repeat(500);
+    rows += &"{\"text\":1}\n".repeat(1500);
+    for n_threads in [1, 3, 8] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
+        let words = pool.install(|| place.read(&rows, &options()).expect_err("bad rows"));
+        assert_eq!(words, "rows: line 501: field \"text\": expected a string, found a number");
+    }
+}
+
+#[test]
+fn what_is_no_tokenizer_is_said() {
+    let place = Place::new();
+    let open = || Tokenizer::open(place.0.path()).map(|_| ()).expect_err("no tokenizer");
+    for broken in ["", "{}", "[1]", "not json", "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}"] {
+        place.write("tokenizer.json", broken);
+        let error = open();
+        assert_eq!(error.kind(), ErrorKind::BadInput);
+        assert!(place.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+    }
+    let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
+    place.write("tokenizer.json", deep);
+    assert_eq!(open().kind(), ErrorKind::BadInput);
+    fs::remove_file(place.path("tokenizer.json")).expect("removed");
+    assert_eq!(open().kind(), ErrorKind::Io);
+}
+
+#[test]
+fn tokens_beyond_the_model_are_refused() {
+    let place = Place::new();
+    place.write("config.json", r#"{"vocab_size":261}"#);
+    let words = place.read(r#"{"text":"a"}"#, &options()).map(|_| ());
+    assert_eq!(words, Ok(()));
+    let words = place.read(r#"{"text":"all the rest"}"#, &options()).expect_err("beyond");
+    assert_eq!(words, "tokenizer.json: token 261 \"Ġthe\" is beyond the model's vocab_size of 261");
+}
+
+#[test]
+fn a_conversation_needs_a_chat_template() {
+    let words = Place::new().read(TALK, &options()).expect_err("none");
+    let expected =
+        "tokenizer.json: the model has no chat template: neither chat_template.jinja nor one in tokenizer_config.json";
+    assert_eq!(words, expected);
+}
+
+#[test]
+fn real_rows_become_questions() {
+    let (place, ctx) = (Place::new(), Context::default());
+    let tokenizer = place.tokenizer();
+    let path = fixtures().join("data/commonsense.jsonl");
+    assert_eq!(task_of(&path).expect("rows"), Some(Task::Commonsense));
+    let questions =
+        read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &Template::Auto, None).expect("good rows");
+    assert_eq!(questions.len(), 18);
+    let candidates: usize = questions.iter().map(|question| question.candidates.len()).sum();
+    assert_eq!(candidates, 3 * (2 + 4 + 2 + 2 + 3 + 4));
+    let first = &questions[0];
+    assert_eq!(first.prompt[0], 1);
+    let (name, tokens) = &first.candidates[1];
+    assert_eq!(tokenizer.decode(tokens).expect("text"), format!("the correct answer is {name}"));
+
+    let path = fixtures().join("data/math.json");
+    assert_eq!(task_of(&path).expect("rows"), Some(Task::Math));
+    let questions = read_questions(&ctx, &path, &tokenizer, Task::Math, &Template::Auto, Some(7)).expect("good rows");
+    assert_eq!((questions.len(), questions[1].answer.as_str()), (7, "120.0"));
+    assert!(tokenizer.decode(&questions[0].prompt).expect("text").ends_with("\n\n### Response:\n"));
+}
+
+#[test]
+fn published_outputs_are_judged_by_the_published_rules() {
+    let mut rows = Rows::open(&fixtures().join("data/math.json")).expect("rows");
+    let mut right = Vec::new();
+    while let Some(row) = rows.next_row().expect("good rows") {
+        let field = |name: &str| row.fields[name].as_str().expect("a string").to_owned();
+        right.push(Task::Math.is_right(&field("output"), &field("answer")));
+    }
+    // Teachers err: 60 for 120, 32 for 8, 8 for 8 …; where the answer is a letter, the first of A to E in the text counts.
+    let expected = [true, false, true, true, false, true, true, true, true, true, true];
+    assert_eq!(right[..11], expected);
+    assert!(!right[14], "an empty output is wrong");
+}
+
+#[test]
+fn questions_that_cannot_be_judged_are_named() {
+    let (place, ctx) = (Place::new(), Context::default());
+    let read = |row: &str, task| {
+        let path = place.write("rows", row);
+        let questions = read_questions(&ctx, &path, &place.tokenizer(), task, &Template::Auto, None);
+        place.words(&questions.map(|_| ()).expect_err("a bad row"))
+    };
+    for (row, task, expected) in [
+        (
+            r#"{"instruction":"Q","answer":"x"}"#,
+            Task::Math,
+            "field \"answer\": \"x\" is neither a number nor a letter from A to E",
+        ),
+        (
+            r#"{"instruction":"Q","answer":"a"}"#,
+            Task::Commonsense,
+            "field \"instruction\": no \"Answer format: a/b/…\" names the answers",
+        ),
+        (
+            r#"{"instruction":"Q\n\nAnswer format: a/b","answer":"c"}"#,
+            Task::Commonsense,
+            "field \"answer\": \"c\" is none of those that its instruction names: a/b",
+        ),
+        (r#"{"instruction":"Q"}"#, Task::Math, "field \"answer\" is missing"),
+    ] {
+        assert_eq!(read(row, task), format!("rows: line 1: {expected}"));
+    }
+}
