@@ -55,16 +55,22 @@ pub(super) fn cut_rows<K: Key>(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) 
 /// Judge of [`super::gather`].
 pub(super) fn gather(rows: RowBlock<'_>, columns: &RowColumns) -> Vec<u8> {
     assert_eq!(rows.n_rows(), columns.n_rows(), "columns for each row");
-    let element_bytes = rows.dtype().bitsize() / 8;
-    let mut gathered = Vec::with_capacity(columns.nnz() * element_bytes);
-    for row in 0..rows.n_rows() {
-        let bytes = rows.row(row);
-        for &column in columns.row(row) {
-            let at = column as usize * element_bytes;
-            gathered.extend_from_slice(&bytes[at..at + element_bytes]);
-        }
+    match rows.dtype().bitsize() / 8 {
+        1 => gather_elements::<1>(rows, columns),
+        2 => gather_elements::<2>(rows, columns),
+        4 => gather_elements::<4>(rows, columns),
+        8 => gather_elements::<8>(rows, columns),
+        other => unreachable!("rows hold floats, none has {other} bytes"),
     }
-    gathered
+}
+
+fn gather_elements<const BYTES: usize>(rows: RowBlock<'_>, columns: &RowColumns) -> Vec<u8> {
+    let mut gathered = Vec::with_capacity(columns.nnz());
+    for row in 0..rows.n_rows() {
+        let (elements, _) = rows.row(row).as_chunks::<BYTES>();
+        gathered.extend(columns.row(row).iter().map(|&column| elements[column as usize]));
+    }
+    gathered.into_flattened()
 }
 
 fn for_each_row<K: Key>(rows: &ScoredRows<'_>, mut visit: impl FnMut(&[K])) -> Result<(), NotANumber> {

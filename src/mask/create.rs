@@ -233,10 +233,15 @@ impl Job<'_> {
             |span, block| {
                 let source = &sources[mine[span.target]];
                 let k = k.min(source.scan.layout.d_in) as usize;
-                let mut rows = Rows::new(span.n_rows, k);
+                let mut rows = Rows::new(span.n_rows, 0);
                 source.for_each_run(ctx, source.key_space(), span, block, |run, scored| {
-                    rows.skip_to(run.start);
-                    topk_rows(scored, k)?.chunks_exact(k).for_each(|columns| rows.columns.push_row(columns));
+                    let columns = topk_rows(scored, k)?;
+                    if run.len() == span.n_rows {
+                        rows.columns = RowColumns::uniform(columns, k);
+                    } else {
+                        rows.skip_to(run.start);
+                        columns.chunks_exact(k).for_each(|columns| rows.columns.push_row(columns));
+                    }
                     Ok(())
                 })?;
                 Ok(Chosen::new(rows.finish(span.n_rows), block))

@@ -120,9 +120,9 @@ impl SparseWriter {
         assert!(target.n_rows <= target.layout.n_rows(), "no more rows than the target has");
         self.bytes.clear();
         if d_in <= MOST_U16 {
-            self.bytes.extend(columns.columns().iter().flat_map(|&column| (column as u16).to_le_bytes()));
+            put_le(&mut self.bytes, columns.columns(), |column| (column as u16).to_le_bytes());
         } else {
-            self.bytes.extend(columns.columns().iter().flat_map(|column| column.to_le_bytes()));
+            put_le(&mut self.bytes, columns.columns(), u32::to_le_bytes);
         }
         self.file.append(target.columns, &self.bytes)?;
         if let Some(id) = target.values {
@@ -212,5 +212,14 @@ impl SparseWriter {
         let json = document(TargetEntries(entries))
             .map_err(|e| CheckpointError::bad_file(&path, format!("its document cannot be written: {e}")))?;
         file.finish(ctx, &BTreeMap::from([(DOCUMENT_KEY.to_owned(), json)]))
+    }
+}
+
+/// Appends each number as its bytes.
+fn put_le<const BYTES: usize>(bytes: &mut Vec<u8>, numbers: &[u32], le: impl Fn(u32) -> [u8; BYTES]) {
+    let start = bytes.len();
+    bytes.resize(start + numbers.len() * BYTES, 0);
+    for (bytes, &number) in bytes[start..].as_chunks_mut().0.iter_mut().zip(numbers) {
+        *bytes = le(number);
     }
 }

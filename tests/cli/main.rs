@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 
 mod adapters;
+mod cluster;
 mod diff;
 mod extract;
 #[allow(dead_code, reason = "shared by tests that come one by one")]

@@ -8,13 +8,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use neuroada_ckpt::checkpoint::{Checkpoint, Context, Io};
+use neuroada_ckpt::{
+    checkpoint::{Checkpoint, Context, Io},
+    mask::LLAMA_PROJECTIONS,
+};
 use rayon::prelude::*;
 
 /// The checkpoint's shards.
 fn shards(checkpoint: &Path) -> Vec<PathBuf> {
     let checkpoint = Checkpoint::open(checkpoint).expect("the checkpoint opens");
     checkpoint.shards().iter().map(|shard| shard.path().to_owned()).collect()
+}
+
+/// Bytes of the tensors that `mask` looks at.
+pub fn target_bytes(checkpoint: &Path) -> u64 {
+    let checkpoint = Checkpoint::open(checkpoint).expect("the checkpoint opens");
+    let is_target = |name: &str| LLAMA_PROJECTIONS.iter().any(|projection| name.contains(projection));
+    checkpoint.tensors().filter(|tensor| is_target(&tensor.info.name)).map(|tensor| tensor.info.n_bytes()).sum()
 }
 
 /// Takes a checkpoint out of the page cache.

@@ -1,11 +1,13 @@
 //! Whole commands on a checkpoint of a real model's shape, beside what the machine can do at all.
 //!
-//! `cargo bench --bench jobs -- [--shape 135m|1b|8b|70b] [--dir DIR] [--runs N] [--max-memory SIZE] [--cold]`
+//! `cargo bench --bench jobs -- [--shape 135m|1b|8b|70b] [--dir DIR] [--runs N] [--max-memory SIZE] [--cold]
+//! [--only TEXT]`
 //!
 //! The checkpoint is made under DIR (`target/bench` by default) and stays there for the next time. Every job runs N times in
-//! turn with its limit, and the medians are printed: bytes of the weights a second, the share of the limit, and the most
-//! memory that was resident. `--cold` takes the checkpoint out of the page cache before every run. Figures and what they
-//! were measured on: README.md in the folder above.
+//! turn with its limit, and medians are printed: seconds, bytes of the weights a second, the share of the limit run just
+//! before, and the most memory that was resident. `--cold` takes the checkpoint out of the page cache before every run,
+//! `--only` leaves out the jobs whose names do not hold TEXT. Figures and what they were measured on: README.md in the folder
+//! above.
 
 mod limits;
 mod synthetic;
@@ -25,6 +27,7 @@ struct Options {
     runs: usize,
     max_memory: String,
     cold: bool,
+    only: String,
 }
 
 fn options() -> Options {
@@ -34,6 +37,7 @@ fn options() -> Options {
         runs: 5,
         max_memory: "256M".to_owned(),
         cold: false,
+        only: String::new(),
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -48,6 +52,7 @@ fn options() -> Options {
             "--runs" => options.runs = value().parse().expect("--runs takes a number"),
             "--max-memory" => options.max_memory = value(),
             "--cold" => options.cold = true,
+            "--only" => options.only = value(),
             // Cargo's own.
             "--bench" => {}
             other => panic!("unknown option {other}"),
@@ -77,40 +82,43 @@ fn run(options: &Options, arguments: &[&str]) -> Run {
     Run { time, peak_mib: peak.map_or(0, |mib| mib.parse().expect("a number")) }
 }
 
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times[times.len() / 2]
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    figures[figures.len() / 2]
 }
 
-/// Measures `job` in turn with its limit, after `prepare`, and prints a line.
+/// Measures `job`, which has `n_bytes` to look at, in turn with its limit in bytes a second, after `prepare`, and prints a line.
 fn measure(
     options: &Options,
     name: &str,
     n_bytes: u64,
     mut prepare: impl FnMut(),
-    mut limit: impl FnMut() -> Option<Duration>,
+    mut limit: impl FnMut() -> Option<f64>,
     mut job: impl FnMut() -> Run,
 ) {
-    let (mut limits, mut times, mut peak) = (Vec::new(), Vec::new(), 0);
+    if !name.contains(&options.only) {
+        return;
+    }
+    let (mut limits, mut times, mut shares, mut peak) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for _ in 0..options.runs {
         prepare();
-        limits.extend(limit());
+        let limit = limit();
         prepare();
         let run = job();
-        times.push(run.time);
+        let time = run.time.as_secs_f64();
+        times.push(time);
+        limits.extend(limit);
+        // Machines change their pace: a run is held against the limit just before it.
+        shares.extend(limit.map(|limit| 100.0 * n_bytes as f64 / time / limit));
         peak = peak.max(run.peak_mib);
     }
-    let speed = |time: Duration| n_bytes as f64 / time.as_secs_f64() / 1e9;
-    let time = median(times);
+    let seconds = median(times);
+    let speed = n_bytes as f64 / seconds / 1e9;
     let (limit, share) = match limits.is_empty() {
         true => ("-".to_owned(), "-".to_owned()),
-        false => {
-            let limit = median(limits);
-            let share = 100.0 * limit.as_secs_f64() / time.as_secs_f64();
-            (format!("{:.2}", speed(limit)), format!("{share:.0} %"))
-        }
+        false => (format!("{:.2}", median(limits) / 1e9), format!("{:.0} %", median(shares))),
     };
-    println!("{name:<28} {:>8.3} {:>8.2} {limit:>8} {share:>7} {peak:>6}", time.as_secs_f64(), speed(time));
+    println!("{name:<28} {seconds:>8.3} {speed:>8.2} {limit:>8} {share:>7} {peak:>6}");
 }
 
 fn main() {
@@ -131,6 +139,8 @@ fn main() {
         .filter_map(|entry| entry.ok()?.metadata().ok())
         .map(|meta| meta.len())
         .sum();
+    let target_bytes = limits::target_bytes(&base);
+    let per_second = |time: Duration| n_bytes as f64 / time.as_secs_f64();
     println!(
         "{} shape, {:.2} GB, {} cores, {}, --max-memory {}",
         options.shape.name,
@@ -142,7 +152,10 @@ fn main() {
     println!("{:<28} {:>8} {:>8} {:>8} {:>7} {:>6}", "job", "s", "GB/s", "limit", "share", "MiB");
 
     let prepare = || if options.cold { limits::chill(&base) } else { limits::warm(&base) };
-    let read = || if options.cold { limits::read_direct(&base) } else { Some(limits::read_mapped(&base)) };
+    let read = || match options.cold {
+        true => limits::read_direct(&base).map(per_second),
+        false => Some(per_second(limits::read_mapped(&base))),
+    };
     let mask = at("mask.safetensors");
     for (name, extra) in [
         ("mask --k 256", &["--k", "256"][..]),
@@ -152,18 +165,14 @@ fn main() {
         ("mask --k 1", &["--k", "1"]),
     ] {
         let arguments = [&["mask", &base_path, "-o", &mask, "--force"], extra].concat();
-        measure(&options, name, n_bytes, prepare, read, || run(&options, &arguments));
+        measure(&options, name, target_bytes, prepare, read, || run(&options, &arguments));
     }
     let adapter = at("adapter.safetensors");
+    run(&options, &["mask", &base_path, "--k", "1", "-o", &mask, "--force"]);
     run(&options, &["init", &base_path, "--mask", &mask, "-o", &adapter]);
-    measure(
-        &options,
-        "diff with itself",
-        2 * n_bytes,
-        prepare,
-        || read().map(|time| 2 * time),
-        || run(&options, &["diff", &base_path, &base_path]),
-    );
+    measure(&options, "diff with itself", 2 * n_bytes, prepare, read, || {
+        run(&options, &["diff", &base_path, &base_path])
+    });
 
     let (copy, merged) = (work.join("copy"), work.join("merged"));
     let merged_path = merged.display().to_string();
@@ -174,12 +183,15 @@ fn main() {
         let time = began.elapsed();
         // What it left to be written does not belong to the next measurement.
         remove(&copy);
-        status.is_ok_and(|status| status.success()).then_some(time)
+        status.is_ok_and(|status| status.success()).then(|| per_second(time))
     };
     measure(&options, "merge -o (limit: cp -r)", n_bytes, prepare, cp, || {
         remove(&merged);
         run(&options, &["merge", &base_path, "--adapter", &adapter, "-o", &merged_path])
     });
+    if !merged.exists() {
+        run(&options, &["merge", &base_path, "--adapter", &adapter, "-o", &merged_path]);
+    }
     measure(
         &options,
         "verify --base",
