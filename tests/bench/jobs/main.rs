@@ -1,9 +1,10 @@
 //! Whole commands on a checkpoint of a real model's shape, beside what the machine can do at all.
 //!
 //! `cargo bench --bench jobs -- [--shape 135m|1b|8b|70b] [--dir DIR] [--runs N] [--max-memory SIZE] [--cold]
-//! [--only TEXT]`
+//! [--only TEXT] [--results DIR]`
 //!
-//! The checkpoint is made under DIR (`target/bench` by default) and stays there for the next time. Every job runs N times in
+//! The checkpoint is made under DIR (`target/bench` by default) and stays there for the next time; results go to a folder
+//! beside it, or under `--results`, and are removed. Every job runs N times in
 //! turn with its limit, and medians are printed: seconds, bytes of the weights a second, the share of the limit run just
 //! before, and the most memory that was resident. `--cold` takes the checkpoint out of the page cache before every run,
 //! `--only` leaves out the jobs whose names do not hold TEXT. Figures and what they were measured on: README.md in the folder
@@ -28,6 +29,7 @@ struct Options {
     max_memory: String,
     cold: bool,
     only: String,
+    results: Option<PathBuf>,
 }
 
 fn options() -> Options {
@@ -38,6 +40,7 @@ fn options() -> Options {
         max_memory: "256M".to_owned(),
         cold: false,
         only: String::new(),
+        results: None,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -53,6 +56,7 @@ fn options() -> Options {
             "--max-memory" => options.max_memory = value(),
             "--cold" => options.cold = true,
             "--only" => options.only = value(),
+            "--results" => options.results = Some(value().into()),
             // Cargo's own.
             "--bench" => {}
             other => panic!("unknown option {other}"),
@@ -125,7 +129,7 @@ fn main() {
     let options = options();
     let base = options.dir.join(options.shape.name);
     options.shape.write(&base).expect("the checkpoint can be written");
-    let work = options.dir.join("work");
+    let work = options.results.as_ref().unwrap_or(&options.dir).join("work");
     let remove = |path: &Path| match path.is_dir() {
         true => fs::remove_dir_all(path).expect("output can be removed"),
         false => drop(fs::remove_file(path)),
@@ -189,7 +193,8 @@ fn main() {
         remove(&merged);
         run(&options, &["merge", &base_path, "--adapter", &adapter, "-o", &merged_path])
     });
-    if !merged.exists() {
+    let needs_merged = ["verify --base", "unmerge --in-place", "merge --in-place"];
+    if !merged.exists() && needs_merged.iter().any(|name| name.contains(&options.only)) {
         run(&options, &["merge", &base_path, "--adapter", &adapter, "-o", &merged_path]);
     }
     measure(
