@@ -1,10 +1,10 @@
 //! What can go wrong with adapters, each error naming the file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
-    checkpoint::{CheckpointError, ErrorKind, Printable},
-    mask::MaskError,
+    checkpoint::{Checkpoint, CheckpointError, ErrorKind, Printable},
+    mask::{BaseInfo, MaskError},
 };
 
 /// What can go wrong while reading, writing or starting an adapter.
@@ -16,14 +16,28 @@ pub enum AdapterError {
     /// The columns or the document are not what they should be.
     #[error(transparent)]
     Mask(#[from] MaskError),
-    /// The mask was made from another base.
+    /// The mask or adapter was made from another base.
     #[error("{}: tensor \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
     WrongBase {
-        /// The mask.
+        /// The mask or adapter.
         path: PathBuf,
         /// The first tensor whose values differ.
         tensor: String,
         /// Both bases.
+        what: String,
+    },
+    /// A packed adapter without its columns, and no base to choose them from.
+    #[error("{}: its columns are derived from its base, which is not given", Printable::path(.path))]
+    NeedsBase {
+        /// The packed adapter.
+        path: PathBuf,
+    },
+    /// Columns that cannot be left out.
+    #[error("{}: its columns cannot be derived from a base: {what}", Printable::path(.path))]
+    NotDerived {
+        /// The adapter.
+        path: PathBuf,
+        /// Why.
         what: String,
     },
     /// An adapter's id is 64 hexadecimal digits.
@@ -37,8 +51,18 @@ impl AdapterError {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
-            Self::WrongBase { .. } => ErrorKind::Refused,
-            Self::MalformedId(_) => ErrorKind::Usage,
+            Self::WrongBase { .. } | Self::NotDerived { .. } => ErrorKind::Refused,
+            Self::NeedsBase { .. } | Self::MalformedId(_) => ErrorKind::Usage,
+        }
+    }
+
+    /// The base is another than the one `path` was made from; `tensor` is the first that differs.
+    pub(crate) fn other_base(path: &Path, tensor: &str, made_from: &BaseInfo, base: &Checkpoint) -> Self {
+        let (made_from, found) = (Printable(&made_from.name), base.name());
+        Self::WrongBase {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            what: format!("it was made from {made_from}, {} has other values at its positions", Printable(&found)),
         }
     }
 }

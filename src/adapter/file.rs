@@ -1,18 +1,20 @@
 //! Adapter files: deltas on chosen columns.
 
-use std::{ops::Range, path::Path};
+use std::{collections::BTreeMap, fs::File, ops::Range, path::Path, sync::Arc};
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AdapterError, AdapterId,
+    AdapterError, AdapterId, ColumnsKind,
     id::{IdHasher, RowHasher},
+    packed::{self, PackedFile},
 };
 use crate::{
-    checkpoint::{CheckpointError, Context, Existing, Shard},
+    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, Existing, Header, Shard, TensorInfo},
     mask::{
-        BaseInfo, FORMAT_VERSION, Part, Recipe, SparseFile, SparseWriter, TargetEntries, TargetInfo, parse_document,
+        BaseInfo, FORMAT_VERSION, FileKind, Part, Recipe, SparseFile, SparseWriter, TargetEntries, TargetInfo,
+        parse_document, parse_header,
     },
     tensor::{Dtype, RowColumns},
 };
@@ -67,43 +69,98 @@ pub struct DeltaRows {
     pub values: Vec<f32>,
 }
 
-/// An open adapter: header in memory, columns and values on disk.
-#[derive(Debug)]
+/// An open adapter, plain or packed: header in memory, columns and values on disk. A clone is the same open file.
+#[derive(Clone, Debug)]
 pub struct Adapter {
-    file: SparseFile,
+    store: Arc<Store>,
     scale: f64,
     recipe: Recipe,
     base: BaseInfo,
     notes: AdapterNotes,
 }
 
+/// Where columns and values lie.
+#[derive(Debug)]
+enum Store {
+    Plain(SparseFile),
+    Packed(Box<PackedFile>),
+}
+
 impl Adapter {
     /// Opens an adapter file and proves all that its header can show. Reads the header only.
+    ///
+    /// A packed adapter whose columns are derived from its base is opened all the same, and says all but its deltas:
+    /// [`Self::open_with_base`] gives those too.
     ///
     /// # Errors
     /// What the file is instead, or a list of all that does not fit together.
     pub fn open(path: &Path) -> Result<Self, AdapterError> {
         let shard = Shard::open(path)?;
-        let document: AdapterDocument = parse_document(&shard, KIND)?;
-        let AdapterDocument { scale, recipe, base, targets, license, description, author, training, .. } = document;
+        if FileKind::of(&shard)? == FileKind::Document(packed::KIND.to_owned()) {
+            let (file, parts) = PackedFile::open(shard, |header| Ok(Parts::of(parse_header(path, header, KIND)?)))?;
+            return Self::new(path, Store::Packed(Box::new(file)), parts);
+        }
+        let (targets, parts) = Parts::of(parse_document(&shard, KIND)?);
+        Self::new(path, Store::Plain(SparseFile::check(shard, targets, true)?), parts)
+    }
+
+    /// The same, with the base at hand: where columns are derived from it they are chosen again, in as many passes over it as
+    /// that takes, and kept in a temporary folder. Of other adapters `base` is not looked at.
+    ///
+    /// # Errors
+    /// Besides those of [`Self::open`]: [`AdapterError::WrongBase`], or columns that are not those that were packed.
+    pub fn open_with_base(ctx: &Context<'_>, path: &Path, base: &Checkpoint) -> Result<Self, AdapterError> {
+        let mut adapter = Self::open(path)?;
+        let recipe = adapter.recipe.clone();
+        if let Some(Store::Packed(file)) = Arc::get_mut(&mut adapter.store) {
+            file.derive(ctx, &recipe, base)?;
+        }
+        Ok(adapter)
+    }
+
+    fn new(path: &Path, store: Store, parts: Parts) -> Result<Self, AdapterError> {
+        let Parts { scale, recipe, base, notes } = parts;
         if !scale.is_finite() {
             return Err(CheckpointError::bad_file(path, format!("scale {scale} is not a finite number")).into());
         }
-        let notes = AdapterNotes { license, description, author, training };
-        Ok(Self { file: SparseFile::check(shard, targets, true)?, scale, recipe, base, notes })
+        Ok(Self { store: Arc::new(store), scale, recipe, base, notes })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        self.file.shard().path()
+        self.shard().path()
     }
     /// The open file, for its header and for noticing changes.
     pub fn shard(&self) -> &Shard {
-        self.file.shard()
+        match &*self.store {
+            Store::Plain(file) => file.shard(),
+            Store::Packed(file) => file.shard(),
+        }
     }
     /// Bytes of the file.
     pub fn n_bytes(&self) -> u64 {
-        self.file.shard().file_bytes()
+        self.shard().file_bytes()
+    }
+    /// Bytes of the adapter as a plain file.
+    pub fn plain_bytes(&self) -> u64 {
+        match &*self.store {
+            Store::Plain(file) => file.shard().file_bytes(),
+            Store::Packed(file) => file.adapter_bytes(),
+        }
+    }
+    /// Of a packed adapter, whether it has its columns or derives them from its base; none of a plain one.
+    pub fn packed_columns(&self) -> Option<ColumnsKind> {
+        match &*self.store {
+            Store::Plain(_) => None,
+            Store::Packed(file) => Some(file.columns_kind()),
+        }
+    }
+    /// The id that a packed adapter says it has; [`Self::id`] proves it.
+    pub fn claimed_id(&self) -> Option<AdapterId> {
+        match &*self.store {
+            Store::Plain(_) => None,
+            Store::Packed(file) => Some(file.id()),
+        }
     }
     /// What every delta is multiplied by, unless a merge says otherwise.
     pub fn scale(&self) -> f64 {
@@ -123,11 +180,15 @@ impl Adapter {
     }
     /// All targets, by name.
     pub fn targets(&self) -> &[TargetInfo] {
-        self.file.targets()
+        match &*self.store {
+            Store::Plain(file) => file.targets(),
+            Store::Packed(file) => file.targets(),
+        }
     }
     /// The target of this name.
     pub fn target(&self, name: &str) -> Option<&TargetInfo> {
-        self.file.target(name)
+        let found = self.targets().binary_search_by(|target| target.name.as_str().cmp(name)).ok()?;
+        Some(&self.targets()[found])
     }
     /// Deltas in all.
     pub fn nnz(&self) -> u64 {
@@ -135,7 +196,28 @@ impl Adapter {
     }
     /// The type that a target's values are stored in: F32, BF16 or F16.
     pub fn values_dtype(&self, target: &TargetInfo) -> Dtype {
-        self.file.tensor(target, Part::Values).dtype
+        self.tensor(target, Part::Values).expect("targets have values").dtype
+    }
+    /// One of a target's tensors, as a plain file has it.
+    pub(super) fn tensor(&self, target: &TargetInfo, part: Part) -> Option<&TensorInfo> {
+        self.header().tensor(&part.name(&target.name))
+    }
+    /// The metadata of a plain file.
+    pub(super) fn metadata(&self) -> &BTreeMap<String, String> {
+        self.header().metadata()
+    }
+    /// The header of a plain file, byte for byte.
+    pub(super) fn header_json(&self) -> Result<Vec<u8>, AdapterError> {
+        match &*self.store {
+            Store::Plain(file) => Ok(file.shard().header_json()?),
+            Store::Packed(file) => Ok(file.header_json().to_vec()),
+        }
+    }
+    fn header(&self) -> &Header {
+        match &*self.store {
+            Store::Plain(file) => file.shard().header(),
+            Store::Packed(file) => file.header(),
+        }
     }
 
     /// Cuts a target's rows into runs of at most about `most` positions and rows, for reading one run at a time.
@@ -148,15 +230,19 @@ impl Adapter {
         target: &TargetInfo,
         most: u64,
     ) -> Result<Vec<Range<u64>>, AdapterError> {
-        Ok(self.file.row_ranges(ctx, target, most)?)
+        match &*self.store {
+            Store::Plain(file) => Ok(file.row_ranges(ctx, target, most)?),
+            Store::Packed(file) => Ok(file.row_ranges(target, most)),
+        }
     }
 
     /// Reads the deltas of `rows` of a target, proven to be finite and on ascending columns inside the row.
     ///
-    /// Memory: about 10 bytes per position and 16 per row, and one window.
+    /// Memory: about 10 bytes per position and 16 per row, and one window; of a packed adapter, besides, a few blocks of about
+    /// 16,384 positions for each thread.
     ///
     /// # Errors
-    /// A column or value that may not be, naming the row.
+    /// A column or value that may not be, naming the row; [`AdapterError::NeedsBase`].
     ///
     /// # Panics
     /// Where the target is not this adapter's or has no such rows.
@@ -172,7 +258,7 @@ impl Adapter {
     }
 
     /// Widens stored values, proven to be finite.
-    fn widen_finite(
+    pub(super) fn widen_finite(
         &self,
         target: &TargetInfo,
         first_row: u64,
@@ -183,24 +269,28 @@ impl Adapter {
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             let row = first_row + columns.row_of(at) as u64;
             let what = format!("row {row}, column {}: the delta is {}", columns.columns()[at], values[at]);
-            return Err(self.file.bad(target, Part::Values, what).into());
+            return Err(CheckpointError::bad_tensor(self.path(), &Part::Values.name(&target.name), what).into());
         }
         Ok(values)
     }
 
     /// Columns and values of `rows`, the values as stored.
-    fn read_stored(
+    pub(super) fn read_stored(
         &self,
         ctx: &Context<'_>,
         target: &TargetInfo,
         rows: Range<u64>,
     ) -> Result<(RowColumns, Vec<u8>), AdapterError> {
-        let first = self.file.first_position(ctx, target, rows.start)?;
-        let columns = self.file.read_columns(ctx, target, rows)?;
-        let tensor = self.file.tensor(target, Part::Values);
+        let file = match &*self.store {
+            Store::Plain(file) => file,
+            Store::Packed(file) => return file.read_stored(ctx, target, rows),
+        };
+        let first = file.first_position(ctx, target, rows.start)?;
+        let columns = file.read_columns(ctx, target, rows)?;
+        let tensor = file.tensor(target, Part::Values);
         let mut values = Vec::with_capacity(columns.nnz() * tensor.dtype.bitsize() / 8);
         let range = first..first + columns.nnz() as u64;
-        self.file.for_each_window(ctx, tensor, range, |bytes| values.extend_from_slice(bytes))?;
+        file.for_each_window(ctx, tensor, range, |bytes| values.extend_from_slice(bytes))?;
         Ok((columns, values))
     }
 
@@ -219,7 +309,56 @@ impl Adapter {
             }
             hasher.target(target, self.values_dtype(target), &rows);
         }
-        Ok(hasher.finish())
+        let id = hasher.finish();
+        self.expect_id(id)?;
+        Ok(id)
+    }
+
+    /// Fails where a packed adapter says that it has another id than this, the one it has.
+    pub(super) fn expect_id(&self, id: AdapterId) -> Result<(), AdapterError> {
+        match self.claimed_id().filter(|&claimed| claimed != id) {
+            None => Ok(()),
+            Some(claimed) => {
+                let what = format!("damaged: it says that it is adapter {}, it holds {}", claimed.short(), id.short());
+                Err(CheckpointError::bad_file(self.path(), what).into())
+            }
+        }
+    }
+
+    /// Writes the adapter as a plain file: of a plain one a copy, of a packed one the very bytes that were packed.
+    ///
+    /// Memory: a block or a window. A packed adapter is not proven on the way; [`Self::id`] does that.
+    ///
+    /// # Errors
+    /// A failure to read or write, [`AdapterError::NeedsBase`], a file that exists and must be kept.
+    pub fn write_plain(&self, ctx: &Context<'_>, output: &Path, existing: Existing) -> Result<(), AdapterError> {
+        match &*self.store {
+            Store::Packed(file) => file.unpack(ctx, output, existing),
+            Store::Plain(file) => {
+                let copy = AtomicFile::create(output, existing)?;
+                let mut from =
+                    File::open(file.shard().path()).map_err(|e| CheckpointError::io("read", file.shard().path(), e))?;
+                std::io::copy(&mut from, &mut copy.file()).map_err(|e| CheckpointError::io("copy", output, e))?;
+                file.shard().unchanged()?;
+                Ok(copy.commit()?)
+            }
+        }
+    }
+}
+
+/// What a document says beside its targets.
+struct Parts {
+    scale: f64,
+    recipe: Recipe,
+    base: BaseInfo,
+    notes: AdapterNotes,
+}
+
+impl Parts {
+    fn of(document: AdapterDocument) -> (TargetEntries, Self) {
+        let AdapterDocument { scale, recipe, base, targets, license, description, author, training, .. } = document;
+        let notes = AdapterNotes { license, description, author, training };
+        (targets, Self { scale, recipe, base, notes })
     }
 }
 

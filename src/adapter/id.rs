@@ -97,19 +97,23 @@ impl IdHasher {
 pub(super) struct RowHasher {
     positions: blake3::Hasher,
     values: blake3::Hasher,
-    bytes: Vec<u8>,
 }
 
 impl RowHasher {
     /// Adds the next rows; `values` as stored.
     pub(super) fn rows(&mut self, columns: &RowColumns, values: &[u8]) {
-        self.bytes.clear();
-        for row in 0..columns.n_rows() {
-            let row = columns.row(row);
-            self.bytes.extend((row.len() as u32).to_le_bytes());
-            self.bytes.extend(row.iter().flat_map(|column| column.to_le_bytes()));
-        }
-        self.positions.update(&self.bytes);
+        hash_positions(&mut self.positions, columns);
         self.values.update(values);
     }
+}
+
+/// Adds the next rows to a digest of positions.
+pub(super) fn hash_positions(hasher: &mut blake3::Hasher, columns: &RowColumns) {
+    let mut bytes = Vec::with_capacity(4 * (columns.n_rows() + columns.nnz()));
+    for row in 0..columns.n_rows() {
+        let row = columns.row(row);
+        bytes.extend((row.len() as u32).to_le_bytes());
+        bytes.extend(row.iter().flat_map(|column| column.to_le_bytes()));
+    }
+    hasher.update(&bytes);
 }

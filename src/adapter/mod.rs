@@ -4,15 +4,21 @@
 //! says what it was made from. It knows its base by content: for each target the type, the shape and the BLAKE3 of the base's
 //! values at its positions. Its own name is its content too ([`AdapterId`]). Everything is read and written a run of
 //! rows at a time.
+//!
+//! [`pack_adapter`] makes an adapter as small as it gets; a packed adapter is opened and read like any other.
 
 mod builder;
 mod error;
 mod file;
 mod id;
 mod init;
+mod packed;
 
 pub use builder::AdapterBuilder;
 pub use error::AdapterError;
 pub use file::{Adapter, AdapterNotes, AdapterWriter, DeltaRows};
 pub use id::AdapterId;
 pub use init::{InitOptions, InitReport, init_adapter};
+pub use packed::{
+    ColumnsChoice, ColumnsKind, LossyError, MergedError, PackOptions, PackReport, ValuesChoice, pack_adapter,
+};

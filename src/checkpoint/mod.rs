@@ -39,7 +39,9 @@ pub(crate) use json::{malformed, read_whole};
 pub use lock::{CheckpointLock, in_place_hazards};
 pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};
-pub use output::{AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, write_atomic};
+pub use output::{
+    AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, tensor_file_header, write_atomic,
+};
 pub use output_dir::AtomicDir;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use rewrite::{rewrite_shard, windows};

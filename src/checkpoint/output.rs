@@ -203,10 +203,7 @@ impl TensorFileWriter {
         let target = self.target;
         let io = |e| CheckpointError::io("write", &target, e);
         let output = AtomicFile::create(&target, self.existing)?;
-        self.tensors.sort_by(|a, b| {
-            let width = |tensor: &Pending| std::cmp::Reverse(tensor.dtype.bitsize());
-            (width(a), &a.name).cmp(&(width(b), &b.name))
-        });
+        sort_for_header(&mut self.tensors);
         let header = header_json(&target, &self.tensors, metadata)?;
         let spool = self.spool.into_inner().map_err(|e| io(e.into_error()))?;
         let mut out = BufWriter::with_capacity(1 << 20, output.file());
@@ -227,6 +224,39 @@ impl TensorFileWriter {
         drop(out);
         output.commit()
     }
+}
+
+/// The header that [`TensorFileWriter`] would write for tensors of these names, types and shapes, and the file's bytes; `target` is
+/// for messages.
+///
+/// # Errors
+/// Two tensors of one name, sizes that overflow, a header longer than readers accept.
+pub fn tensor_file_header(
+    target: &Path,
+    tensors: Vec<(String, Dtype, Vec<u64>)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<(Vec<u8>, u64), CheckpointError> {
+    let mut pending = Vec::with_capacity(tensors.len());
+    for (name, dtype, shape) in tensors {
+        let n_elements = shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size));
+        let Some(n_bytes) = n_elements.and_then(|n| checked_bytes(dtype, n)) else {
+            return Err(CheckpointError::bad_tensor(target, &name, format!("shape {shape:?} overflows 64 bits")));
+        };
+        pending.push(Pending { name, dtype, shape: Some(shape), extents: vec![(0, n_bytes)] });
+    }
+    sort_for_header(&mut pending);
+    let json = header_json(target, &pending, metadata)?;
+    let n_bytes = pending.iter().try_fold(8 + json.len() as u64, |sum, tensor| sum.checked_add(tensor.n_bytes()));
+    let n_bytes = n_bytes.ok_or_else(|| CheckpointError::bad_file(target, "it would have more than 2^64 bytes"))?;
+    Ok((json, n_bytes))
+}
+
+/// Widest element type first, then by name, as the safetensors crate does.
+fn sort_for_header(tensors: &mut [Pending]) {
+    tensors.sort_by(|a, b| {
+        let width = |tensor: &Pending| std::cmp::Reverse(tensor.dtype.bitsize());
+        (width(a), &a.name).cmp(&(width(b), &b.name))
+    });
 }
 
 fn header_json(

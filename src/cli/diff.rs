@@ -3,7 +3,6 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
-    adapter::Adapter,
     checkpoint::{Checkpoint, Printable, Shard},
     diff::{self, AdapterDiff, CheckpointDiff, Overlap},
     mask::{FileKind, MaskFile},
@@ -14,6 +13,7 @@ use super::{
     Answer,
     env::Env,
     page::{Page, Table, bytes, count, number, percent},
+    unpack::open_adapter,
 };
 
 /// Say what differs between two adapters, masks or checkpoints
@@ -26,6 +26,9 @@ pub(super) struct DiffArgs {
     a: PathBuf,
     /// Another of the same kind
     b: PathBuf,
+    /// The base, where a packed adapter derives its columns from it
+    #[arg(long, value_name = "PATH")]
+    base: Option<PathBuf>,
     /// List every tensor instead of a line per kind
     #[arg(long)]
     tensors: bool,
@@ -45,7 +48,7 @@ impl Kind {
             return Ok(Self::Checkpoint);
         }
         Ok(match FileKind::of(&Shard::open(path)?)? {
-            FileKind::Document(kind) if kind == "adapter" => Self::Adapter,
+            FileKind::Document(kind) if kind == "adapter" || kind == "packed" => Self::Adapter,
             FileKind::Document(kind) if kind == "mask" => Self::Mask,
             _ => Self::Checkpoint,
         })
@@ -73,7 +76,8 @@ pub(super) fn run(args: DiffArgs, env: &Env) -> anyhow::Result<Answer> {
             report.equal
         }
         Kind::Adapter => {
-            let report = diff::diff_adapters(&ctx, &Adapter::open(&args.a)?, &Adapter::open(&args.b)?)?;
+            let open = |path: &Path| open_adapter(path, args.base.as_deref(), env);
+            let report = diff::diff_adapters(&ctx, &open(&args.a)?, &open(&args.b)?)?;
             env.report(&report, |report, page| print_adapters(report, args.tensors, true, page))?;
             report.equal
         }

@@ -123,11 +123,22 @@ fn advice(error: &anyhow::Error) -> Option<String> {
         if let Some(MergeError::Linked { .. }) = error.downcast_ref() {
             return Some("--output makes a copy instead; --break-links changes the files all the same".to_owned());
         }
+        if let Some(AdapterError::NeedsBase { .. }) = adapter_error(error) {
+            return Some("--base BASE derives them".to_owned());
+        }
         match file_error(error)? {
             CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
             _ => None,
         }
     })
+}
+
+/// The error about an adapter that an error of the library is.
+fn adapter_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a AdapterError> {
+    match error.downcast_ref() {
+        Some(DiffError::Adapter(error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
 }
 
 /// The error about a file that an error of the library is, on whatever floor: transparent variants are no link of the chain.

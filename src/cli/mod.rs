@@ -5,6 +5,7 @@
 //! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
+mod card;
 mod completions;
 mod diff;
 mod env;
@@ -16,10 +17,12 @@ mod man;
 mod mask;
 mod mask_join;
 mod merge;
+mod pack;
 mod page;
 mod progress;
 mod recover;
 mod unmerge;
+mod unpack;
 mod verify;
 
 use std::process::ExitCode;
@@ -72,6 +75,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     Recover(recover::RecoverArgs),
     Diff(diff::DiffArgs),
+    Pack(pack::PackArgs),
+    Unpack(unpack::UnpackArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -88,6 +93,8 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Verify(args) => verify::run(args, env),
         Command::Recover(args) => recover::run(args, env),
         Command::Diff(args) => diff::run(args, env),
+        Command::Pack(args) => pack::run(args, env),
+        Command::Unpack(args) => unpack::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
     }

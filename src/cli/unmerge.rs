@@ -51,7 +51,9 @@ fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
     }
     let is_hex = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if !is_hex || Path::new(text).exists() {
-        return Ok(Adapter::open(Path::new(text))?.id(&env.context())?);
+        let adapter = Adapter::open(Path::new(text))?;
+        // A packed adapter says its id; reading all of it could take its base.
+        return Ok(adapter.claimed_id().map_or_else(|| adapter.id(&env.context()), Ok)?);
     }
     let summary = merge::ledger_summary(&Checkpoint::open(path)?)?;
     let active = summary.map(|summary| summary.active).unwrap_or_default();

@@ -8,11 +8,11 @@
 //! A target may also have `"blake3"` (of the whole tensor) and `"transposed": true`. Unknown fields are refused: what
 //! this version does not know it would drop in silence. Documents are bounded before they are parsed.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, path::Path};
 
 use super::{MaskError, Partition};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Printable, Shard},
+    checkpoint::{Checkpoint, CheckpointError, Header, Printable, Shard},
     tensor::{Dtype, dtype_name, parse_dtype},
 };
 use serde::{
@@ -240,7 +240,7 @@ impl FileKind {
     pub fn of(shard: &Shard) -> Result<Self, CheckpointError> {
         match shard.header().metadata().get(DOCUMENT_KEY) {
             None => Ok(Self::Plain),
-            Some(json) => Ok(Self::Document(parse::<Head>(shard, json)?.kind)),
+            Some(json) => Ok(Self::Document(parse::<Head>(shard.path(), json)?.kind)),
         }
     }
 }
@@ -257,48 +257,55 @@ struct Head {
 /// # Errors
 /// [`MaskError::WrongKind`] says what the file is instead, [`MaskError::NewerVersion`] that it comes from the future.
 pub(crate) fn parse_document<'a, T: Deserialize<'a>>(shard: &'a Shard, expected: &'static str) -> Result<T, MaskError> {
+    parse_header(shard.path(), shard.header(), expected)
+}
+
+/// The same for a file whose header alone is at hand.
+pub(crate) fn parse_header<'a, T: Deserialize<'a>>(
+    path: &Path,
+    header: &'a Header,
+    expected: &'static str,
+) -> Result<T, MaskError> {
     let article = |kind: &str| match kind {
         "mask" | "ledger" => format!("a {kind}"),
         "adapter" => "an adapter".to_owned(),
+        "packed" => "a packed adapter".to_owned(),
         _ => format!("a file of the unknown kind \"{}\"", Printable(kind)),
     };
     let wrong = |found: String| MaskError::WrongKind {
-        path: shard.path().to_owned(),
+        path: path.to_owned(),
         found,
-        expected: if expected == "adapter" { "an adapter" } else { "a mask" },
+        expected: if expected == "mask" { "a mask" } else { "an adapter" },
     };
-    let Some(json) = shard.header().metadata().get(DOCUMENT_KEY) else {
-        return Err(wrong(plain_file(shard)));
+    let Some(json) = header.metadata().get(DOCUMENT_KEY) else {
+        return Err(wrong(plain_file(header)));
     };
-    let head: Head = parse(shard, json)?;
+    let head: Head = parse(path, json)?;
     if head.kind != expected {
         return Err(wrong(article(&head.kind)));
     }
     match head.version {
-        FORMAT_VERSION => Ok(parse(shard, json)?),
-        0 => Err(malformed(shard, &"version 0 does not exist").into()),
-        version => Err(MaskError::NewerVersion { path: shard.path().to_owned(), version, known: FORMAT_VERSION }),
+        FORMAT_VERSION => Ok(parse(path, json)?),
+        0 => Err(malformed(path, &"version 0 does not exist").into()),
+        version => Err(MaskError::NewerVersion { path: path.to_owned(), version, known: FORMAT_VERSION }),
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(shard: &Shard, json: &'a str) -> Result<T, CheckpointError> {
+fn parse<'a, T: Deserialize<'a>>(path: &Path, json: &'a str) -> Result<T, CheckpointError> {
     if json.len() > MAX_DOCUMENT_BYTES {
         let what = format_args!("{} bytes, at most {MAX_DOCUMENT_BYTES} are accepted", json.len());
-        return Err(malformed(shard, &what));
+        return Err(malformed(path, &what));
     }
-    serde_json::from_str(json).map_err(|e| malformed(shard, &Printable(&e.to_string())))
+    serde_json::from_str(json).map_err(|e| malformed(path, &Printable(&e.to_string())))
 }
 
-fn malformed(shard: &Shard, what: &dyn fmt::Display) -> CheckpointError {
-    CheckpointError::bad_file(
-        shard.path(),
-        format!("the `{DOCUMENT_KEY}` document in its metadata is malformed: {what}"),
-    )
+fn malformed(path: &Path, what: &dyn fmt::Display) -> CheckpointError {
+    CheckpointError::bad_file(path, format!("the `{DOCUMENT_KEY}` document in its metadata is malformed: {what}"))
 }
 
 /// What a safetensors file without a document is.
-fn plain_file(shard: &Shard) -> String {
-    let has = |part: &str| shard.header().tensors().iter().any(|tensor| tensor.name.contains(part));
+fn plain_file(header: &Header) -> String {
+    let has = |part: &str| header.tensors().iter().any(|tensor| tensor.name.contains(part));
     if has(".lora_A") {
         "a PEFT LoRA adapter"
     } else if has(".shira_") {

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{MaskError, Partition};
+use super::{MaskError, Partition, Recipe};
 use crate::{backend::ScoreKind, checkpoint::Checkpoint};
 
 /// Within what weights compete.
@@ -106,6 +106,27 @@ impl MaskOptions<'_> {
             partition: None,
             hash: false,
         }
+    }
+
+    /// How to choose again what `recipe` chose, where that takes nothing but the base and rows compete among themselves.
+    pub(crate) fn following(recipe: &Recipe) -> Option<MaskOptions<'static>> {
+        let score = match recipe.score.as_str() {
+            "magnitude" => ScoreKind::Magnitude,
+            "smallest" => ScoreKind::Smallest,
+            "random" => ScoreKind::Random,
+            _ => return None,
+        };
+        let k = recipe.k.filter(|&k| k > 0 && recipe.scope == Scope::Row.name())?;
+        let neuron_fraction = recipe.neuron_fraction.unwrap_or(1.0);
+        (neuron_fraction > 0.0 && neuron_fraction <= 1.0).then(|| MaskOptions {
+            score,
+            seed: recipe.seed.unwrap_or(0),
+            neuron_fraction,
+            targets: recipe.targets.clone(),
+            transposed: recipe.transposed.clone(),
+            partition: recipe.partition,
+            ..MaskOptions::new(k)
+        })
     }
 
     /// What cannot be asked for.

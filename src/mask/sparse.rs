@@ -4,11 +4,11 @@
 //! `T.row_offsets` `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32, U16 only up to `d_in` = 65,536.
 //! [`SparseFile::check`] proves all that headers can show; rows are proven as they are read.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{collections::BTreeSet, ops::Range, path::Path};
 
 use super::document::{TargetEntries, TargetEntry};
 use crate::{
-    checkpoint::{CheckpointError, Context, Printable, Shard, TensorInfo},
+    checkpoint::{CheckpointError, Context, Header, Printable, Shard, TensorInfo},
     tensor::{Dtype, RowColumns, RowLayout, checked_bytes, dtype_name, is_float},
 };
 
@@ -72,40 +72,8 @@ impl SparseFile {
     /// # Errors
     /// All that is wrong, one line for each tensor.
     pub fn check(shard: Shard, entries: TargetEntries, with_values: bool) -> Result<Self, CheckpointError> {
-        if entries.0.is_empty() {
-            return Err(CheckpointError::bad_file(shard.path(), "the `neuroada` document lists no targets"));
-        }
-        let mut problems = Vec::new();
-        let mut known = BTreeSet::new();
-        let mut targets = Vec::with_capacity(entries.0.len());
-        for (name, entry) in entries.0 {
-            known.insert(Part::Columns.name(&name));
-            known.insert(Part::RowOffsets.name(&name));
-            if with_values {
-                known.insert(Part::Values.name(&name));
-            }
-            match check_target(&shard, name, entry, with_values) {
-                Ok(target) => targets.push(target),
-                Err(problem) => problems.push(problem),
-            }
-        }
-        for tensor in shard.header().by_name() {
-            if !known.contains(&tensor.name) {
-                problems.push((tensor.name.clone(), "belongs to no target of the `neuroada` document".to_owned()));
-            }
-        }
-        match problems.len() {
-            0 => Ok(Self { shard, targets }),
-            1 => Err(CheckpointError::bad_tensor(shard.path(), &problems[0].0, &*problems[0].1)),
-            n => Err(CheckpointError::Many {
-                path: shard.path().to_owned(),
-                what: format!("{n} things are wrong"),
-                problems: problems
-                    .into_iter()
-                    .map(|(tensor, what)| format!("tensor \"{}\": {what}", Printable(&tensor)))
-                    .collect(),
-            }),
-        }
+        let targets = check_targets(shard.path(), shard.header(), entries, with_values)?;
+        Ok(Self { shard, targets })
     }
 
     pub fn shard(&self) -> &Shard {
@@ -290,9 +258,55 @@ impl SparseFile {
     }
 }
 
+/// The targets that a header and a document tell of.
+///
+/// # Errors
+/// All that is wrong, one line for each tensor.
+pub(crate) fn check_targets(
+    path: &Path,
+    header: &Header,
+    entries: TargetEntries,
+    with_values: bool,
+) -> Result<Vec<TargetInfo>, CheckpointError> {
+    if entries.0.is_empty() {
+        return Err(CheckpointError::bad_file(path, "the `neuroada` document lists no targets"));
+    }
+    let mut problems = Vec::new();
+    let mut known = BTreeSet::new();
+    let mut targets = Vec::with_capacity(entries.0.len());
+    for (name, entry) in entries.0 {
+        known.insert(Part::Columns.name(&name));
+        known.insert(Part::RowOffsets.name(&name));
+        if with_values {
+            known.insert(Part::Values.name(&name));
+        }
+        match check_target(header, name, entry, with_values) {
+            Ok(target) => targets.push(target),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    for tensor in header.by_name() {
+        if !known.contains(&tensor.name) {
+            problems.push((tensor.name.clone(), "belongs to no target of the `neuroada` document".to_owned()));
+        }
+    }
+    match problems.len() {
+        0 => Ok(targets),
+        1 => Err(CheckpointError::bad_tensor(path, &problems[0].0, &*problems[0].1)),
+        n => Err(CheckpointError::Many {
+            path: path.to_owned(),
+            what: format!("{n} things are wrong"),
+            problems: problems
+                .into_iter()
+                .map(|(tensor, what)| format!("tensor \"{}\": {what}", Printable(&tensor)))
+                .collect(),
+        }),
+    }
+}
+
 /// Proves one target by the headers; an error names the tensor and what is wrong.
 fn check_target(
-    shard: &Shard,
+    header: &Header,
     name: String,
     entry: TargetEntry,
     with_values: bool,
@@ -302,7 +316,7 @@ fn check_target(
         Ok(layout) => layout,
         Err(what) => return Err((name, format!("as a target: {what}"))),
     };
-    let find = |part: Part| shard.header().tensor(&part.name(&name));
+    let find = |part: Part| header.tensor(&part.name(&name));
     let columns = find(Part::Columns).ok_or_else(|| (name.clone(), "the target has no `columns`".to_owned()))?;
     let bad = |part: Part, what: String| Err((part.name(&name), what));
     match columns.dtype {

@@ -12,7 +12,7 @@ use super::{
     state::StateFolder,
 };
 use crate::{
-    adapter::{Adapter, AdapterId},
+    adapter::{Adapter, AdapterId, ColumnsKind},
     checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable},
 };
 
@@ -107,7 +107,7 @@ pub fn merge(
     }
     let mut added = Vec::new();
     for input in adapters {
-        let adapter = Adapter::open(&input.adapter)?;
+        let adapter = open_for(ctx, &input.adapter, base)?;
         let scale = input.scale.unwrap_or(adapter.scale());
         if !scale.is_finite() {
             return Err(MergeError::Usage(format!(
@@ -123,12 +123,12 @@ pub fn merge(
         added.push(Active { id, scale, adapter });
     }
     let to_after = |before: &Stack, path: &Path| {
-        let mut active = reopen(before)?;
+        let mut active = reopen(before);
         for new in &added {
             if active.iter().any(|old| old.id == new.id) {
                 return Err(MergeError::AlreadyMerged { path: path.to_owned(), id: new.id });
             }
-            active.push(Active { id: new.id, scale: new.scale, adapter: Adapter::open(new.adapter.path())? });
+            active.push(Active { id: new.id, scale: new.scale, adapter: new.adapter.clone() });
         }
         Ok(active)
     };
@@ -162,7 +162,7 @@ pub fn unmerge(
         if before.active.is_empty() {
             return Err(refused("nothing to take out: it has no ledger".to_owned()));
         }
-        let mut active = reopen(before)?;
+        let mut active = reopen(before);
         match which {
             Which::All => active.clear(),
             Which::Some(ids) => {
@@ -178,12 +178,19 @@ pub fn unmerge(
     apply(ctx, path, options, to_after)
 }
 
-/// The active adapters of a stack, opened once more.
-fn reopen(stack: &Stack) -> Result<Vec<Active>, MergeError> {
-    let again = |active: &Active| {
-        Ok(Active { id: active.id, scale: active.scale, adapter: Adapter::open(active.adapter.path())? })
-    };
+/// The active adapters of a stack once more.
+fn reopen(stack: &Stack) -> Vec<Active> {
+    let again = |active: &Active| Active { id: active.id, scale: active.scale, adapter: active.adapter.clone() };
     stack.active.iter().map(again).collect()
+}
+
+/// Opens an adapter for the checkpoint at `base`, which a packed adapter may derive its columns from.
+fn open_for(ctx: &Context<'_>, path: &Path, base: &Path) -> Result<Adapter, MergeError> {
+    let adapter = Adapter::open(path)?;
+    match adapter.packed_columns() {
+        Some(ColumnsKind::Derived) => Ok(Adapter::open_with_base(ctx, path, &Checkpoint::open(base)?)?),
+        _ => Ok(adapter),
+    }
 }
 
 fn apply(

@@ -11,7 +11,7 @@
 //! A crash before 2 changed no weight. A crash between 2 and 4 leaves weights of both states; both ledgers and all
 //! adapters are on disk, so recovery writes the old state. A crash after 4 leaves the new state, all of it on disk.
 
-use std::{fs, fs::File, path::Path};
+use std::{fs, path::Path};
 
 use super::{
     MergeError, MergeReport,
@@ -23,7 +23,7 @@ use super::{
     state::{StateFolder, remove_file},
 };
 use crate::checkpoint::{
-    AtomicFile, Checkpoint, CheckpointError, CheckpointLock, Context, Existing, Patcher, Silent, check_free_space,
+    Checkpoint, CheckpointError, CheckpointLock, Context, Existing, Patcher, Silent, check_free_space,
     in_place_hazards, sync_folder,
 };
 
@@ -57,12 +57,12 @@ pub(super) fn apply(
     let mut report = report(&change, &touched, &findings);
 
     let new: Vec<_> = after.active.iter().filter(|active| !before.ids().contains(&active.id)).collect();
-    let adapter_bytes = new.iter().map(|active| active.adapter.n_bytes()).sum::<u64>();
+    let adapter_bytes = new.iter().map(|active| active.adapter.plain_bytes()).sum::<u64>();
     check_free_space(checkpoint_folder(state), 2 * writer.n_bytes() + adapter_bytes + (1 << 20))?;
     state.create()?;
     let prepared = (|| {
         for active in &new {
-            copy_adapter(active.adapter.path(), &state.adapter(&active.id))?;
+            active.adapter.write_plain(ctx, &state.adapter(&active.id), Existing::Replace)?;
         }
         sync_folder(&state.adapters())?;
         writer.finish(ctx)?;
@@ -148,14 +148,6 @@ pub(super) fn open_for_writing(
         Ok(Some(Patcher::open(ctx, shard.path())?))
     };
     checkpoint.shards().iter().enumerate().map(open).collect()
-}
-
-/// Copies an adapter whole or not at all.
-pub(super) fn copy_adapter(source: &Path, target: &Path) -> Result<(), MergeError> {
-    let mut from = File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
-    let output = AtomicFile::create(target, Existing::Replace)?;
-    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", target, e))?;
-    Ok(output.commit()?)
 }
 
 fn checkpoint_folder(state: &StateFolder) -> &Path {

@@ -11,7 +11,6 @@ use super::{
     apply::{judge, report},
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
-    in_place::copy_adapter,
     ledger::LedgerWriter,
     stack::Stack,
     state::{StateFolder, remove_file},
@@ -89,7 +88,7 @@ pub(super) fn apply(
     }
     let mut report = report(&change, &touched, &findings);
     for active in &after.active {
-        copy_adapter(active.adapter.path(), &state.adapter(&active.id))?;
+        active.adapter.write_plain(ctx, &state.adapter(&active.id), Existing::Replace)?;
     }
     writer.finish(ctx)?;
     let after = Stack::open_ledger(ctx, &state, &state.ledger())?;
@@ -185,7 +184,7 @@ fn refuse_wrong_base(ctx: &Context<'_>, change: &Change<'_>, touched: &[Touched<
 
 /// Bytes that the ledger and the adapters beside it take at most, while the ledger is being written.
 fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
-    let adapters: u64 = after.active.iter().map(|active| active.adapter.n_bytes()).sum();
+    let adapters: u64 = after.active.iter().map(|active| active.adapter.plain_bytes()).sum();
     let originals = |target: &Touched<'_>| {
         after.nnz(target.name) * target.tensor.info.dtype.bitsize() as u64 / 8 + target.layout.n_rows() / 4
     };

@@ -145,7 +145,7 @@ fn expected_stack(
 ) -> Result<Stack, MergeError> {
     let mut active = Vec::new();
     for input in adapters {
-        let adapter = Adapter::open(&input.adapter)?;
+        let adapter = Adapter::open_with_base(ctx, &input.adapter, base)?;
         let scale = input.scale.unwrap_or(adapter.scale());
         active.push(Active { id: adapter.id(ctx)?, scale, adapter });
     }

@@ -15,6 +15,7 @@ mod manners;
 mod mask;
 mod mask_join;
 mod merge;
+mod pack;
 mod signals;
 
 use harness::Place;

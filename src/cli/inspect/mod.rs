@@ -84,6 +84,7 @@ enum Kind {
     Checkpoint,
     Mask,
     Adapter,
+    PackedAdapter,
     Ledger,
     PeftAdapter,
     /// It says that it is something this version does not know.
@@ -96,6 +97,7 @@ impl Kind {
             Self::Checkpoint => "checkpoint",
             Self::Mask => "mask",
             Self::Adapter => "adapter",
+            Self::PackedAdapter => "packed adapter",
             Self::Ledger => "ledger",
             Self::PeftAdapter => "PEFT adapter",
             Self::Unknown => "unknown",
@@ -113,6 +115,7 @@ impl Kind {
             FileKind::Document(kind) => match kind.as_str() {
                 "mask" => Self::Mask,
                 "adapter" => Self::Adapter,
+                "packed" => Self::PackedAdapter,
                 "ledger" => Self::Ledger,
                 _ => Self::Unknown,
             },
@@ -185,7 +188,9 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
     };
     let kind = if peft.is_some() { Kind::PeftAdapter } else { Kind::of(&checkpoint)? };
     let sparse = match kind {
-        Kind::Adapter => Some(SparseFacts::of_adapter(&Adapter::open(path)?, filter, list_tensors)),
+        Kind::Adapter | Kind::PackedAdapter => {
+            Some(SparseFacts::of_adapter(&Adapter::open(path)?, filter, list_tensors))
+        }
         Kind::Mask => Some(SparseFacts::of_mask(&MaskFile::open(path)?, filter, list_tensors)),
         _ => None,
     };

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use globset::GlobMatcher;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes},
+    adapter::{Adapter, AdapterNotes, ColumnsKind},
     mask::{BaseInfo, MaskFile, Recipe, TargetInfo},
     tensor::{dtype_name, projection_kind},
 };
 use serde::Serialize;
 
-use super::super::page::{Page, Table, count, number, percent};
+use super::super::page::{Page, Table, bytes, count, number, percent};
 
 /// Chosen connections, and the deltas on them.
 #[derive(Serialize)]
@@ -30,8 +30,20 @@ pub(super) struct SparseFacts {
     scale: Option<f64>,
     /// Of an adapter: license, description, author, training.
     notes: Option<AdapterNotes>,
+    /// Of a packed adapter.
+    packed: Option<PackedFacts>,
     /// Only with `--tensors`.
     targets: Option<Vec<Target>>,
+}
+
+/// What a packed adapter says of itself.
+#[derive(Serialize)]
+struct PackedFacts {
+    /// The adapter's id; proven by whoever reads all of it.
+    id: String,
+    columns: ColumnsKind,
+    /// Bytes of the adapter when unpacked.
+    plain_bytes: u64,
 }
 
 /// Targets of one kind, with the same number of connections in every row or none fixed.
@@ -72,7 +84,12 @@ impl SparseFacts {
     pub(super) fn of_adapter(adapter: &Adapter, filter: Option<&GlobMatcher>, list: bool) -> Self {
         let values_dtype = |target: &TargetInfo| Some(dtype_name(adapter.values_dtype(target)));
         let facts = Self::new(adapter.base(), adapter.recipe(), adapter.targets(), values_dtype, filter, list);
-        Self { scale: Some(adapter.scale()), notes: Some(adapter.notes().clone()), ..facts }
+        let packed = adapter.packed_columns().zip(adapter.claimed_id()).map(|(columns, id)| PackedFacts {
+            id: id.to_string(),
+            columns,
+            plain_bytes: adapter.plain_bytes(),
+        });
+        Self { scale: Some(adapter.scale()), notes: Some(adapter.notes().clone()), packed, ..facts }
     }
 
     fn new(
@@ -116,6 +133,7 @@ impl SparseFacts {
             kinds,
             scale: None,
             notes: None,
+            packed: None,
             targets: list.then(|| chosen().map(Target::of).collect()),
         }
     }
@@ -131,6 +149,14 @@ impl SparseFacts {
             ("connections", format!("{}, {share} of the targets", count(self.nnz))),
         ];
         facts.extend(self.scale.map(|scale| ("scale", scale.to_string())));
+        if let Some(PackedFacts { id, columns, plain_bytes }) = &self.packed {
+            let columns = match columns {
+                ColumnsKind::Derived => "derived from the base: what reads them needs it",
+                ColumnsKind::Packed => "in the file",
+            };
+            facts.push(("packed", format!("from {}, columns {columns}", bytes(*plain_bytes))));
+            facts.push(("id", id.clone()));
+        }
         if let Some(AdapterNotes { license, description, author, training }) = &self.notes {
             let training = training.as_ref().map(super::value_text);
             let notes =

@@ -11,7 +11,8 @@ thread_local! {
     static FOLDER: RefCell<Option<(tempfile::TempDir, PathBuf)>> = const { RefCell::new(None) };
 }
 
-fn path() -> PathBuf {
+/// Where the file is written, in memory if there is a place.
+pub fn path() -> PathBuf {
     FOLDER.with_borrow_mut(|folder| {
         let (_, path) = folder.get_or_insert_with(|| {
             let memory = std::path::Path::new("/dev/shm");

@@ -1,0 +1,137 @@
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::{
+    adapter::{Adapter, ColumnsChoice, ColumnsKind, PackOptions, PackReport, ValuesChoice, pack_adapter},
+    checkpoint::{Checkpoint, Existing},
+};
+
+use super::{
+    Answer, card,
+    env::Env,
+    page::{Page, Table, bytes, count, number},
+};
+
+/// Pack an adapter into the fewest bytes, to distribute it
+///
+/// Lossless by default: `unpack` gives the same file back, and the adapter's id stays. Every command that takes an adapter takes
+/// a packed one. With --base, columns that its recipe chooses again from the base are left out of the file: `merge`
+/// and `verify`, which have the base, notice no difference, `diff`, `combine` and `unpack` then need --base too.
+#[derive(Args)]
+pub(super) struct PackArgs {
+    /// Adapter to pack
+    adapter: PathBuf,
+    /// Where to write the packed adapter
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// The base that the adapter was made from
+    #[arg(short, long, value_name = "PATH")]
+    base: Option<PathBuf>,
+    /// What becomes of the columns; auto: derived where the base is given and its recipe allows it
+    #[arg(long, value_enum, default_value_t = Columns::Auto)]
+    columns: Columns,
+    /// What becomes of the values: all but keep change them, and the error is told
+    #[arg(long, value_enum, default_value_t = Values::Keep)]
+    values: Values,
+    /// Also write a model card, README.md, beside the file
+    #[arg(long)]
+    card: bool,
+    /// The base's name on the Hugging Face Hub, for the card [default: the base's name]
+    #[arg(long, value_name = "REPO", requires = "card")]
+    base_model: Option<String>,
+    /// Replace an existing file, and an existing card
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Columns {
+    Auto,
+    Derived,
+    Packed,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Values {
+    Keep,
+    Bf16,
+    F16,
+    Int8,
+    Int4,
+}
+
+pub(super) fn run(args: PackArgs, env: &Env) -> anyhow::Result<Answer> {
+    let existing = if args.force { Existing::Replace } else { Existing::Keep };
+    let ctx = env.context();
+    let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
+    let adapter = match &base {
+        Some(base) => Adapter::open_with_base(&ctx, &args.adapter, base)?,
+        None => Adapter::open(&args.adapter)?,
+    };
+    if args.card {
+        card::check_place(&args.output, existing)?;
+    }
+    let columns = match args.columns {
+        Columns::Auto => ColumnsChoice::Auto,
+        Columns::Derived => ColumnsChoice::Derived,
+        Columns::Packed => ColumnsChoice::Packed,
+    };
+    let values = match args.values {
+        Values::Keep => ValuesChoice::Keep,
+        Values::Bf16 => ValuesChoice::Bf16,
+        Values::F16 => ValuesChoice::F16,
+        Values::Int8 => ValuesChoice::Int8,
+        Values::Int4 => ValuesChoice::Int4,
+    };
+    let options = PackOptions { columns, values, base: base.as_ref() };
+    let report = pack_adapter(&ctx, &adapter, &options, &args.output, existing)?;
+    if args.card {
+        card::write(&args.output, &adapter, &report, args.base_model.as_deref(), existing)?;
+    }
+    env.report(&report, print)?;
+    Ok(Answer::Yes)
+}
+
+fn print(report: &PackReport, page: &mut Page) {
+    let n = report.n_deltas as f64;
+    let mut table = Table::new(["", "size>", "bytes per delta>", "limit>"]);
+    let per_delta = |n_bytes: u64| format!("{:.3}", n_bytes as f64 / n);
+    let limit = |limit: f64| format!("{:.3}", limit / n);
+    let derived = report.columns == ColumnsKind::Derived;
+    let columns = if derived { "columns, derived from the base" } else { "columns" };
+    let mut row = |name: &str, n_bytes: u64, limit: String| {
+        table.row([name.to_owned(), bytes(n_bytes), per_delta(n_bytes), limit]);
+    };
+    row(columns, report.columns_bytes, limit(report.columns_limit));
+    row("values", report.values_bytes, limit(report.values_limit));
+    row("names and hashes", report.packed_bytes - report.columns_bytes - report.values_bytes, String::new());
+    row("packed", report.packed_bytes, limit(report.columns_limit + report.values_limit));
+    row("plain", report.raw_bytes, String::new());
+    page.table(&table);
+    page.blank();
+    let mut facts = vec![
+        ("adapter", report.id[..12].to_owned()),
+        ("deltas", format!("{} in {} tensors", count(report.n_deltas), count(report.n_tensors as u64))),
+    ];
+    if let Some(note) = &report.columns_note {
+        facts.push(("columns", format!("not derived: {note}")));
+    }
+    if let Some(error) = &report.error {
+        facts.push(("shortened from", report.source_id[..12].to_owned()));
+        let (changed, of) = (count(error.n_changed), count(report.n_deltas));
+        let (largest, relative) = (number(error.largest), number(error.relative));
+        facts.push((
+            "deltas changed",
+            format!("{changed} of {of}; largest difference {largest}, in norm {relative} of all"),
+        ));
+    }
+    if let Some(merged) = &report.merged {
+        let (changed, of) = (count(merged.n_changed), count(merged.n_touched));
+        let (largest, relative) = (number(merged.largest), number(merged.relative));
+        facts.push((
+            "merged weights changed",
+            format!("{changed} of {of}; largest difference {largest}, in norm {relative} of what the merge changes"),
+        ));
+    }
+    page.facts(&facts);
+}

@@ -1,0 +1,77 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use neuroada_ckpt::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Existing},
+};
+use serde::Serialize;
+
+use super::{
+    Answer,
+    env::Env,
+    page::{bytes, count},
+};
+
+/// Unpack a packed adapter: the very file that was packed
+///
+/// All of it is read and proven by its id first.
+#[derive(Args)]
+pub(super) struct UnpackArgs {
+    /// Packed adapter
+    packed: PathBuf,
+    /// Where to write the adapter
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// The base, where columns are derived from it
+    #[arg(short, long, value_name = "PATH")]
+    base: Option<PathBuf>,
+    /// Replace an existing adapter
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Serialize)]
+struct UnpackReport {
+    /// The adapter's id.
+    id: String,
+    n_tensors: usize,
+    n_deltas: u64,
+    packed_bytes: u64,
+    n_bytes: u64,
+}
+
+pub(super) fn run(args: UnpackArgs, env: &Env) -> anyhow::Result<Answer> {
+    let ctx = env.context();
+    let adapter = open_adapter(&args.packed, args.base.as_deref(), env)?;
+    let existing = if args.force { Existing::Replace } else { Existing::Keep };
+    let id = adapter.id(&ctx)?;
+    adapter.write_plain(&ctx, &args.output, existing)?;
+    let report = UnpackReport {
+        id: id.to_string(),
+        n_tensors: adapter.targets().len(),
+        n_deltas: adapter.nnz(),
+        packed_bytes: adapter.n_bytes(),
+        n_bytes: adapter.plain_bytes(),
+    };
+    env.report(&report, |report, page| {
+        page.facts(&[
+            ("adapter", report.id[..12].to_owned()),
+            ("deltas", format!("{} in {} tensors", count(report.n_deltas), count(report.n_tensors as u64))),
+            ("size", format!("{}, packed {}", bytes(report.n_bytes), bytes(report.packed_bytes))),
+        ]);
+    })?;
+    Ok(Answer::Yes)
+}
+
+/// Opens an adapter, plain or packed, with its base where one is given.
+pub(super) fn open_adapter(
+    path: &std::path::Path,
+    base: Option<&std::path::Path>,
+    env: &Env,
+) -> anyhow::Result<Adapter> {
+    Ok(match base {
+        Some(base) => Adapter::open_with_base(&env.context(), path, &Checkpoint::open(base)?)?,
+        None => Adapter::open(path)?,
+    })
+}
