@@ -7,7 +7,7 @@
 //!
 //! Imports go down this list, never up:
 //!
-//! - [`merge`], [`diff`], [`extract`] and `train` (feature `train`): what users ask for; they do not import one another
+//! - [`merge`], [`diff`], [`extract`], [`combine`] and `train` (feature `train`): what users ask for; they do not import one another
 //! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
@@ -18,6 +18,7 @@
 pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
+pub mod combine;
 #[cfg(feature = "train")]
 pub mod data;
 pub mod diff;

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),
     ("extract", BELOW_COMMANDS),
+    ("combine", BELOW_COMMANDS),
     ("train", &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter", "data"]),
     (
         "cli",
@@ -36,6 +37,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "merge",
             "diff",
             "extract",
+            "combine",
             "train",
         ],
     ),

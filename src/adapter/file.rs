@@ -471,15 +471,40 @@ impl AdapterWriter {
     /// # Panics
     /// Where a row does not fit the target, or lengths disagree.
     pub fn push_rows(&mut self, columns: &RowColumns, values: &[f32], base_values: &[u8]) -> Result<(), AdapterError> {
+        let stored = self.narrow(columns, values)?;
+        self.n_rows += columns.n_rows() as u64;
+        Ok(self.file.push_rows(columns, &stored, base_values)?)
+    }
+
+    fn narrow(&self, columns: &RowColumns, values: &[f32]) -> Result<Vec<u8>, CheckpointError> {
         assert_eq!(values.len(), columns.nnz(), "one value per column");
-        let stored = narrow(self.values, values).map_err(|at| {
+        narrow(self.values, values).map_err(|at| {
             let (row, column) = (self.n_rows + columns.row_of(at) as u64, columns.columns()[at]);
             let dtype = crate::tensor::dtype_name(self.values);
             let what = format!("row {row}, column {column}: the delta {} does not fit {dtype}", values[at]);
             CheckpointError::bad_tensor(&self.path, &self.target, what)
-        })?;
+        })
+    }
+
+    /// The same without the base's bytes, for [`Self::end_target_anchored`].
+    ///
+    /// # Errors
+    /// As [`Self::push_rows`].
+    ///
+    /// # Panics
+    /// As [`Self::push_rows`].
+    pub fn push_rows_unanchored(&mut self, columns: &RowColumns, values: &[f32]) -> Result<(), AdapterError> {
+        let stored = self.narrow(columns, values)?;
         self.n_rows += columns.n_rows() as u64;
-        Ok(self.file.push_rows(columns, &stored, base_values)?)
+        Ok(self.file.push_rows_unanchored(columns, &stored)?)
+    }
+
+    /// Ends the open target, whose anchor is known: BLAKE3 over the base's bytes at its positions.
+    ///
+    /// # Panics
+    /// Where not all rows came.
+    pub fn end_target_anchored(&mut self, anchor: blake3::Hash, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
+        self.file.end_target_anchored(anchor, whole)
     }
 
     /// Ends the open target; `whole` is the BLAKE3 of all of the base's bytes, where it was asked for. Returns the number

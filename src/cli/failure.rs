@@ -5,6 +5,7 @@ use std::{error::Error, fmt, io, process::ExitCode};
 use neuroada_ckpt::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable},
+    combine::CombineError,
     diff::DiffError,
     extract::ExtractError,
     mask::MaskError,
@@ -110,6 +111,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(AdapterError::kind))
         .or_else(|| error.downcast_ref().map(DiffError::kind))
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
+        .or_else(|| error.downcast_ref().map(CombineError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
 }
@@ -123,6 +125,9 @@ fn advice(error: &anyhow::Error) -> Option<String> {
         if let Some(MergeError::Linked { .. }) = error.downcast_ref() {
             return Some("--output makes a copy instead; --break-links changes the files all the same".to_owned());
         }
+        if let Some(CombineError::NeedsBase { .. }) = error.downcast_ref() {
+            return Some("--base BASE proves every adapter against it".to_owned());
+        }
         if let Some(AdapterError::NeedsBase { .. }) = adapter_error(error) {
             return Some("--base BASE derives them".to_owned());
         }
@@ -135,8 +140,8 @@ fn advice(error: &anyhow::Error) -> Option<String> {
 
 /// The error about an adapter that an error of the library is.
 fn adapter_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a AdapterError> {
-    match error.downcast_ref() {
-        Some(DiffError::Adapter(error)) => Some(error),
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(DiffError::Adapter(error)), _) | (_, Some(CombineError::Adapter(error))) => Some(error),
         _ => error.downcast_ref(),
     }
 }
@@ -148,6 +153,13 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             MergeError::Checkpoint(error) => Some(error),
             MergeError::Adapter(error) => file_error(error),
             MergeError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            CombineError::Checkpoint(error) => Some(error),
+            CombineError::Adapter(error) => file_error(error),
             _ => None,
         };
     }

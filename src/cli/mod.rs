@@ -6,6 +6,7 @@
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
 mod card;
+mod combine;
 mod completions;
 mod diff;
 mod env;
@@ -75,6 +76,7 @@ enum Command {
     Verify(verify::VerifyArgs),
     Recover(recover::RecoverArgs),
     Diff(diff::DiffArgs),
+    Combine(combine::CombineArgs),
     Pack(pack::PackArgs),
     Unpack(unpack::UnpackArgs),
     Completions(completions::CompletionsArgs),
@@ -93,6 +95,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Verify(args) => verify::run(args, env),
         Command::Recover(args) => recover::run(args, env),
         Command::Diff(args) => diff::run(args, env),
+        Command::Combine(args) => combine::run(args, env),
         Command::Pack(args) => pack::run(args, env),
         Command::Unpack(args) => unpack::run(args, env),
         Command::Completions(args) => completions::run(args, env),

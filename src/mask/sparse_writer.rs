@@ -103,8 +103,16 @@ impl SparseWriter {
         base_values: &[u8],
     ) -> Result<(), CheckpointError> {
         let target = self.open.as_mut().expect("a target is open");
+        let n_bytes = columns.nnz() * target.dtype.bitsize() / 8;
+        assert_eq!(base_values.len(), n_bytes, "one base value per position");
+        target.anchor.update(base_values);
+        self.push_rows_unanchored(columns, values)
+    }
+
+    /// Appends rows of a target whose anchor is known.
+    pub fn push_rows_unanchored(&mut self, columns: &RowColumns, values: &[u8]) -> Result<(), CheckpointError> {
+        let target = self.open.as_mut().expect("a target is open");
         let n_bytes = |dtype: Dtype| columns.nnz() * dtype.bitsize() / 8;
-        assert_eq!(base_values.len(), n_bytes(target.dtype), "one base value per position");
         assert_eq!(values.len(), self.values.map_or(0, n_bytes), "one value per position");
         let d_in = target.layout.d_in;
         for row in 0..columns.n_rows() {
@@ -114,7 +122,6 @@ impl SparseWriter {
             assert!(target.uniform_k.is_none_or(|k| k == row.len() as u64), "every row has k columns");
         }
         let before = target.nnz;
-        target.anchor.update(base_values);
         target.n_rows += columns.n_rows() as u64;
         target.nnz += columns.nnz() as u64;
         assert!(target.n_rows <= target.layout.n_rows(), "no more rows than the target has");
@@ -148,6 +155,12 @@ impl SparseWriter {
 
     /// Closes the open target; returns its positions and its anchor.
     pub fn end_target(&mut self, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
+        let anchor = self.open.as_ref().expect("a target is open").anchor.finalize();
+        self.end_target_anchored(anchor, whole)
+    }
+
+    /// Closes the open target, whose anchor is known.
+    pub fn end_target_anchored(&mut self, anchor: blake3::Hash, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
         let target = self.open.take().expect("a target is open");
         let OpenTarget { name, dtype, shape, layout, nnz, .. } = target;
         assert_eq!(target.n_rows, layout.n_rows(), "all rows of \"{name}\" came");
@@ -162,7 +175,6 @@ impl SparseWriter {
         if let Some(id) = target.values {
             self.file.finish_tensor(id, listed);
         }
-        let anchor = target.anchor.finalize();
         let entry = TargetEntry { dtype, shape, anchor, blake3: whole, transposed: layout.transposed };
         self.entries.push((name, entry));
         (nnz, anchor)

@@ -12,7 +12,7 @@ use super::{
     state::StateFolder,
 };
 use crate::{
-    adapter::{Adapter, AdapterId, ColumnsKind},
+    adapter::{Adapter, AdapterError, AdapterId, ColumnsKind},
     checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable},
 };
 
@@ -187,9 +187,17 @@ fn reopen(stack: &Stack) -> Vec<Active> {
 /// Opens an adapter for the checkpoint at `base`, which a packed adapter may derive its columns from.
 fn open_for(ctx: &Context<'_>, path: &Path, base: &Path) -> Result<Adapter, MergeError> {
     let adapter = Adapter::open(path)?;
-    match adapter.packed_columns() {
-        Some(ColumnsKind::Derived) => Ok(Adapter::open_with_base(ctx, path, &Checkpoint::open(base)?)?),
-        _ => Ok(adapter),
+    if adapter.packed_columns() != Some(ColumnsKind::Derived) {
+        return Ok(adapter);
+    }
+    let checkpoint = Checkpoint::open(base)?;
+    match Adapter::open_with_base(ctx, path, &checkpoint) {
+        Err(AdapterError::WrongBase { .. }) if StateFolder::of(&checkpoint)?.ledger().exists() => {
+            let what = "its columns are derived from its base, and this checkpoint holds merges already: unpack it first, \
+                        with --base";
+            Err(MergeError::Refused { path: path.to_owned(), what: what.to_owned() })
+        }
+        opened => Ok(opened?),
     }
 }
 

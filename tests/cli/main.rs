@@ -4,6 +4,7 @@
 
 mod adapters;
 mod cluster;
+mod combine;
 mod diff;
 mod extract;
 #[allow(dead_code, reason = "shared by tests that come one by one")]

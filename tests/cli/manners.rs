@@ -86,6 +86,7 @@ fn help_lists_commands_options_and_exit_codes() {
       verify       Prove a merge: every touched weight is right, every other byte is the base's
       recover      Finish or roll back an interrupted change
       diff         Say what differs between two adapters, masks or checkpoints
+      combine      Combine adapters of one base into one
       pack         Pack an adapter into the fewest bytes, to distribute it
       unpack       Unpack a packed adapter: the very file that was packed
       completions  Print a completion script for a shell

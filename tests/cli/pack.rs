@@ -110,6 +110,19 @@ fn in_place_and_without_a_ledger_too() {
 }
 
 #[test]
+fn a_checkpoint_that_was_merged_into_derives_no_columns() {
+    let place = Place::new();
+    write_adapter(&place, "other", PROJECTIONS, 3, 0.5);
+    place.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
+    place.stdout(&format!("merge {BASE} --adapter other -o m"));
+    let said = place.run("merge m --adapter p --in-place");
+    assert!(said.starts_with("exit: 4") && said.contains("p: its columns are derived from its base"), "{said}");
+    place.stdout(&format!("unpack p -o a --base {BASE}"));
+    place.stdout("merge m --adapter a --in-place");
+    place.stdout(&format!("verify m --base {BASE}"));
+}
+
+#[test]
 fn diff_needs_the_base_of_derived_columns_alone() {
     let place = Place::new();
     place.stdout(&format!("pack {PLAIN} -o derived --base {BASE}"));
