@@ -23,7 +23,11 @@ pub enum Io {
 pub trait Observer: Sync {
     /// A pass over `bytes` bytes begins.
     fn begin(&self, _what: &str, _bytes: u64) {}
-    /// `bytes` more bytes of the pass are done.
+    /// A pass over `n` things begins, `unit` in the plural; told apart from bytes where that can be shown.
+    fn begin_count(&self, what: &str, _unit: &'static str, n: u64) {
+        self.begin(what, n);
+    }
+    /// `bytes` more bytes of the pass are done, or things where it counts things.
     fn advance(&self, _bytes: u64) {}
     /// Whether the user asked to stop.
     fn is_cancelled(&self) -> bool {

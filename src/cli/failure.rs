@@ -2,6 +2,10 @@
 
 use std::{error::Error, fmt, io, process::ExitCode};
 
+#[cfg(feature = "train")]
+use neuroada_ckpt::data::DataError;
+#[cfg(feature = "train")]
+use neuroada_ckpt::train::TrainError;
 use neuroada_ckpt::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable},
@@ -106,7 +110,14 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     if let Some(hinted) = error.downcast_ref::<Hinted>() {
         return Some(kind_of(&hinted.error));
     }
-    None.or_else(|| error.downcast_ref().map(CheckpointError::kind))
+    #[cfg(feature = "train")]
+    let of_training = None
+        .or_else(|| error.downcast_ref().map(DataError::kind))
+        .or_else(|| error.downcast_ref().map(TrainError::kind));
+    #[cfg(not(feature = "train"))]
+    let of_training = None;
+    of_training
+        .or_else(|| error.downcast_ref().map(CheckpointError::kind))
         .or_else(|| error.downcast_ref().map(MaskError::kind))
         .or_else(|| error.downcast_ref().map(AdapterError::kind))
         .or_else(|| error.downcast_ref().map(DiffError::kind))

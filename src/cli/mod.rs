@@ -8,8 +8,12 @@
 mod card;
 mod combine;
 mod completions;
+#[cfg(feature = "train")]
+mod data;
 mod diff;
 mod env;
+#[cfg(feature = "train")]
+mod eval;
 mod extract;
 mod failure;
 mod init;
@@ -79,6 +83,8 @@ enum Command {
     Combine(combine::CombineArgs),
     Pack(pack::PackArgs),
     Unpack(unpack::UnpackArgs),
+    #[cfg(feature = "train")]
+    Eval(eval::EvalArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -98,6 +104,8 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Combine(args) => combine::run(args, env),
         Command::Pack(args) => pack::run(args, env),
         Command::Unpack(args) => unpack::run(args, env),
+        #[cfg(feature = "train")]
+        Command::Eval(args) => eval::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
     }

@@ -17,6 +17,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use super::page;
 
 const BAR: &str = "{msg} {bar:24} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}";
+const COUNT_BAR: &str = "{msg} {bar:24} {human_pos}/{human_len} UNIT {per_sec} ETA {eta}";
 /// A pass that ends sooner is not worth a bar that flickers.
 const BAR_DELAY: Duration = Duration::from_millis(200);
 
@@ -34,13 +35,14 @@ pub(super) struct Progress {
 struct Pass {
     what: String,
     began: Instant,
+    /// What is counted, if not bytes.
+    unit: Option<&'static str>,
 }
 
 impl Progress {
     /// Listens to signals from here on; draws on stderr where that is a terminal.
     pub(super) fn new(quiet: bool, verbose: bool) -> io::Result<Self> {
         let bar = ProgressBar::hidden();
-        bar.set_style(ProgressStyle::with_template(BAR).expect("the template is well formed").progress_chars("=> "));
         let cancelled = Arc::new(AtomicBool::new(false));
         listen(&cancelled)?;
         let draws = !quiet && io::stderr().is_terminal();
@@ -60,16 +62,33 @@ impl Progress {
         });
     }
 
+    fn begin_pass(&self, what: &str, unit: Option<&'static str>, n: u64) {
+        self.end_pass(Some(Pass { what: what.to_owned(), began: Instant::now(), unit }));
+        let template = unit.map_or(BAR.to_owned(), |unit| COUNT_BAR.replace("UNIT", unit));
+        let style = ProgressStyle::with_template(&template).expect("the template is well formed");
+        self.bar.set_style(style.progress_chars("=> "));
+        self.bar.reset();
+        self.bar.set_length(n);
+        self.bar.set_message(what.to_owned());
+    }
+
     fn end_pass(&self, next: Option<Pass>) {
         let last = std::mem::replace(&mut *self.pass.lock().expect("nobody panics with the lock"), next);
         let n_bytes = self.done.swap(0, Ordering::Relaxed);
         self.bar.finish_and_clear();
         self.bar.set_draw_target(ProgressDrawTarget::hidden());
-        if let Some(Pass { what, began }) = last
+        if let Some(Pass { what, began, unit }) = last
             && self.verbose
         {
-            let (size, took) = (page::bytes(n_bytes), page::duration(began.elapsed()));
-            self.tell(&format!("{what}: {size} in {took}, {}", page::rate(n_bytes, began.elapsed())));
+            let (elapsed, n) = (began.elapsed(), n_bytes);
+            let (size, rate) = match unit {
+                None => (page::bytes(n), page::rate(n, elapsed)),
+                Some(unit) => (
+                    format!("{} {unit}", page::count(n)),
+                    format!("{} {unit}/s", page::number(n as f64 / elapsed.as_secs_f64().max(1e-9))),
+                ),
+            };
+            self.tell(&format!("{what}: {size} in {}, {rate}", page::duration(elapsed)));
         }
     }
 }
@@ -83,10 +102,11 @@ impl Drop for Progress {
 
 impl Observer for Progress {
     fn begin(&self, what: &str, bytes: u64) {
-        self.end_pass(Some(Pass { what: what.to_owned(), began: Instant::now() }));
-        self.bar.reset();
-        self.bar.set_length(bytes);
-        self.bar.set_message(what.to_owned());
+        self.begin_pass(what, None, bytes);
+    }
+
+    fn begin_count(&self, what: &str, unit: &'static str, n: u64) {
+        self.begin_pass(what, Some(unit), n);
     }
 
     fn advance(&self, bytes: u64) {

@@ -106,6 +106,11 @@ impl Tokenizer {
         self.inner.decode(tokens, true).map_err(|e| self.unfit(&e))
     }
 
+    /// The text of token ids, special tokens written out.
+    pub fn decode_all(&self, tokens: &[u32]) -> Result<String, DataError> {
+        self.inner.decode(tokens, false).map_err(|e| self.unfit(&e))
+    }
+
     /// What the tokenizer puts before a text: the begin token, or nothing.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix

@@ -8,6 +8,7 @@
 //! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
 //! checkpoint's weights on a device, `cpu` holds the operations' plain form.
 
+mod apply;
 pub mod config;
 mod cpu;
 mod device;

@@ -3,7 +3,7 @@
 //! Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. A target of the mask is
 //! then a run of rows ([`Part`]).
 
-use std::ops::Range;
+use std::{ops::Range, path::Path};
 
 use super::{
     TrainError,
@@ -142,16 +142,22 @@ impl<D: Device> Model<D> {
         base: &Checkpoint,
         mask: &MaskFile,
     ) -> Result<(), TrainError> {
-        self.check_targets(base, mask)?;
+        self.check_targets(base, mask.path(), mask.targets())?;
         for linear in self.linears_mut() {
             linear.attach(ctx, device, base, mask)?;
         }
         Ok(base.unchanged()?)
     }
 
-    fn check_targets(&self, base: &Checkpoint, mask: &MaskFile) -> Result<(), TrainError> {
+    /// Proves that targets of a mask or an adapter, read from `path`, are projections of this model.
+    pub(super) fn check_targets(
+        &self,
+        base: &Checkpoint,
+        path: &Path,
+        targets: &[TargetInfo],
+    ) -> Result<(), TrainError> {
         let mut problems = Vec::new();
-        for target in mask.targets() {
+        for target in targets {
             let name = Printable(&target.name);
             let is_part = self.linears().flat_map(|linear| &linear.parts).any(|part| part.name == target.name);
             let why = match base.tensor(&target.name) {
@@ -159,7 +165,7 @@ impl<D: Device> Model<D> {
                 Some(_) if !is_part => "only projections inside of layers are trained".to_owned(),
                 Some(_) if target.transposed => "only weights stored as [d_out, d_in] are trained".to_owned(),
                 Some(found) if (found.info.dtype, &found.info.shape) != (target.dtype, &target.shape) => format!(
-                    "the mask was made for {} {:?}, the base has {} {:?}",
+                    "it was made for {} {:?}, the base has {} {:?}",
                     dtype_name(target.dtype),
                     target.shape,
                     dtype_name(found.info.dtype),
@@ -172,7 +178,7 @@ impl<D: Device> Model<D> {
         if problems.is_empty() {
             return Ok(());
         }
-        Err(TrainError::Tensors { path: mask.path().to_owned(), what: "these targets cannot be trained", problems })
+        Err(TrainError::Tensors { path: path.to_owned(), what: "these targets cannot be trained", problems })
     }
 }
 

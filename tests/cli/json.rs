@@ -51,6 +51,13 @@ fn every_field_of_json_is_documented() {
     place.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o p.safetensors");
     is_documented("inspect", &place.json("inspect p.safetensors"));
     is_documented("mask-join", &place.json("mask-join p.safetensors -o j.safetensors"));
+    #[cfg(feature = "train")]
+    {
+        let line =
+            "eval [FIXTURES]/tiny-llama --adapter a.safetensors --data [FIXTURES]/data/commonsense.jsonl --limit 2";
+        is_documented("eval", &place.json(&format!("{line} --generate --max-new-tokens 2 --answers")));
+        is_documented("eval", &place.json("eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/math.json --show 1"));
+    }
     is_documented("init", &place.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
     is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
     is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));

@@ -6,6 +6,8 @@ mod adapters;
 mod cluster;
 mod combine;
 mod diff;
+#[cfg(feature = "train")]
+mod eval;
 mod extract;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;

@@ -1,0 +1,93 @@
+//! Options of all commands that read data, and what is told of it.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer};
+
+use super::{env::Env, page::count};
+
+/// How rows of a file become examples.
+#[derive(Args)]
+pub(super) struct DataArgs {
+    /// How rows become text: auto, alpaca, commonsense, or a Jinja file
+    ///
+    /// auto looks at the fields of the first row: `messages` go through the model's own chat template; `prompt` and
+    /// `completion`, or `text`, stand as they are; `instruction` is commonsense where the output is "the correct answer is
+    /// {answer}", else alpaca. A Jinja file sees the fields and the special tokens (bos_token, eos_token); what it puts between
+    /// {% generation %} and {% endgeneration %} is learned, and without that it makes the prompt, and `output` follows.
+    #[arg(long, value_name = "NAME|FILE", default_value = "auto")]
+    template: String,
+    /// What is learned of a row
+    #[arg(long, value_enum, default_value_t = LossChoice::Response)]
+    loss: LossChoice,
+    /// Cut examples after this many tokens
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    max_length: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum LossChoice {
+    /// The response; of a conversation, what assistants say
+    Response,
+    /// Every token
+    All,
+}
+
+impl DataArgs {
+    /// What library functions are given.
+    ///
+    /// A chat template may ask for the date: that of SOURCE_DATE_EPOCH where it is set, so that a run can be repeated.
+    pub(super) fn options(&self, limit: Option<u64>) -> anyhow::Result<ReadOptions> {
+        let template = match self.template.as_str() {
+            "auto" => Template::Auto,
+            "alpaca" => Template::Alpaca,
+            "commonsense" => Template::Commonsense,
+            file if Path::new(file).is_file() => Template::File(PathBuf::from(file)),
+            other => bail!("--template {other}: neither auto, alpaca or commonsense, nor a file"),
+        };
+        let seconds = match std::env::var("SOURCE_DATE_EPOCH") {
+            Ok(text) => {
+                text.parse().with_context(|| format!("SOURCE_DATE_EPOCH={text}: expected seconds since 1970"))?
+            }
+            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        };
+        let loss = match self.loss {
+            LossChoice::Response => Loss::Response,
+            LossChoice::All => Loss::All,
+        };
+        Ok(ReadOptions { template, loss, max_length: self.max_length, limit, clock: Clock::new(seconds) })
+    }
+}
+
+/// Reads a file of rows, and tells what became of those that are not whole examples.
+pub(super) fn read(
+    env: &Env,
+    path: &Path,
+    tokenizer: &Tokenizer,
+    options: &ReadOptions,
+) -> anyhow::Result<(Dataset, DataReport)> {
+    let (dataset, report) = data::read_dataset(&env.context(), path, tokenizer, options)?;
+    let (name, rows) =
+        (&report.name, |n: u64| if n == 1 { "1 row is".to_owned() } else { format!("{} rows are", count(n)) });
+    if report.n_cut_rows > 0 {
+        let (n, tokens) = (rows(report.n_cut_rows), count(report.n_cut_tokens));
+        env.note(&format!("{name}: {n} cut to {} tokens, {tokens} tokens are lost (--max-length)", options.max_length));
+    }
+    if report.n_empty > 0 {
+        env.note(&format!("{name}: {} left out: the response is empty", rows(report.n_empty)));
+    }
+    if report.n_unsupervised > 0 {
+        let n = rows(report.n_unsupervised);
+        env.note(&format!("{name}: {n} left out: no response within {} tokens (--max-length)", options.max_length));
+    }
+    if report.n_apart > 0 {
+        let n = rows(report.n_apart);
+        env.detail(&format!("{name}: {n} encoded in two parts: a token would reach from the prompt into the response"));
+    }
+    Ok((dataset, report))
+}

@@ -1,0 +1,356 @@
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Printable},
+    data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
+    train::{self, CpuDevice, GenerateOptions, Keep, Model, Workspace},
+};
+use serde::Serialize;
+
+use super::{
+    Answer,
+    data::DataArgs,
+    env::Env,
+    failure::Hint,
+    merge::parse_input,
+    page::{Page, Table, count, number, percent},
+};
+
+/// Measure a model on a file of rows: loss, and how many answers are right
+///
+/// The mean loss is that of the responses, per token. Of a commonsense file (instructions that end with "Answer format: a/b/…") the
+/// answers are ranked too: an answer is right where "the correct answer is …" with it is the likeliest of those named. With
+/// --generate the model writes its answers itself, the likeliest token each time, and they are judged by the published rules
+/// of commonsense and arithmetic tasks. With --adapter the weights are those that a merge would write; nothing is written.
+#[derive(Args)]
+pub(super) struct EvalArgs {
+    /// Directory or .safetensors file of the checkpoint; its tokenizer lies beside it
+    base: PathBuf,
+    /// Adapter made from that base; =SCALE replaces the scale it carries
+    #[arg(short, long, value_name = "FILE[=SCALE]")]
+    adapter: Option<String>,
+    /// Rows, a JSON array or JSON lines
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// What the rows ask for
+    #[arg(long, value_enum, default_value_t = TaskChoice::Auto)]
+    task: TaskChoice,
+    /// Take the first N rows alone
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    #[command(flatten)]
+    rows: DataArgs,
+    /// Tokens that are worked on together; more take more memory
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_batch_tokens)]
+    batch_tokens: usize,
+    /// Let the model write its answers, and judge them
+    #[arg(long)]
+    generate: bool,
+    /// Most tokens of a written answer [default: 32 for commonsense, 512 for math]
+    #[arg(long, value_name = "N", requires = "generate", value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: Option<u32>,
+    /// List every question with what the model answered
+    #[arg(long)]
+    answers: bool,
+    /// Show the first N rows as the model sees them, what is learned in ⟦ ⟧, and stop
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "3", conflicts_with_all = ["generate", "answers", "adapter"])]
+    show: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum TaskChoice {
+    /// By the first row
+    Auto,
+    /// One of the answers that the instruction names
+    Commonsense,
+    /// A number, or a letter from A to E
+    Math,
+    /// Nothing but the loss
+    Loss,
+}
+
+fn parse_batch_tokens(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=1 << 24).contains(n)).ok_or_else(|| "expected a number of tokens".to_owned())
+}
+
+/// What a model made of a file.
+#[derive(Serialize)]
+struct EvalReport {
+    base: String,
+    adapter: Option<AdapterReport>,
+    data: DataReport,
+    task: &'static str,
+    loss: f64,
+    perplexity: f64,
+    ranked: Option<Score>,
+    generated: Option<Score>,
+    answers: Option<Vec<AnswerReport>>,
+}
+
+#[derive(Serialize)]
+struct AdapterReport {
+    name: String,
+    id: String,
+    scale: f64,
+    n_deltas: u64,
+}
+
+#[derive(Serialize)]
+struct Score {
+    n_questions: u64,
+    n_right: u64,
+    accuracy: f64,
+}
+
+impl Score {
+    fn of(right: impl ExactSizeIterator<Item = bool>) -> Self {
+        let n_questions = right.len() as u64;
+        let n_right = right.filter(|&right| right).count() as u64;
+        Self { n_questions, n_right, accuracy: n_right as f64 / n_questions as f64 }
+    }
+}
+
+#[derive(Serialize)]
+struct AnswerReport {
+    expected: String,
+    ranked: Option<String>,
+    generated: Option<String>,
+    is_right: bool,
+}
+
+pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
+    let ctx = env.context();
+    let tokenizer = Tokenizer::open(&args.base).hint("eval reads the tokenizer beside the weights")?;
+    let mut options = args.rows.options(args.show.or(args.limit))?;
+    if let Some(n_shown) = args.show {
+        return show(env, &tokenizer, &args.data, &options, n_shown);
+    }
+    let base = Checkpoint::open(&args.base)?;
+    let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
+    let task = match args.task {
+        TaskChoice::Auto => data::task_of(&args.data)?,
+        TaskChoice::Commonsense => Some(Task::Commonsense),
+        TaskChoice::Math => Some(Task::Math),
+        TaskChoice::Loss => None,
+    };
+    if task.is_none() && (args.generate || args.answers) {
+        anyhow::bail!("--generate and --answers need rows with answers: --task commonsense or math");
+    }
+    if let Some(task) = task
+        && options.template == Template::Auto
+    {
+        options.template = if task == Task::Commonsense { Template::Commonsense } else { Template::Alpaca };
+    }
+    let (dataset, data) = super::data::read(env, &args.data, &tokenizer, &options)?;
+    let asks = task.filter(|&task| args.generate || task == Task::Commonsense);
+    let questions = match asks {
+        Some(task) => data::read_questions(&ctx, &args.data, &tokenizer, task, &options.template, args.limit)?,
+        None => Vec::new(),
+    };
+
+    let device = CpuDevice::new();
+    let mut model = Model::load(&ctx, &device, &base)?;
+    if let Some((adapter, scale)) = &adapter {
+        model.apply(&ctx, &device, &base, adapter, *scale).hint("evaluate it on the checkpoint it was made from")?;
+    }
+    let loss = mean_loss(env, &device, &model, &dataset, args.batch_tokens)?;
+    let chosen = match task {
+        Some(Task::Commonsense) => Some(rank(env, &device, &model, &questions, args.batch_tokens)?),
+        _ => None,
+    };
+    let written = match task.filter(|_| args.generate) {
+        Some(task) => {
+            let most_new = args.max_new_tokens.map_or(task.max_new_tokens(), |n| n as usize);
+            let stop = tokenizer.stops().to_vec();
+            let options = GenerateOptions { most_new, stop, most_tokens: args.batch_tokens };
+            Some(generate(env, &device, &model, &tokenizer, &questions, &options)?)
+        }
+        None => None,
+    };
+
+    let is_right = |i: usize, question: &Question| match (&written, &chosen, task) {
+        (Some(written), _, Some(task)) => task.is_right(&written[i], &question.answer),
+        (_, Some(chosen), _) => *chosen[i] == question.answer,
+        _ => false,
+    };
+    let answers = args.answers.then(|| {
+        let report = |(i, question): (usize, &Question)| AnswerReport {
+            expected: question.answer.clone(),
+            ranked: chosen.as_ref().map(|chosen| chosen[i].to_owned()),
+            generated: written.as_ref().map(|written| written[i].clone()),
+            is_right: is_right(i, question),
+        };
+        questions.iter().enumerate().map(report).collect()
+    });
+    let ranked =
+        chosen.as_ref().map(|chosen| Score::of(questions.iter().zip(chosen).map(|(q, chosen)| q.answer == *chosen)));
+    let generated = written.as_ref().map(|_| Score::of(questions.iter().enumerate().map(|(i, q)| is_right(i, q))));
+    let report = EvalReport {
+        base: base.name(),
+        adapter: adapter.map(|(adapter, scale)| report_of(env, &adapter, scale)).transpose()?,
+        data,
+        task: task.map_or("loss", |task| if task == Task::Commonsense { "commonsense" } else { "math" }),
+        loss,
+        perplexity: loss.exp(),
+        ranked,
+        generated,
+        answers,
+    };
+    env.report(&report, print)?;
+    if task == Some(Task::Math) && !args.generate {
+        env.note("answers to math are not ranked: --generate lets the model write them");
+    }
+    Ok(Answer::Yes)
+}
+
+fn open_adapter(text: &str) -> anyhow::Result<(Adapter, f64)> {
+    let input = parse_input(text)?;
+    let adapter = Adapter::open(&input.adapter).hint("adapters of other kinds can be merged first")?;
+    let scale = input.scale.unwrap_or(adapter.scale());
+    Ok((adapter, scale))
+}
+
+fn report_of(env: &Env, adapter: &Adapter, scale: f64) -> anyhow::Result<AdapterReport> {
+    let name = adapter.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(AdapterReport { name, id: adapter.id(&env.context())?.to_string(), scale, n_deltas: adapter.nnz() })
+}
+
+fn mean_loss(
+    env: &Env,
+    device: &CpuDevice,
+    model: &Model<CpuDevice>,
+    dataset: &Dataset,
+    max_tokens: usize,
+) -> anyhow::Result<f64> {
+    let ctx = env.context();
+    let batches = Batches::in_order(dataset, BatchLimits { max_tokens, max_examples: usize::MAX });
+    let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
+    ctx.observer.begin_count("loss", "tokens", dataset.n_tokens());
+    Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
+}
+
+/// The likeliest candidate of each question; the first of those that are equally likely.
+fn rank<'q>(
+    env: &Env,
+    device: &CpuDevice,
+    model: &Model<CpuDevice>,
+    questions: &'q [Question],
+    max_tokens: usize,
+) -> anyhow::Result<Vec<&'q str>> {
+    let ctx = env.context();
+    let tokens = |question: &Question| train::Question {
+        prompt: question.prompt.clone(),
+        candidates: question.candidates.iter().map(|(_, tokens)| tokens.clone()).collect(),
+    };
+    let asked: Vec<train::Question> = questions.iter().map(tokens).collect();
+    ctx.observer.begin_count("ranking", "questions", questions.len() as u64);
+    let ranked = train::rank(&ctx, device, model, &asked, max_tokens)?;
+    let likeliest = |(question, ranked): (&'q Question, Vec<f64>)| {
+        let mut best = 0;
+        for i in 1..ranked.len() {
+            if ranked[i] > ranked[best] {
+                best = i;
+            }
+        }
+        question.candidates[best].0.as_str()
+    };
+    Ok(questions.iter().zip(ranked).map(likeliest).collect())
+}
+
+fn generate(
+    env: &Env,
+    device: &CpuDevice,
+    model: &Model<CpuDevice>,
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    options: &GenerateOptions,
+) -> anyhow::Result<Vec<String>> {
+    let ctx = env.context();
+    let prompts: Vec<Vec<u32>> = questions.iter().map(|question| question.prompt.clone()).collect();
+    ctx.observer.begin_count("answering", "questions", questions.len() as u64);
+    let written = train::generate(&ctx, device, model, &prompts, options)?;
+    Ok(written.iter().map(|tokens| tokenizer.decode(tokens)).collect::<Result<_, _>>()?)
+}
+
+/// One row as the model sees it.
+#[derive(Serialize)]
+struct Shown {
+    tokens: Vec<u32>,
+    /// Begin and end of what is learned, in tokens.
+    learned: Vec<(u32, u32)>,
+    text: String,
+}
+
+fn show(env: &Env, tokenizer: &Tokenizer, path: &Path, options: &ReadOptions, n: u64) -> anyhow::Result<Answer> {
+    let (dataset, data) = super::data::read(env, path, tokenizer, options)?;
+    let mut examples = Vec::new();
+    for example in dataset.iter().take(n as usize) {
+        let (mut text, mut at) = (String::new(), 0);
+        for &(begin, end) in example.spans {
+            let (begin, end) = (begin as usize, end as usize);
+            text += &tokenizer.decode_all(&example.tokens[at..begin])?;
+            text += &format!("⟦{}⟧", tokenizer.decode_all(&example.tokens[begin..end])?);
+            at = end;
+        }
+        text += &tokenizer.decode_all(&example.tokens[at..])?;
+        examples.push(Shown { tokens: example.tokens.to_vec(), learned: example.spans.to_vec(), text });
+    }
+    #[derive(Serialize)]
+    struct Report {
+        data: DataReport,
+        examples: Vec<Shown>,
+    }
+    env.report(&Report { data, examples }, |report, page| {
+        for shown in &report.examples {
+            let learned: u32 = shown.learned.iter().map(|(begin, end)| end - begin).sum();
+            page.line(format_args!("{} tokens, {learned} of them learned:", shown.tokens.len()));
+            shown.text.lines().for_each(|line| page.line(format_args!("  {}", Line(line))));
+            page.blank();
+        }
+    })?;
+    Ok(Answer::Yes)
+}
+
+/// A line of somebody's text, whole, without its control bytes.
+struct Line<'a>(&'a str);
+
+impl std::fmt::Display for Line<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let chars: Vec<char> = self.0.chars().collect();
+        chars.chunks(100).try_for_each(|part| write!(f, "{}", Printable(&part.iter().collect::<String>())))
+    }
+}
+
+fn print(report: &EvalReport, page: &mut Page) {
+    if let Some(answers) = &report.answers {
+        let mut table = Table::new(["expected", "ranked", "generated", "right"]);
+        for answer in answers {
+            let or_dash = |text: &Option<String>| text.as_deref().map_or("-", str::trim).to_owned();
+            let right = if answer.is_right { "yes" } else { "no" }.to_owned();
+            table.row([answer.expected.clone(), or_dash(&answer.ranked), or_dash(&answer.generated), right]);
+        }
+        page.table(&table);
+        page.blank();
+    }
+    let data = &report.data;
+    let mut facts = vec![("model", Printable(&report.base).to_string())];
+    if let Some(adapter) = &report.adapter {
+        facts.push(("adapter", format!("{}, {} deltas", Printable(&adapter.name), count(adapter.n_deltas))));
+    }
+    facts.push(("rows", format!("{} of {}, as {}", count(data.n_rows), Printable(&data.name), data.form)));
+    facts.push(("tokens", format!("{}, {} of them in responses", count(data.n_tokens), count(data.n_supervised))));
+    facts.push(("loss", format!("{} per token, perplexity {}", number(report.loss), number(report.perplexity))));
+    let score = |score: &Score| {
+        let (right, all) = (score.n_right, score.n_questions);
+        format!("{} right: {} of {}", percent(right, all), count(right), count(all))
+    };
+    if let Some(ranked) = &report.ranked {
+        facts.push(("ranked", score(ranked)));
+    }
+    if let Some(generated) = &report.generated {
+        facts.push(("generated", score(generated)));
+    }
+    page.facts(&facts);
+}

@@ -1,0 +1,150 @@
+use insta::assert_snapshot;
+use serde_json::Value;
+
+use super::{
+    Place,
+    adapters::{PROJECTIONS, write_adapter},
+};
+
+const COMMONSENSE: &str = "eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/commonsense.jsonl --limit 6";
+
+#[test]
+fn loss_and_ranked_answers_are_told() {
+    let place = Place::new();
+    let report = place.json(COMMONSENSE);
+    let loss = report["loss"].as_f64().unwrap();
+    // An untrained model guesses among 264 tokens: ln 264 = 5.58.
+    assert!((5.0..6.2).contains(&loss), "{loss}");
+    assert_eq!(report["task"], "commonsense");
+    assert_eq!(report["ranked"]["n_questions"], 6);
+    assert_eq!(
+        (&report["generated"], &report["answers"], &report["adapter"]),
+        (&Value::Null, &Value::Null, &Value::Null)
+    );
+    let text = String::from_utf8(place.stdout(COMMONSENSE)).unwrap();
+    assert!(text.starts_with("model   tiny-llama\nrows    6 of commonsense.jsonl, as commonsense\ntokens  "), "{text}");
+}
+
+#[test]
+fn an_adapter_gives_what_its_merge_gives_bit_for_bit() {
+    let place = Place::new();
+    write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.05);
+    place.stdout("merge [FIXTURES]/tiny-llama --adapter a.safetensors=-0.3 -o merged");
+    let of = |base: &str, more: &str| {
+        place.json(&format!("eval {base} --data [FIXTURES]/data/commonsense.jsonl --limit 5 --answers {more}"))
+    };
+    let (base, adapted, merged) = (
+        of("[FIXTURES]/tiny-llama", ""),
+        of("[FIXTURES]/tiny-llama", "--adapter a.safetensors=-0.3"),
+        of("merged", ""),
+    );
+    assert_eq!(adapted["loss"], merged["loss"]);
+    assert_eq!(adapted["answers"], merged["answers"]);
+    assert_ne!(adapted["loss"], base["loss"]);
+    assert_eq!(adapted["adapter"]["scale"], -0.3);
+}
+
+#[test]
+fn batches_and_threads_do_not_change_the_answer() {
+    let place = Place::new();
+    let whole = place.json(COMMONSENSE);
+    for more in ["--batch-tokens 100", "--batch-tokens 100000 --threads 1", "--threads 3"] {
+        let report = place.json(&format!("{COMMONSENSE} {more}"));
+        let (a, b) = (whole["loss"].as_f64().unwrap(), report["loss"].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-5, "{more}: {a} and {b}");
+        assert_eq!(whole["ranked"], report["ranked"], "{more}");
+    }
+    assert_eq!(whole, place.json(&format!("{COMMONSENSE} --threads 1")), "threads alone change no bit");
+}
+
+#[test]
+fn written_answers_are_judged() {
+    let place = Place::new();
+    let line =
+        "eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/math.json --limit 3 --generate --max-new-tokens 5 --answers";
+    let report = place.json(line);
+    assert_eq!((&report["task"], &report["ranked"]), (&"math".into(), &Value::Null));
+    assert_eq!(report["generated"]["n_questions"], 3);
+    let answers = report["answers"].as_array().unwrap();
+    assert_eq!(answers[1]["expected"], "120.0");
+    assert!(answers.iter().all(|answer| answer["generated"].is_string() && answer["is_right"].is_boolean()));
+}
+
+#[test]
+fn rows_can_be_looked_at() {
+    let place = Place::new();
+    place.write("rows.json", r#"[{"prompt":"2 + 2 =","completion":" 4"},{"prompt":"a\u001b[31m\n","completion":"b"},{"prompt":"x","completion":""}]"#);
+    assert_snapshot!(place.run("eval [FIXTURES]/tiny-llama --data rows.json --show"), @r"
+    exit: 0
+    --- stdout
+    11 tokens, 3 of them learned:
+      <s>2 + 2 =⟦ 4</s>⟧
+
+    10 tokens, 2 of them learned:
+      <s>a\u{1b}[31m
+      ⟦b</s>⟧
+    --- stderr
+    rows.json: 1 row is left out: the response is empty
+    ");
+    let report = place.json("eval [FIXTURES]/tiny-llama --data rows.json --show 1 --max-length 9 -q");
+    assert_eq!(report["examples"][0]["learned"], serde_json::json!([[8, 9]]));
+    assert_eq!(report["data"]["n_cut_tokens"], 2);
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_said() {
+    let place = Place::new();
+    place.write("rows.jsonl", "{\"text\":\"a\"}\n{\"txt\":\"b\"}\n");
+    place.write("empty.jsonl", "");
+    place.write("parquet", "PAR1\u{0}");
+    write_adapter(&place, "other.safetensors", PROJECTIONS, 1, 0.05);
+    let of = |more: &str| place.run(&format!("eval [FIXTURES]/tiny-llama {more}"));
+    assert_snapshot!(of("--data rows.jsonl"), @r#"
+    exit: 3
+    --- stdout
+    --- stderr
+    error: rows.jsonl: line 2: field "text" is missing
+    "#);
+    assert_snapshot!(of("--data empty.jsonl"), @r"
+    exit: 3
+    --- stdout
+    --- stderr
+    error: empty.jsonl: it holds no row
+    ");
+    assert_snapshot!(of("--data parquet"), @r#"
+    exit: 3
+    --- stdout
+    --- stderr
+    error: parquet: neither a JSON array nor JSON lines: it begins with "PAR1\u{0}"
+    "#);
+    assert_snapshot!(of("--data rows.jsonl --template none"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    error: --template none: neither auto, alpaca or commonsense, nor a file
+    ");
+    assert_snapshot!(of("--data rows.jsonl --generate"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    error: --generate and --answers need rows with answers: --task commonsense or math
+    ");
+    assert_snapshot!(of("--data missing.jsonl"), @r"
+    exit: 5
+    --- stdout
+    --- stderr
+    error: cannot read `missing.jsonl`: No such file or directory (os error 2)
+    ");
+    place.stdout("merge [FIXTURES]/tiny-llama --adapter other.safetensors -o merged");
+    let refused =
+        place.run("eval merged --adapter other.safetensors --data [FIXTURES]/data/commonsense.jsonl --limit 1");
+    assert!(refused.starts_with("exit: 4\n") && refused.contains("the adapter was made from tiny-llama"), "{refused}");
+    place.write("alone/config.json", "{}");
+    assert_snapshot!(place.run("eval alone --data rows.jsonl"), @r"
+    exit: 5
+    --- stdout
+    --- stderr
+    error: cannot read `alone/tokenizer.json`: No such file or directory (os error 2)
+    hint: eval reads the tokenizer beside the weights
+    ");
+}
