@@ -3,18 +3,25 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
+    cell::RefCell,
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
+use half::{bf16, f16};
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, Shard},
-    data::{Batch, IGNORE},
+    adapter::{Adapter, AdapterNotes},
+    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter},
+    data::{Batch, Batches, Dataset, IGNORE},
     mask::{MaskFile, MaskOptions, create_mask},
+    merge::{MergeInput, MergeOptions, merge},
     tensor::Dtype,
     train::{
-        CpuDevice, Device, DeviceBatch, GenerateOptions, Keep, Model, Question, Workspace, backward, forward, generate,
-        logits, losses, mean_loss, rank,
+        CpuDevice, Device, DeviceBatch, EvalRecord, GenerateOptions, Keep, Model, Question, StepRecord, TrainError,
+        TrainJob, TrainOptions, TrainReport, Warmup, Watcher, Workspace, backward, forward, generate, logits, losses,
+        mean_loss, rank, train,
     },
 };
 
@@ -195,4 +202,359 @@ fn generation_takes_the_likeliest_token_each_time() {
             }
         }
     }
+}
+
+// --- whole runs
+
+/// The reference run: 240 rows of 20 tokens, of which the last ten or so are learned.
+fn reference_data() -> Dataset {
+    let file = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
+    let (ids, labels) = (numbers(&file, "input_ids"), numbers(&file, "labels"));
+    let mut data = Dataset::new();
+    for (ids, labels) in ids.chunks(20).zip(labels.chunks(20)) {
+        let tokens: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+        let n_prompt = labels.iter().take_while(|&&label| label < 0.0).count();
+        assert!(ids[n_prompt..] == labels[n_prompt..], "labels are the tokens themselves");
+        data.push(&tokens, n_prompt);
+    }
+    data
+}
+
+/// The recipe of the reference run.
+fn reference_options() -> TrainOptions {
+    let recipe = fs::read(reference("train").join("recipe.json")).unwrap();
+    let recipe: serde_json::Value = serde_json::from_slice(&recipe).unwrap();
+    let number = |name: &str| recipe[name].as_f64().unwrap();
+    TrainOptions {
+        epochs: 1,
+        max_steps: recipe["steps"].as_u64(),
+        batch_examples: recipe["batch_size"].as_u64().unwrap() as usize,
+        shuffle: false,
+        learning_rate: number("lr"),
+        warmup: Warmup::Steps(recipe["warmup_steps"].as_u64().unwrap()),
+        weight_decay: number("weight_decay"),
+        eps: number("eps"),
+        clip: recipe["grad_clip"].as_f64(),
+        ..TrainOptions::default()
+    }
+}
+
+/// What watchers are told.
+#[derive(Default)]
+struct Told {
+    steps: RefCell<Vec<StepRecord>>,
+    evals: RefCell<Vec<EvalRecord>>,
+}
+
+impl Watcher for Told {
+    fn step(&self, record: &StepRecord, _: u64) {
+        self.steps.borrow_mut().push(*record);
+    }
+    fn eval(&self, record: &EvalRecord, _: bool) {
+        self.evals.borrow_mut().push(*record);
+    }
+}
+
+impl Told {
+    /// All but what depends on the machine's speed.
+    fn timeless(&self) -> (Vec<StepRecord>, Vec<(u64, f64)>) {
+        let steps = self.steps.borrow().iter().map(|&record| StepRecord { seconds: 0.0, ..record }).collect();
+        (steps, self.evals.borrow().iter().map(|record| (record.step, record.eval_loss)).collect())
+    }
+}
+
+/// A folder with a base and a mask, and runs in it.
+struct World {
+    folder: tempfile::TempDir,
+    base: Checkpoint,
+    mask: MaskFile,
+    data: Dataset,
+    eval: Option<Dataset>,
+}
+
+impl World {
+    fn new(base: impl FnOnce(&Path) -> Checkpoint, k: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let base = base(folder.path());
+        let mask = mask(&base, k, &folder.path().join("mask.safetensors"));
+        Self { folder, base, mask, data: reference_data(), eval: None }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Trains; `change` may change the job.
+    fn run(
+        &self,
+        ctx: &Context<'_>,
+        name: &str,
+        options: &TrainOptions,
+        change: impl FnOnce(&mut TrainJob<'_>),
+    ) -> (Result<TrainReport, TrainError>, Told) {
+        let (device, told, output) = (CpuDevice::new(), Told::default(), self.path(name));
+        // Whoever asks to stop asks the run, not the loading.
+        let patient = Context::default();
+        let mut model = Model::load(&patient, &device, &self.base).unwrap();
+        model.attach(&patient, &device, &self.base, &self.mask).unwrap();
+        let mut job = TrainJob {
+            base: &self.base,
+            mask: &self.mask,
+            data: &self.data,
+            eval: self.eval.as_ref(),
+            options,
+            about_data: serde_json::Value::Null,
+            output: &output,
+            existing: Existing::Keep,
+            save_every: None,
+            resume: false,
+            notes: AdapterNotes::default(),
+        };
+        change(&mut job);
+        (train(ctx, &device, &mut model, &job, &told), told)
+    }
+}
+
+/// A checkpoint of random weights of another type, in the shape of the reference Llama.
+fn llama_as(dtype: Dtype) -> impl FnOnce(&Path) -> Checkpoint {
+    move |folder| {
+        let (from, _) = model(folder, "llama");
+        let copy = folder.join("narrow");
+        fs::create_dir(&copy).unwrap();
+        fs::copy(from.root().join("config.json"), copy.join("config.json")).unwrap();
+        let mut file = TensorFileWriter::create(&copy.join("model.safetensors"), Existing::Keep).unwrap();
+        for tensor in from.tensors() {
+            let values = numbers(tensor.shard, &tensor.info.name);
+            let id = file.add_tensor(tensor.info.name.clone(), dtype);
+            let bytes: Vec<u8> = match dtype {
+                Dtype::BF16 => values.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
+                Dtype::F16 => values.iter().flat_map(|&x| f16::from_f64(x).to_le_bytes()).collect(),
+                _ => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+            };
+            file.append(id, &bytes).unwrap();
+            file.finish_tensor(id, tensor.info.shape.clone());
+        }
+        file.finish(&Context::default(), &BTreeMap::new()).unwrap();
+        Checkpoint::open(&copy).unwrap()
+    }
+}
+
+#[test]
+fn a_run_has_the_losses_and_deltas_of_the_published_bypass() {
+    let world = World::new(|folder| model(folder, "llama").0, 2);
+    let (report, told) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
+    assert_eq!(report.unwrap().n_steps, 60);
+    let expected = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
+    let steps = told.steps.borrow();
+    let (losses, rates) = (numbers(&expected, "losses"), numbers(&expected, "learning_rates"));
+    for (record, (loss, rate)) in steps.iter().zip(losses.iter().zip(&rates)) {
+        // Rounding grows over 60 steps; 3e-6 was measured.
+        assert!((record.loss / loss - 1.0).abs() < 1e-4, "step {}: {} not {loss}", record.step, record.loss);
+        assert!((record.learning_rate - rate).abs() < 1e-15, "step {}: rate {}", record.step, record.learning_rate);
+    }
+    let (adapter, ctx) = (Adapter::open(&world.path("a.safetensors")).unwrap(), Context::default());
+    for target in adapter.targets() {
+        let rows = adapter.read_rows(&ctx, target, 0..target.layout.n_rows()).unwrap();
+        let off = difference(&rows.values, &numbers(&expected, &format!("{}.values", target.name)));
+        // AdamW divides by the root of the mean square: small gradients lose digits.
+        assert!(off < 1e-3, "{}: values differ by {off}", target.name);
+    }
+}
+
+#[test]
+fn what_is_trained_is_what_a_merge_writes() {
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        let mut world = World::new(llama_as(dtype), 2);
+        let mut eval = Dataset::new();
+        for example in world.data.iter().skip(200) {
+            eval.push(example.tokens, example.n_prompt());
+        }
+        world.eval = Some(eval);
+        let options = TrainOptions { max_steps: Some(12), eval_every: Some(5), ..reference_options() };
+        let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+        let report = report.unwrap();
+        assert!(report.eval_loss < report.first_eval_loss, "{report:?}");
+        assert_eq!(told.evals.borrow().iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 5, 10, 12]);
+
+        let merged = world.path("merged");
+        let input = MergeInput { adapter: world.path("a.safetensors"), scale: None };
+        let (ctx, merge_options) = (Context::default(), MergeOptions::new_checkpoint(&merged));
+        merge(&ctx, world.base.root(), &[input], &merge_options).unwrap();
+        let device = CpuDevice::new();
+        let model = Model::load(&ctx, &device, &Checkpoint::open(&merged).unwrap()).unwrap();
+        let batches = Batches::in_order(world.eval.as_ref().unwrap(), options.limits());
+        let mut work = Workspace::new(&device, &model.config, batches.most_tokens(), Keep::Nothing).unwrap();
+        let mean = mean_loss(&ctx, &device, &model, batches.iter_from(0), &mut work).unwrap();
+        assert_eq!(Some(mean.loss), report.eval_loss, "{dtype:?}: bit for bit");
+    }
+}
+
+/// Asks to stop after so many looks at the flag.
+struct StopAfter(AtomicU64);
+
+impl Observer for StopAfter {
+    fn is_cancelled(&self) -> bool {
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(1))) == Ok(0)
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on_as_if_nothing_had_happened() {
+    let mut world = World::new(llama_as(Dtype::BF16), 1);
+    let mut eval = Dataset::new();
+    for example in world.data.iter().skip(230) {
+        eval.push(example.tokens, example.n_prompt());
+    }
+    world.eval = Some(eval);
+    let options = TrainOptions {
+        epochs: 2,
+        max_steps: None,
+        batch_examples: 16,
+        accumulate: 4,
+        shuffle: true,
+        eval_every: Some(3),
+        ..reference_options()
+    };
+    let ctx = Context::default();
+    let (whole, told_whole) = world.run(&ctx, "whole.safetensors", &options, |_| {});
+    let whole = whole.unwrap();
+    // 15 batches an epoch are 4 steps, the last of 3.
+    assert_eq!(whole.n_steps, 8);
+
+    let told = Told::default();
+    let mut n_stops = 0;
+    let report = loop {
+        let stop = StopAfter(AtomicU64::new(7 + n_stops));
+        let stopping = Context { observer: &stop, ..ctx };
+        let part = if n_stops > 4 { &ctx } else { &stopping };
+        let (result, told_part) = world.run(part, "parts.safetensors", &options, |job| job.resume = n_stops > 0);
+        told.steps.borrow_mut().extend(told_part.steps.borrow().iter());
+        told.evals.borrow_mut().extend(told_part.evals.borrow().iter());
+        match result {
+            Ok(report) => break report,
+            Err(TrainError::Stopped { step }) => {
+                assert_eq!(step, told.steps.borrow().last().map_or(0, |record| record.step));
+                assert!(world.path("parts.state.safetensors").exists());
+                n_stops += 1;
+            }
+            Err(other) => panic!("{other}"),
+        }
+    };
+    assert!(n_stops >= 4, "it was stopped {n_stops} times");
+    assert_eq!(told.timeless(), told_whole.timeless());
+    assert_eq!(report, whole);
+    let bytes = |name: &str| fs::read(world.path(name)).unwrap();
+    assert_eq!(bytes("parts.safetensors"), bytes("whole.safetensors"));
+    assert_eq!(bytes("parts.loss.svg"), bytes("whole.loss.svg"));
+    assert_eq!(bytes("parts.log.jsonl").iter().filter(|&&byte| byte == b'\n').count(), 8 + 4);
+    assert!(!world.path("parts.state.safetensors").exists(), "a run that ended needs no state");
+}
+
+#[test]
+fn the_state_of_another_run_is_refused() {
+    let world = World::new(llama_as(Dtype::BF16), 1);
+    let options = TrainOptions { max_steps: Some(4), ..reference_options() };
+    let stop = StopAfter(AtomicU64::new(2));
+    let ctx = Context { observer: &stop, ..Context::default() };
+    let stopped = world.run(&ctx, "a.safetensors", &options, |_| {}).0.unwrap_err();
+    assert!(matches!(stopped, TrainError::Stopped { step: 2 }), "{stopped}");
+    let again = |options: &TrainOptions, resume: bool| {
+        world.run(&Context::default(), "a.safetensors", options, |job| job.resume = resume).0
+    };
+    let other = TrainOptions { seed: 9, ..options.clone() };
+    let error = again(&other, true).unwrap_err();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+    assert!(error.to_string().ends_with("cannot be resumed: options.seed was 0, is 9"), "{error}");
+    let error = again(&options, false).unwrap_err();
+    assert!(error.to_string().contains("the state of a run that did not end lies beside it"), "{error}");
+    again(&options, true).unwrap();
+}
+
+#[test]
+fn every_number_of_threads_trains_the_same_bytes() {
+    let world = World::new(llama_as(Dtype::BF16), 2);
+    let options = TrainOptions { max_steps: Some(5), batch_examples: 40, ..reference_options() };
+    let mut seen = Vec::new();
+    for n_threads in [1, 2, 5] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
+        let name = format!("{n_threads}.safetensors");
+        let layer_checkpoints = n_threads == 5;
+        let options = TrainOptions { layer_checkpoints, ..options.clone() };
+        let (report, told) = pool.install(|| world.run(&Context::default(), &name, &options, |_| {}));
+        seen.push((report.unwrap().id, told.timeless()));
+    }
+    assert!(seen[0] == seen[1] && seen[0] == seen[2], "threads and layer checkpoints change nothing");
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_is_named() {
+    let world = World::new(
+        |folder| {
+            let base = llama_as(Dtype::F32)(folder);
+            let tensor = base.tensor("model.layers.1.mlp.up_proj.weight").unwrap();
+            let mut bytes = fs::read(tensor.shard.path()).unwrap();
+            // The last entry of the first row: no mask would choose it, were it a number.
+            let at = tensor.shard.file_range(tensor.info).start as usize + 63 * 4;
+            bytes[at..at + 4].copy_from_slice(&f32::MAX.to_le_bytes());
+            let path = tensor.shard.path().to_owned();
+            fs::write(&path, bytes).unwrap();
+            Checkpoint::open(base.root()).unwrap()
+        },
+        1,
+    );
+    let (result, _) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.starts_with("step 1, batch 0: the loss is NaN; the first tensor that is not finite is the output of"),
+        "{error}"
+    );
+    assert!(error.ends_with("model.layers.1"), "{error}");
+    assert!(!world.path("a.safetensors").exists());
+}
+
+#[test]
+fn early_stopping_keeps_the_best_deltas() {
+    let mut world = World::new(llama_as(Dtype::F32), 2);
+    let mut eval = Dataset::new();
+    // What it is judged by has nothing to do with what it learns: it gets worse soon.
+    for i in 0..8 {
+        eval.push(&[5 + i, 300 - i, 7, 7, 7 + i], 1);
+    }
+    world.eval = Some(eval);
+    let options = TrainOptions { eval_every: Some(2), patience: Some(3), learning_rate: 0.1, ..reference_options() };
+    let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+    let report = report.unwrap();
+    let evals = told.evals.borrow();
+    let best = evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
+    assert!(report.stopped_early && report.n_steps == best.step + 6, "{report:?}");
+    assert_eq!((report.best_step, report.eval_loss), (best.step, Some(best.eval_loss)));
+}
+
+#[test]
+fn targets_outside_of_layers_and_other_models_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, _) = model(folder.path(), "llama");
+    let options = MaskOptions { targets: vec!["lm_head".to_owned(), "q_proj".to_owned()], ..MaskOptions::new(1) };
+    let path = folder.path().join("mask.safetensors");
+    create_mask(&Context::default(), &base, &options, Some((&path, Existing::Keep))).unwrap();
+    let (ctx, device) = (Context::default(), CpuDevice::new());
+    let mut on_device = Model::load(&ctx, &device, &base).unwrap();
+    let error = on_device.attach(&ctx, &device, &base, &MaskFile::open(&path).unwrap()).unwrap_err();
+    assert!(
+        error.to_string().ends_with("\"lm_head.weight\": only projections inside of layers are trained"),
+        "{error}"
+    );
+
+    let config = fs::read_to_string(base.root().join("config.json")).unwrap();
+    let said = |config: String| {
+        fs::write(base.root().join("config.json"), config).unwrap();
+        let base = Checkpoint::open(base.root()).unwrap();
+        Model::load(&ctx, &device, &base).map(|_| ()).unwrap_err().to_string()
+    };
+    let other = said(config.replace("\"llama\"", "\"gemma3\""));
+    assert!(other.ends_with("model type `gemma3` cannot be trained; llama, mistral, qwen2, qwen3 can"), "{other}");
+    let narrow = said(config.replace("\"intermediate_size\": 176", "\"intermediate_size\": 170"));
+    assert!(narrow.contains("mlp.up_proj.weight\": shape [176, 64], the configuration says [170, 64]"), "{narrow}");
+    let short = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2"));
+    assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": no part of such a model"), "{short}");
 }

@@ -26,6 +26,8 @@ mod pack;
 mod page;
 mod progress;
 mod recover;
+#[cfg(feature = "train")]
+mod train;
 mod unmerge;
 mod unpack;
 mod verify;
@@ -75,6 +77,8 @@ enum Command {
     MaskJoin(mask_join::MaskJoinArgs),
     Init(init::InitArgs),
     Extract(extract::ExtractArgs),
+    #[cfg(feature = "train")]
+    Train(train::TrainArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -96,6 +100,8 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::MaskJoin(args) => mask_join::run(args, env),
         Command::Init(args) => init::run(args, env),
         Command::Extract(args) => extract::run(args, env),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

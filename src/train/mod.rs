@@ -5,6 +5,7 @@
 //! product of two gathered columns, `sum_t dY[t, i] * X[t, column[i, j]]`; no dense gradient of a weight ever exists, and the
 //! optimizer's state is that of the deltas alone.
 //!
+//! [`train()`] is the loop: batch, forward, backward, update, log; what an interrupted run needs to go on is saved in `state`.
 //! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
 //! checkpoint's weights on a device, `cpu` holds the operations' plain form.
 
@@ -14,13 +15,21 @@ mod cpu;
 mod device;
 mod error;
 mod evaluate;
+mod memory;
 mod model;
+mod options;
 mod pass;
+mod run;
+mod state;
 
 pub use config::ModelConfig;
 pub use cpu::{CpuDevice, CpuWeight};
 pub use device::{AdamW, Deltas, Device, Done, Spans};
 pub use error::{DeviceError, TrainError};
 pub use evaluate::{GenerateOptions, MeanLoss, Question, generate, mean_loss, rank};
+pub use memory::MemoryEstimate;
 pub use model::{Layer, Linear, Model, Part};
+pub use options::{Plan, Schedule, TrainOptions, Warmup};
 pub use pass::{DeviceBatch, Keep, Workspace, backward, first_not_finite, forward, logits, losses};
+pub use run::{EvalRecord, StepRecord, TrainJob, TrainReport, Watcher, train};
+pub use state::{Best, Progress};

@@ -60,6 +60,12 @@ fn every_field_of_json_is_documented() {
     }
     is_documented("init", &place.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
     is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
+    #[cfg(feature = "train")]
+    for more in ["", " --dry-run"] {
+        let data = "--data [FIXTURES]/data/commonsense.jsonl --epochs 1";
+        let line = format!("train [FIXTURES]/tiny-llama -k 1 {data} -o t.safetensors -q{more}");
+        is_documented("train", &place.json(&line));
+    }
     is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
     is_documented("diff", &place.json("diff [FIXTURES]/tiny-llama out"));
     is_documented("extract", &place.json("extract [FIXTURES]/tiny-llama out -o x.safetensors --targets *layers.0*"));

@@ -20,5 +20,7 @@ mod mask_join;
 mod merge;
 mod pack;
 mod signals;
+#[cfg(feature = "train")]
+mod train;
 
 use harness::Place;

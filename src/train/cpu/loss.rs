@@ -15,9 +15,9 @@ fn tokens_at_once(n_vocab: usize) -> usize {
     (MOST_LOGITS / n_vocab).clamp(1, MOST_TOKENS)
 }
 
-/// Logits that are there at once.
-pub(super) fn n_logits(n_vocab: usize) -> usize {
-    tokens_at_once(n_vocab) * n_vocab
+/// Logits that are there at once, of so many tokens.
+pub(super) fn n_logits(n_vocab: usize, n_tokens: usize) -> usize {
+    tokens_at_once(n_vocab).min(n_tokens) * n_vocab
 }
 
 /// See [`super::super::Device::cross_entropy`].
@@ -31,7 +31,7 @@ pub(super) fn cross_entropy(
 ) {
     let (d, n_vocab) = (head.d_in(), head.d_out());
     let at_once = tokens_at_once(n_vocab);
-    let mut logits = vec![0.0; at_once.min(labels.len()) * n_vocab];
+    let mut logits = vec![0.0; n_logits(n_vocab, labels.len())];
     let chunks = x.chunks_mut(at_once * d).zip(labels.chunks(at_once)).zip(losses.chunks_mut(at_once));
     for ((x, labels), losses) in chunks {
         let n = labels.len();

@@ -18,7 +18,7 @@ pub use weight::CpuWeight;
 
 use super::{
     DeviceError,
-    config::Heads,
+    config::{Heads, ModelConfig},
     device::{AdamW, Deltas, Device, Done, Spans},
 };
 use crate::tensor::Dtype;
@@ -36,9 +36,12 @@ impl CpuDevice {
         Self::default()
     }
 
-    /// Bytes of memory that operations on a model take beside its buffers: widened rows, and logits of some tokens.
-    pub fn scratch_bytes(n_vocab: usize) -> u64 {
-        (weight::MOST_WIDENED + loss::n_logits(n_vocab)) as u64 * 4
+    /// Bytes that operations take beside a model's buffers: widened rows, where weights are narrow, and the logits of up to
+    /// `most_supervised` tokens.
+    pub fn scratch_bytes(config: &ModelConfig, most_supervised: usize, is_narrow: bool) -> u64 {
+        let largest = config.n_vocab.max(2 * config.d_ff).max(config.heads.d_qkv()) * config.d_model;
+        let widened = if is_narrow { largest.min(weight::MOST_WIDENED) } else { 0 };
+        (widened + loss::n_logits(config.n_vocab, most_supervised)) as u64 * 4
     }
 }
 

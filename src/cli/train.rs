@@ -1,0 +1,431 @@
+use std::{
+    cell::Cell,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use clap::{Args, ValueEnum};
+use neuroada_ckpt::{
+    adapter::AdapterNotes,
+    checkpoint::{Checkpoint, Existing, Printable},
+    data::{Clock, DataReport, Loss, ReadOptions, Template, Tokenizer, read_dataset},
+    mask::{MaskFile, MaskOptions, create_mask},
+    train::{
+        self, CpuDevice, EvalRecord, MemoryEstimate, Model, ModelConfig, Plan, Schedule, StepRecord, TrainError,
+        TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
+    },
+};
+use serde::Serialize;
+use serde_json::json;
+
+use super::{
+    Answer,
+    env::Env,
+    failure::Hint,
+    page::{Page, bytes, count, duration, number, percent},
+};
+
+/// Train deltas on the connections that a mask chose
+///
+/// Trains models of the Llama family (llama, mistral, qwen2, qwen3) on the processor. The forward pass runs on merged weights, so what is
+/// trained is bit for bit what `merge` writes. Beside the adapter lie its log (.log.jsonl), a picture of its losses
+/// (.loss.svg) and, while it is under way, its state (.state.safetensors), from which --resume goes on: with the same losses
+/// as a run that was never interrupted. Ctrl-C saves the state first.
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("chosen").required(true).args(["mask", "k"]))]
+pub(super) struct TrainArgs {
+    /// Directory of the base checkpoint, with its config.json and tokenizer.json
+    base: PathBuf,
+    /// Mask made from that base
+    #[arg(long, value_name = "FILE")]
+    mask: Option<PathBuf>,
+    /// Choose the N largest weights of each row of the seven Llama projections instead
+    #[arg(short, long, value_name = "N")]
+    k: Option<u64>,
+    /// What to learn from: a JSON array, or JSON lines
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// What to be judged by: the adapter gets the deltas of the best evaluation
+    #[arg(long, value_name = "FILE")]
+    eval_data: Option<PathBuf>,
+    /// Where to write the adapter
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+
+    /// How rows become text: auto, alpaca, commonsense, or a Jinja file
+    #[arg(long, value_name = "TEMPLATE", default_value = "auto", help_heading = "Data")]
+    template: String,
+    /// What is learned of a row
+    #[arg(long, value_enum, default_value_t = LossChoice::Response, help_heading = "Data")]
+    loss: LossChoice,
+    /// Most tokens of an example; what follows is cut
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Data")]
+    max_length: usize,
+    /// Read at most N rows of the data
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    rows: Option<u64>,
+    /// Read at most N rows of the evaluation data
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    eval_rows: Option<u64>,
+    /// Most examples of a batch
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Data")]
+    batch_size: usize,
+    /// Most tokens of a batch: what memory is needed for
+    #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Data")]
+    batch_tokens: usize,
+    /// Keep the order of the file
+    #[arg(long, help_heading = "Data")]
+    no_shuffle: bool,
+    /// Decides the order of the examples
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Data")]
+    seed: u64,
+
+    /// Passes over the data
+    #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Learning")]
+    epochs: u64,
+    /// Stop after N optimizer steps
+    #[arg(long, value_name = "N", help_heading = "Learning")]
+    max_steps: Option<u64>,
+    /// Batches of an optimizer step
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Learning")]
+    accumulate: u64,
+    /// The highest learning rate; the paper's are 8e-3 at k = 1 and 7e-4 at k = 20
+    #[arg(long, value_name = "RATE", default_value_t = 8e-3, help_heading = "Learning")]
+    lr: f64,
+    /// How the learning rate goes down
+    #[arg(long, value_enum, default_value_t = ScheduleChoice::Linear, help_heading = "Learning")]
+    schedule: ScheduleChoice,
+    /// How long it goes up: a number of steps, or a share of all (0.06)
+    #[arg(long, value_name = "N|SHARE", default_value = "0.06", value_parser = parse_warmup, help_heading = "Learning")]
+    warmup: Warmup,
+    /// Weight decay of the deltas
+    #[arg(long, value_name = "RATE", default_value_t = 0.0, help_heading = "Learning")]
+    weight_decay: f64,
+    /// AdamW's decays
+    #[arg(long, value_name = "B1,B2", default_value = "0.9,0.999", value_parser = parse_betas, help_heading = "Learning")]
+    betas: (f64, f64),
+    /// AdamW's epsilon
+    #[arg(long, value_name = "EPS", default_value_t = 1e-8, help_heading = "Learning")]
+    eps: f64,
+    /// Scale gradients with a larger norm down to it; 0 for never
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, help_heading = "Learning")]
+    clip: f64,
+    /// Make activations again on the way back: a fraction of the memory, a third more time, the same result
+    #[arg(long, help_heading = "Learning")]
+    layer_checkpoints: bool,
+
+    /// Evaluate every N steps [default: after each epoch]
+    #[arg(long, value_name = "N", help_heading = "Under way")]
+    eval_every: Option<u64>,
+    /// Stop after N evaluations without a better loss
+    #[arg(long, value_name = "N", requires = "eval_data", help_heading = "Under way")]
+    patience: Option<u64>,
+    /// Save the state every N steps [default: after each epoch]
+    #[arg(long, value_name = "N", help_heading = "Under way")]
+    save_every: Option<u64>,
+    /// Tell of every N-th step
+    #[arg(long, value_name = "N", default_value_t = 10, help_heading = "Under way")]
+    log_every: u64,
+    /// Go on from the state beside the output, where there is one
+    #[arg(long, help_heading = "Under way")]
+    resume: bool,
+
+    /// Under what terms the adapter may be used, as an SPDX expression
+    #[arg(long, value_name = "SPDX")]
+    license: Option<String>,
+    /// What it is for
+    #[arg(long, value_name = "TEXT")]
+    description: Option<String>,
+    /// Who trained it
+    #[arg(long, value_name = "NAME")]
+    author: Option<String>,
+    /// Replace an existing adapter, and the state of a run that did not end
+    #[arg(long)]
+    force: bool,
+    /// Say what the run would take, train nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum LossChoice {
+    /// The response alone
+    Response,
+    /// Every token
+    All,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum ScheduleChoice {
+    /// In a straight line to zero
+    Linear,
+    /// Along half a cosine to zero
+    Cosine,
+    /// Not at all
+    Constant,
+}
+
+/// Reads `100` as steps, `0.06` as a share.
+fn parse_warmup(text: &str) -> Result<Warmup, String> {
+    if let Ok(steps) = text.parse() {
+        return Ok(Warmup::Steps(steps));
+    }
+    text.parse().map(Warmup::Share).map_err(|_| "expected a number of steps, or a share such as 0.06".to_owned())
+}
+
+fn parse_betas(text: &str) -> Result<(f64, f64), String> {
+    let both = text.split_once(',').and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+    both.ok_or_else(|| "expected two numbers such as 0.9,0.999".to_owned())
+}
+
+impl TrainArgs {
+    fn options(&self) -> TrainOptions {
+        TrainOptions {
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch_examples: self.batch_size,
+            batch_tokens: self.batch_tokens,
+            accumulate: self.accumulate,
+            shuffle: !self.no_shuffle,
+            seed: self.seed,
+            learning_rate: self.lr,
+            schedule: match self.schedule {
+                ScheduleChoice::Linear => Schedule::Linear,
+                ScheduleChoice::Cosine => Schedule::Cosine,
+                ScheduleChoice::Constant => Schedule::Constant,
+            },
+            warmup: self.warmup,
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            clip: (self.clip != 0.0).then_some(self.clip),
+            eval_every: self.eval_every,
+            patience: self.patience,
+            layer_checkpoints: self.layer_checkpoints,
+        }
+    }
+
+    /// How a data file is read.
+    fn reading(&self, limit: Option<u64>) -> ReadOptions {
+        let template = match self.template.as_str() {
+            "auto" => Template::Auto,
+            "alpaca" => Template::Alpaca,
+            "commonsense" => Template::Commonsense,
+            path => Template::File(path.into()),
+        };
+        let loss = match self.loss {
+            LossChoice::Response => Loss::Response,
+            LossChoice::All => Loss::All,
+        };
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        ReadOptions { template, loss, max_length: self.max_length, limit, clock: Clock::new(now.as_secs()) }
+    }
+}
+
+pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
+    let ctx = env.context();
+    let options = args.options();
+    options.check()?;
+    let base = Checkpoint::open(&args.base)?;
+    let config = ModelConfig::of(&base)?;
+    let tokenizer = Tokenizer::open(&args.base)?;
+    let (data, about) = read_dataset(&ctx, &args.data, &tokenizer, &args.reading(args.rows))?;
+    tell_data(env, &about);
+    let eval = match &args.eval_data {
+        None => None,
+        Some(path) => {
+            let (eval, about) = read_dataset(&ctx, path, &tokenizer, &args.reading(args.eval_rows))?;
+            tell_data(env, &about);
+            Some(eval)
+        }
+    };
+    // A mask that is made on the way lives as long as the run.
+    let folder = tempfile::tempdir()?;
+    let mask = match (&args.mask, args.k) {
+        (Some(path), _) => MaskFile::open(path)?,
+        (None, k) => {
+            let path = folder.path().join("mask.safetensors");
+            let output = Some((path.as_path(), Existing::Keep));
+            create_mask(&ctx, &base, &MaskOptions::new(k.unwrap_or(1)), output)?;
+            MaskFile::open(&path)?
+        }
+    };
+    let plan = Plan::new(&options, &data);
+    let eval_tokens = eval.as_ref().map_or(0, |eval| Plan::new(&in_order(&options), eval).most_tokens);
+    let most_tokens = plan.most_tokens.max(eval_tokens);
+    let memory = MemoryEstimate::on_cpu(&config, &base, mask.nnz(), most_tokens, plan.most_supervised, options.keep());
+    let start = Start {
+        base: base.name(),
+        model_type: config.model_type.clone(),
+        n_layers: config.n_layers,
+        d_model: config.d_model,
+        n_parameters: base.n_parameters(),
+        n_trained: mask.nnz(),
+        memory,
+        n_steps: plan.n_steps,
+        tokens_per_step: plan.tokens_per_step,
+        most_tokens,
+    };
+    if args.dry_run {
+        env.report(&start, print_start)?;
+        return Ok(Answer::Yes);
+    }
+    let mut table = Page::default();
+    print_start(&start, &mut table);
+    env.note(table.to_string().trim_end());
+    let device = CpuDevice::new();
+    let mut model = Model::load(&ctx, &device, &base)?;
+    model.attach(&ctx, &device, &base, &mask)?;
+    let about_data = json!({
+        "name": about.name, "blake3": about.blake3, "form": about.form, "rows": about.n_rows,
+        "examples": about.n_examples, "tokens": about.n_tokens, "supervised": about.n_supervised, "max_length": args.max_length,
+    });
+    let job = TrainJob {
+        base: &base,
+        mask: &mask,
+        data: &data,
+        eval: eval.as_ref(),
+        options: &options,
+        about_data,
+        output: &args.output,
+        existing: if args.force { Existing::Replace } else { Existing::Keep },
+        save_every: args.save_every,
+        resume: args.resume,
+        notes: AdapterNotes {
+            license: args.license,
+            description: args.description,
+            author: args.author,
+            training: None,
+        },
+    };
+    let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
+    let report = match train::train(&ctx, &device, &mut model, &job, &teller) {
+        Err(error @ TrainError::OtherRun { .. }) => {
+            Err(error).hint("without --resume and with --force it starts again")?
+        }
+        other => other?,
+    };
+    env.report(&report, print)?;
+    Ok(Answer::Yes)
+}
+
+/// The same limits, in file order, once: how evaluation data is read.
+fn in_order(options: &TrainOptions) -> TrainOptions {
+    TrainOptions { shuffle: false, epochs: 1, ..options.clone() }
+}
+
+fn tell_data(env: &Env, about: &DataReport) {
+    let name = Printable(&about.name);
+    env.note(&format!(
+        "{name}: {} examples ({}), {} tokens, {} of them learned, the longest has {}",
+        count(about.n_examples),
+        about.form,
+        count(about.n_tokens),
+        count(about.n_supervised),
+        count(about.longest)
+    ));
+    let notes = [
+        (about.n_cut_rows, format!("were cut, by {} tokens", count(about.n_cut_tokens))),
+        (about.n_empty, "were left out: their response is empty".to_owned()),
+        (about.n_unsupervised, "were left out: nothing that is learned is left within the length".to_owned()),
+    ];
+    for (n, what) in notes.into_iter().filter(|(n, _)| *n > 0) {
+        env.note(&format!("note: {name}: {} rows {what}", count(n)));
+    }
+}
+
+/// What a run will be, told before it begins.
+#[derive(Serialize)]
+struct Start {
+    base: String,
+    model_type: String,
+    n_layers: usize,
+    d_model: usize,
+    n_parameters: u64,
+    n_trained: u64,
+    memory: MemoryEstimate,
+    n_steps: u64,
+    tokens_per_step: f64,
+    most_tokens: usize,
+}
+
+fn print_start(start: &Start, page: &mut Page) {
+    let Start { base, model_type, n_layers, d_model, memory, .. } = start;
+    let (n_trained, all) = (start.n_trained, start.n_parameters);
+    let parts = [("weights", memory.weights), ("activations", memory.activations), ("state", memory.state)];
+    let parts: Vec<String> = parts.iter().map(|(what, n_bytes)| format!("{what} {}", bytes(*n_bytes))).collect();
+    let tokens = count(start.tokens_per_step as u64);
+    page.facts(&[
+        ("model", format!("{base} ({model_type}, {n_layers} layers of {d_model}, {} parameters)", count(all))),
+        ("trainable", format!("{} deltas, {} of the parameters", count(n_trained), percent(n_trained, all))),
+        ("memory", format!("{}: {}", bytes(memory.total), parts.join(", "))),
+        (
+            "steps",
+            format!(
+                "{} of {tokens} tokens each, a batch has {} at most",
+                count(start.n_steps),
+                count(start.most_tokens as u64)
+            ),
+        ),
+    ]);
+}
+
+/// Tells of steps and evaluations on stderr.
+struct Teller<'a> {
+    env: &'a Env,
+    log_every: u64,
+    /// Steps, tokens and seconds of this run so far.
+    pace: Cell<(u64, u64, f64)>,
+}
+
+impl Watcher for Teller<'_> {
+    fn step(&self, record: &StepRecord, n_steps: u64) {
+        let (n, n_tokens, seconds) = self.pace.get();
+        let (n, n_tokens, seconds) = (n + 1, n_tokens + record.n_tokens, seconds + record.seconds);
+        self.pace.set((n, n_tokens, seconds));
+        if !record.step.is_multiple_of(self.log_every) && record.step != n_steps && record.step != 1 {
+            return;
+        }
+        let left = Duration::from_secs_f64(seconds / n as f64 * (n_steps - record.step) as f64);
+        self.env.note(&format!(
+            "step {}/{n_steps}  loss {:.4}  rate {}  gradient {}  {} tokens/s  ETA {}",
+            record.step,
+            record.loss,
+            number(record.learning_rate),
+            number(record.grad_norm),
+            count((n_tokens as f64 / seconds) as u64),
+            duration(left)
+        ));
+    }
+
+    fn eval(&self, record: &EvalRecord, is_best: bool) {
+        let best = if is_best { ", the best so far" } else { "" };
+        self.env.note(&format!("step {}  evaluation loss {:.4}{best}", record.step, record.eval_loss));
+    }
+
+    fn saved(&self, step: u64, path: &Path) {
+        self.env.detail(&format!("step {step}  state saved in {}", Printable::path(path)));
+    }
+}
+
+fn print(report: &TrainReport, page: &mut Page) {
+    let mut facts = vec![
+        ("adapter", format!("{} ({})", &report.id[..12], bytes(report.n_bytes))),
+        (
+            "trained",
+            format!(
+                "{} deltas in {} steps, {} tokens",
+                count(report.n_trained),
+                count(report.n_steps),
+                count(report.n_tokens)
+            ),
+        ),
+        ("loss", format!("{:.4} over the last steps", report.loss)),
+    ];
+    if let (Some(first), Some(last)) = (report.first_eval_loss, report.eval_loss) {
+        let early = if report.stopped_early { "; later evaluations were no better, so the run ended" } else { "" };
+        let words = format!("{last:.4} after step {}, {first:.4} before training{early}", count(report.best_step));
+        facts.push(("evaluation", words));
+    }
+    page.facts(&facts);
+}

@@ -1,0 +1,528 @@
+//! The loop: batch, forward, backward, update, log.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    TrainError,
+    device::{AdamW, Device},
+    evaluate::mean_loss,
+    model::Model,
+    options::{Plan, TrainOptions},
+    pass::{DeviceBatch, Workspace, backward, first_not_finite, forward, losses},
+    state::{self, Best, BestDeltas, Progress},
+};
+use crate::{
+    adapter::{Adapter, AdapterNotes, AdapterWriter},
+    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, Existing, Silent, gather_rows, write_atomic},
+    data::{Batch, Batches, Dataset, loss_curve},
+    mask::{BaseInfo, MaskFile},
+    tensor::Dtype,
+};
+
+/// Positions and rows of an adapter that are written in one piece.
+const RUN: u64 = 1 << 18;
+
+/// What a run is about.
+pub struct TrainJob<'a> {
+    /// The model before training.
+    pub base: &'a Checkpoint,
+    /// What of it is trained.
+    pub mask: &'a MaskFile,
+    /// What it learns from.
+    pub data: &'a Dataset,
+    /// What it is judged by; without it the last deltas are kept.
+    pub eval: Option<&'a Dataset>,
+    /// How it learns.
+    pub options: &'a TrainOptions,
+    /// What the adapter tells of its data, beside the digest: no paths, no times.
+    pub about_data: Value,
+    /// Where the adapter goes. `OUTPUT.log.jsonl`, `OUTPUT.loss.svg` and, until the end, `OUTPUT.state.safetensors` lie beside it.
+    pub output: &'a Path,
+    /// What to do where it exists.
+    pub existing: Existing,
+    /// Optimizer steps between saved states; at the end of every epoch where it is not given.
+    pub save_every: Option<u64>,
+    /// Whether to go on from a saved state, where there is one.
+    pub resume: bool,
+    /// License, description and author of the adapter.
+    pub notes: AdapterNotes,
+}
+
+impl TrainJob<'_> {
+    /// A file beside the adapter.
+    pub fn beside(&self, suffix: &str) -> PathBuf {
+        self.output.with_extension(suffix)
+    }
+
+    /// All that decides the outcome: equal recipes give equal bytes.
+    fn recipe(&self) -> Value {
+        let anchors: Vec<_> = self.mask.targets().iter().map(|target| target.anchor.to_hex().to_string()).collect();
+        let mut recipe = json!({
+            "base": self.base.name(),
+            "targets": blake3::hash(anchors.concat().as_bytes()).to_hex().to_string(),
+            "n_trained": self.mask.nnz(),
+            "data": self.about_data,
+            "data_digest": self.data.digest().to_hex().to_string(),
+            "options": self.options,
+        });
+        if let Some(eval) = self.eval {
+            recipe["eval_digest"] = json!(eval.digest().to_hex().to_string());
+        }
+        recipe
+    }
+}
+
+/// One line of the log: an optimizer step.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Its epoch, from 0.
+    pub epoch: u64,
+    /// The mean loss over its supervised tokens, in nats.
+    pub loss: f64,
+    /// Its learning rate.
+    pub learning_rate: f64,
+    /// The norm of its gradient, before clipping.
+    pub grad_norm: f64,
+    /// Its tokens.
+    pub n_tokens: u64,
+    /// Of those, tokens that were learned.
+    pub n_supervised: u64,
+    /// What it took.
+    pub seconds: f64,
+}
+
+/// One line of the log: an evaluation.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// Steps done.
+    pub step: u64,
+    /// The mean loss over all supervised tokens, in nats.
+    pub eval_loss: f64,
+    /// What it took.
+    pub seconds: f64,
+}
+
+/// Told how a run goes.
+pub trait Watcher {
+    /// A step was done, of `n_steps`.
+    fn step(&self, _record: &StepRecord, _n_steps: u64) {}
+    /// The model was judged; `is_best` where it was never better.
+    fn eval(&self, _record: &EvalRecord, _is_best: bool) {}
+    /// A state was saved.
+    fn saved(&self, _step: u64, _path: &Path) {}
+}
+
+impl Watcher for () {}
+
+/// What came of a run.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct TrainReport {
+    /// The adapter's id, 64 hexadecimal digits.
+    pub id: String,
+    /// Bytes of the adapter.
+    pub n_bytes: u64,
+    /// Deltas.
+    pub n_trained: u64,
+    /// Optimizer steps done.
+    pub n_steps: u64,
+    /// Tokens seen.
+    pub n_tokens: u64,
+    /// The mean loss of the last steps, a twentieth of all.
+    pub loss: f64,
+    /// The evaluation loss before training.
+    pub first_eval_loss: Option<f64>,
+    /// The evaluation loss of the adapter.
+    pub eval_loss: Option<f64>,
+    /// The step whose deltas the adapter has.
+    pub best_step: u64,
+    /// Whether evaluations stopped getting better before all steps were done.
+    pub stopped_early: bool,
+}
+
+/// Trains, and writes the adapter.
+///
+/// The model must have the job's mask attached, and nothing trained yet. With a dataset to be judged by, the adapter has the
+/// deltas of the best evaluation; its loss is bit for bit that of the checkpoint that a merge makes of it, on the same device.
+///
+/// # Errors
+/// [`TrainError::Stopped`] where the user asked to stop: the state was saved. [`TrainError::NotFinite`] where the loss or a
+/// gradient is no number any more: what was saved before stays.
+pub fn train<D: Device>(
+    ctx: &Context<'_>,
+    device: &D,
+    model: &mut Model<D>,
+    job: &TrainJob<'_>,
+    watcher: &dyn Watcher,
+) -> Result<TrainReport, TrainError> {
+    job.options.check()?;
+    let state_path = job.beside("state.safetensors");
+    // Seen now, not after hours.
+    drop(AtomicFile::create(job.output, job.existing)?);
+    let goes_on = job.resume && state_path.exists();
+    if !goes_on && job.existing == Existing::Keep && state_path.exists() {
+        let what = "the state of a run that did not end lies beside it: go on from it, or replace it".to_owned();
+        return Err(CheckpointError::Refused { path: state_path, what }.into());
+    }
+    let plan = Plan::new(job.options, job.data);
+    let eval_batches = job.eval.map(|eval| Batches::in_order(eval, job.options.limits()));
+    let most_tokens = eval_batches.as_ref().map_or(0, Batches::most_tokens).max(plan.most_tokens);
+    let fits = model.config.max_positions;
+    let longest = job.data.longest().max(job.eval.map_or(0, Dataset::longest));
+    if longest > fits {
+        let what = format!("the longest example has {longest} tokens, the model takes {fits}");
+        return Err(TrainError::Usage(what));
+    }
+    let recipe = job.recipe();
+    let (progress, best) = if goes_on {
+        state::load(&unstoppable(ctx), device, model, &recipe, &state_path)?
+    } else {
+        let start = Progress { step: 0, epoch: 0, batch: 0, n_tokens: 0, first_eval: None, best: None, n_worse: 0 };
+        (start, None)
+    };
+    for linear in model.linears_mut() {
+        if let Some(deltas) = &linear.deltas {
+            device.patch(&mut linear.weight, deltas)?;
+        }
+    }
+    let work = Workspace::new(device, &model.config, most_tokens, job.options.keep())?;
+    let log = Log::open(&job.beside("log.jsonl"), progress.step, goes_on)?;
+    Run { ctx, device, model, job, watcher, plan, eval_batches, work, recipe, progress, best, log }.to_the_end()
+}
+
+/// The same for what takes seconds and must end once it began, whoever asks to stop.
+fn unstoppable<'a>(ctx: &Context<'a>) -> Context<'a> {
+    Context { observer: &Silent, ..*ctx }
+}
+
+struct Run<'a, D: Device> {
+    ctx: &'a Context<'a>,
+    device: &'a D,
+    model: &'a mut Model<D>,
+    job: &'a TrainJob<'a>,
+    watcher: &'a dyn Watcher,
+    plan: Plan,
+    eval_batches: Option<Batches<'a>>,
+    work: Workspace<D>,
+    recipe: Value,
+    progress: Progress,
+    best: Option<BestDeltas>,
+    log: Log,
+}
+
+impl<D: Device> Run<'_, D> {
+    fn to_the_end(mut self) -> Result<TrainReport, TrainError> {
+        let options = self.job.options;
+        if self.progress.step == 0 {
+            self.evaluate()?;
+        }
+        let mut stopped_early = self.is_hopeless();
+        let mut batches = options.epoch(self.job.data, self.progress.epoch);
+        while self.progress.step < self.plan.n_steps && !stopped_early {
+            let first = self.progress.batch as usize;
+            let last = (first + options.accumulate as usize).min(batches.len());
+            let of_step: Vec<Batch> = (first..last).map(|i| batches.get(i)).collect();
+            match self.step(&of_step) {
+                Err(TrainError::Checkpoint(CheckpointError::Cancelled)) => {
+                    // What the step had begun is dropped; it is done again on resuming.
+                    self.save()?;
+                    return Err(TrainError::Stopped { step: self.progress.step });
+                }
+                done => done?,
+            }
+            self.progress.batch = last as u64;
+            let ends_epoch = last == batches.len();
+            if ends_epoch {
+                (self.progress.epoch, self.progress.batch) = (self.progress.epoch + 1, 0);
+                if self.progress.epoch < options.epochs {
+                    batches = options.epoch(self.job.data, self.progress.epoch);
+                }
+            }
+            let step = self.progress.step;
+            let due = |every: Option<u64>| every.map_or(ends_epoch, |every| step.is_multiple_of(every));
+            let is_last = step == self.plan.n_steps;
+            if due(options.eval_every) || is_last {
+                self.evaluate()?;
+                stopped_early = !is_last && self.is_hopeless();
+            }
+            if due(self.job.save_every) && !is_last {
+                self.save()?;
+            }
+        }
+        self.finish(stopped_early)
+    }
+
+    fn is_hopeless(&self) -> bool {
+        self.job.options.patience.is_some_and(|patience| self.progress.n_worse >= patience)
+    }
+
+    /// One optimizer step over all batches, the loss being the mean over all their supervised tokens.
+    fn step(&mut self, batches: &[Batch]) -> Result<(), TrainError> {
+        let began = Instant::now();
+        let (device, options) = (self.device, self.job.options);
+        let n_supervised: usize = batches.iter().map(Batch::n_supervised).sum();
+        let n_tokens: usize = batches.iter().map(Batch::n_tokens).sum();
+        let grad_scale = 1.0 / n_supervised.max(1) as f32;
+        for deltas in self.model.linears_mut().filter_map(|linear| linear.deltas.as_mut()) {
+            device.clear(&mut deltas.grad)?;
+        }
+        let mut sum = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            self.ctx.check()?;
+            let batch = DeviceBatch::new(device, &self.model.config, batch)?;
+            forward(device, self.model, &batch, &mut self.work)?;
+            let losses = losses(device, self.model, &batch, &mut self.work, Some(grad_scale))?;
+            let loss: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+            if !loss.is_finite() {
+                let tensor = first_not_finite(device, self.model, batch.spans.n_tokens(), &self.work)?;
+                return Err(self.not_finite(i, loss / losses.len() as f64, tensor));
+            }
+            sum += loss;
+            backward(device, self.model, &batch, &mut self.work)?;
+        }
+        let loss = sum / n_supervised.max(1) as f64;
+        let mut squares = 0.0;
+        for linear in self.model.linears() {
+            let Some(deltas) = &linear.deltas else { continue };
+            let of_linear = device.sum_of_squares(&deltas.grad, deltas.nnz)?;
+            if !of_linear.is_finite() {
+                let grad = device.read(&deltas.grad, deltas.nnz)?;
+                let part = linear.parts.iter().find(|part| !grad[part.entries.clone()].iter().all(|g| g.is_finite()));
+                let name = part.map_or("", |part| part.name.as_str());
+                return Err(self.not_finite(batches.len() - 1, loss, format!("the gradient of {name}")));
+            }
+            squares += of_linear;
+        }
+        let grad_norm = squares.sqrt();
+        let clipped = options.clip.filter(|most| grad_norm > *most).map_or(1.0, |most| most / grad_norm);
+        let learning_rate =
+            options.learning_rate * options.schedule.share(self.progress.step, self.plan.n_steps, self.plan.n_warmup);
+        self.progress.step += 1;
+        self.progress.n_tokens += n_tokens as u64;
+        let update = AdamW {
+            learning_rate,
+            betas: options.betas,
+            eps: options.eps,
+            weight_decay: options.weight_decay,
+            grad_scale: clipped,
+            step: self.progress.step,
+        };
+        for linear in self.model.linears_mut() {
+            let Some(deltas) = &mut linear.deltas else { continue };
+            device.adamw(deltas, update)?;
+            device.patch(&mut linear.weight, deltas)?;
+        }
+        let record = StepRecord {
+            step: self.progress.step,
+            epoch: self.progress.epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            n_tokens: n_tokens as u64,
+            n_supervised: n_supervised as u64,
+            seconds: began.elapsed().as_secs_f64(),
+        };
+        self.log.step(record)?;
+        self.watcher.step(&record, self.plan.n_steps);
+        Ok(())
+    }
+
+    fn not_finite(&self, i: usize, loss: f64, tensor: String) -> TrainError {
+        TrainError::NotFinite { step: self.progress.step + 1, batch: self.progress.batch + i as u64, loss, tensor }
+    }
+
+    /// Judges the model, where there is something to judge it by, and keeps the best deltas.
+    fn evaluate(&mut self) -> Result<(), TrainError> {
+        let Some(batches) = &self.eval_batches else { return Ok(()) };
+        let began = Instant::now();
+        // Stopped half-way, the step before it would be lost.
+        let mean = mean_loss(&unstoppable(self.ctx), self.device, self.model, batches.iter_from(0), &mut self.work)?;
+        let step = self.progress.step;
+        let is_best = self.progress.best.is_none_or(|best| mean.loss < best.loss);
+        if is_best {
+            let mut best = BestDeltas::new();
+            for deltas in self.model.linears().filter_map(|linear| linear.deltas.as_ref()) {
+                best.push(self.device.read(&deltas.theta, deltas.nnz)?);
+            }
+            (self.best, self.progress.best) = (Some(best), Some(Best { step, loss: mean.loss }));
+            self.progress.n_worse = 0;
+        } else {
+            self.progress.n_worse += 1;
+        }
+        if step == 0 {
+            self.progress.first_eval = Some(mean.loss);
+        }
+        let record = EvalRecord { step, eval_loss: mean.loss, seconds: began.elapsed().as_secs_f64() };
+        self.log.eval(record)?;
+        self.watcher.eval(&record, is_best);
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<(), TrainError> {
+        let path = self.job.beside("state.safetensors");
+        let (progress, best) = (&self.progress, self.best.as_ref());
+        state::save(&unstoppable(self.ctx), self.device, self.model, progress, &self.recipe, best, &path)?;
+        self.draw()?;
+        self.watcher.saved(self.progress.step, &path);
+        Ok(())
+    }
+
+    fn draw(&mut self) -> Result<(), TrainError> {
+        self.log.flush()?;
+        let svg = loss_curve(&self.log.losses, &self.log.eval_losses);
+        Ok(write_atomic(&self.job.beside("loss.svg"), Existing::Replace, svg.as_bytes())?)
+    }
+
+    /// Puts the best deltas back, writes the adapter, and takes the state away.
+    fn finish(mut self, stopped_early: bool) -> Result<TrainReport, TrainError> {
+        if let Some(best) = &self.best {
+            let mut best = best.iter();
+            for linear in self.model.linears_mut() {
+                let Some(deltas) = &mut linear.deltas else { continue };
+                let theta = best.next().expect("every matrix with deltas has its best");
+                self.device.write(theta, &mut deltas.theta)?;
+                self.device.patch(&mut linear.weight, deltas)?;
+            }
+        }
+        self.draw()?;
+        let Self { device, model, job, progress, .. } = &self;
+        let ctx = &unstoppable(self.ctx);
+        let tail = self.log.losses.len().div_ceil(20);
+        let last = &self.log.losses[self.log.losses.len() - tail..];
+        let loss = last.iter().map(|(_, loss)| loss).sum::<f64>() / last.len().max(1) as f64;
+        let best_step = progress.best.map_or(progress.step, |best| best.step);
+        let mut training = self.recipe.clone();
+        training["method"] = json!("neuroada");
+        training["result"] = json!({
+            "n_steps": progress.step,
+            "n_tokens": progress.n_tokens,
+            "loss": loss,
+            "first_eval_loss": progress.first_eval,
+            "eval_loss": progress.best.map(|best| best.loss),
+            "best_step": best_step,
+        });
+        let notes = AdapterNotes { training: Some(training), ..job.notes.clone() };
+        write_adapter(ctx, *device, model, job, &notes)?;
+        let state = job.beside("state.safetensors");
+        match fs::remove_file(&state) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(CheckpointError::io("remove", &state, e).into());
+            }
+            _ => {}
+        }
+        let adapter = Adapter::open(job.output)?;
+        Ok(TrainReport {
+            id: adapter.id(ctx)?.to_string(),
+            n_bytes: adapter.n_bytes(),
+            n_trained: adapter.nnz(),
+            n_steps: progress.step,
+            n_tokens: progress.n_tokens,
+            loss,
+            first_eval_loss: progress.first_eval,
+            eval_loss: progress.best.map(|best| best.loss),
+            best_step,
+            stopped_early,
+        })
+    }
+}
+
+/// Writes the deltas as an adapter, in float32: a merge rounds what training rounded.
+fn write_adapter<D: Device>(
+    ctx: &Context<'_>,
+    device: &D,
+    model: &Model<D>,
+    job: &TrainJob<'_>,
+    notes: &AdapterNotes,
+) -> Result<(), TrainError> {
+    let mut writer = AdapterWriter::create(job.output, job.existing, Dtype::F32)?;
+    for target in job.mask.targets() {
+        let is_target = |part: &&super::Part| part.name == target.name;
+        let found = model.linears().find_map(|linear| Some((linear, linear.parts.iter().find(is_target)?)));
+        let (linear, part) = found.expect("targets are parts of the model");
+        let theta = match &linear.deltas {
+            Some(deltas) => device.read(&deltas.theta, deltas.nnz)?,
+            None => Vec::new(),
+        };
+        let mut theta = &theta[part.entries.clone()];
+        let tensor = job.base.tensor(&target.name).expect("targets are tensors of the base");
+        writer.begin_target(&target.name, target.dtype, &target.shape, false, target.uniform_k)?;
+        for rows in job.mask.row_ranges(ctx, target, RUN)? {
+            let columns = job.mask.read_columns(ctx, target, rows.clone())?;
+            let stored = gather_rows(ctx, tensor, target.layout, rows.start, &columns)?;
+            let (values, rest) = theta.split_at(columns.nnz());
+            theta = rest;
+            writer.push_rows(&columns, values, &stored)?;
+        }
+        writer.end_target(target.blake3);
+    }
+    job.base.unchanged()?;
+    Ok(writer.finish(ctx, 1.0, job.mask.recipe(), &BaseInfo::of(job.base), notes)?)
+}
+
+/// The log: JSON lines on disk, losses in memory for the curve.
+struct Log {
+    path: PathBuf,
+    file: std::io::BufWriter<fs::File>,
+    losses: Vec<(u64, f64)>,
+    eval_losses: Vec<(u64, f64)>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Step(StepRecord),
+    Eval(EvalRecord),
+}
+
+impl Log {
+    /// A log that has the lines of the one before up to `step`, where the run goes on.
+    fn open(path: &Path, step: u64, goes_on: bool) -> Result<Self, TrainError> {
+        let io = |what, e| CheckpointError::io(what, path, e);
+        let (mut kept, mut losses, mut eval_losses) = (String::new(), Vec::new(), Vec::new());
+        if goes_on && path.exists() {
+            for line in fs::read_to_string(path).map_err(|e| io("read", e))?.lines() {
+                match serde_json::from_str(line) {
+                    Ok(Line::Step(record)) if record.step <= step => losses.push((record.step, record.loss)),
+                    Ok(Line::Eval(record)) if record.step <= step => eval_losses.push((record.step, record.eval_loss)),
+                    // What came after the state was saved is done again.
+                    _ => continue,
+                }
+                kept += line;
+                kept.push('\n');
+            }
+        }
+        write_atomic(path, Existing::Replace, kept.as_bytes())?;
+        let file = fs::OpenOptions::new().append(true).open(path).map_err(|e| io("open", e))?;
+        Ok(Self { path: path.to_owned(), file: std::io::BufWriter::new(file), losses, eval_losses })
+    }
+
+    fn step(&mut self, record: StepRecord) -> Result<(), TrainError> {
+        self.losses.push((record.step, record.loss));
+        self.line(&record)
+    }
+
+    fn eval(&mut self, record: EvalRecord) -> Result<(), TrainError> {
+        self.eval_losses.push((record.step, record.eval_loss));
+        self.line(&record)
+    }
+
+    /// A step takes seconds: its line is there for whoever follows the file.
+    fn line(&mut self, record: &impl Serialize) -> Result<(), TrainError> {
+        let json = serde_json::to_string(record).expect("numbers are JSON");
+        writeln!(self.file, "{json}").map_err(|e| CheckpointError::io("write", &self.path, e))?;
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<(), TrainError> {
+        Ok(self.file.flush().map_err(|e| CheckpointError::io("write", &self.path, e))?)
+    }
+}
