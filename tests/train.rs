@@ -555,6 +555,8 @@ fn targets_outside_of_layers_and_other_models_are_refused() {
     assert!(other.ends_with("model type `gemma3` cannot be trained; llama, mistral, qwen2, qwen3 can"), "{other}");
     let narrow = said(config.replace("\"intermediate_size\": 176", "\"intermediate_size\": 170"));
     assert!(narrow.contains("mlp.up_proj.weight\": shape [176, 64], the configuration says [170, 64]"), "{narrow}");
+    let deep = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 16000000"));
+    assert!(deep.ends_with("`num_hidden_layers` is 16000000, the checkpoint has 30 tensors"), "{deep}");
     let short = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2"));
     assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": no part of such a model"), "{short}");
 }

@@ -15,8 +15,6 @@ use neuroada_ckpt::{
     mask::MaskError,
     merge::MergeError,
 };
-#[cfg(feature = "train")]
-use neuroada_ckpt::{data::DataError, train::TrainError};
 
 /// An error with advice, which is printed on a line of its own.
 #[derive(Debug)]
@@ -126,18 +124,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
         .or_else(|| error.downcast_ref().map(CombineError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
-        .or_else(|| trainer_kind(error))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
-}
-
-/// The kind of an error of the trainer, or of its data.
-fn trainer_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    #[cfg(feature = "train")]
-    return None
-        .or_else(|| error.downcast_ref().map(DataError::kind))
-        .or_else(|| error.downcast_ref().map(TrainError::kind));
-    #[cfg(not(feature = "train"))]
-    None
 }
 
 /// Advice that fits an error wherever it comes from.
@@ -177,6 +164,15 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             MergeError::Checkpoint(error) => Some(error),
             MergeError::Adapter(error) => file_error(error),
             MergeError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    #[cfg(feature = "train")]
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            TrainError::Checkpoint(error) => Some(error),
+            TrainError::Adapter(error) => file_error(error),
+            TrainError::Mask(error) => file_error(error),
             _ => None,
         };
     }

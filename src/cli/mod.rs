@@ -78,7 +78,7 @@ enum Command {
     Init(init::InitArgs),
     Extract(extract::ExtractArgs),
     #[cfg(feature = "train")]
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -101,7 +101,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Init(args) => init::run(args, env),
         Command::Extract(args) => extract::run(args, env),
         #[cfg(feature = "train")]
-        Command::Train(args) => train::run(args, env),
+        Command::Train(args) => train::run(*args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

@@ -1,18 +1,18 @@
 use std::{
     cell::Cell,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     adapter::AdapterNotes,
     checkpoint::{Checkpoint, Existing, Printable},
-    data::{Clock, DataReport, Loss, ReadOptions, Template, Tokenizer, read_dataset},
+    data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
     train::{
-        self, CpuDevice, EvalRecord, MemoryEstimate, Model, ModelConfig, Plan, Schedule, StepRecord, TrainError,
-        TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
+        self, CpuDevice, EvalRecord, MemoryEstimate, Model, Plan, Schedule, StepRecord, TrainError, TrainJob,
+        TrainOptions, TrainReport, Warmup, Watcher,
     },
 };
 use serde::Serialize;
@@ -20,6 +20,7 @@ use serde_json::json;
 
 use super::{
     Answer,
+    data::{DataArgs, read},
     env::Env,
     failure::Hint,
     page::{Page, bytes, count, duration, number, percent},
@@ -52,21 +53,14 @@ pub(super) struct TrainArgs {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// How rows become text: auto, alpaca, commonsense, or a Jinja file
-    #[arg(long, value_name = "TEMPLATE", default_value = "auto", help_heading = "Data")]
-    template: String,
-    /// What is learned of a row
-    #[arg(long, value_enum, default_value_t = LossChoice::Response, help_heading = "Data")]
-    loss: LossChoice,
-    /// Most tokens of an example; what follows is cut
-    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Data")]
-    max_length: usize,
-    /// Read at most N rows of the data
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    rows: Option<u64>,
-    /// Read at most N rows of the evaluation data
-    #[arg(long, value_name = "N", help_heading = "Data")]
-    eval_rows: Option<u64>,
+    #[command(flatten, next_help_heading = "Data")]
+    rows: DataArgs,
+    /// Learn from the first N rows alone
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Data")]
+    limit: Option<u64>,
+    /// Be judged by the first N rows alone
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "eval_data", help_heading = "Data")]
+    eval_limit: Option<u64>,
     /// Most examples of a batch
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Data")]
     batch_size: usize,
@@ -148,14 +142,6 @@ pub(super) struct TrainArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum LossChoice {
-    /// The response alone
-    Response,
-    /// Every token
-    All,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum ScheduleChoice {
     /// In a straight line to zero
     Linear,
@@ -204,22 +190,6 @@ impl TrainArgs {
             layer_checkpoints: self.layer_checkpoints,
         }
     }
-
-    /// How a data file is read.
-    fn reading(&self, limit: Option<u64>) -> ReadOptions {
-        let template = match self.template.as_str() {
-            "auto" => Template::Auto,
-            "alpaca" => Template::Alpaca,
-            "commonsense" => Template::Commonsense,
-            path => Template::File(path.into()),
-        };
-        let loss = match self.loss {
-            LossChoice::Response => Loss::Response,
-            LossChoice::All => Loss::All,
-        };
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        ReadOptions { template, loss, max_length: self.max_length, limit, clock: Clock::new(now.as_secs()) }
-    }
 }
 
 pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
@@ -227,14 +197,14 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     let options = args.options();
     options.check()?;
     let base = Checkpoint::open(&args.base)?;
-    let config = ModelConfig::of(&base)?;
+    let config = train::check_model(&base)?;
     let tokenizer = Tokenizer::open(&args.base)?;
-    let (data, about) = read_dataset(&ctx, &args.data, &tokenizer, &args.reading(args.rows))?;
+    let (data, about) = read(env, &args.data, &tokenizer, &args.rows.options(args.limit)?)?;
     tell_data(env, &about);
     let eval = match &args.eval_data {
         None => None,
         Some(path) => {
-            let (eval, about) = read_dataset(&ctx, path, &tokenizer, &args.reading(args.eval_rows))?;
+            let (eval, about) = read(env, path, &tokenizer, &args.rows.options(args.eval_limit)?)?;
             tell_data(env, &about);
             Some(eval)
         }
@@ -278,7 +248,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     model.attach(&ctx, &device, &base, &mask)?;
     let about_data = json!({
         "name": about.name, "blake3": about.blake3, "form": about.form, "rows": about.n_rows,
-        "examples": about.n_examples, "tokens": about.n_tokens, "supervised": about.n_supervised, "max_length": args.max_length,
+        "examples": about.n_examples, "tokens": about.n_tokens, "supervised": about.n_supervised,
     });
     let job = TrainJob {
         base: &base,
@@ -315,23 +285,15 @@ fn in_order(options: &TrainOptions) -> TrainOptions {
 }
 
 fn tell_data(env: &Env, about: &DataReport) {
-    let name = Printable(&about.name);
     env.note(&format!(
-        "{name}: {} examples ({}), {} tokens, {} of them learned, the longest has {}",
+        "{}: {} examples ({}), {} tokens, {} of them learned, the longest has {}",
+        Printable(&about.name),
         count(about.n_examples),
         about.form,
         count(about.n_tokens),
         count(about.n_supervised),
         count(about.longest)
     ));
-    let notes = [
-        (about.n_cut_rows, format!("were cut, by {} tokens", count(about.n_cut_tokens))),
-        (about.n_empty, "were left out: their response is empty".to_owned()),
-        (about.n_unsupervised, "were left out: nothing that is learned is left within the length".to_owned()),
-    ];
-    for (n, what) in notes.into_iter().filter(|(n, _)| *n > 0) {
-        env.note(&format!("note: {name}: {} rows {what}", count(n)));
-    }
 }
 
 /// What a run will be, told before it begins.

@@ -97,9 +97,7 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// An architecture that is not known; a list of all tensors that are missing, of another shape or type, or unknown.
     pub fn load(ctx: &Context<'_>, device: &D, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
-        let config = ModelConfig::of(checkpoint)?;
-        let wanted = Wanted::of(&config, checkpoint);
-        wanted.check(checkpoint)?;
+        let config = check_model(checkpoint)?;
         let mut loader = Loader { ctx, device, checkpoint };
         ctx.observer.begin("loading", checkpoint.tensors().map(|tensor| tensor.info.n_bytes()).sum());
         let layers = (0..config.n_layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
@@ -244,6 +242,21 @@ fn entries(
         return Err(AdapterError::WrongBase { path, tensor, what }.into());
     }
     Ok((columns, stored))
+}
+
+/// Reads the configuration of `checkpoint` and proves that its tensors are those of such a model. Reads headers only.
+///
+/// # Errors
+/// As [`Model::load`].
+pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
+    let config = ModelConfig::of(checkpoint)?;
+    let (n_layers, n_tensors) = (config.n_layers, checkpoint.tensors().len());
+    if n_layers > n_tensors {
+        let what = format!("`num_hidden_layers` is {n_layers}, the checkpoint has {n_tensors} tensors");
+        return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
+    }
+    Wanted::of(&config, checkpoint).check(checkpoint)?;
+    Ok(config)
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";

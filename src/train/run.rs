@@ -196,7 +196,7 @@ pub fn train<D: Device>(
     }
     let work = Workspace::new(device, &model.config, most_tokens, job.options.keep())?;
     let log = Log::open(&job.beside("log.jsonl"), progress.step, goes_on)?;
-    Run { ctx, device, model, job, watcher, plan, eval_batches, work, recipe, progress, best, log }.to_the_end()
+    Run { ctx, device, model, job, watcher, plan, eval_batches, work, recipe, progress, best, log }.run_all()
 }
 
 /// The same for what takes seconds and must end once it began, whoever asks to stop.
@@ -220,7 +220,7 @@ struct Run<'a, D: Device> {
 }
 
 impl<D: Device> Run<'_, D> {
-    fn to_the_end(mut self) -> Result<TrainReport, TrainError> {
+    fn run_all(mut self) -> Result<TrainReport, TrainError> {
         let options = self.job.options;
         if self.progress.step == 0 {
             self.evaluate()?;

@@ -9,6 +9,7 @@ use neuroada_ckpt::{
     tensor::{dtype_name, projection_kind},
 };
 use serde::Serialize;
+use serde_json::Value;
 
 use super::super::page::{Page, Table, bytes, count, number, percent};
 
@@ -158,7 +159,7 @@ impl SparseFacts {
             facts.push(("id", id.clone()));
         }
         if let Some(AdapterNotes { license, description, author, training }) = &self.notes {
-            let training = training.as_ref().map(super::value_text);
+            let training = training.as_ref().map(training_text);
             let notes =
                 [("license", license), ("description", description), ("author", author), ("training", &training)];
             facts.extend(notes.into_iter().filter_map(|(name, note)| Some((name, note.clone()?))));
@@ -216,6 +217,20 @@ impl Target {
             blake3: target.blake3.map(|hash| hash.to_string()),
         }
     }
+}
+
+/// What the bundled trainer left, in one line; whatever else stands there is shown as it is.
+fn training_text(training: &Value) -> String {
+    let trained = || {
+        let (data, result) = (training["data"]["name"].as_str()?, training.get("result")?);
+        let (n_steps, loss) = (result["n_steps"].as_u64()?, number(result["loss"].as_f64()?));
+        let held_out = match (result["eval_loss"].as_f64(), result["first_eval_loss"].as_f64()) {
+            (Some(last), Some(first)) => format!(", {} on held-out data ({} before)", number(last), number(first)),
+            _ => String::new(),
+        };
+        Some(format!("{} steps on {data}, loss {loss}{held_out}", count(n_steps)))
+    };
+    trained().unwrap_or_else(|| super::value_text(training))
 }
 
 /// A recipe in one line: `magnitude, k 2, scope row`.
