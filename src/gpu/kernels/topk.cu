@@ -1,0 +1,310 @@
+// The k largest keys of each row.      Judge: backend::portable::topk_rows
+//   rows       (n_rows, d_in)  elements of 16 or 32 bits; a key is an element's bits under `mask`, its magnitude
+//   columns    (n_rows, k)     out, ascending within a row; equal keys are settled in favour of the lower column
+//   first_nan  one number      row << 32 | column of the first key above `largest`, where there is one
+// 16-bit keys have 15 bits and d_in is at most 131,072: key and column fit one word of 32 bits, larger words are chosen first.
+// Rows that begin at a multiple of 16 bytes are read 16 bytes per lane; any others element by element.
+#include "common.cuh"
+
+// A key and its column as one number: larger key first, then lower column. Zero is no entry that can be chosen.
+template <class Key> struct Pack;
+
+template <> struct Pack<u16> {
+    typedef u32 Word;
+    static const u32 PER_LOAD = 8;
+    static __device__ __forceinline__ u32 word(u32 key, u32 column) { return key << 17 | (0x1ffff - column); }
+    static __device__ __forceinline__ u32 column(u32 word) { return 0x1ffff - (word & 0x1ffff); }
+    static __device__ __forceinline__ u32 key_at(const uint4& four, u32 j, u32 mask) {
+        u32 two = j / 2 == 0 ? four.x : j / 2 == 1 ? four.y : j / 2 == 2 ? four.z : four.w;
+        return (two >> 16 * (j % 2)) & mask;
+    }
+    static __device__ __forceinline__ u32 max_key(const uint4& four, u32 mask) {
+        u32 masks = mask << 16 | mask;
+        u32 max = __vmaxu2(__vmaxu2(four.x & masks, four.y & masks), __vmaxu2(four.z & masks, four.w & masks));
+        return (max & 0xffff) > (max >> 16) ? max & 0xffff : max >> 16;
+    }
+};
+
+template <> struct Pack<u32> {
+    typedef u64 Word;
+    static const u32 PER_LOAD = 4;
+    static __device__ __forceinline__ u64 word(u32 key, u32 column) { return (u64)key << 32 | ~column; }
+    static __device__ __forceinline__ u32 column(u64 word) { return ~(u32)word; }
+    static __device__ __forceinline__ u32 key_at(const uint4& four, u32 j, u32 mask) {
+        return (j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w) & mask;
+    }
+    static __device__ __forceinline__ u32 max_key(const uint4& four, u32 mask) {
+        u32 a = four.x & mask, b = four.y & mask, c = four.z & mask, d = four.w & mask;
+        a = a > b ? a : b;
+        c = c > d ? c : d;
+        return a > c ? a : c;
+    }
+};
+
+template <class Word> __device__ __forceinline__ Word max_of(Word a, Word b) { return a > b ? a : b; }
+template <class Word> __device__ __forceinline__ Word min_of(Word a, Word b) { return a < b ? a : b; }
+
+// One step of a bitonic network over the lanes of a warp: lanes `distance` apart end in the order asked for.
+template <class Word>
+__device__ __forceinline__ Word compare_exchange(Word mine, u32 distance, bool larger_below, u32 lane) {
+    Word other = __shfl_xor_sync(ALL_LANES, mine, distance);
+    bool is_below = (lane & distance) == 0;
+    return is_below == larger_below ? max_of(mine, other) : min_of(mine, other);
+}
+
+// Sorts one word per lane, ascending.
+template <class Word> __device__ __forceinline__ Word sort_ascending(Word mine, u32 lane) {
+#pragma unroll
+    for (u32 size = 2; size <= 32; size *= 2) {
+#pragma unroll
+        for (u32 distance = size / 2; distance > 0; distance /= 2) {
+            mine = compare_exchange(mine, distance, (lane & size) != 0 && size < 32, lane);
+        }
+    }
+    return mine;
+}
+
+// The 32 largest words that a warp has seen: lane i holds the i-th. Candidates wait in shared memory until there are 32.
+template <class Word> struct Best {
+    Word sorted;      // descending over the lanes
+    Word bound;       // the k-th: nothing below it can be chosen
+    u32 n_waiting;    // the same in every lane
+    Word* waiting;    // 64 places
+    u32 k, lane;
+
+    __device__ __forceinline__ Best(Word* places, u32 k_, u32 lane_)
+        : sorted(0), bound(0), n_waiting(0), waiting(places), k(k_), lane(lane_) {}
+
+    // Every lane of the warp calls this, with a word or without.
+    __device__ __forceinline__ void offer(Word word, bool has_word) {
+        u32 votes = __ballot_sync(ALL_LANES, has_word);
+        if (votes == 0) return;
+        if (has_word) waiting[n_waiting + __popc(votes & ((1u << lane) - 1))] = word;
+        n_waiting += __popc(votes);
+        __syncwarp();
+        if (n_waiting < 32) return;
+        merge(waiting[lane]);
+        n_waiting -= 32;
+        Word rest = lane < n_waiting ? waiting[32 + lane] : 0;
+        __syncwarp();
+        waiting[lane] = rest;
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void flush() {
+        Word word = lane < n_waiting ? waiting[lane] : 0;
+        __syncwarp();
+        merge(word);
+        n_waiting = 0;
+    }
+
+    // Of two sorted halves the larger of each pair are the 32 largest; five steps sort them again.
+    __device__ __forceinline__ void merge(Word word) {
+        sorted = max_of(sorted, sort_ascending(word, lane));
+#pragma unroll
+        for (u32 distance = 16; distance > 0; distance /= 2) {
+            sorted = compare_exchange(sorted, distance, true, lane);
+        }
+        bound = __shfl_sync(ALL_LANES, sorted, k - 1);
+    }
+};
+
+__device__ __forceinline__ bool is_aligned(const void* at) { return ((u64)at & 15) == 0; }
+
+// k <= 32: one warp per row. Most groups of columns hold nothing above the bound, which one maximum tells.
+// Launch: 256 threads, 8 rows per block; shared memory: 64 words for each warp.
+template <class Key>
+__device__ __forceinline__ void topk_warp(const Key* rows, u32 n_rows, u32 d_in, u32 k, u32 mask, u32 largest, u32* columns,
+                                          u64* first_nan) {
+    typedef Pack<Key> P;
+    typedef typename P::Word Word;
+    const u32 STEP = 32 * P::PER_LOAD;
+    SHARED_BYTES(shared);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 row = (u64)blockIdx.x * (blockDim.x / 32) + warp;
+    if (row >= n_rows) return; // whole warps leave; no barrier below waits for them
+    const Key* keys = rows + row * d_in;
+    Best<Word> best((Word*)shared + 64 * warp, k, lane);
+    u32 column = 0;
+    if (is_aligned(keys)) {
+        while (column + STEP <= d_in) {
+            // Four loads are on their way before the first is looked at.
+            u32 n_loads = min_of((d_in - column) / STEP, 4u);
+            uint4 loads[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (i < n_loads) loads[i] = *(const uint4*)(keys + column + i * STEP + lane * P::PER_LOAD);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (i >= n_loads) break;
+                u32 first = column + i * STEP + lane * P::PER_LOAD;
+                u32 most = P::max_key(loads[i], mask);
+                bool may_have = P::word(most, first) > best.bound;
+                if (__ballot_sync(ALL_LANES, may_have) == 0) continue;
+                // The first NaN of a lane is seen: no number's key is above it.
+                if (most > largest) {
+                    for (u32 j = P::PER_LOAD; j-- > 0;) {
+                        if (P::key_at(loads[i], j, mask) > largest) report_nan(first_nan, row, first + j);
+                    }
+                }
+#pragma unroll 1
+                for (u32 j = 0; j < P::PER_LOAD; j++) { // rare: short code is worth more than fast code
+                    u32 key = P::key_at(loads[i], j, mask);
+                    Word word = P::word(key, first + j);
+                    best.offer(word, word > best.bound && key <= largest);
+                }
+            }
+            column += n_loads * STEP;
+        }
+    }
+    for (; column < d_in; column += 32) {
+        u32 mine = column + lane;
+        u32 key = mine < d_in ? keys[mine] & mask : 0;
+        if (key > largest) report_nan(first_nan, row, mine);
+        Word word = P::word(key, mine);
+        best.offer(word, mine < d_in && word > best.bound && key <= largest);
+    }
+    best.flush();
+    u32 chosen = lane < k ? P::column(best.sorted) : 0xffffffff;
+    chosen = sort_ascending(chosen, lane);
+    if (lane < k) columns[row * k + lane] = chosen;
+}
+
+// k = 1: one warp per row, no list. Launch: 256 threads, 8 rows per block.
+template <class Key>
+__device__ __forceinline__ void top1_warp(const Key* rows, u32 n_rows, u32 d_in, u32 mask, u32 largest, u32* columns,
+                                          u64* first_nan) {
+    typedef Pack<Key> P;
+    typedef typename P::Word Word;
+    const u32 STEP = 32 * P::PER_LOAD;
+    u32 lane = threadIdx.x % 32;
+    u64 row = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= n_rows) return;
+    const Key* keys = rows + row * d_in;
+    Word best = 0;
+    u32 column = 0;
+    if (is_aligned(keys)) {
+        while (column + STEP <= d_in) {
+            u32 n_loads = min_of((d_in - column) / STEP, 4u);
+            uint4 loads[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (i < n_loads) loads[i] = *(const uint4*)(keys + column + i * STEP + lane * P::PER_LOAD);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (i >= n_loads) break;
+                u32 first = column + i * STEP + lane * P::PER_LOAD;
+                if (P::word(P::max_key(loads[i], mask), first) <= best) continue;
+#pragma unroll
+                for (u32 j = 0; j < P::PER_LOAD; j++) {
+                    u32 key = P::key_at(loads[i], j, mask);
+                    if (key > largest) report_nan(first_nan, row, first + j);
+                    else best = max_of(best, P::word(key, first + j));
+                }
+            }
+            column += n_loads * STEP;
+        }
+    }
+    for (u32 mine = column + lane; mine < d_in; mine += 32) {
+        u32 key = keys[mine] & mask;
+        if (key > largest) report_nan(first_nan, row, mine);
+        else best = max_of(best, P::word(key, mine));
+    }
+#pragma unroll
+    for (u32 distance = 16; distance > 0; distance /= 2) {
+        best = max_of(best, __shfl_xor_sync(ALL_LANES, best, distance));
+    }
+    if (lane == 0) columns[row] = P::column(best);
+}
+
+// Any k: one block per row. The k-th largest key is found eight bits at a time from counts in shared memory; a last pass
+// writes what lies above it, and of its equals the first. All passes but the first find the row in the cache.
+// Launch: 256 threads, one block per row; shared memory: 256 counts, 16 sums and 2 results, of 4 bytes each.
+template <class Key>
+__device__ __forceinline__ void topk_block(const Key* rows, u32 d_in, u32 k, u32 mask, u32 largest, u32* columns,
+                                           u64* first_nan) {
+    SHARED_BYTES(shared);
+    u32* counts = (u32*)shared;
+    u32* above_of = counts + 256; // per warp
+    u32* ties_of = above_of + 8;  // per warp
+    u32* found = ties_of + 8;     // the digit, and how many to choose of the keys that begin so
+    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    u64 row = blockIdx.x;
+    const Key* keys = rows + row * d_in;
+    u32 cut = 0, left = k;
+    for (int shift = 8 * (int)sizeof(Key) - 8; shift >= 0; shift -= 8) {
+        counts[thread] = 0;
+        __syncthreads();
+        for (u32 column = thread; column < d_in; column += 256) {
+            u32 key = keys[column] & mask;
+            if (key > largest) report_nan(first_nan, row, column);
+            if ((u64)key >> (shift + 8) == cut) atomicAdd(&counts[key >> shift & 255], 1u);
+        }
+        __syncthreads();
+        if (warp == 0) {
+            // A lane has eight digits; `above` counts the keys of all higher lanes.
+            u32 mine = 0;
+            for (u32 digit = 8 * lane; digit < 8 * lane + 8; digit++) mine += counts[digit];
+            u32 from_here = mine;
+            for (u32 distance = 1; distance < 32; distance *= 2) {
+                u32 other = __shfl_down_sync(ALL_LANES, from_here, distance);
+                if (lane + distance < 32) from_here += other;
+            }
+            u32 above = from_here - mine;
+            if (above < left && left <= from_here) {
+                u32 digit = 8 * lane + 7;
+                while (above + counts[digit] < left) above += counts[digit--];
+                found[0] = digit;
+                found[1] = left - above;
+            }
+        }
+        __syncthreads();
+        cut = cut << 8 | found[0];
+        left = found[1];
+        __syncthreads();
+    }
+    u32* chosen = columns + row * k;
+    u32 n_chosen = 0;
+    for (u32 first = 0; first < d_in && n_chosen < k; first += 256) {
+        u32 column = first + thread;
+        u32 key = column < d_in ? keys[column] & mask : 0;
+        bool is_above = column < d_in && key > cut, is_tie = column < d_in && key == cut;
+        u32 above_votes = __ballot_sync(ALL_LANES, is_above), tie_votes = __ballot_sync(ALL_LANES, is_tie);
+        if (lane == 0) {
+            above_of[warp] = __popc(above_votes);
+            ties_of[warp] = __popc(tie_votes);
+        }
+        __syncthreads();
+        u32 above = 0, ties = 0, all_above = 0, all_ties = 0;
+        for (u32 w = 0; w < 8; w++) {
+            if (w < warp) above += above_of[w], ties += ties_of[w];
+            all_above += above_of[w], all_ties += ties_of[w];
+        }
+        u32 lower = (1u << lane) - 1;
+        above += __popc(above_votes & lower), ties += __popc(tie_votes & lower);
+        if (is_above || (is_tie && ties < left)) chosen[n_chosen + above + min_of(ties, left)] = column;
+        n_chosen += all_above + min_of(all_ties, left);
+        left -= min_of(all_ties, left);
+        __syncthreads();
+    }
+}
+
+#define TOPK(KEY, NAME)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) top1_##NAME(const KEY* rows, u32 n_rows, u32 d_in, u32 mask,        \
+                                                                  u32 largest, u32* columns, u64* first_nan) {             \
+        top1_warp<KEY>(rows, n_rows, d_in, mask, largest, columns, first_nan);                                             \
+    }                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) topk_warp_##NAME(const KEY* rows, u32 n_rows, u32 d_in, u32 k,      \
+                                                                       u32 mask, u32 largest, u32* columns,                \
+                                                                       u64* first_nan) {                                   \
+        topk_warp<KEY>(rows, n_rows, d_in, k, mask, largest, columns, first_nan);                                          \
+    }                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) topk_block_##NAME(const KEY* rows, u32 d_in, u32 k, u32 mask,       \
+                                                                        u32 largest, u32* columns, u64* first_nan) {       \
+        topk_block<KEY>(rows, d_in, k, mask, largest, columns, first_nan);                                                 \
+    }
+
+TOPK(u16, u16)
+TOPK(u32, u32)
