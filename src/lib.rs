@@ -13,6 +13,7 @@
 //! - [`mask`]: policy, which weights
 //! - [`peft`]: adapters as other tools leave them on disk
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
+//! - `gpu`: device slices and launches (feature `cuda`)
 //! - [`tensor`]: plain values
 
 pub mod adapter;
@@ -23,6 +24,8 @@ pub mod combine;
 pub mod data;
 pub mod diff;
 pub mod extract;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod mask;
 pub mod merge;
 pub mod peft;

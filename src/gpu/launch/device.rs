@@ -1,0 +1,231 @@
+//! Devices: what there is, and one in use.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use cudarc::{
+    driver::{
+        CudaContext, CudaFunction, CudaModule, DriverError, result,
+        sys::{self, CUdevice_attribute_enum as Attribute},
+    },
+    nvrtc::Ptx,
+};
+
+use super::code_of;
+use crate::gpu::{Detection, GpuError, detect};
+
+/// Every function of the driver that is called on any path; all are of CUDA 12.0 or older.
+const SYMBOLS: [&str; 36] = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDeviceTotalMem_v2",
+    "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventQuery",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuFuncSetAttribute",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuInit",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemFreeHost",
+    "cuMemFree_v2",
+    "cuMemGetInfo_v2",
+    "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+];
+
+// --- detection
+
+/// Whether the driver's library can be loaded.
+pub(in crate::gpu) fn has_driver() -> bool {
+    // SAFETY: loads libcuda, whose initialisers may run at any time.
+    unsafe { sys::is_culib_present() }
+}
+
+/// What the driver lacks of [`SYMBOLS`]; it must be there. Calling a missing one would panic.
+pub(in crate::gpu) fn missing_symbols() -> Vec<&'static str> {
+    // SAFETY: the library was just seen to load, and is never unloaded; symbols are looked up, not called.
+    let is_missing = |name: &&str| unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_err() };
+    SYMBOLS.into_iter().filter(is_missing).collect()
+}
+
+/// The CUDA version that the driver speaks: 12040 is 12.4.
+pub(in crate::gpu) fn driver_version() -> Result<i32, String> {
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(code_of)?;
+    Ok(version)
+}
+
+/// Starts the driver; how many devices there are.
+pub(in crate::gpu) fn init() -> Result<usize, String> {
+    result::init().map_err(code_of)?;
+    Ok(result::device::get_count().map_err(code_of)?.try_into().unwrap_or(0))
+}
+
+/// A device's name, compute capability and bytes of memory.
+pub(in crate::gpu) fn device_facts(ordinal: usize) -> Result<(String, (i32, i32), u64), String> {
+    let device = result::device::get(ordinal as i32).map_err(code_of)?;
+    // SAFETY: the device was just had from the driver; each call writes one number.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map_err(code_of);
+    let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    // SAFETY: as above.
+    let n_bytes = unsafe { result::device::total_mem(device) }.map_err(code_of)?;
+    Ok((result::device::get_name(device).map_err(code_of)?, (major, minor), n_bytes as u64))
+}
+
+// --- a device
+
+/// Kernels by file: the PTX that `.ci/kernels.py` makes of `kernels/*.cu`.
+const PTX: [(&str, &str); 4] = [
+    ("topk", include_str!("../kernels/ptx/topk.ptx")),
+    ("score", include_str!("../kernels/ptx/score.ptx")),
+    ("patch", include_str!("../kernels/ptx/patch.ptx")),
+    ("low_rank", include_str!("../kernels/ptx/low_rank.ptx")),
+];
+
+/// Failures of work under way, by the driver's names; they stay for the rest of the process.
+const STAYING: [&str; 10] = [
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+];
+
+/// One device, ready to work. Cheap to clone.
+#[derive(Clone)]
+pub struct Gpu {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    ordinal: usize,
+    name: String,
+    pub(super) context: Arc<CudaContext>,
+    /// Compiled by the driver when first needed.
+    modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<&'static str, CudaFunction>>,
+    /// The last kernel that was started, or nothing: what a failure that shows later is blamed on.
+    kernel: Mutex<&'static str>,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GPU {} ({})", self.inner.ordinal, self.inner.name)
+    }
+}
+
+impl Gpu {
+    /// Takes a device into use.
+    ///
+    /// # Errors
+    /// [`GpuError::Unusable`] says why none can be used, [`GpuError::NoSuchDevice`] how many there are.
+    pub fn open(ordinal: usize) -> Result<Self, GpuError> {
+        let Detection { devices, problem, .. } = detect();
+        let Some(device) = devices.get(ordinal) else {
+            return Err(match problem {
+                Some(why) => GpuError::Unusable { why },
+                None => GpuError::NoSuchDevice { ordinal, count: devices.len() },
+            });
+        };
+        if let Some(why) = &device.problem {
+            return Err(GpuError::Unusable { why: format!("GPU {ordinal} ({}): {why}", device.name) });
+        }
+        let failed = |error| GpuError::Driver { ordinal, doing: "taking it into use", code: code_of(error) };
+        let context = CudaContext::new(ordinal).map_err(failed)?;
+        let (modules, functions, kernel) = Default::default();
+        Ok(Self { inner: Arc::new(Inner { ordinal, name: device.name.clone(), context, modules, functions, kernel }) })
+    }
+
+    /// Its number, from 0.
+    pub fn ordinal(&self) -> usize {
+        self.inner.ordinal
+    }
+    /// Its maker's name for it.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Bytes of device memory that are free, and that there are.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub fn memory(&self) -> Result<(u64, u64), GpuError> {
+        let (free, total) = self.inner.context.mem_get_info().map_err(|e| self.failed("asking for its memory", e))?;
+        Ok((free as u64, total as u64))
+    }
+
+    pub(super) fn failed(&self, doing: &'static str, error: DriverError) -> GpuError {
+        let (ordinal, code) = (self.inner.ordinal, code_of(error));
+        // Once work has failed, every call gives its failure.
+        let is_of_work = STAYING.contains(&code.as_str());
+        match self.last_kernel() {
+            kernel if is_of_work && !kernel.is_empty() => GpuError::Kernel { ordinal, kernel, code },
+            _ => GpuError::Driver { ordinal, doing, code },
+        }
+    }
+
+    /// The last kernel that was started, or an empty name.
+    pub(in crate::gpu) fn last_kernel(&self) -> &'static str {
+        *self.inner.kernel.lock().expect("no thread panics holding the lock")
+    }
+
+    pub(super) fn starts(&self, kernel: &'static str) {
+        *self.inner.kernel.lock().expect("no thread panics holding the lock") = kernel;
+    }
+
+    /// Makes the device the one that this thread's calls go to.
+    pub(super) fn bind(&self) -> Result<(), GpuError> {
+        self.inner.context.bind_to_thread().map_err(|e| self.failed("binding a thread to it", e))
+    }
+
+    pub(super) fn function(&self, file: &'static str, name: &'static str) -> Result<CudaFunction, GpuError> {
+        let mut functions = self.inner.functions.lock().expect("no thread panics holding the lock");
+        if let Some(function) = functions.get(name) {
+            return Ok(function.clone());
+        }
+        let mut modules = self.inner.modules.lock().expect("no thread panics holding the lock");
+        let module = match modules.get(file) {
+            Some(module) => Arc::clone(module),
+            None => {
+                let (_, ptx) = PTX.iter().find(|(of, _)| *of == file).expect("kernels belong to a file");
+                let loaded = self.inner.context.load_module(Ptx::from_src(*ptx));
+                let module = loaded.map_err(|e| self.failed("compiling kernels for it", e))?;
+                modules.insert(file, Arc::clone(&module));
+                module
+            }
+        };
+        let function = module.load_function(name).map_err(|e| self.failed("finding a kernel", e))?;
+        functions.insert(name, function.clone());
+        Ok(function)
+    }
+}

@@ -1,0 +1,314 @@
+//! Memory on a device, and the queue that it belongs to.
+
+use std::{marker::PhantomData, ops::Range, sync::Arc};
+
+use cudarc::driver::{
+    CudaEvent, CudaStream, result,
+    sys::{self, CUevent_flags_enum as EventFlags, CUresult},
+};
+
+use super::Gpu;
+use crate::gpu::GpuError;
+
+/// A line of work on a device, done in order while the host goes on.
+pub struct Queue {
+    pub(super) gpu: Gpu,
+    pub(super) stream: Arc<CudaStream>,
+}
+
+/// Numbers of which every bit pattern is one.
+pub trait Copyable: Copy + Send + Sync + 'static {}
+impl Copyable for u8 {}
+impl Copyable for u16 {}
+impl Copyable for u32 {}
+impl Copyable for u64 {}
+impl Copyable for f32 {}
+
+/// Memory on a device, `len` numbers, that belongs to one queue.
+pub struct DeviceVec<T> {
+    pub(super) at: sys::CUdeviceptr,
+    pub(super) len: usize,
+    /// Whether it is freed with this value; memory lent by its owner is not.
+    is_owned: bool,
+    stream: Arc<CudaStream>,
+    marker: PhantomData<fn() -> T>,
+}
+
+impl<T> DeviceVec<T> {
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<T> Drop for DeviceVec<T> {
+    fn drop(&mut self) {
+        // Work that uses the memory may be under way; errors have nobody to be told to.
+        let waited = self.stream.context().bind_to_thread().and_then(|()| self.stream.synchronize());
+        if self.is_owned && self.len > 0 {
+            // SAFETY: allocated in `Queue::alloc`, freed once, and all work on it goes through the stream just waited for (after
+            // an error that stays, the driver does none).
+            let freed = unsafe { result::free_sync(self.at) };
+            let _nobody = (waited, freed);
+        }
+    }
+}
+
+/// Host memory that the device copies from and to by itself.
+pub struct Pinned {
+    at: *mut u8,
+    len: usize,
+    /// The last copy from or to this memory.
+    copied: CudaEvent,
+    gpu: Gpu,
+}
+
+// SAFETY: plain memory with one owner; the driver lets any thread that is bound to the context use it.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Waits, without turning round, until no copy is under way.
+    fn wait(&self) -> Result<(), GpuError> {
+        self.copied.synchronize().map_err(|e| self.gpu.failed("waiting for a copy", e))
+    }
+
+    /// The bytes, once the last copy is done.
+    ///
+    /// # Errors
+    /// What the driver answers; a failure of earlier work shows here too.
+    pub fn bytes(&self) -> Result<&[u8], GpuError> {
+        self.wait()?;
+        // SAFETY: `len` bytes, initialised when allocated; no copy is under way, and none begins while they are borrowed.
+        Ok(unsafe { std::slice::from_raw_parts(self.at, self.len) })
+    }
+
+    /// As [`Self::bytes`], to write to.
+    ///
+    /// # Errors
+    /// As [`Self::bytes`].
+    pub fn bytes_mut(&mut self) -> Result<&mut [u8], GpuError> {
+        self.wait()?;
+        // SAFETY: as in `bytes`, and the borrow is the only one.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.at, self.len) })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let waited = self.wait();
+        // SAFETY: allocated in `Queue::pinned`, freed once, with no copy under way.
+        let freed = unsafe { result::free_host(self.at.cast()) };
+        let _nobody = (waited, freed);
+    }
+}
+
+impl Queue {
+    /// A new line of work.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub fn new(gpu: &Gpu) -> Result<Self, GpuError> {
+        let stream = gpu.inner.context.new_stream().map_err(|e| gpu.failed("making a stream", e))?;
+        Ok(Self { gpu: gpu.clone(), stream })
+    }
+
+    /// Its device.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Memory for `len` numbers, of any value.
+    ///
+    /// # Errors
+    /// [`GpuError::OutOfMemory`] says how much is free.
+    pub fn alloc<T: Copyable>(&self, len: usize, what: &'static str) -> Result<DeviceVec<T>, GpuError> {
+        self.gpu.bind()?;
+        let n_bytes = len * size_of::<T>();
+        let at = match n_bytes {
+            0 => 0,
+            // SAFETY: a size that is not zero; the memory is freed once, by `DeviceVec`.
+            _ => unsafe { result::malloc_sync(n_bytes) }.map_err(|error| match error.0 {
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY => GpuError::OutOfMemory {
+                    ordinal: self.gpu.ordinal(),
+                    what,
+                    needed: n_bytes as u64,
+                    available: self.gpu.memory().map_or(0, |(free, _)| free),
+                },
+                _ => self.gpu.failed("allocating memory", error),
+            })?,
+        };
+        Ok(DeviceVec { at, len, is_owned: true, stream: Arc::clone(&self.stream), marker: PhantomData })
+    }
+
+    /// Device memory that somebody else owns, such as a trainer's tensor, as memory of this queue.
+    ///
+    /// # Safety
+    /// `at` is the address of `len` numbers on this queue's device, aligned to them, that stay allocated until the returned value is
+    /// dropped, and nobody else uses them between now and then but after [`Self::wait`].
+    pub unsafe fn lent<T: Copyable>(&self, at: u64, len: usize) -> DeviceVec<T> {
+        DeviceVec { at, len, is_owned: false, stream: Arc::clone(&self.stream), marker: PhantomData }
+    }
+
+    /// Host memory for copies that go on beside the host's work.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub fn pinned(&self, len: usize) -> Result<Pinned, GpuError> {
+        self.gpu.bind()?;
+        let flags = Some(EventFlags::CU_EVENT_BLOCKING_SYNC);
+        let copied = self.gpu.inner.context.new_event(flags).map_err(|e| self.gpu.failed("making an event", e))?;
+        let len = len.max(1);
+        // SAFETY: a size that is not zero; ordinary cached memory (results are read back from it), freed once, by `Pinned`.
+        let at = unsafe { result::malloc_host(len, 0) }.map_err(|e| self.gpu.failed("allocating pinned memory", e))?;
+        let at = at.cast::<u8>();
+        // SAFETY: `len` bytes that were just allocated.
+        unsafe { at.write_bytes(0, len) };
+        Ok(Pinned { at, len, copied, gpu: self.gpu.clone() })
+    }
+
+    pub(super) fn owns<T>(&self, memory: &DeviceVec<T>) {
+        assert!(Arc::ptr_eq(&self.stream, &memory.stream), "memory is used by the queue it belongs to");
+    }
+
+    /// Starts to copy the bytes `range` of `from` to the start of `to`.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    ///
+    /// # Panics
+    /// Where they do not fit, or the memory belongs to another queue.
+    pub fn upload<T: Copyable>(
+        &self,
+        from: &mut Pinned,
+        range: Range<usize>,
+        to: &mut DeviceVec<T>,
+    ) -> Result<(), GpuError> {
+        self.owns(to);
+        assert!(range.end <= from.len && range.len() <= to.len * size_of::<T>(), "what is copied fits");
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        // SAFETY: both sides hold the range, as asserted; the pinned bytes are handed out again, or freed, only once the event
+        // recorded below has passed, the device memory only through the same stream.
+        unsafe {
+            let bytes = std::slice::from_raw_parts(from.at.add(range.start), range.len());
+            result::memcpy_htod_async(to.at, bytes, self.stream.cu_stream())
+        }
+        .and_then(|()| from.copied.record(&self.stream))
+        .map_err(|e| self.gpu.failed("copying", e))
+    }
+
+    /// Starts to copy the first bytes of `from` to the bytes `range` of `to`.
+    ///
+    /// # Errors
+    /// As [`Self::upload`].
+    ///
+    /// # Panics
+    /// As [`Self::upload`].
+    pub fn download<T: Copyable>(
+        &self,
+        from: &DeviceVec<T>,
+        to: &mut Pinned,
+        range: Range<usize>,
+    ) -> Result<(), GpuError> {
+        self.owns(from);
+        assert!(range.end <= to.len && range.len() <= from.len * size_of::<T>(), "what is copied fits");
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        // SAFETY: as in `upload`, the other way round.
+        unsafe {
+            let bytes = std::slice::from_raw_parts_mut(to.at.add(range.start), range.len());
+            result::memcpy_dtoh_async(bytes, from.at, self.stream.cu_stream())
+        }
+        .and_then(|()| to.copied.record(&self.stream))
+        .map_err(|e| self.gpu.failed("copying", e))
+    }
+
+    /// New memory that holds `values`, once copied.
+    ///
+    /// # Errors
+    /// As [`Self::alloc`] and [`Self::wait`].
+    pub fn upload_all<T: Copyable>(&self, values: &[T], what: &'static str) -> Result<DeviceVec<T>, GpuError> {
+        let memory = self.alloc(values.len(), what)?;
+        if !values.is_empty() {
+            // SAFETY: the memory is as long as the values, which are borrowed until the stream has done the copy.
+            unsafe { result::memcpy_htod_async(memory.at, values, self.stream.cu_stream()) }
+                .map_err(|e| self.gpu.failed("copying", e))?;
+            self.wait()?;
+        }
+        Ok(memory)
+    }
+
+    /// What device memory holds, once all work before is done.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn download_all<T: Copyable + Default>(&self, from: &DeviceVec<T>) -> Result<Vec<T>, GpuError> {
+        self.owns(from);
+        self.gpu.bind()?;
+        let mut values = vec![T::default(); from.len];
+        if !values.is_empty() {
+            // SAFETY: both sides have the same length; `values` is not touched until the stream has done the copy.
+            unsafe { result::memcpy_dtoh_async(&mut values, from.at, self.stream.cu_stream()) }
+                .map_err(|e| self.gpu.failed("copying", e))?;
+        }
+        self.wait()?;
+        Ok(values)
+    }
+
+    /// Starts to copy all of `from` to the start of `to`, both on the device.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    ///
+    /// # Panics
+    /// As [`Self::upload`].
+    pub fn copy<T: Copyable>(&self, from: &DeviceVec<T>, to: &mut DeviceVec<T>) -> Result<(), GpuError> {
+        self.owns(from);
+        self.owns(to);
+        assert!(from.len <= to.len, "what is copied fits");
+        self.gpu.bind()?;
+        let n_bytes = from.len * size_of::<T>();
+        // SAFETY: both sides hold as much, and belong to this stream.
+        unsafe { result::memcpy_dtod_async(to.at, from.at, n_bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.gpu.failed("copying", e))
+    }
+
+    /// Starts to fill memory with one byte.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    pub fn fill<T: Copyable>(&self, memory: &mut DeviceVec<T>, byte: u8) -> Result<(), GpuError> {
+        self.owns(memory);
+        self.gpu.bind()?;
+        let n_bytes = memory.len * size_of::<T>();
+        // SAFETY: the memory is that long; every bit pattern is a number of its type.
+        unsafe { result::memset_d8_async(memory.at, byte, n_bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.gpu.failed("copying", e))
+    }
+
+    /// Waits until all work is done.
+    ///
+    /// # Errors
+    /// [`GpuError::Kernel`] where some of it failed.
+    pub fn wait(&self) -> Result<(), GpuError> {
+        self.gpu.bind()?;
+        self.stream.synchronize().map_err(|e| self.gpu.failed("copying", e))
+    }
+}
