@@ -4,8 +4,9 @@
 //!
 //! [`ScoredRows`] turns every weight of a run of rows into an integer key, larger first; the functions below choose by key,
 //! and settle equal keys in favour of the lower column. Keys are integers so that every instruction set and thread count
-//! agrees. What is chosen becomes what a merge changes in `patch`.
+//! agrees. A [`Chooser`] does the same on a GPU. What is chosen becomes what a merge changes in `patch`.
 
+mod chooser;
 mod keys;
 mod patch;
 mod portable;
@@ -13,6 +14,9 @@ mod score;
 mod simd;
 
 use crate::tensor::{RowBlock, RowColumns};
+pub use chooser::{ChooseError, Chooser};
+#[cfg(feature = "cuda")]
+pub use chooser::{ChosenRows, GpuChooser};
 pub use keys::{Digit, KeySpace};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
 pub(crate) use score::mix;

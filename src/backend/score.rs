@@ -163,6 +163,28 @@ impl<'a> ScoredRows<'a> {
         self.weights
     }
 
+    /// What they are ranked by.
+    #[cfg(feature = "cuda")]
+    pub(super) fn score(&self) -> Score<'a> {
+        self.score
+    }
+
+    /// The run `rows` of these rows, with their scores.
+    #[cfg(feature = "cuda")]
+    pub(super) fn slice(&self, rows: std::ops::Range<usize>) -> Self {
+        let start = rows.start as u64;
+        let of = |gradients: RowBlock<'a>| gradients.slice(rows.clone());
+        let score = match self.score {
+            Score::Magnitude | Score::Smallest => self.score,
+            Score::Random { seed, first_row } => Score::Random { seed, first_row: first_row + start },
+            Score::Gradient(gradients) => Score::Gradient(of(gradients)),
+            Score::Snip(gradients) => Score::Snip(of(gradients)),
+            Score::Fisher(gradients) => Score::Fisher(of(gradients)),
+            Score::Wanda(norms) => Score::Wanda(ColumnNorms { first_row: norms.first_row + start, ..norms }),
+        };
+        Self { weights: self.weights.slice(rows), score, ..*self }
+    }
+
     /// Writes the keys of one row, `[d_in]`; larger keys are chosen first. `K` is as wide as the space.
     pub(super) fn keys<K: Key>(&self, row: usize, scratch: &mut Scratch, keys: &mut [K]) -> Result<(), NotANumber> {
         debug_assert_eq!(K::BITS, self.space.bits());

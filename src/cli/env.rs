@@ -1,15 +1,27 @@
 //! Global options, and what is made of them: what every command is given.
 
 use std::{
+    cell::Cell,
     io::{self, Write},
     thread,
 };
 
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::checkpoint::{Context, Io};
+#[cfg(feature = "cuda")]
+use neuroada_ckpt::{
+    backend::GpuChooser,
+    gpu::{Gpu, RowRanker},
+};
 use serde::Serialize;
 
-use super::{page::Page, progress::Progress};
+#[cfg(feature = "cuda")]
+use super::failure::Hint;
+use super::{
+    device::{Device, parse_device},
+    page::Page,
+    progress::Progress,
+};
 
 /// Less than this is not enough for one thread's windows and the buffers of an output.
 const LEAST_MEMORY: u64 = 16 << 20;
@@ -29,9 +41,15 @@ pub(super) struct GlobalArgs {
     /// How tensors are read
     #[arg(long, global = true, value_enum, default_value_t = IoChoice::Auto)]
     io: IoChoice,
-    /// Where the work is done: auto or cpu
+    /// Where the work is done: auto, cpu, cuda or cuda:N
+    ///
+    /// `mask` chooses on a GPU where it is asked for one; all else is done on the CPU, and so is everything with auto. Results are
+    /// the same bytes. `inspect --devices` tells what there is.
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: Device,
+    /// Memory of the GPU to stay within
+    #[arg(long, global = true, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
+    gpu_memory: u64,
     /// Print the report as one JSON document
     #[arg(long, global = true)]
     json: bool,
@@ -54,23 +72,6 @@ enum IoChoice {
     Direct,
     /// Files are read through the page cache
     Read,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Device {
-    Auto,
-    Cpu,
-}
-
-fn parse_device(text: &str) -> Result<Device, String> {
-    match text {
-        "auto" => Ok(Device::Auto),
-        "cpu" => Ok(Device::Cpu),
-        _ if text == "cuda" || text.starts_with("cuda:") => {
-            Err("this build has no GPU support; use auto or cpu".to_owned())
-        }
-        _ => Err("expected auto or cpu".to_owned()),
-    }
 }
 
 /// Reads a size such as `256M`; units are powers of 1024, with or without `B` or `iB`.
@@ -97,6 +98,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
 pub(super) struct Env {
     args: GlobalArgs,
     progress: Progress,
+    /// Whether the command had a use for a GPU.
+    asked_for_gpu: Cell<bool>,
 }
 
 impl Env {
@@ -108,7 +111,7 @@ impl Env {
             pool = pool.num_threads(usize::from(threads));
         }
         pool.build_global().map_err(|e| anyhow::Error::new(io::Error::other(e)).context("cannot start threads"))?;
-        let env = Self { args, progress };
+        let env = Self { args, progress, asked_for_gpu: Cell::new(false) };
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",
             rayon::current_num_threads(),
@@ -127,6 +130,19 @@ impl Env {
             IoChoice::Read => Io::Read,
         };
         Context { max_memory: self.args.max_memory, io, observer: &self.progress }
+    }
+
+    /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
+        self.asked_for_gpu.set(true);
+        let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
+        let gpu = Gpu::open(ordinal).hint("--device cpu does the same without one")?;
+        self.detail(&format!("{gpu:?}, {} MiB of its memory", self.args.gpu_memory >> 20));
+        // Windows and results take up to half of the memory.
+        let pinned_bytes = self.args.max_memory / 8;
+        let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), self.args.gpu_memory, pinned_bytes);
+        Ok(Some(GpuChooser::new(ranker, check)))
     }
 
     /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.
@@ -166,6 +182,9 @@ impl Env {
     /// Tells what the work took, at the end.
     pub(super) fn farewell(&self) {
         self.progress.clear();
+        if matches!(self.args.device, Device::Cuda(_)) && !self.asked_for_gpu.get() {
+            self.note("note: this command does all its work on the CPU");
+        }
         if let Some(peak) = peak_memory().filter(|_| self.args.verbose) {
             self.detail(&format!("{} MiB of memory at the peak", peak >> 20));
         }
@@ -199,12 +218,5 @@ mod tests {
         for bad in ["", "G", "-1G", "1.5G", "1X", "99999999999T", "1M", "0"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_gpu_is_refused_in_words() {
-        assert_eq!(parse_device("cpu"), Ok(Device::Cpu));
-        assert!(parse_device("cuda:1").unwrap_err().contains("no GPU support"));
-        assert!(parse_device("cudb").is_err());
     }
 }

@@ -105,7 +105,7 @@ fn kind_of(error: &anyhow::Error) -> ErrorKind {
     error.chain().find_map(kind_of_one).unwrap_or(ErrorKind::Usage)
 }
 
-/// One line per error enum of the library.
+/// One line per error enum of the library; a GPU that cannot be used was asked for, one that fails is a failing device.
 fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     if let Some(hinted) = error.downcast_ref::<Hinted>() {
         return Some(kind_of(&hinted.error));
@@ -124,7 +124,22 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
         .or_else(|| error.downcast_ref().map(CombineError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
+        .or_else(|| gpu_kind(error))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
+}
+
+#[cfg(feature = "cuda")]
+fn gpu_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
+    use neuroada_ckpt::gpu::GpuError;
+    Some(match error.downcast_ref()? {
+        GpuError::Unusable { .. } | GpuError::NoSuchDevice { .. } => ErrorKind::Usage,
+        _ => ErrorKind::Io,
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu_kind(_error: &(dyn Error + 'static)) -> Option<ErrorKind> {
+    None
 }
 
 /// Advice that fits an error wherever it comes from.
@@ -132,6 +147,10 @@ fn advice(error: &anyhow::Error) -> Option<String> {
     error.chain().find_map(|error| {
         if let Some(MergeError::Interrupted { path } | MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
             return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(MaskError::Gpu(_)) = error.downcast_ref() {
+            return Some("--device cpu does the same without the GPU".to_owned());
         }
         if let Some(MergeError::Linked { .. }) = error.downcast_ref() {
             return Some("--output makes a copy instead; --break-links changes the files all the same".to_owned());

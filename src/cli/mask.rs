@@ -1,7 +1,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+#[cfg(feature = "cuda")]
+use neuroada_ckpt::backend::ChosenRows;
 use neuroada_ckpt::{
+    backend::Chooser,
     checkpoint::{Checkpoint, Existing},
     mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
 };
@@ -57,6 +60,9 @@ pub(super) struct MaskArgs {
     /// Handle one part of the targets, as in 2/8; mask-join puts the parts together
     #[arg(long, value_name = "I/N", value_parser = |text: &str| text.parse::<Partition>().map_err(|e| e.to_string()))]
     partition: Option<Partition>,
+    /// With --device cuda: choose a random share of the rows again on the CPU, and compare
+    #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true, default_missing_value = "0.01", value_parser = parse_share)]
+    check: Option<f64>,
     /// Also name each whole target by its BLAKE3
     #[arg(long)]
     hash: bool,
@@ -100,6 +106,13 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let checkpoint = Checkpoint::open(&args.base)?;
     let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
     let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);
+    let check = args.check.unwrap_or(0.0);
+    #[cfg(feature = "cuda")]
+    let gpu = env.gpu_chooser(check)?;
+    #[cfg(feature = "cuda")]
+    let chooser = gpu.as_ref().map_or_else(Chooser::cpu, Chooser::gpu);
+    #[cfg(not(feature = "cuda"))]
+    let chooser = Chooser::cpu();
     let options = MaskOptions {
         amount: args.budget.unwrap_or(Amount::K(args.k.unwrap_or(1))),
         score: match args.score {
@@ -124,11 +137,16 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
         activations: activations.as_ref(),
         partition: args.partition,
         hash: args.hash,
+        chooser,
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = mask::create_mask(&env.context(), &checkpoint, &options, output)?;
     env.report(&report, print)?;
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = gpu.filter(|_| !report.dry_run) {
+        tell_of_gpu(&gpu.counts(), env);
+    }
     if !report.clamped.is_empty() {
         let k = report.k.unwrap_or_default();
         env.note(&format!(
@@ -140,6 +158,25 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
         env.note(&format!("note: skipped \"{}\": {}", skipped.tensor, skipped.why));
     }
     Ok(Answer::Yes)
+}
+
+/// Says what was chosen where; the report is the same wherever that was.
+#[cfg(feature = "cuda")]
+fn tell_of_gpu(rows: &ChosenRows, env: &Env) {
+    let ChosenRows { on_gpu, on_cpu, checked } = *rows;
+    let checked_too = if checked > 0 { format!(", {} of them checked", count(checked)) } else { String::new() };
+    env.detail(&format!("{} rows chosen on the GPU{checked_too}", count(on_gpu)));
+    if on_cpu > 0 || on_gpu == 0 {
+        let which = if on_gpu == 0 { "all".to_owned() } else { count(on_cpu) };
+        let takes = "a GPU takes bf16, f16 and f32 of up to 131,072 columns, scope row, and no random scores";
+        env.note(&format!("note: rows chosen on the CPU: {which}; {takes}"));
+    }
+}
+
+/// Reads a share from 0 to 1.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a share from 0 to 1".to_owned())
 }
 
 fn print(report: &MaskReport, page: &mut Page) {

@@ -10,6 +10,7 @@ mod combine;
 mod completions;
 #[cfg(feature = "train")]
 mod data;
+mod device;
 mod diff;
 mod env;
 #[cfg(feature = "train")]

@@ -11,7 +11,7 @@ use super::{
     targets::{LLAMA_PROJECTIONS, select_targets},
 };
 use crate::{
-    backend::{CutRows, KeySpace, cut_rows, gather, topk_rows},
+    backend::{CutRows, KeySpace, cut_rows, gather},
     checkpoint::{
         Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows_keeping,
     },
@@ -224,6 +224,7 @@ impl Job<'_> {
         }
         let (ctx, sources, mine) = (self.ctx, self.sources, self.mine);
         let scans: Vec<RowScan<'_>> = mine.iter().map(|&target| sources[target].scan).collect();
+        let chooser = self.options.chooser;
         let mut progress = Progress::default();
         scan_rows_keeping(
             ctx,
@@ -235,7 +236,7 @@ impl Job<'_> {
                 let k = k.min(source.scan.layout.d_in) as usize;
                 let mut rows = Rows::new(span.n_rows, 0);
                 source.for_each_run(ctx, source.key_space(), span, block, |run, scored| {
-                    let columns = topk_rows(scored, k)?;
+                    let columns = chooser.topk_rows(scored, k)?;
                     if run.len() == span.n_rows {
                         rows.columns = RowColumns::uniform(columns, k);
                     } else {

@@ -43,7 +43,7 @@ pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpa
                 sources[span.target].for_each_run(ctx, space, span, block, |_, scored| {
                     if floor == 0 && !best.fits() {
                         // Where most keys are counted, finding them first does not pay.
-                        return count_keys(scored, digit, &mut found.counts);
+                        return Ok(count_keys(scored, digit, &mut found.counts)?);
                     }
                     let keys = keys_from(scored, floor)?;
                     keys.iter().filter_map(|&key| digit.of(key)).for_each(|value| found.counts[value] += 1);

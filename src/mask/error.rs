@@ -66,6 +66,10 @@ pub enum MaskError {
         /// Why.
         what: String,
     },
+    /// The GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
     /// A request that makes no sense, whatever the files hold.
     #[error("{0}")]
     Usage(String),
@@ -77,6 +81,8 @@ impl MaskError {
         match self {
             Self::Checkpoint(error) => error.kind(),
             Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => ErrorKind::Io,
             Self::Parts { .. } => ErrorKind::Refused,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
         }

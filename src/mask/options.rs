@@ -5,7 +5,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::{MaskError, Partition, Recipe};
-use crate::{backend::ScoreKind, checkpoint::Checkpoint};
+use crate::{
+    backend::{Chooser, ScoreKind},
+    checkpoint::Checkpoint,
+};
 
 /// Within what weights compete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -88,6 +91,8 @@ pub struct MaskOptions<'a> {
     pub partition: Option<Partition>,
     /// Whether the mask names each whole target by its BLAKE3.
     pub hash: bool,
+    /// Who chooses within rows; the wider scopes stay on the CPU. The mask is the same.
+    pub chooser: Chooser<'a>,
 }
 
 impl MaskOptions<'_> {
@@ -105,6 +110,7 @@ impl MaskOptions<'_> {
             activations: None,
             partition: None,
             hash: false,
+            chooser: Chooser::cpu(),
         }
     }
 

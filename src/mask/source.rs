@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{MaskError, MaskOptions, targets::Selection};
 use crate::{
-    backend::{ColumnNorms, KeySpace, NotANumber, Score, ScoreKind, ScoredRows, mix},
+    backend::{ChooseError, ColumnNorms, KeySpace, NotANumber, Score, ScoreKind, ScoredRows, mix},
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, RowSpan, TensorRef},
     tensor::{RowBlock, dtype_name, is_float, module_of},
 };
@@ -147,14 +147,14 @@ impl Source<'_> {
         space: KeySpace,
         span: RowSpan,
         block: RowBlock<'_>,
-        mut visit: impl FnMut(Range<usize>, &ScoredRows<'_>) -> Result<(), NotANumber>,
+        mut visit: impl FnMut(Range<usize>, &ScoredRows<'_>) -> Result<(), ChooseError>,
     ) -> Result<(), MaskError> {
         let end = span.first_row + span.n_rows as u64;
         let gradients = self.gradients.map(|scan| scan.read(ctx, span.first_row..end)).transpose()?;
         let norms = self.activations.map(|tensor| self.read_norms(ctx, tensor)).transpose()?;
         for run in self.runs(span) {
             let first_row = span.first_row + run.start as u64;
-            let mut of_run = |block: RowBlock<'_>| -> Result<(), NotANumber> {
+            let mut of_run = |block: RowBlock<'_>| -> Result<(), ChooseError> {
                 let gradients = gradients.as_ref().map(|window| slice(window.block(), &run));
                 let score = match (self.score, gradients) {
                     (ScoreKind::Magnitude, _) => Score::Magnitude,
@@ -173,7 +173,11 @@ impl Source<'_> {
                 };
                 visit(run.clone(), &ScoredRows::new(block, score).in_space(space))
             };
-            of_run(slice(block, &run)).map_err(|found| self.not_a_number(first_row, found))?;
+            of_run(slice(block, &run)).map_err(|error| match error {
+                ChooseError::NotANumber(found) => self.not_a_number(first_row, found),
+                #[cfg(feature = "cuda")]
+                ChooseError::Gpu(error) => MaskError::Gpu(error),
+            })?;
         }
         Ok(())
     }

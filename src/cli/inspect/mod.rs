@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use self::sparse::SparseFacts;
 use super::{
-    Answer,
+    Answer, device,
     env::Env,
     page::{Page, Table, bytes, count, percent},
 };
@@ -45,7 +45,11 @@ const MOST_CONFIG_BYTES: u64 = 16 << 20;
 #[derive(Args)]
 pub(super) struct InspectArgs {
     /// A checkpoint's directory, or a .safetensors file
-    path: PathBuf,
+    #[arg(required_unless_present = "devices")]
+    path: Option<PathBuf>,
+    /// Say what this machine has to compute with, and why a GPU cannot be used
+    #[arg(long, conflicts_with_all = ["path", "tensors", "filter"])]
+    devices: bool,
     /// List every tensor
     #[arg(short, long)]
     tensors: bool,
@@ -169,8 +173,12 @@ struct TensorFacts {
 }
 
 pub(super) fn run(args: InspectArgs, env: &Env) -> anyhow::Result<Answer> {
+    let Some(path) = args.path else {
+        env.report(&device::devices(), device::print)?;
+        return Ok(Answer::Yes);
+    };
     let filter = args.filter.as_deref().map(parse_filter).transpose()?;
-    let report = inspect(&args.path, filter.as_ref(), args.tensors)?;
+    let report = inspect(&path, filter.as_ref(), args.tensors)?;
     env.report(&report, write_page)?;
     Ok(Answer::Yes)
 }

@@ -1,0 +1,121 @@
+//! `--device`: where the work is done, and what GPUs there are.
+//!
+//! `auto` is the CPU for now, whatever the machine has: a GPU is chosen where it was measured to win, and nothing was measured yet.
+
+use serde::Serialize;
+
+use super::page::{Align, Page, Table, bytes};
+
+/// Where the work is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Device {
+    Auto,
+    Cpu,
+    /// A GPU, by number.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    Cuda(usize),
+}
+
+/// Reads `auto`, `cpu`, `cuda` or `cuda:1`.
+pub(super) fn parse_device(text: &str) -> Result<Device, String> {
+    let ordinal = match text {
+        "auto" => return Ok(Device::Auto),
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Some(0),
+        _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
+    };
+    match ordinal {
+        None => Err("expected auto, cpu, cuda or cuda:N".to_owned()),
+        Some(_) if !cfg!(feature = "cuda") => Err("this build has no GPU support; use auto or cpu".to_owned()),
+        Some(ordinal) => Ok(Device::Cuda(ordinal)),
+    }
+}
+
+/// What the machine has to compute with; the fields of the JSON document of `inspect --devices`.
+#[derive(Serialize)]
+pub(super) struct DevicesReport {
+    cpu: CpuFacts,
+    /// The CUDA version that the NVIDIA driver speaks.
+    driver: Option<String>,
+    gpus: Vec<GpuFacts>,
+    /// Why no GPU can be used.
+    problem: Option<String>,
+}
+
+#[derive(Serialize)]
+struct CpuFacts {
+    n_threads: usize,
+    instruction_set: &'static str,
+}
+
+#[derive(Serialize)]
+struct GpuFacts {
+    device: String,
+    name: String,
+    compute_capability: String,
+    n_bytes: u64,
+    problem: Option<String>,
+}
+
+/// Looks at the machine.
+pub(super) fn devices() -> DevicesReport {
+    let cpu = CpuFacts {
+        n_threads: rayon::current_num_threads(),
+        instruction_set: neuroada_ckpt::backend::instruction_set(),
+    };
+    #[cfg(not(feature = "cuda"))]
+    return DevicesReport {
+        cpu,
+        driver: None,
+        gpus: Vec::new(),
+        problem: Some("this build has no GPU support".to_owned()),
+    };
+    #[cfg(feature = "cuda")]
+    {
+        let found = neuroada_ckpt::gpu::detect();
+        let facts = |device: neuroada_ckpt::gpu::DeviceInfo| GpuFacts {
+            device: format!("cuda:{}", device.ordinal),
+            name: device.name,
+            compute_capability: format!("{}.{}", device.capability.0, device.capability.1),
+            n_bytes: device.n_bytes,
+            problem: device.problem,
+        };
+        let gpus = found.devices.into_iter().map(facts).collect();
+        DevicesReport { cpu, driver: found.driver, gpus, problem: found.problem }
+    }
+}
+
+/// The report for people.
+pub(super) fn print(report: &DevicesReport, page: &mut Page) {
+    let DevicesReport { cpu, driver, gpus, problem } = report;
+    let mut facts = vec![("cpu", format!("{} threads, {}", cpu.n_threads, cpu.instruction_set))];
+    facts.extend(driver.as_ref().map(|version| ("NVIDIA driver", format!("for CUDA {version}"))));
+    facts.extend(problem.as_ref().map(|why| ("no GPU can be used", why.clone())));
+    page.facts(&facts);
+    page.blank();
+    let mut table = Table::headless([Align::Left, Align::Left, Align::Left, Align::Right, Align::Left]);
+    for gpu in gpus {
+        let capability = format!("compute capability {}", gpu.compute_capability);
+        let usable = gpu.problem.clone().unwrap_or_else(|| "can be used".to_owned());
+        table.row([gpu.device.clone(), gpu.name.clone(), capability, bytes(gpu.n_bytes), usable]);
+    }
+    page.table(&table);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        assert_eq!(parse_device("auto"), Ok(Device::Auto));
+        assert_eq!(parse_device("cpu"), Ok(Device::Cpu));
+        for bad in ["cudb", "cuda:", "cuda:-1", "cuda1", "gpu"] {
+            assert!(parse_device(bad).unwrap_err().starts_with("expected auto"), "{bad}");
+        }
+        #[cfg(feature = "cuda")]
+        assert_eq!((parse_device("cuda"), parse_device("cuda:1")), (Ok(Device::Cuda(0)), Ok(Device::Cuda(1))));
+        #[cfg(not(feature = "cuda"))]
+        assert!(parse_device("cuda:1").unwrap_err().contains("no GPU support"));
+    }
+}

@@ -1,0 +1,264 @@
+//! The real binary on the fake driver: the whole way from files to files.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use neuroada_ckpt::{
+    checkpoint::{Context, Existing, TensorFileWriter},
+    tensor::Dtype,
+};
+use tempfile::TempDir;
+
+use crate::{
+    driver::{self, Build},
+    samples::{bell, bytes_of},
+};
+
+/// A folder in which the binary runs on the fake driver.
+struct Place {
+    folder: TempDir,
+    driver: PathBuf,
+}
+
+/// What the fake driver counted.
+struct Stats(String);
+
+impl Stats {
+    fn get(&self, name: &str) -> u64 {
+        let line = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(0, |number| number.parse().expect("a count is a number"))
+    }
+}
+
+impl Place {
+    fn new() -> Option<Self> {
+        let driver = driver::folder(Build::Fast).filter(|_| !driver::is_real())?;
+        Some(Self { folder: TempDir::new().expect("a temporary folder can be made"), driver })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(&self, line: &str, variables: &[(&str, &str)]) -> Output {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
+        let words = line.split_whitespace().map(|word| word.replace("BASE", &base.to_string_lossy()));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt"));
+        command.args(words).current_dir(self.folder.path()).env_clear();
+        command.env("LD_LIBRARY_PATH", &self.driver).env("FAKE_CUDA_STATS", self.path("stats"));
+        command.envs(variables.iter().copied()).output().expect("the binary runs")
+    }
+
+    fn stats(&self) -> Stats {
+        Stats(fs::read_to_string(self.path("stats")).expect("the fake driver was there"))
+    }
+
+    /// Runs `mask` on both, and compares the files.
+    fn same_mask(&self, line: &str, variables: &[(&str, &str)]) {
+        let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
+            let name = format!("{device}.safetensors");
+            let output = self.run(&format!("mask {line} --force -v -o {name} --device {device}"), variables);
+            assert_eq!(code(&output), 0, "{line}: {}", stderr(&output));
+            (fs::read(self.path(&name)).unwrap(), stdout(&output), stderr(&output))
+        });
+        assert!(cpu.0 == gpu.0, "{line}: masks differ");
+        assert_eq!(cpu.1, gpu.1, "{line}: reports differ");
+        assert!(gpu.2.contains("rows chosen on the GPU") && !gpu.2.contains("note: rows"), "{line}: {}", gpu.2);
+    }
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("no signal ended it")
+}
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn a_mask_chosen_on_the_gpu_is_the_cpus_byte_for_byte() {
+    let Some(place) = Place::new() else { return };
+    for line in [
+        "BASE --k 1",
+        "BASE --k 5 --threads 1",
+        "BASE --k 40 --threads 8",
+        "BASE --k 1000",
+        "BASE --budget 5% --hash",
+        "BASE --k 3 --score smallest",
+        "BASE --k 3 --score gradient --gradients BASE",
+        "BASE --k 3 --score snip --gradients BASE",
+        "BASE --k 40 --score fisher --gradients BASE",
+        "BASE --k 3 --neuron-fraction 0.3 --check=1",
+        "BASE --k 2 --transposed *down_proj* --max-memory 16M",
+    ] {
+        place.same_mask(line, &[]);
+        let stats = place.stats();
+        assert_eq!((stats.get("left_device_bytes"), stats.get("left_host_bytes")), (0, 0), "{line}");
+    }
+    assert_eq!(place.stats().get("top1_u16"), 0);
+    place.same_mask("BASE --k 1", &[]);
+    assert!(place.stats().get("top1_u16") > 0, "the kernel for k = 1 ran");
+}
+
+/// A checkpoint of one bf16 weight, `[n_rows, d_in]`.
+fn one_weight(place: &Place, n_rows: usize, d_in: usize) {
+    let mut writer = TensorFileWriter::create(&place.path("one.safetensors"), Existing::Keep).unwrap();
+    let id = writer.add_tensor("w.weight".to_owned(), Dtype::BF16);
+    writer.append(id, &bytes_of(Dtype::BF16, (0..n_rows * d_in).map(|i| bell(i as u64)))).unwrap();
+    writer.finish_tensor(id, vec![n_rows as u64, d_in as u64]);
+    writer.finish(&Context::default(), &Default::default()).unwrap();
+}
+
+#[test]
+fn device_memory_is_bounded_and_pieces_are_on_their_way_together() {
+    let Some(place) = Place::new() else { return };
+    one_weight(&place, 6000, 1024);
+    place.same_mask("one.safetensors --targets w --k 2 --threads 2 --gpu-memory 16M", &[]);
+    let stats = place.stats();
+    assert!(stats.get("most_device_bytes") <= 16 << 20, "{}", stats.0);
+    assert!(stats.get("most_host_bytes") <= 128 << 20, "{}", stats.0);
+    assert_eq!(stats.get("most_streams"), 2);
+    // A stream that holds the work of two pieces at once: the second was submitted before the first was waited for.
+    place.same_mask("one.safetensors --targets w --k 2 --threads 1 --max-memory 32M", &[]);
+    let one_piece = 5; // fill, upload, kernel, two downloads; and an event for each copy
+    assert!(place.stats().get("most_waiting") > one_piece + 3, "{}", place.stats().0);
+}
+
+#[test]
+fn a_device_with_little_memory_works_in_smaller_blocks_or_says_what_it_needs() {
+    let Some(place) = Place::new() else { return };
+    place.same_mask("BASE --k 3 --threads 1", &[("FAKE_CUDA_MEMORY", "6000")]);
+    assert!(place.stats().get("most_device_bytes") <= 6000);
+    // With more threads than there is room for, some wait.
+    place.same_mask("BASE --k 3 --threads 8", &[("FAKE_CUDA_MEMORY", "3000")]);
+    let output = place.run("mask BASE --k 3 -o m --device cuda --threads 1", &[("FAKE_CUDA_MEMORY", "300")]);
+    assert_eq!(code(&output), 5);
+    let said = stderr(&output);
+    assert!(
+        said.starts_with("error: GPU 0: choosing in rows needs ") && said.contains("bytes of device memory, "),
+        "{said}"
+    );
+    assert!(said.ends_with("hint: --device cpu does the same without the GPU\n"), "{said}");
+    assert!(!place.path("m").exists());
+}
+
+#[test]
+fn a_kernel_that_fails_is_named_and_nothing_is_written() {
+    let Some(place) = Place::new() else { return };
+    for nth in ["1", "2", "9"] {
+        let output = place.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_FAIL", nth)]);
+        let said = stderr(&output);
+        assert_eq!(code(&output), 5, "{said}");
+        assert!(
+            said.contains("GPU 0: kernel `topk_warp_u16`") && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
+            "{said}"
+        );
+        assert!(!place.path("m").exists());
+    }
+}
+
+#[test]
+fn a_wrong_result_is_found() {
+    let Some(place) = Place::new() else { return };
+    // Whatever memory held before is no choice of columns.
+    let output = place.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_SKIP", "1")]);
+    let said = stderr(&output);
+    assert_eq!(code(&output), 5, "{said}");
+    assert!(said.contains("gave a wrong result: row 0 of ") && said.contains("columns do not ascend"), "{said}");
+    // An older answer to the same question is one, and only the CPU can tell.
+    let variables = [("FAKE_CUDA_SKIP", "10")];
+    let unchecked = place.run("mask BASE --k 1 -o m --device cuda --threads 1", &variables);
+    assert_eq!(code(&unchecked), 0, "{}", stderr(&unchecked));
+    let checked = place.run("mask BASE --k 1 -o n --device cuda --threads 1 --check=1", &variables);
+    assert_eq!(code(&checked), 5);
+    assert!(stderr(&checked).contains("other columns are the largest"), "{}", stderr(&checked));
+    assert!(!place.path("n").exists());
+}
+
+#[test]
+fn a_nan_is_named_as_on_the_cpu() {
+    let Some(place) = Place::new() else { return };
+    let mut writer = TensorFileWriter::create(&place.path("nan.safetensors"), Existing::Keep).unwrap();
+    let id = writer.add_tensor("w.weight".to_owned(), Dtype::F16);
+    let values = (0..3000).map(|i| if i >= 2710 && i % 5 == 0 { f64::NAN } else { 1.0 });
+    writer.append(id, &bytes_of(Dtype::F16, values)).unwrap();
+    writer.finish_tensor(id, vec![30, 100]);
+    writer.finish(&Context::default(), &Default::default()).unwrap();
+    for k in [1, 3, 50] {
+        let [cpu, gpu] = ["cpu", "cuda"]
+            .map(|device| place.run(&format!("mask nan.safetensors --targets w --k {k} -o m --device {device}"), &[]));
+        assert_eq!((code(&gpu), stderr(&gpu)), (3, stderr(&cpu)));
+        assert!(stderr(&gpu).contains("row 27, column 10: the weight is not a number"), "{}", stderr(&gpu));
+    }
+}
+
+#[test]
+fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
+    let Some(place) = Place::new() else { return };
+    for line in ["--k 2 --score random", "--k 2 --scope tensor"] {
+        let output = place.run(&format!("mask BASE {line} --force -o m --device cuda"), &[]);
+        assert_eq!(code(&output), 0);
+        assert!(stderr(&output).starts_with("note: rows chosen on the CPU: all; "), "{}", stderr(&output));
+    }
+    let output = place.run("diff BASE BASE --device cuda", &[]);
+    assert_eq!(stderr(&output), "note: this command does all its work on the CPU\n");
+    // Without being asked, nobody looks for a GPU.
+    let output = place.run("mask BASE --k 2 --force -o m -v", &[]);
+    assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_machine_says_why_its_gpu_cannot_be_used() {
+    let Some(place) = Place::new() else { return };
+    let told = |variables: &[(&str, &str)]| {
+        let output = place.run("inspect --devices", variables);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
+    };
+    let line = |output: &str, expected: &str| assert!(output.contains(expected), "{output}");
+    line(&told(&[]), "cuda:0  Fake GPU 0  compute capability 9.0  1.07 GB  can be used");
+    line(&told(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
+    line(&told(&[("FAKE_CUDA_VERSION", "11080")]), "the driver speaks CUDA 11.8; 12.0 (driver 525) or newer is needed");
+    line(&told(&[("FAKE_CUDA_MAJOR", "7")]), "compute capability 7.0; 8.0 (Ampere) or newer is needed");
+    let stub = stub_driver(&place);
+    let stub = stub.to_str().unwrap();
+    line(&told(&[("LD_LIBRARY_PATH", stub)]), "the driver lacks cuCtxGetCurrent (35 of the functions needed)");
+    let refused = |line: &str, variables: &[(&str, &str)]| {
+        let output = place.run(line, variables);
+        assert_eq!(code(&output), 2, "{}", stderr(&output));
+        assert!(!place.path("m").exists());
+        stderr(&output)
+    };
+    let mask = "mask BASE --k 1 -o m --device cuda";
+    line(
+        &refused(mask, &[("FAKE_CUDA_DEVICES", "0")]),
+        "error: no GPU can be used: the driver found no device\nhint: ",
+    );
+    line(&refused(mask, &[("LD_LIBRARY_PATH", stub)]), "error: no GPU can be used: the driver lacks cuCtxGetCurrent");
+    line(&refused(&format!("{mask}:3"), &[]), "error: there is no GPU 3: only GPU 0 was found");
+    // Where the machine has no driver of its own.
+    let nothing = told(&[("LD_LIBRARY_PATH", "")]);
+    if nothing.contains("NVIDIA driver  for CUDA") {
+        eprintln!("skipped: this machine has a driver");
+    } else {
+        line(&nothing, "no GPU can be used  there is no NVIDIA driver (libcuda.so.1 was not found)");
+        line(&refused(mask, &[("LD_LIBRARY_PATH", "")]), "error: no GPU can be used: there is no NVIDIA driver");
+    }
+}
+
+/// A library by the driver's name that can do next to nothing.
+fn stub_driver(place: &Place) -> PathBuf {
+    let folder = place.path("stub");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("stub.cpp"), "extern \"C\" int cuInit(unsigned) { return 0; }\n").unwrap();
+    let compiler = driver::compiler().expect("the fake driver was built");
+    let mut command = Command::new(compiler);
+    command.args(["-shared", "-fPIC", "-o", "libcuda.so", "stub.cpp"]).current_dir(&folder);
+    assert!(command.status().unwrap().success());
+    folder
+}

@@ -1,0 +1,111 @@
+//! The kernels' tests again in other circumstances, each a process of its own.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use crate::driver::{self, Build};
+
+/// Runs the tests of `kernels` in a process with other variables.
+fn kernels_with(folder: &Path, variables: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(std::env::current_exe().expect("tests know where they are"));
+    command.args(["kernels::", "--test-threads=1", "--skip=greatest_length"]).env("NEUROADA_TEST_DRIVER", folder);
+    command.envs(variables.iter().copied()).output().expect("tests can run tests")
+}
+
+fn assert_passed(output: &Output) {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
+    assert!(out.contains("test result: ok. ") && !out.contains("ok. 0 passed"), "{out}");
+}
+
+#[test]
+fn kernels_do_not_depend_on_the_order_of_threads() {
+    if driver::is_real() {
+        return;
+    }
+    let Some(folder) = driver::folder(Build::Fast) else { return };
+    assert_passed(&kernels_with(&folder, &[("FAKE_CUDA_REVERSE", "1")]));
+}
+
+#[test]
+fn kernels_touch_nothing_beyond_their_memory() {
+    if driver::is_real() {
+        return;
+    }
+    let Some(folder) = driver::folder(Build::Sanitized) else { return };
+    let Some(runtime) = sanitizer() else { return };
+    let options = "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0";
+    let variables = [("LD_PRELOAD", runtime.to_str().expect("a path in words")), ("ASAN_OPTIONS", options)];
+    assert_passed(&kernels_with(&folder, &variables));
+    // And the sanitizer is awake: a driver told to, touches what it must not.
+    let output = kernels_with(&folder, &[variables[0], variables[1], ("FAKE_CUDA_OVERRUN", "1")]);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && err.contains("heap-buffer-overflow"), "{err}");
+}
+
+/// The runtime that must be loaded before all else.
+fn sanitizer() -> Option<PathBuf> {
+    let output = Command::new(driver::compiler()?).arg("-print-file-name=libasan.so").output().ok()?;
+    let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+    if !path.is_absolute() {
+        eprintln!("skipped: the compiler has no shared AddressSanitizer");
+        return None;
+    }
+    Some(path.canonicalize().unwrap_or(path))
+}
+
+/// Runs a kernel of `misuse.cpp`; what the shim said before it gave up.
+fn misuse(which: &str) -> Option<String> {
+    let compiler = driver::compiler()?;
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let program = folder.path().join("misuse");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu/misuse.cpp");
+    let built = Command::new(compiler).args(["-std=c++17", "-O1", "-o"]).arg(&program).arg(source).output();
+    let built = built.expect("the compiler was just seen to run");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let output = Command::new(&program).arg(which).output().expect("what was built runs");
+    assert!(!output.status.success(), "{which} is not noticed");
+    Some(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn barriers_and_exchanges_that_not_all_reach_are_noticed() {
+    let said = |which: &str, expected: &str| {
+        let Some(said) = misuse(which) else { return };
+        assert!(said.contains(expected), "{which}: {said}");
+    };
+    said("barrier_after_return", "__syncthreads, and the others have left");
+    said("barrier_in_branch", "nobody can go on");
+    said("shuffle_in_branch", "nobody can go on");
+    said("ballot_against_shuffle", "lanes of a warp wait for different exchanges");
+    said("shuffle_after_return", "an exchange of a warp, of which lanes have left");
+}
+
+#[test]
+fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
+    let text =
+        |path: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("sources are there");
+    let driver = text("tests/gpu/fake_driver.cpp");
+    let defined = driver.lines().filter_map(|line| line.strip_prefix("API ")?.split('(').next());
+    let mut defined: Vec<&str> = defined.collect();
+    let device = text("src/gpu/launch/device.rs");
+    let list = device.split("const SYMBOLS").nth(1).expect("the list is there").split("];").next().expect("it ends");
+    let mut asked: Vec<&str> = list.split('"').skip(1).step_by(2).collect();
+    defined.sort_unstable();
+    asked.sort_unstable();
+    assert_eq!(defined, asked);
+}
+
+#[test]
+fn every_kernel_of_the_sources_is_in_the_ptx() {
+    for name in ["topk", "score", "patch", "low_rank"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/gpu/kernels/ptx/{name}.ptx"));
+        let ptx = fs::read_to_string(&path).expect("PTX is committed");
+        // What drivers from 525 on read, for devices from compute capability 8.0 on.
+        assert!(ptx.contains("\n.version 8.0\n.target sm_80\n"), "{}", path.display());
+        assert!(ptx.contains(".visible .entry "), "{}", path.display());
+    }
+}
