@@ -39,12 +39,12 @@ fn a_missing_file_is_named() {
 }
 
 #[test]
-fn a_gpu_is_refused_in_words() {
-    assert_snapshot!(Place::new().run("inspect x --device cuda:0"), @r"
+fn a_device_that_is_none_is_refused_in_words() {
+    assert_snapshot!(Place::new().run("inspect x --device cuda:x"), @r"
     exit: 2
     --- stdout
     --- stderr
-    error: invalid value 'cuda:0' for '--device <DEVICE>': this build has no GPU support; use auto or cpu
+    error: invalid value 'cuda:x' for '--device <DEVICE>': expected auto, cpu, cuda or cuda:N
 
     For more information, try '--help'.
     ");
@@ -123,9 +123,17 @@ fn help_lists_commands_options_and_exit_codes() {
               [default: auto]
 
           --device <DEVICE>
-              Where the work is done: auto or cpu
+              Where the work is done: auto, cpu, cuda or cuda:N
+              
+              `mask` chooses on a GPU where it is asked for one; all else is done on the CPU, and so is
+              everything with auto. Results are the same bytes. `inspect --devices` tells what there is.
               
               [default: auto]
+
+          --gpu-memory <SIZE>
+              Memory of the GPU to stay within
+              
+              [default: 1G]
 
           --json
               Print the report as one JSON document
