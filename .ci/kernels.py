@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "src/gpu/kernels"
 VENV = ROOT / "target/kernels"
 WHEELS = ["nvidia-cuda-nvrtc-cu12==12.0.140", "nvidia-cuda-nvcc==13.0.88"]
-OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "--fmad=false", "--extra-device-vectorization", f"-I{KERNELS}"]
+OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "--fmad=false", "--extra-device-vectorization", "-default-device", f"-I{KERNELS}"]
 GENERATIONS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 

@@ -225,6 +225,10 @@ template <class T> T __shfl_down_sync(unsigned, T value, unsigned distance) {
     unsigned turn = sim::show(value, sim::SHUFFLE), lane = sim::current % 32;
     return lane + distance < 32 ? sim::shown_by<T>(lane + distance, turn) : value;
 }
+template <class T> T __shfl_up_sync(unsigned, T value, unsigned distance) {
+    unsigned turn = sim::show(value, sim::SHUFFLE), lane = sim::current % 32;
+    return lane >= distance ? sim::shown_by<T>(lane - distance, turn) : value;
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned turn = sim::show(vote, sim::BALLOT), votes = 0;
     for (unsigned lane = 0; lane < 32; lane++) votes |= sim::shown_by<unsigned>(lane, turn) << lane;
@@ -253,6 +257,7 @@ inline unsigned __float_as_uint(float x) {
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 inline unsigned __vmaxu2(unsigned a, unsigned b) {
     unsigned low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff, high = (a >> 16) > (b >> 16) ? a >> 16 : b >> 16;
     return high << 16 | low;

@@ -219,31 +219,37 @@ __device__ __forceinline__ void top1_warp(const Key* rows, u32 n_rows, u32 d_in,
     if (lane == 0) columns[row] = P::column(best);
 }
 
-// Any k: one block per row. The k-th largest key is found eight bits at a time from counts in shared memory; a last pass
-// writes what lies above it, and of its equals the first. All passes but the first find the row in the cache.
-// Launch: 256 threads, one block per row; shared memory: 256 counts, 16 sums and 2 results, of 4 bytes each.
-template <class Key>
-__device__ __forceinline__ void topk_block(const Key* rows, u32 d_in, u32 k, u32 mask, u32 largest, u32* columns,
-                                           u64* first_nan) {
-    SHARED_BYTES(shared);
-    u32* counts = (u32*)shared;
-    u32* above_of = counts + 256; // per warp
-    u32* ties_of = above_of + 8;  // per warp
-    u32* found = ties_of + 8;     // the digit, and how many to choose of the keys that begin so
-    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    u64 row = blockIdx.x;
-    const Key* keys = rows + row * d_in;
-    u32 cut = 0, left = k;
+// Hands every key of a row to the thread of a block that it falls to, with its column: 16 bytes at once where rows are aligned.
+template <class Key, class Visit>
+__device__ __forceinline__ void for_each_key(const Key* keys, u32 d_in, u32 mask, Visit visit) {
+    typedef Pack<Key> P;
+    const u32 STEP = 256 * P::PER_LOAD;
+    u32 column = 0;
+    if (is_aligned(keys)) {
+        for (; column + STEP <= d_in; column += STEP) {
+            u32 first = column + threadIdx.x * P::PER_LOAD;
+            uint4 load = *(const uint4*)(keys + first);
+#pragma unroll
+            for (u32 j = 0; j < P::PER_LOAD; j++) visit(P::key_at(load, j, mask), first + j);
+        }
+    }
+    for (column += threadIdx.x; column < d_in; column += 256) visit(keys[column] & mask, column);
+}
+
+// The `left`-th largest of the keys that the threads of a block feed, found eight bits at a time from counts in shared memory;
+// `left` becomes how many of the keys equal to it belong to the largest. `feed(count)` calls `count` with each key of a thread.
+template <class Key, class Feed>
+__device__ __forceinline__ u32 find_cut(u32* counts, u32* found, u32& left, Feed feed) {
+    u32 thread = threadIdx.x, lane = thread % 32;
+    u32 cut = 0;
     for (int shift = 8 * (int)sizeof(Key) - 8; shift >= 0; shift -= 8) {
         counts[thread] = 0;
         __syncthreads();
-        for (u32 column = thread; column < d_in; column += 256) {
-            u32 key = keys[column] & mask;
-            if (key > largest) report_nan(first_nan, row, column);
+        feed([&](u32 key) {
             if ((u64)key >> (shift + 8) == cut) atomicAdd(&counts[key >> shift & 255], 1u);
-        }
+        });
         __syncthreads();
-        if (warp == 0) {
+        if (thread < 32) {
             // A lane has eight digits; `above` counts the keys of all higher lanes.
             u32 mine = 0;
             for (u32 digit = 8 * lane; digit < 8 * lane + 8; digit++) mine += counts[digit];
@@ -265,26 +271,86 @@ __device__ __forceinline__ void topk_block(const Key* rows, u32 d_in, u32 k, u32
         left = found[1];
         __syncthreads();
     }
+    return cut;
+}
+
+// Any k: one block per row. Where k threads hold a key not below a bound, nothing below it is chosen: for k <= 256 the k-th
+// largest of the threads' maxima is one, and few keys are left to count. A last pass writes what lies above the k-th largest
+// key, and of its equals the first. All passes but the first find the row in the cache.
+// Launch: 256 threads, one block per row; shared memory: 256 counts, 16 sums and 2 results, of 4 bytes each.
+template <class Key>
+__device__ __forceinline__ void topk_block(const Key* rows, u32 d_in, u32 k, u32 mask, u32 largest, u32* columns,
+                                           u64* first_nan) {
+    typedef Pack<Key> P;
+    SHARED_BYTES(shared);
+    u32* counts = (u32*)shared;
+    u32* above_of = counts + 256; // per warp
+    u32* ties_of = above_of + 8;  // per warp
+    u32* found = ties_of + 8;     // the digit, and how many to choose of the keys that begin so
+    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    u64 row = blockIdx.x;
+    const Key* keys = rows + row * d_in;
+    u32 most = 0;
+    for_each_key<Key>(keys, d_in, mask, [&](u32 key, u32 column) {
+        if (key > largest) report_nan(first_nan, row, column);
+        most = max_of(most, key);
+    });
+    u32 bound = 0;
+    if (k <= 256) {
+        u32 rank = k;
+        bound = find_cut<Key>(counts, found, rank, [&](auto count) { count(most); });
+    }
+    u32 left = k;
+    u32 cut = find_cut<Key>(counts, found, left, [&](auto count) {
+        for_each_key<Key>(keys, d_in, mask, [&](u32 key, u32) {
+            if (key >= bound) count(key);
+        });
+    });
+    // Tiles in the order of columns; a thread has as many columns next to each other as it loads at once.
     u32* chosen = columns + row * k;
-    u32 n_chosen = 0;
-    for (u32 first = 0; first < d_in && n_chosen < k; first += 256) {
-        u32 column = first + thread;
-        u32 key = column < d_in ? keys[column] & mask : 0;
-        bool is_above = column < d_in && key > cut, is_tie = column < d_in && key == cut;
-        u32 above_votes = __ballot_sync(ALL_LANES, is_above), tie_votes = __ballot_sync(ALL_LANES, is_tie);
-        if (lane == 0) {
-            above_of[warp] = __popc(above_votes);
-            ties_of[warp] = __popc(tie_votes);
+    u32 n_chosen = 0, per = is_aligned(keys) ? P::PER_LOAD : 1;
+    for (u32 tile = 0; tile < d_in && n_chosen < k; tile += 256 * per) {
+        u32 first = tile + thread * per, end = min_of(first + per, d_in);
+        u32 own_above = 0, own_ties = 0; // a bit for each column
+        if (per > 1 && first + per <= d_in) {
+            uint4 load = *(const uint4*)(keys + first);
+#pragma unroll
+            for (u32 j = 0; j < P::PER_LOAD; j++) {
+                u32 key = P::key_at(load, j, mask);
+                own_above |= (u32)(key > cut) << j;
+                own_ties |= (u32)(key == cut) << j;
+            }
+        } else {
+            for (u32 column = first; column < end; column++) {
+                u32 key = keys[column] & mask;
+                own_above |= (u32)(key > cut) << (column - first);
+                own_ties |= (u32)(key == cut) << (column - first);
+            }
+        }
+        // Counts of all lanes up to this one.
+        u32 above = __popc(own_above), ties = __popc(own_ties);
+        for (u32 distance = 1; distance < 32; distance *= 2) {
+            u32 other_above = __shfl_up_sync(ALL_LANES, above, distance), other_ties = __shfl_up_sync(ALL_LANES, ties, distance);
+            if (lane >= distance) above += other_above, ties += other_ties;
+        }
+        if (lane == 31) {
+            above_of[warp] = above;
+            ties_of[warp] = ties;
         }
         __syncthreads();
-        u32 above = 0, ties = 0, all_above = 0, all_ties = 0;
+        above -= __popc(own_above), ties -= __popc(own_ties);
+        u32 all_above = 0, all_ties = 0;
         for (u32 w = 0; w < 8; w++) {
             if (w < warp) above += above_of[w], ties += ties_of[w];
             all_above += above_of[w], all_ties += ties_of[w];
         }
-        u32 lower = (1u << lane) - 1;
-        above += __popc(above_votes & lower), ties += __popc(tie_votes & lower);
-        if (is_above || (is_tie && ties < left)) chosen[n_chosen + above + min_of(ties, left)] = column;
+        for (u32 both = own_above | own_ties; both != 0; both &= both - 1) {
+            u32 j = __ffs(both) - 1;
+            bool is_above = own_above >> j & 1;
+            if (is_above || ties < left) chosen[n_chosen + above + min_of(ties, left)] = first + j;
+            above += is_above;
+            ties += !is_above;
+        }
         n_chosen += all_above + min_of(all_ties, left);
         left -= min_of(all_ties, left);
         __syncthreads();
