@@ -7,7 +7,8 @@
 //!
 //! Imports go down this list, never up:
 //!
-//! - [`merge`], [`diff`], [`extract`], [`combine`] and `train` (feature `train`): what users ask for; they do not import one another
+//! - [`merge`], [`diff`], [`extract`], [`combine`], [`convert`] and `train` (feature `train`): what users ask for; they do not import
+//!   one another
 //! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
@@ -20,6 +21,7 @@ pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
 pub mod combine;
+pub mod convert;
 #[cfg(feature = "train")]
 pub mod data;
 pub mod diff;

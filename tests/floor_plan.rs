@@ -22,6 +22,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("diff", BELOW_COMMANDS),
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
+    ("convert", BELOW_COMMANDS),
     ("train", &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter", "data"]),
     (
         "cli",
@@ -38,6 +39,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "diff",
             "extract",
             "combine",
+            "convert",
             "train",
         ],
     ),

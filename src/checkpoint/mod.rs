@@ -33,9 +33,7 @@ pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gather::gather_rows;
 pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
-#[cfg(feature = "train")]
-pub(crate) use json::open_regular;
-pub(crate) use json::{malformed, read_whole};
+pub(crate) use json::{malformed, open_regular, read_whole};
 pub use lock::{CheckpointLock, in_place_hazards};
 pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};

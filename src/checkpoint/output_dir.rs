@@ -26,6 +26,8 @@ pub struct AtomicDir {
 
 /// What a resumable folder is to become; a later run goes on with it only where this is the same.
 const PLAN_FILE: &str = ".plan";
+/// A folder that has one of these is a checkpoint's or an adapter's, and may be replaced where the user says so.
+const KNOWN_FILES: [&str; 4] = ["model.safetensors", INDEX_FILE, "adapter_config.json", "positions.npy"];
 
 impl AtomicDir {
     /// Begins a folder that will appear at `target`.
@@ -136,12 +138,12 @@ fn check_target(target: &Path, existing: Existing) -> Result<(), CheckpointError
     if existing == Existing::Keep {
         return Err(CheckpointError::OutputExists { path: target.to_owned() });
     }
-    let is_checkpoint = target.join("model.safetensors").exists() || target.join(INDEX_FILE).exists();
+    let is_known = KNOWN_FILES.iter().any(|name| target.join(name).exists());
     let is_empty = || fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-    if meta.is_dir() && (is_checkpoint || is_empty()) {
+    if meta.is_dir() && (is_known || is_empty()) {
         return Ok(());
     }
-    let what = "exists and is no checkpoint's folder; it will not be replaced".to_owned();
+    let what = "exists and is the folder of no checkpoint and no adapter; it will not be replaced".to_owned();
     Err(CheckpointError::Refused { path: target.to_owned(), what })
 }
 

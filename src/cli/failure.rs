@@ -10,6 +10,7 @@ use neuroada_ckpt::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable},
     combine::CombineError,
+    convert::ConvertError,
     diff::DiffError,
     extract::ExtractError,
     mask::MaskError,
@@ -123,6 +124,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(DiffError::kind))
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
         .or_else(|| error.downcast_ref().map(CombineError::kind))
+        .or_else(|| error.downcast_ref().map(ConvertError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| gpu_kind(error))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
@@ -207,6 +209,14 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             ExtractError::Checkpoint(error) => Some(error),
             ExtractError::Adapter(error) => file_error(error),
             ExtractError::Mask(error) => file_error(error),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref() {
+        return match error {
+            ConvertError::Checkpoint(error) => Some(error),
+            ConvertError::Adapter(error) => file_error(error),
+            ConvertError::Mask(error) => file_error(error),
             _ => None,
         };
     }

@@ -9,6 +9,7 @@ use neuroada_ckpt::{
 
 use super::{
     Answer,
+    adopt::adopt,
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count, number, percent},
@@ -25,7 +26,7 @@ use super::{
 pub(super) struct MergeArgs {
     /// Directory or .safetensors file of the base checkpoint
     base: PathBuf,
-    /// Adapter made from that base; =SCALE replaces the scale it carries; may be given several times
+    /// Adapter made from that base, or a sparse one of PEFT, SpIEL or the published code; =SCALE replaces the scale it carries; may be given several times
     #[arg(short, long = "adapter", value_name = "FILE[=SCALE]", required = true)]
     adapters: Vec<String>,
     #[command(flatten)]
@@ -76,6 +77,8 @@ impl OutputArgs {
 
 pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
+    // The folder holds what was converted until it is merged.
+    let (inputs, _folder) = adopt(&args.base, inputs, env)?;
     let options = args.output.options(!args.no_ledger);
     let merged = merge::merge(&env.context(), &args.base, &inputs, &options);
     let report = match merged {

@@ -5,9 +5,11 @@
 //! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
+mod adopt;
 mod card;
 mod combine;
 mod completions;
+mod convert;
 #[cfg(feature = "train")]
 mod data;
 mod device;
@@ -80,6 +82,7 @@ enum Command {
     Extract(extract::ExtractArgs),
     #[cfg(feature = "train")]
     Train(Box<train::TrainArgs>),
+    Convert(convert::ConvertArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -103,6 +106,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Extract(args) => extract::run(args, env),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(*args, env),
+        Command::Convert(args) => convert::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

@@ -5,6 +5,7 @@
 mod adapters;
 mod cluster;
 mod combine;
+mod convert;
 mod diff;
 #[cfg(feature = "train")]
 mod eval;

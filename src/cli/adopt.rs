@@ -1,0 +1,65 @@
+//! Other tools' sparse adapters, given to a command that takes this program's: converted on the way.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use neuroada_ckpt::{
+    adapter::AdapterNotes,
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorRef},
+    convert::{self, BaseValues, ForeignAdapter},
+    merge::{MergeInput, Originals},
+    tensor::{RowColumns, RowLayout},
+};
+use tempfile::TempDir;
+
+use super::env::Env;
+
+/// Values beneath what was merged already.
+struct Beneath(Originals);
+
+impl BaseValues for Beneath {
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        self.0.gather(ctx, tensor, layout, first_row, columns)
+    }
+}
+
+/// Converts every input that is a foreign sparse adapter against `base`; the others stay as they are. What was converted lies in
+/// a temporary folder that goes with the second value.
+pub(super) fn adopt(
+    base: &Path,
+    inputs: Vec<MergeInput>,
+    env: &Env,
+) -> anyhow::Result<(Vec<MergeInput>, Option<TempDir>)> {
+    let ctx = env.context();
+    let (mut adopted, mut opened, mut folder) = (Vec::new(), None, None);
+    for (i, input) in inputs.into_iter().enumerate() {
+        let Some(foreign) = ForeignAdapter::open(&ctx, &input.adapter)? else {
+            adopted.push(input);
+            continue;
+        };
+        if opened.is_none() {
+            let checkpoint = Checkpoint::open(base)?;
+            let beneath = Beneath(Originals::open(&ctx, &checkpoint)?);
+            opened = Some((checkpoint, beneath));
+            folder = Some(TempDir::with_prefix("neuroada-").context("cannot make a temporary folder")?);
+        }
+        let ((checkpoint, beneath), folder) = (opened.as_ref().expect("set"), folder.as_ref().expect("set"));
+        let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let path = folder.path().join(format!("{i}-{name}.safetensors"));
+        let notes = AdapterNotes::default();
+        let report = convert::import(&ctx, &foreign, checkpoint, beneath, &notes, &path, Existing::Keep)?;
+        if !report.exact {
+            let (n, of) = (report.n_rounded, report.n_entries);
+            env.note(&format!("{}: {n} of {of} deltas were rounded, as {} does it", name, report.from));
+        }
+        adopted.push(MergeInput { adapter: path, scale: input.scale });
+    }
+    Ok((adopted, folder))
+}

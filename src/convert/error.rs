@@ -1,0 +1,74 @@
+//! What can go wrong while converting.
+
+use std::path::PathBuf;
+
+use crate::{
+    adapter::AdapterError,
+    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    mask::MaskError,
+    peft::PeftError,
+};
+
+/// What can go wrong while converting; nothing was written.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// A file could not be read or written, or is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Columns could not be read.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+    /// An adapter could not be read or written.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// The folder of a PEFT adapter is not what it should be.
+    #[error(transparent)]
+    Peft(PeftError),
+    /// Tensors that the base does not have as the input needs them.
+    #[error("{}: {} of {n_targets} tensors do not match the base {}:{}", Printable::path(.path), .problems.len(), Printable(.base), indented_list(.problems))]
+    Unmatched {
+        /// The input.
+        path: PathBuf,
+        /// The base's name.
+        base: String,
+        /// Tensors of the input.
+        n_targets: usize,
+        /// One line for each that does not match.
+        problems: Vec<String>,
+    },
+    /// The format asked for cannot hold what the input has.
+    #[error("{}: {what}{}", Printable::path(.path), indented_list(.problems))]
+    Unfit {
+        /// The input.
+        path: PathBuf,
+        /// Which format, and why.
+        what: String,
+        /// One line for each tensor, where it is about tensors.
+        problems: Vec<String>,
+    },
+    /// Foreign formats do not know their base.
+    #[error("{}: an adapter in the format {format} does not know its base", Printable::path(.path))]
+    NoBase {
+        /// The input.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
+    /// A request that makes no sense, whatever the files hold.
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl ConvertError {
+    /// The kind of failure.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::Mask(e) => e.kind(),
+            Self::Adapter(e) => e.kind(),
+            Self::Peft(e) => e.kind(),
+            Self::Unmatched { .. } | Self::Unfit { .. } => ErrorKind::Refused,
+            Self::NoBase { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! From an adapter of this program to foreign formats: what all of them share.
+
+use std::path::Path;
+
+use super::{ConvertError, ConvertReport, ConvertedTensor, Format, npz, peft_write, published, rows::round_to};
+use crate::{
+    adapter::Adapter,
+    checkpoint::{CheckpointError, Context, Existing, Printable},
+    mask::TargetInfo,
+    tensor::{Dtype, RowColumns, dtype_name},
+};
+
+/// Positions and rows that are taken in one piece.
+const RUN: u64 = 1 << 18;
+
+/// Writes `adapter` at `output` in a foreign format.
+///
+/// The adapter's scale is multiplied into the deltas, as a merge does it. Memory: a run of rows.
+///
+/// # Errors
+/// [`ConvertError::Unfit`] lists what the format cannot hold; nothing was written.
+pub fn export(
+    ctx: &Context<'_>,
+    adapter: &Adapter,
+    format: Format,
+    output: &Path,
+    existing: Existing,
+) -> Result<ConvertReport, ConvertError> {
+    let deltas = Deltas { ctx, adapter };
+    ctx.observer.begin("converting", adapter.nnz());
+    let mut report = match format {
+        Format::NeuroAda => {
+            return Err(ConvertError::Usage("the input is an adapter of this program already".to_owned()));
+        }
+        Format::Published => published::write(&deltas, output, existing)?,
+        Format::Npz => npz::write(&deltas, output, existing)?,
+        Format::Shira | Format::SuperTuning | Format::Spiel => peft_write::write(&deltas, format, output, existing)?,
+    };
+    report.base = Some(adapter.base().name.clone());
+    report.id = Some(adapter.id(ctx)?.to_string());
+    Ok(report)
+}
+
+/// An adapter's deltas as a merge adds them.
+pub(super) struct Deltas<'a> {
+    pub(super) ctx: &'a Context<'a>,
+    pub(super) adapter: &'a Adapter,
+}
+
+/// Rounds deltas to the type they are written in, and remembers what that cost.
+pub(super) struct Rounder {
+    dtype: Dtype,
+    n_rounded: u64,
+    largest_error: f64,
+}
+
+impl Rounder {
+    pub(super) fn new(dtype: Dtype) -> Self {
+        Self { dtype, n_rounded: 0, largest_error: 0.0 }
+    }
+
+    /// Appends `x` as it is written.
+    pub(super) fn push(&mut self, x: f64, into: &mut Vec<u8>) {
+        let stored = match self.dtype {
+            Dtype::F64 => {
+                into.extend(x.to_le_bytes());
+                x
+            }
+            dtype => {
+                let rounded = round_to(dtype, x);
+                match dtype {
+                    Dtype::BF16 => into.extend(half::bf16::from_f32(rounded).to_le_bytes()),
+                    Dtype::F16 => into.extend(half::f16::from_f32(rounded).to_le_bytes()),
+                    _ => into.extend(rounded.to_le_bytes()),
+                }
+                f64::from(rounded)
+            }
+        };
+        if stored != x {
+            self.n_rounded += 1;
+            self.largest_error = self.largest_error.max((stored - x).abs());
+        }
+    }
+}
+
+impl Deltas<'_> {
+    /// Hands a target's deltas on, a run of rows at a time: the first row, columns, and deltas times the scale.
+    pub(super) fn for_each_run(
+        &self,
+        target: &TargetInfo,
+        mut take: impl FnMut(u64, &RowColumns, &[f64]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let (ctx, adapter) = (self.ctx, self.adapter);
+        let scale = adapter.scale();
+        for range in adapter.row_ranges(ctx, target, RUN)? {
+            ctx.check()?;
+            let rows = adapter.read_rows(ctx, target, range.clone())?;
+            let scaled: Vec<f64> = match target.dtype {
+                Dtype::F64 => rows.values.iter().map(|&x| f64::from(x) * scale).collect(),
+                // A merge multiplies in f32: this is what it adds.
+                _ => rows.values.iter().map(|&x| f64::from(x * scale as f32)).collect(),
+            };
+            if let Some(at) = scaled.iter().position(|x| !x.is_finite()) {
+                let row = range.start + rows.columns.row_of(at) as u64;
+                let what = format!("row {row}: the delta times the scale {scale} is {}", scaled[at]);
+                return Err(CheckpointError::bad_tensor(adapter.path(), &target.name, what).into());
+            }
+            take(range.start, &rows.columns, &scaled)?;
+        }
+        Ok(())
+    }
+
+    /// What becomes of a target whose deltas are written once each.
+    pub(super) fn converted(&self, target: &TargetInfo, rounder: &Rounder) -> ConvertedTensor {
+        ConvertedTensor {
+            tensor: target.name.clone(),
+            dtype: dtype_name(self.adapter.values_dtype(target)),
+            stored_dtype: dtype_name(rounder.dtype),
+            n_entries: target.nnz,
+            n_written: target.nnz,
+            n_summed: 0,
+            n_padding: 0,
+            n_rounded: rounder.n_rounded,
+            largest_error: rounder.largest_error,
+        }
+    }
+
+    /// Fails where some target is no plain matrix as stored, which the format needs.
+    pub(super) fn need_matrices(&self, format: Format) -> Result<(), ConvertError> {
+        let problem = |target: &TargetInfo| {
+            let name = Printable(&target.name);
+            if target.transposed {
+                return Some(format!("\"{name}\": stored as [d_in, d_out]"));
+            }
+            (target.shape.len() != 2).then(|| format!("\"{name}\": shape {:?} is a stack of matrices", target.shape))
+        };
+        self.need(format, "holds plain matrices only:", problem)
+    }
+
+    /// Fails with all problems that targets have.
+    pub(super) fn need(
+        &self,
+        format: Format,
+        what: &str,
+        problem: impl Fn(&TargetInfo) -> Option<String>,
+    ) -> Result<(), ConvertError> {
+        let problems: Vec<String> = self.adapter.targets().iter().filter_map(problem).collect();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let what = format!("the format {} {what}", format.name());
+        Err(ConvertError::Unfit { path: self.adapter.path().to_owned(), what, problems })
+    }
+}

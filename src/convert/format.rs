@@ -1,0 +1,77 @@
+//! Formats, and how a path is recognised as one.
+
+use std::{fs, path::Path};
+
+use super::{ConvertError, foreign::ForeignAdapter, input::Input, npz, peft_read, published};
+use crate::{
+    checkpoint::{CheckpointError, Context},
+    peft::{PEFT_CONFIG, PeftConfig},
+};
+
+/// What an adapter can lie on disk as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// A safetensors file of this program.
+    NeuroAda,
+    /// A folder of the published NeuroAda code.
+    Published,
+    /// Coordinates in a file of `numpy.savez`.
+    Npz,
+    /// PEFT's SHiRA.
+    Shira,
+    /// PEFT's Super-Tuning.
+    SuperTuning,
+    /// SpIEL, as its fork of PEFT saves it.
+    Spiel,
+}
+
+impl Format {
+    /// The word for it on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NeuroAda => "neuroada",
+            Self::Published => "published",
+            Self::Npz => "npz",
+            Self::Shira => "shira",
+            Self::SuperTuning => "supertuning",
+            Self::Spiel => "spiel",
+        }
+    }
+
+    /// Recognises a foreign adapter by its content; `None` for everything else.
+    ///
+    /// # Errors
+    /// A path that is not there, or a PEFT adapter's config that cannot be read.
+    pub fn of(path: &Path) -> Result<Option<Self>, ConvertError> {
+        let meta = fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))?;
+        if meta.is_dir() {
+            if path.join(published::POSITIONS).exists() {
+                return Ok(Some(Self::Published));
+            }
+            let config = path.join(PEFT_CONFIG);
+            if !config.exists() {
+                return Ok(None);
+            }
+            return Ok(peft_read::format_of(PeftConfig::open(&config)?.peft_type()));
+        }
+        let input = Input::open(path)?;
+        let mut first = [0; 4];
+        let is_zip = input.n_bytes() >= 4 && input.read_at(&mut first, 0).is_ok() && first == *b"PK\x03\x04";
+        Ok(is_zip.then_some(Self::Npz))
+    }
+}
+
+impl ForeignAdapter {
+    /// Opens a foreign adapter, whatever its format; `None` where `path` is none.
+    ///
+    /// # Errors
+    /// What is wrong with its files.
+    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Option<Self>, ConvertError> {
+        match Format::of(path)? {
+            None | Some(Format::NeuroAda) => Ok(None),
+            Some(Format::Npz) => Ok(Some(npz::open(ctx, path)?)),
+            Some(Format::Shira | Format::SuperTuning | Format::Spiel) => Ok(Some(peft_read::open(path)?)),
+            Some(Format::Published) => Ok(Some(published::open(ctx, path)?)),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! From a foreign adapter to one of this program.
+
+use std::{collections::BTreeMap, path::Path};
+
+use super::{
+    ConvertError, ConvertReport, ConvertedTensor,
+    foreign::{ForeignAdapter, Matched},
+    rows::{Counts, Rows, Run},
+};
+use crate::{
+    adapter::{Adapter, AdapterNotes, AdapterWriter},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorRef, gather_rows},
+    mask::{BaseInfo, Recipe},
+    tensor::{Dtype, RowColumns, RowLayout, dtype_name},
+};
+
+/// Where the base's values come from: its file, or what lies beneath the merges in it.
+pub trait BaseValues {
+    /// The values of `tensor` at the chosen columns of the rows from `first_row` on, a multiple of 64, as they are stored.
+    ///
+    /// # Errors
+    /// A failure to read.
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError>;
+}
+
+/// A base is what its file holds, unless something was merged into it.
+impl BaseValues for Checkpoint {
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        gather_rows(ctx, tensor, layout, first_row, columns)
+    }
+}
+
+/// Writes `foreign` as an adapter for `base` at `output`.
+///
+/// The adapter knows its base as every other does: by the values at its positions, which foreign formats do not keep. So the base
+/// given here is believed to be the right one; that all positions lie inside its tensors is checked. Entries of one position
+/// are summed; the report says for each tensor whether anything was rounded.
+///
+/// `values` are mostly the base's own; of a base that holds merges they are what the merges left untouched.
+///
+/// Memory: a run of rows, whatever the order of the entries.
+///
+/// # Errors
+/// [`ConvertError::Unmatched`], a position outside of its tensor, a delta that is not finite; nothing was written.
+pub fn import(
+    ctx: &Context<'_>,
+    foreign: &ForeignAdapter,
+    base: &Checkpoint,
+    values: &dyn BaseValues,
+    notes: &AdapterNotes,
+    output: &Path,
+    existing: Existing,
+) -> Result<ConvertReport, ConvertError> {
+    let matched = foreign.matched(base)?;
+    let mut writer = AdapterWriter::create(output, existing, Dtype::F32)?;
+    let mut tensors = Vec::new();
+    ctx.observer.begin("converting", matched.iter().map(|matched| matched.target.n()).sum());
+    for target in &matched {
+        tensors.push(write_target(ctx, &mut writer, target, values)?);
+    }
+    foreign.unchanged()?;
+    base.unchanged()?;
+    let extra = BTreeMap::from([("converted_from".to_owned(), foreign.format().name().to_owned())]);
+    let recipe = Recipe { extra, ..Recipe::custom() };
+    writer.finish(ctx, 1.0, &recipe, &BaseInfo::of(base), notes)?;
+    let adapter = Adapter::open(output)?;
+    let mut report = ConvertReport::new(foreign.format().name(), "neuroada", tensors);
+    report.base = Some(base.name());
+    report.id = Some(adapter.id(ctx)?.to_string());
+    report.n_bytes = adapter.n_bytes();
+    Ok(report)
+}
+
+fn write_target(
+    ctx: &Context<'_>,
+    writer: &mut AdapterWriter,
+    matched: &Matched<'_>,
+    base: &dyn BaseValues,
+) -> Result<ConvertedTensor, ConvertError> {
+    let Matched { target, tensor, layout, values } = *matched;
+    let rows = Rows::survey(ctx, matched)?;
+    let runs = rows.runs();
+    let (mut per_row, mut n_deltas, mut counts) = (None, 0, Counts::default());
+    let mut only: Option<Run> = None;
+    // Once to know whether all rows have as many columns, which the header says, and once to write.
+    for range in &runs {
+        let run = rows.load(ctx, range)?;
+        n_deltas += run.columns.nnz() as u64;
+        counts.add(run.counts);
+        for row in 0..run.columns.n_rows() {
+            let n = run.columns.row(row).len();
+            let (fewest, most) = per_row.unwrap_or((n, n));
+            per_row = Some((n.min(fewest), n.max(most)));
+        }
+        only = (runs.len() == 1).then_some(run);
+    }
+    let uniform_k = per_row.filter(|(fewest, most)| fewest == most && *most > 0).map(|(k, _)| k as u64);
+    writer.store_as(values);
+    writer.begin_target(&tensor.info.name, tensor.info.dtype, &tensor.info.shape, false, uniform_k)?;
+    for range in &runs {
+        let run = match only.take() {
+            Some(run) => run,
+            None => rows.load(ctx, range)?,
+        };
+        let base_values = base.gather(ctx, tensor, layout, range.start, &run.columns)?;
+        writer.push_rows(&run.columns, &run.values, &base_values)?;
+    }
+    writer.end_target(None);
+    ctx.observer.advance(target.n());
+    Ok(ConvertedTensor {
+        tensor: tensor.info.name.clone(),
+        dtype: dtype_name(target.values.dtype),
+        stored_dtype: dtype_name(values),
+        n_entries: target.n(),
+        n_written: n_deltas,
+        n_summed: counts.n_summed,
+        n_padding: counts.n_dropped,
+        n_rounded: counts.n_rounded,
+        largest_error: counts.largest_error,
+    })
+}

@@ -1,0 +1,153 @@
+//! Coordinates in a file of NumPy's `savez`: for each tensor `T`
+//!
+//! - `T.rows`, `T.cols`: integers `[n]`, where in the tensor as stored; of a stack of matrices, rows count through all of them
+//! - `T.values`: floats `[n]`, what is added there
+//! - `T.shape`: integers, the tensor's shape; may be missing
+//!
+//! so that `scipy.sparse.coo_array((z["T.values"], (z["T.rows"], z["T.cols"])), z["T.shape"])` is the delta.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use super::{
+    ConvertError, ConvertReport, Format,
+    elements::Elements,
+    export::{Deltas, Rounder},
+    foreign::{ForeignAdapter, ForeignTarget, Positions, Rounding},
+    input::Input,
+    npy::Header,
+    zip::{Zip, ZipWriter},
+};
+use crate::{
+    checkpoint::{AtomicFile, CheckpointError, Context, Existing, Printable},
+    mask::TargetInfo,
+    tensor::Dtype,
+};
+
+/// The arrays of a tensor.
+const PARTS: [&str; 4] = ["rows", "cols", "values", "shape"];
+
+/// Opens a file of coordinates.
+///
+/// # Errors
+/// Arrays that belong to no tensor, or are missing, all listed; what is wrong with the zip file or an array.
+pub(super) fn open(ctx: &Context<'_>, path: &Path) -> Result<ForeignAdapter, CheckpointError> {
+    let input = Arc::new(Input::open(path)?);
+    let zip = Zip::open(&input)?;
+    let mut problems = Vec::new();
+    let mut arrays: BTreeMap<&str, [Option<Header>; 4]> = BTreeMap::new();
+    for entry in zip.entries() {
+        let split = entry.name.strip_suffix(".npy").and_then(|name| name.rsplit_once('.'));
+        let part = split.and_then(|(_, part)| PARTS.iter().position(|known| *known == part));
+        let (Some((tensor, _)), Some(part)) = (split, part) else {
+            problems.push(format!("`{}` is none of T.rows, T.cols, T.values, T.shape", Printable(&entry.name)));
+            continue;
+        };
+        zip.prove(ctx, &input, entry)?;
+        let header = Header::read(&input, entry.data.clone())?;
+        arrays.entry(tensor).or_default()[part] = Some(header);
+    }
+    let mut targets = Vec::new();
+    for (name, [rows, columns, values, shape]) in arrays {
+        match (rows, columns, values) {
+            (Some(rows), Some(columns), Some(values)) => match target(&input, name, [rows, columns, values], shape) {
+                Ok(target) => targets.push(target),
+                Err(what) => problems.push(format!("\"{}\": {what}", Printable(name))),
+            },
+            _ => problems.push(format!("\"{}\": needs rows, cols and values", Printable(name))),
+        }
+    }
+    if !problems.is_empty() {
+        let what = "not a file of coordinates".to_owned();
+        return Err(CheckpointError::Many { path: path.to_owned(), what, problems });
+    }
+    ForeignAdapter { path: path.to_owned(), format: Format::Npz, targets, inputs: vec![input] }.checked()
+}
+
+fn target(input: &Arc<Input>, name: &str, arrays: [Header; 3], shape: Option<Header>) -> Result<ForeignTarget, String> {
+    let elements = |header: &Header| {
+        let dtype = header.dtype.ok_or("an array's elements are no numbers that are read here")?;
+        match header.shape[..] {
+            [n] => Ok(Elements { input: Arc::clone(input), dtype, start: header.data_start, stride: 1, n }),
+            _ => Err(format!("an array has shape {:?}, one dimension is needed", header.shape)),
+        }
+    };
+    let [rows, columns, values] = &arrays;
+    let shape = shape.map(|header| {
+        let sizes = elements(&header)?;
+        let mut shape = Vec::new();
+        if !sizes.are_positions() || sizes.n > 8 {
+            return Err("its shape is no list of sizes".to_owned());
+        }
+        sizes.positions(0..sizes.n, &mut shape).map_err(|e| e.to_string())?;
+        Ok(shape)
+    });
+    Ok(ForeignTarget {
+        name: name.to_owned(),
+        positions: Positions::Pairs(elements(rows)?, elements(columns)?),
+        values: elements(values)?,
+        shape: shape.transpose()?,
+        rounding: Rounding::None,
+        has_padding: false,
+    })
+}
+
+/// Writes a file of coordinates: 64-bit positions, float32 deltas (float64 for such weights).
+pub(super) fn write(deltas: &Deltas<'_>, output: &Path, existing: Existing) -> Result<ConvertReport, ConvertError> {
+    let file = AtomicFile::create(output, existing)?;
+    let io = |e| CheckpointError::io("write", output, e);
+    let mut zip = ZipWriter::new(file.file());
+    let mut tensors = Vec::new();
+    for target in deltas.adapter.targets() {
+        let mut rounder = Rounder::new(if target.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 });
+        for part in PARTS {
+            zip.begin(&format!("{}.{part}.npy", target.name)).map_err(io)?;
+            if part == "shape" {
+                let bytes: Vec<u8> = target.shape.iter().flat_map(|size| size.to_le_bytes()).collect();
+                zip.write(&Header::write("<i8", &[target.shape.len() as u64])).map_err(io)?;
+                zip.write(&bytes).map_err(io)?;
+            } else {
+                write_array(deltas, target, part, &mut rounder, &mut zip, output)?;
+            }
+            zip.end().map_err(io)?;
+        }
+        tensors.push(deltas.converted(target, &rounder));
+        deltas.ctx.observer.advance(target.nnz);
+    }
+    zip.finish().map_err(io)?;
+    let mut report = ConvertReport::new("neuroada", Format::Npz.name(), tensors);
+    report.n_bytes = file.file().metadata().map_err(io)?.len();
+    file.commit()?;
+    Ok(report)
+}
+
+fn write_array(
+    deltas: &Deltas<'_>,
+    target: &TargetInfo,
+    part: &str,
+    rounder: &mut Rounder,
+    zip: &mut ZipWriter<'_>,
+    output: &Path,
+) -> Result<(), ConvertError> {
+    let io = |e| CheckpointError::io("write", output, e);
+    let descr = match (part, target.dtype) {
+        ("values", Dtype::F64) => "<f8",
+        ("values", _) => "<f4",
+        _ => "<i8",
+    };
+    zip.write(&Header::write(descr, &[target.nnz])).map_err(io)?;
+    let width = target.shape.last().copied().unwrap_or(1);
+    deltas.for_each_run(target, |first_row, columns, values| {
+        let mut bytes = Vec::with_capacity(8 * values.len());
+        if part == "values" {
+            values.iter().for_each(|&x| rounder.push(x, &mut bytes));
+        } else {
+            for i in 0..columns.n_rows() {
+                for &column in columns.row(i) {
+                    let flat = target.layout.flat(first_row + i as u64, u64::from(column));
+                    bytes.extend((if part == "rows" { flat / width } else { flat % width }).to_le_bytes());
+                }
+            }
+        }
+        Ok(zip.write(&bytes).map_err(io)?)
+    })
+}

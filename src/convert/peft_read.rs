@@ -1,0 +1,152 @@
+//! Sparse adapters of PEFT and of its SpIEL fork: a folder with a config, and for each module `M` two tensors,
+//!
+//! - SHiRA: `M.shira_weight` `[n]` and `M.shira_indices` `[2, n]`, rows and columns
+//! - Super-Tuning: `M.supertuning_values` `[n]` and `M.supertuning_indices` `[n]`, row times width plus column
+//! - SpIEL: `M.sft_delta.values` `[n]` and `M.sft_delta.indices` `[n]`, the same
+//!
+//! Sources: PEFT 0.21, `peft/tuners/shira` and `peft/tuners/supertuning`; <https://github.com/AlanAnsell/peft>, `tuners/sft`.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use super::{
+    ConvertError, Format,
+    elements::Elements,
+    foreign::{ForeignAdapter, ForeignTarget, Positions, Rounding},
+    input::Input,
+};
+use crate::{
+    checkpoint::{CheckpointError, Printable, Shard, TensorInfo},
+    peft::{PeftConfig, PeftError, PeftFolder, PeftName, PeftType},
+};
+
+/// What tells the three formats apart.
+struct Parts {
+    prefix: &'static str,
+    values: &'static str,
+    positions: &'static str,
+}
+
+fn parts(format: Format) -> Parts {
+    match format {
+        Format::Shira => Parts { prefix: "shira_", values: "shira_weight", positions: "shira_indices" },
+        Format::SuperTuning => {
+            Parts { prefix: "supertuning_", values: "supertuning_values", positions: "supertuning_indices" }
+        }
+        _ => Parts { prefix: "sft_delta", values: "sft_delta.values", positions: "sft_delta.indices" },
+    }
+}
+
+/// The format of a PEFT adapter that is sparse; none where it is another.
+pub(super) fn format_of(peft_type: &PeftType) -> Option<Format> {
+    match peft_type {
+        PeftType::Shira => Some(Format::Shira),
+        PeftType::SuperTuning => Some(Format::SuperTuning),
+        PeftType::Other(name) if name == "SFT" => Some(Format::Spiel),
+        _ => None,
+    }
+}
+
+/// Opens a PEFT folder.
+///
+/// # Errors
+/// A method that is not sparse, or a form of one that is not implemented, by name; tensors that are no part of it or are missing,
+/// all listed.
+pub(super) fn open(path: &Path) -> Result<ForeignAdapter, ConvertError> {
+    let folder = PeftFolder::open(path)?;
+    let config = folder.config();
+    let format = format_of(config.peft_type()).ok_or_else(|| {
+        let method = Printable(config.peft_type().name()).to_string();
+        let what = format!("is a PEFT adapter of the method {method}, which is no list of positions and deltas");
+        ConvertError::Unfit { path: path.to_owned(), what, problems: Vec::new() }
+    })?;
+    refuse_hybrids(config, format)?;
+    let shard = folder.shard();
+    let input = Arc::new(Input::open(shard.path())?);
+    let parts = parts(format);
+    let mut problems = Vec::new();
+    let mut modules: BTreeMap<String, [Option<&TensorInfo>; 2]> = BTreeMap::new();
+    for info in shard.header().by_name() {
+        let name = PeftName::parse(&info.name, parts.prefix);
+        let part =
+            name.as_ref().and_then(|name| [parts.values, parts.positions].iter().position(|part| *part == name.part));
+        let (Some(name), Some(part)) = (name, part) else {
+            let what = "no part of the method: a tensor trained as a whole is no delta on chosen entries";
+            problems.push(format!("\"{}\": {what}", Printable(&info.name)));
+            continue;
+        };
+        let module = modules.entry(name.module).or_default();
+        if module[part].replace(info).is_some() {
+            problems.push(format!("\"{}\": its module has two of them", Printable(&info.name)));
+        }
+    }
+    let mut targets = Vec::new();
+    for (module, found) in modules {
+        match found {
+            [Some(values), Some(positions)] => match target(&input, shard, format, &module, values, positions) {
+                Ok(target) => targets.push(target),
+                Err(what) => problems.push(format!("module \"{}\": {what}", Printable(&module))),
+            },
+            _ => {
+                let (a, b) = (parts.values, parts.positions);
+                problems.push(format!("module \"{}\": needs both {a} and {b}", Printable(&module)));
+            }
+        }
+    }
+    if !problems.is_empty() {
+        let what = format!("not a whole {} adapter", format.name());
+        return Err(CheckpointError::Many { path: shard.path().to_owned(), what, problems }.into());
+    }
+    Ok(ForeignAdapter { path: path.to_owned(), format, targets, inputs: vec![input] }.checked()?)
+}
+
+/// Fails where the method is combined with another one.
+fn refuse_hybrids(config: &PeftConfig, format: Format) -> Result<(), ConvertError> {
+    if format == Format::SuperTuning
+        && let Some(r) = config.positive("r")?
+    {
+        let what =
+            format!("is a Supra adapter: Super-Tuning with low-rank factors of rank {r} beside it; not implemented");
+        return Err(ConvertError::Unfit { path: config.path().to_owned(), what, problems: Vec::new() });
+    }
+    Ok(())
+}
+
+fn target(
+    input: &Arc<Input>,
+    shard: &Shard,
+    format: Format,
+    module: &str,
+    values: &TensorInfo,
+    positions: &TensorInfo,
+) -> Result<ForeignTarget, String> {
+    let elements = |info: &TensorInfo, nth: u64, n: u64| {
+        let start = shard.file_range(info).start + nth * n * (info.dtype.bitsize() as u64 / 8);
+        Elements { input: Arc::clone(input), dtype: info.dtype, start, stride: 1, n }
+    };
+    let [n] = values.shape[..] else {
+        return Err(format!("deltas have shape {:?}, one dimension is needed", values.shape));
+    };
+    let positions = match (format, &positions.shape[..]) {
+        (Format::Shira, &[2, of]) if of == n => Positions::Pairs(elements(positions, 0, n), elements(positions, 1, n)),
+        (Format::SuperTuning | Format::Spiel, &[of]) if of == n => Positions::Flat(elements(positions, 0, n)),
+        (_, found) => return Err(format!("positions have shape {found:?}, deltas [{n}]")),
+    };
+    Ok(ForeignTarget {
+        name: format!("{module}.weight"),
+        positions,
+        values: elements(values, 0, n),
+        shape: None,
+        // Super-Tuning rounds to the weight's type whenever it applies its values.
+        rounding: if format == Format::SuperTuning { Rounding::ToWeight } else { Rounding::None },
+        has_padding: format != Format::Spiel,
+    })
+}
+
+impl From<PeftError> for ConvertError {
+    fn from(error: PeftError) -> Self {
+        match error {
+            PeftError::Checkpoint(error) => error.into(),
+            other => Self::Peft(other),
+        }
+    }
+}

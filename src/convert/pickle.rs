@@ -1,0 +1,693 @@
+//! Reads the few pickles that torch and NumPy write around tensors, and refuses every other.
+//!
+//! A pickle is a program for a small stack machine, and unrestricted it may call anything. This machine knows the opcodes
+//! and the names below and no more: calling one of them builds a plain [`Value`], nothing is imported and nothing runs.
+//! The first opcode or name that is not known ends the reading, with its place in the message. What is built is counted
+//! ([`MOST_VALUES`]) and nested at most [`MOST_NESTED`] deep; long byte strings stay in the file.
+//!
+//! Source: <https://docs.python.org/3/library/pickletools.html> describes every opcode.
+
+use std::{collections::HashMap, ops::Range, rc::Rc};
+
+use super::{
+    input::{Cursor, Input},
+    torch,
+};
+use crate::{
+    checkpoint::{CheckpointError, Printable},
+    tensor::Dtype,
+};
+
+/// Values that one pickle may make: those of some sixty thousand tensors.
+const MOST_VALUES: usize = 2_000_000;
+/// Bytes of text that one pickle may hold, and of one string.
+const MOST_TEXT: u64 = 64 << 20;
+const LONGEST_TEXT: u64 = 64 << 10;
+/// Containers inside containers.
+const MOST_NESTED: u8 = 16;
+
+/// What a pickle may be made of.
+#[derive(Clone, Debug)]
+pub(super) enum Value {
+    None,
+    Bool(bool),
+    Int(i128),
+    Text(Rc<str>),
+    /// Where the bytes lie in the file.
+    Bytes(Range<u64>),
+    Tuple(Rc<Items>),
+    List(Items),
+    /// Keys and values by turns.
+    Dict(Items),
+    Name(Name),
+    Storage(Rc<Storage>),
+    Tensor(Rc<Tensor>),
+    /// NumPy's array of one object before and after it got the object.
+    Array(Option<Rc<Value>>),
+    /// NumPy's type of arrays of objects.
+    ObjectType,
+    /// A list or dictionary that is to be used a second time, which no file of ours does.
+    Taken,
+}
+
+/// Values in a container, and how deep they are nested.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Items {
+    pub(super) values: Vec<Value>,
+    depth: u8,
+}
+
+/// The only names that may be asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Name {
+    RebuildTensor,
+    RebuildParameter,
+    LoadFromBytes,
+    OrderedDict,
+    Reconstruct,
+    NdArray,
+    NumpyDtype,
+    Storage(Dtype),
+}
+
+/// The memory that tensors are views of.
+#[derive(Clone, Debug)]
+pub(super) struct Storage {
+    pub(super) dtype: Dtype,
+    pub(super) key: Rc<str>,
+    /// Elements.
+    pub(super) n: u64,
+    /// Where its bytes lie in the file, where the pickle itself holds them.
+    pub(super) place: Option<Range<u64>>,
+}
+
+/// A view of a storage; all of it lies inside.
+#[derive(Clone, Debug)]
+pub(super) struct Tensor {
+    pub(super) storage: Rc<Storage>,
+    /// Elements before the first.
+    pub(super) offset: u64,
+    pub(super) shape: Vec<u64>,
+    /// Elements from one to the next, by dimension.
+    pub(super) strides: Vec<u64>,
+}
+
+/// What a pickle held: its value, and the storages that it named, by key.
+pub(super) struct Unpickled {
+    pub(super) value: Value,
+    pub(super) storages: HashMap<Rc<str>, Rc<Storage>>,
+}
+
+/// Reads one pickle and leaves `cursor` behind it. `may_nest`: whether byte strings in it may be saved storages.
+///
+/// # Errors
+/// The first thing in it that has no place in saved tensors, and where it stands.
+pub(super) fn unpickle(cursor: &mut Cursor<'_>, may_nest: bool) -> Result<Unpickled, CheckpointError> {
+    let mut machine = Machine {
+        cursor,
+        may_nest,
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+        storages: HashMap::new(),
+        n_values: 0,
+        n_text: 0,
+        op_at: 0,
+    };
+    let value = machine.run()?;
+    Ok(Unpickled { value, storages: machine.storages })
+}
+
+impl Value {
+    fn depth(&self) -> u8 {
+        match self {
+            Self::Tuple(items) => items.depth,
+            Self::List(items) | Self::Dict(items) => items.depth,
+            Self::Array(Some(value)) => value.depth(),
+            _ => 0,
+        }
+    }
+
+    /// A number that is not negative.
+    pub(super) fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::Int(n) => u64::try_from(*n).ok(),
+            _ => None,
+        }
+    }
+    pub(super) fn as_text(&self) -> Option<&Rc<str>> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+    fn as_tuple(&self) -> Option<&[Value]> {
+        match self {
+            Self::Tuple(items) => Some(&items.values),
+            _ => None,
+        }
+    }
+    /// A tuple of numbers that are not negative.
+    fn as_sizes(&self) -> Option<Vec<u64>> {
+        self.as_tuple()?.iter().map(Self::as_u64).collect()
+    }
+
+    /// What kind of value it is, for messages.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::None => "None",
+            Self::Bool(_) => "a truth value",
+            Self::Int(_) => "a number",
+            Self::Text(_) => "a string",
+            Self::Bytes(_) => "bytes",
+            Self::Tuple(_) => "a tuple",
+            Self::List(_) => "a list",
+            Self::Dict(_) => "a dictionary",
+            Self::Name(_) | Self::ObjectType => "a type",
+            Self::Storage(_) => "a storage",
+            Self::Tensor(_) => "a tensor",
+            Self::Array(_) => "an array",
+            Self::Taken => "a container",
+        }
+    }
+}
+
+struct Machine<'c, 'i> {
+    cursor: &'c mut Cursor<'i>,
+    may_nest: bool,
+    stack: Vec<Value>,
+    /// Heights of the stack at the marks that are open.
+    marks: Vec<usize>,
+    memo: HashMap<u64, Value>,
+    storages: HashMap<Rc<str>, Rc<Storage>>,
+    n_values: usize,
+    n_text: u64,
+    /// Where the opcode at hand stands.
+    op_at: u64,
+}
+
+impl Machine<'_, '_> {
+    fn run(&mut self) -> Result<Value, CheckpointError> {
+        loop {
+            self.op_at = self.cursor.at();
+            let op = self.cursor.byte()?;
+            if op == b'.' {
+                return match (self.stack.pop(), self.stack.is_empty() && self.marks.is_empty()) {
+                    (Some(value), true) => Ok(value),
+                    _ => Err(self.bad("the pickle ends with more or less than one value")),
+                };
+            }
+            self.step(op)?;
+        }
+    }
+
+    fn step(&mut self, op: u8) -> Result<(), CheckpointError> {
+        match op {
+            0x80 => match self.cursor.byte()? {
+                2..=5 => Ok(()),
+                other => Err(self.bad(format!("pickle protocol {other}; 2 to 5 are read"))),
+            },
+            // A frame only says how far to read ahead.
+            0x95 => self.cursor.number::<8>().map(|_| ()),
+            b'N' => self.push(Value::None),
+            0x88 => self.push(Value::Bool(true)),
+            0x89 => self.push(Value::Bool(false)),
+            b'K' => self.read_int::<1>(false),
+            b'M' => self.read_int::<2>(false),
+            b'J' => self.read_int::<4>(true),
+            0x8a => self.read_long(),
+            0x8c => self.read_text::<1>(),
+            b'X' => self.read_text::<4>(),
+            b'C' => self.read_bytes::<1>(),
+            b'B' => self.read_bytes::<4>(),
+            0x8e => self.read_bytes::<8>(),
+            b'}' => self.push(Value::Dict(Items::default())),
+            b']' => self.push(Value::List(Items::default())),
+            b')' => self.push_tuple(Vec::new()),
+            b'(' => {
+                self.count()?;
+                self.marks.push(self.stack.len());
+                Ok(())
+            }
+            b't' => {
+                let values = self.pop_mark()?;
+                self.push_tuple(values)
+            }
+            0x85..=0x87 => {
+                let values = self.pop_n(usize::from(op - 0x84))?;
+                self.push_tuple(values)
+            }
+            b'a' => {
+                let values = self.pop_n(1)?;
+                self.extend(false, values)
+            }
+            b'e' => {
+                let values = self.pop_mark()?;
+                self.extend(false, values)
+            }
+            b's' => {
+                let values = self.pop_n(2)?;
+                self.extend(true, values)
+            }
+            b'u' => {
+                let values = self.pop_mark()?;
+                self.extend(true, values)
+            }
+            b'q' => self.read_key::<1>().and_then(|key| self.remember(key)),
+            b'r' => self.read_key::<4>().and_then(|key| self.remember(key)),
+            0x94 => self.remember(self.memo.len() as u64),
+            b'h' => self.read_key::<1>().and_then(|key| self.recall(key)),
+            b'j' => self.read_key::<4>().and_then(|key| self.recall(key)),
+            b'c' => {
+                let (module, name) = (self.cursor.line(1000)?, self.cursor.line(1000)?);
+                let name = self.name(&String::from_utf8_lossy(&module), &String::from_utf8_lossy(&name))?;
+                self.push(Value::Name(name))
+            }
+            0x93 => {
+                let parts = self.pop_n(2)?;
+                let (Some(module), Some(name)) = (parts[0].as_text(), parts[1].as_text()) else {
+                    return Err(self.bad("a name is not made of strings"));
+                };
+                let name = self.name(module, name)?;
+                self.push(Value::Name(name))
+            }
+            b'R' => self.call(),
+            b'b' => self.build(),
+            b'Q' => self.persistent(),
+            other => {
+                Err(self.bad(format!("opcode 0x{other:02x} has no place in saved tensors; it is not carried out")))
+            }
+        }
+    }
+
+    fn bad(&self, what: impl AsRef<str>) -> CheckpointError {
+        self.cursor.input().bad(self.op_at, what)
+    }
+
+    /// Counts a value that takes memory.
+    fn count(&mut self) -> Result<(), CheckpointError> {
+        self.n_values += 1;
+        if self.n_values > MOST_VALUES {
+            return Err(self.bad(format!("the pickle makes more than {MOST_VALUES} values")));
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, value: Value) -> Result<(), CheckpointError> {
+        self.count()?;
+        self.stack.push(value);
+        Ok(())
+    }
+
+    fn push_tuple(&mut self, values: Vec<Value>) -> Result<(), CheckpointError> {
+        let mut items = Items::default();
+        self.put(&mut items, values)?;
+        self.push(Value::Tuple(Rc::new(items)))
+    }
+
+    /// Appends to a container and says how deep it is now.
+    fn put(&self, items: &mut Items, values: Vec<Value>) -> Result<(), CheckpointError> {
+        let deepest = values.iter().map(Value::depth).max().unwrap_or(0);
+        items.depth = items.depth.max(deepest + 1);
+        if items.depth > MOST_NESTED {
+            return Err(self.bad(format!("containers are nested more than {MOST_NESTED} deep")));
+        }
+        if items.values.is_empty() {
+            items.values = values;
+        } else {
+            items.values.extend(values);
+        }
+        Ok(())
+    }
+
+    /// Lowest height that may be popped to.
+    fn floor(&self) -> usize {
+        self.marks.last().copied().unwrap_or(0)
+    }
+
+    fn pop_n(&mut self, n: usize) -> Result<Vec<Value>, CheckpointError> {
+        if self.stack.len() < self.floor() + n {
+            return Err(self.bad(format!("{n} values are needed, the stack has {}", self.stack.len() - self.floor())));
+        }
+        Ok(self.stack.split_off(self.stack.len() - n))
+    }
+
+    fn pop_mark(&mut self) -> Result<Vec<Value>, CheckpointError> {
+        let mark = self.marks.pop().ok_or_else(|| self.bad("no mark is open"))?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    fn read_int<const N: usize>(&mut self, signed: bool) -> Result<(), CheckpointError> {
+        let n = self.cursor.number::<N>()?;
+        self.push(Value::Int(if signed { i128::from(n as u32 as i32) } else { i128::from(n) }))
+    }
+
+    /// An integer of up to 15 bytes: torch's magic number has ten.
+    fn read_long(&mut self) -> Result<(), CheckpointError> {
+        let n = self.cursor.byte()?;
+        if n > 15 {
+            return Err(self.bad(format!("an integer has {n} bytes, at most 15 are read")));
+        }
+        let le = self.cursor.take(u64::from(n))?;
+        let fill = if le.last().is_some_and(|last| last & 0x80 != 0) { 0xff } else { 0 };
+        let mut wide = [fill; 16];
+        wide[..le.len()].copy_from_slice(le);
+        self.push(Value::Int(i128::from_le_bytes(wide)))
+    }
+
+    fn read_text<const N: usize>(&mut self) -> Result<(), CheckpointError> {
+        let n = self.cursor.number::<N>()?;
+        self.n_text += n;
+        if n > LONGEST_TEXT || self.n_text > MOST_TEXT {
+            return Err(self
+                .bad(format!("a string of {n} bytes; at most {LONGEST_TEXT} in one and {MOST_TEXT} in all are read")));
+        }
+        let bytes = self.cursor.take(n)?.to_vec();
+        let text = String::from_utf8(bytes).map_err(|_| self.bad("a string is not UTF-8"))?;
+        self.push(Value::Text(text.into()))
+    }
+
+    fn read_bytes<const N: usize>(&mut self) -> Result<(), CheckpointError> {
+        let n = self.cursor.number::<N>()?;
+        let range = self.cursor.skip(n)?;
+        self.push(Value::Bytes(range))
+    }
+
+    fn read_key<const N: usize>(&mut self) -> Result<u64, CheckpointError> {
+        self.cursor.number::<N>()
+    }
+
+    /// Keeps the topmost value under a number. Containers that still grow are not kept: copies of them would go stale.
+    fn remember(&mut self, key: u64) -> Result<(), CheckpointError> {
+        self.count()?;
+        if self.stack.len() == self.floor() {
+            return Err(self.bad("there is no value to remember"));
+        }
+        let value = match &self.stack[self.stack.len() - 1] {
+            Value::List(_) | Value::Dict(_) | Value::Array(_) => Value::Taken,
+            value => value.clone(),
+        };
+        self.memo.insert(key, value);
+        Ok(())
+    }
+
+    fn recall(&mut self, key: u64) -> Result<(), CheckpointError> {
+        match self.memo.get(&key).cloned() {
+            None => Err(self.bad(format!("value {key} is asked for and was never kept"))),
+            Some(Value::Taken) => Err(self.bad("a list or dictionary is used twice")),
+            Some(value) => self.push(value),
+        }
+    }
+
+    /// Appends to the list, or the dictionary, that is topmost.
+    fn extend(&mut self, is_dict: bool, values: Vec<Value>) -> Result<(), CheckpointError> {
+        if is_dict && values.len() % 2 == 1 {
+            return Err(self.bad("a key has no value"));
+        }
+        if self.stack.len() == self.floor() {
+            return Err(self.bad("there is no container to extend"));
+        }
+        let mut top = self.stack.pop().expect("it is not empty");
+        match &mut top {
+            Value::List(items) if !is_dict => self.put(items, values)?,
+            Value::Dict(items) if is_dict => self.put(items, values)?,
+            other => return Err(self.bad(format!("{} is extended as a container", other.kind()))),
+        }
+        self.stack.push(top);
+        Ok(())
+    }
+
+    /// What a name stands for.
+    fn name(&self, module: &str, name: &str) -> Result<Name, CheckpointError> {
+        let storage = |dtype| Ok(Name::Storage(dtype));
+        match (module, name) {
+            ("torch._utils", "_rebuild_tensor_v2") => Ok(Name::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter") => Ok(Name::RebuildParameter),
+            ("torch.storage", "_load_from_bytes") => Ok(Name::LoadFromBytes),
+            ("collections", "OrderedDict") => Ok(Name::OrderedDict),
+            ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => Ok(Name::Reconstruct),
+            ("numpy", "ndarray") => Ok(Name::NdArray),
+            ("numpy", "dtype") => Ok(Name::NumpyDtype),
+            ("torch", "DoubleStorage") => storage(Dtype::F64),
+            ("torch", "FloatStorage") => storage(Dtype::F32),
+            ("torch", "HalfStorage") => storage(Dtype::F16),
+            ("torch", "BFloat16Storage") => storage(Dtype::BF16),
+            ("torch", "LongStorage") => storage(Dtype::I64),
+            ("torch", "IntStorage") => storage(Dtype::I32),
+            ("torch", "ShortStorage") => storage(Dtype::I16),
+            ("torch", "CharStorage") => storage(Dtype::I8),
+            ("torch", "ByteStorage") => storage(Dtype::U8),
+            ("torch", "BoolStorage") => storage(Dtype::BOOL),
+            _ => Err(self.bad(format!(
+                "the pickle asks for `{}.{}`: only tensors are read, nothing else is imported or run",
+                Printable(module),
+                Printable(name)
+            ))),
+        }
+    }
+
+    fn call(&mut self) -> Result<(), CheckpointError> {
+        let parts = self.pop_n(2)?;
+        let (Value::Name(name), Some(args)) = (&parts[0], parts[1].as_tuple()) else {
+            return Err(self.bad(format!("{} is called", parts[0].kind())));
+        };
+        let unfit = || self.bad("a call has arguments that no saved tensor has");
+        let made = match (name, args) {
+            (Name::OrderedDict, []) => Value::Dict(Items::default()),
+            (Name::RebuildTensor, [Value::Storage(storage), offset, shape, strides, Value::Bool(_), _hooks, ..])
+                if args.len() <= 7 =>
+            {
+                let offset = offset.as_u64().ok_or_else(unfit)?;
+                let (shape, strides) = (shape.as_sizes().ok_or_else(unfit)?, strides.as_sizes().ok_or_else(unfit)?);
+                let tensor = Tensor { storage: Rc::clone(storage), offset, shape, strides };
+                tensor.check().map_err(|what| self.bad(what))?;
+                Value::Tensor(Rc::new(tensor))
+            }
+            (Name::RebuildParameter, [Value::Tensor(tensor), Value::Bool(_), _hooks]) => {
+                Value::Tensor(Rc::clone(tensor))
+            }
+            (Name::LoadFromBytes, [Value::Bytes(bytes)]) if self.may_nest => {
+                let bytes = bytes.clone();
+                Value::Storage(Rc::new(torch::nested_storage(self.cursor.input(), bytes)?))
+            }
+            (Name::Reconstruct, [Value::Name(Name::NdArray), _, Value::Bytes(_)]) => Value::Array(None),
+            (Name::NumpyDtype, [Value::Text(kind), Value::Bool(_), Value::Bool(_)])
+                if matches!(&**kind, "O8" | "O4" | "O") =>
+            {
+                Value::ObjectType
+            }
+            _ => return Err(unfit()),
+        };
+        self.push(made)
+    }
+
+    /// Gives a NumPy type or array its state.
+    fn build(&mut self) -> Result<(), CheckpointError> {
+        let mut parts = self.pop_n(2)?;
+        let state = parts.pop().expect("two were popped");
+        let unfit = || self.bad("an object gets a state that no array of one dictionary has");
+        let state = state.as_tuple().ok_or_else(unfit)?;
+        let built = match (&parts[0], state) {
+            (Value::ObjectType, _) => Value::ObjectType,
+            (Value::Array(None), [_version, shape, Value::ObjectType, Value::Bool(_), Value::List(items)])
+                if shape.as_sizes().is_some_and(|shape| shape.iter().all(|&size| size == 1))
+                    && items.values.len() == 1 =>
+            {
+                Value::Array(Some(Rc::new(items.values[0].clone())))
+            }
+            _ => return Err(unfit()),
+        };
+        self.push(built)
+    }
+
+    /// A reference to a storage whose bytes lie elsewhere: `("storage", type, key, location, elements, ..)`.
+    fn persistent(&mut self) -> Result<(), CheckpointError> {
+        let id = self.pop_n(1)?;
+        let parts = id[0].as_tuple().unwrap_or_default();
+        let unfit = || self.bad("a reference that is not to a storage");
+        let [Value::Text(word), Value::Name(Name::Storage(dtype)), key, Value::Text(_location), n, ..] = parts else {
+            return Err(unfit());
+        };
+        // What torch wrote before there were zip files has a view behind, always None since there are none.
+        if &**word != "storage" || !matches!(&parts[5..], [] | [Value::None]) {
+            return Err(unfit());
+        }
+        let (key, n) = (key.as_text().ok_or_else(unfit)?, n.as_u64().ok_or_else(unfit)?);
+        let storage = match self.storages.get(key) {
+            Some(known) if known.dtype == *dtype && known.n == n => Rc::clone(known),
+            Some(_) => return Err(self.bad(format!("storage \"{}\" has two types or sizes", Printable(key)))),
+            None => {
+                self.count()?;
+                let storage = Rc::new(Storage { dtype: *dtype, key: Rc::clone(key), n, place: None });
+                self.storages.insert(Rc::clone(key), Rc::clone(&storage));
+                storage
+            }
+        };
+        self.push(Value::Storage(storage))
+    }
+}
+
+impl Tensor {
+    /// Whether all elements lie inside the storage.
+    fn check(&self) -> Result<(), String> {
+        let outside = || {
+            let (shape, strides, n) = (&self.shape, &self.strides, self.storage.n);
+            format!("a tensor of shape {shape:?}, strides {strides:?}, reaches past its storage of {n} elements")
+        };
+        if self.shape.len() != self.strides.len() || self.shape.len() > 8 {
+            return Err("a tensor has no sizes and strides that belong together".to_owned());
+        }
+        if self.shape.contains(&0) {
+            return Ok(());
+        }
+        let mut last = self.offset;
+        for (size, stride) in self.shape.iter().zip(&self.strides) {
+            let along = (size - 1).checked_mul(*stride).ok_or_else(outside)?;
+            last = last.checked_add(along).ok_or_else(outside)?;
+        }
+        if last < self.storage.n { Ok(()) } else { Err(outside()) }
+    }
+}
+
+/// Reads a pickle that is the whole of `range`.
+///
+/// # Errors
+/// As [`unpickle`], and bytes behind the pickle.
+pub(super) fn unpickle_all(input: &Input, range: Range<u64>, may_nest: bool) -> Result<Unpickled, CheckpointError> {
+    let mut cursor = Cursor::new(input, range);
+    let found = unpickle(&mut cursor, may_nest)?;
+    match cursor.end() - cursor.at() {
+        0 => Ok(found),
+        n => Err(input.bad(cursor.at(), format!("{n} bytes behind the pickle"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::input::test_input, *};
+
+    fn read(pickle: &[u8]) -> Result<Value, String> {
+        let (_dir, input) = test_input(pickle);
+        let found = unpickle_all(&input, 0..pickle.len() as u64, true);
+        // The folder's name is another in every run.
+        found.map(|found| found.value).map_err(|e| e.to_string().split_once("/f: ").unwrap().1.to_owned())
+    }
+
+    #[test]
+    fn nothing_is_run() {
+        for (pickle, refusal) in [
+            // os.system("id"), as protocol 0 and protocol 4 write it.
+            (&b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R."[..], "at byte 2: the pickle asks for `os.system`"),
+            (b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.", "at byte 19: the pickle asks for `posix.system`"),
+            (b"\x80\x02cbuiltins\neval\n.", "at byte 2: the pickle asks for `builtins.eval`"),
+            (b"\x80\x02cnumpy\nfromfile\n.", "at byte 2: the pickle asks for `numpy.fromfile`"),
+            (b"\x80\x02ctorch\nload\n.", "at byte 2: the pickle asks for `torch.load`"),
+        ] {
+            let said = read(pickle).unwrap_err();
+            assert!(said.starts_with(refusal) && said.ends_with("nothing else is imported or run"), "{said}");
+        }
+        // INST, OBJ, NEWOBJ, EXT1, GET by text, POP, DUP, INT by text, PERSID by text, BYTEARRAY8, NEXT_BUFFER.
+        for op in *b"io\x81\x82g02IP\x96\x97" {
+            let said = read(&[0x80, 2, op, 0]).unwrap_err();
+            assert!(said.starts_with(&format!("at byte 2: opcode 0x{op:02x} has no place")), "{said}");
+        }
+        // Names that are known cannot be called with other arguments, nor can values be called.
+        for pickle in [
+            &b"\x80\x02ctorch.storage\n_load_from_bytes\nX\x01\0\0\0a\x85R."[..],
+            b"\x80\x02ctorch\nFloatStorage\n)R.",
+            b"\x80\x02cnumpy\nndarray\n)R.",
+            b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.",
+            b"\x80\x02K\x01)R.",
+            b"\x80\x02K\x01}b.",
+        ] {
+            assert!(read(pickle).is_err());
+        }
+    }
+
+    #[test]
+    fn plain_values_are_read() {
+        let Value::Dict(items) = read(b"\x80\x02}q\0(X\x01\0\0\0aq\x01K\x05X\x01\0\0\0bh\x01u.").unwrap() else {
+            panic!("a dictionary was written")
+        };
+        assert_eq!(items.values[1].as_u64(), Some(5));
+        assert_eq!(items.values[3].as_text().unwrap().as_ref(), "a");
+        assert!(matches!(read(b"\x80\x02J\xfe\xff\xff\xff."), Ok(Value::Int(-2))));
+        assert!(
+            matches!(read(b"\x80\x02\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\0."), Ok(Value::Int(n)) if n == u64::MAX.into())
+        );
+        assert!(matches!(read(b"\x80\x02\x8a\0."), Ok(Value::Int(0))));
+        assert!(matches!(read(b"\x80\x05\x8a\x01\xff."), Ok(Value::Int(-1))));
+    }
+
+    #[test]
+    fn malformed_pickles_are_told_where() {
+        for (pickle, refusal) in [
+            (&b""[..], "at byte 0: 1 bytes are needed"),
+            (b"\x80\x02K\x01", "at byte 4: 1 bytes are needed"),
+            (b"\x80\x02.", "at byte 2: the pickle ends with more or less than one value"),
+            (b"\x80\x02K\x01K\x02.", "at byte 6: the pickle ends with more or less"),
+            (b"\x80\x02K\x01.x", "at byte 5: 1 bytes behind the pickle"),
+            (b"\x80\x01N.", "at byte 0: pickle protocol 1"),
+            (b"\x80\x02\x85.", "at byte 2: 1 values are needed, the stack has 0"),
+            (b"\x80\x02(K\x01(\x85.", "at byte 6: 1 values are needed, the stack has 0"),
+            (b"\x80\x02t.", "at byte 2: no mark is open"),
+            (b"\x80\x02h\x07.", "at byte 2: value 7 is asked for and was never kept"),
+            (b"\x80\x02q\0.", "at byte 2: there is no value to remember"),
+            (b"\x80\x02}(K\x01u.", "at byte 6: a key has no value"),
+            (b"\x80\x02N(K\x01K\x02u.", "at byte 8: None is extended as a container"),
+            (b"\x80\x02}q\0h\0.", "at byte 5: a list or dictionary is used twice"),
+            (b"\x80\x02\x8c\x01\xff.", "at byte 2: a string is not UTF-8"),
+            (b"\x80\x02X\xff\xff\xff\xff.", "at byte 2: a string of 4294967295 bytes"),
+            (b"\x80\x02B\xff\xff\xff\x7f.", "at byte 7: 2147483647 bytes are needed, 1 are left"),
+            (b"\x80\x02\x8a\xff.", "at byte 2: an integer has 255 bytes"),
+            (b"\x80\x02K\x01Q.", "at byte 4: a reference that is not to a storage"),
+        ] {
+            let said = read(pickle).unwrap_err();
+            assert!(said.starts_with(refusal), "{pickle:?}: {said}");
+        }
+    }
+
+    #[test]
+    fn small_pickles_make_small_values() {
+        // A tuple of two of the tuple before, again and again: 2^n values to whoever copies.
+        let mut doubling = b"\x80\x02)q\0".to_vec();
+        for _ in 0..40 {
+            doubling.extend(b"h\0\x86q\0");
+        }
+        assert!(read(&doubling).is_err());
+        let mut doubling = b"\x80\x02)q\0".to_vec();
+        for _ in 0..10 {
+            doubling.extend(b"h\0h\0\x86q\0");
+        }
+        doubling.extend(b"h\0\x85.");
+        assert!(read(&doubling).unwrap_err().contains("ends with more or less"));
+
+        let mut deep = b"\x80\x02)".to_vec();
+        deep.extend([0x85; 100_000]);
+        assert!(read(&deep).unwrap_err().contains("nested more than 16 deep"));
+
+        let mut many = b"\x80\x02".to_vec();
+        many.resize(3_000_000, b')');
+        assert!(read(&many).unwrap_err().contains("makes more than 2000000 values"));
+
+        let mut marks = b"\x80\x02".to_vec();
+        marks.resize(3_000_000, b'(');
+        assert!(read(&marks).unwrap_err().contains("makes more than 2000000 values"));
+    }
+
+    #[test]
+    fn tensors_lie_inside_their_storages() {
+        let tensor = |offset: u64, shape: &[u64], strides: &[u64]| {
+            let storage = Storage { dtype: Dtype::F32, key: "0".into(), n: 10, place: None };
+            Tensor { storage: Rc::new(storage), offset, shape: shape.to_vec(), strides: strides.to_vec() }.check()
+        };
+        assert_eq!(tensor(0, &[10], &[1]), Ok(()));
+        assert_eq!(tensor(0, &[5, 2], &[1, 5]), Ok(()));
+        assert_eq!(tensor(9, &[0], &[100]), Ok(()));
+        assert!(tensor(1, &[10], &[1]).is_err());
+        assert!(tensor(0, &[2], &[u64::MAX]).is_err());
+        assert!(tensor(u64::MAX, &[2], &[1]).is_err());
+        assert!(tensor(0, &[u64::MAX, u64::MAX], &[u64::MAX, u64::MAX]).is_err());
+        assert!(tensor(0, &[2], &[]).is_err());
+    }
+}

@@ -1,0 +1,49 @@
+//! One conversion, whatever the formats.
+
+use std::path::Path;
+
+use super::{ConvertError, ConvertReport, ForeignAdapter, Format, export, import};
+use crate::{
+    adapter::{Adapter, AdapterNotes},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, folder_of},
+};
+
+/// Reads the adapter at `input`, whatever its format, and writes it at `output` in the format `to`.
+///
+/// Foreign formats do not know their base, so `base` says which it is; an adapter of this program needs none. Between two
+/// foreign formats an adapter of this program is made on the way, in a temporary folder beside the output.
+///
+/// # Errors
+/// [`ConvertError`]; nothing was written.
+pub fn convert(
+    ctx: &Context<'_>,
+    input: &Path,
+    base: Option<&Checkpoint>,
+    to: Format,
+    output: &Path,
+    existing: Existing,
+) -> Result<ConvertReport, ConvertError> {
+    let Some(foreign) = ForeignAdapter::open(ctx, input)? else {
+        let adapter = Adapter::open(input)?;
+        if to == Format::NeuroAda {
+            let what = format!("{}: is an adapter of this program already", Printable::path(input));
+            return Err(ConvertError::Usage(what));
+        }
+        return export(ctx, &adapter, to, output, existing);
+    };
+    let no_base = || ConvertError::NoBase { path: input.to_owned(), format: foreign.format().name() };
+    let base = base.ok_or_else(no_base)?;
+    let notes = AdapterNotes::default();
+    if to == Format::NeuroAda {
+        return import(ctx, &foreign, base, base, &notes, output, existing);
+    }
+    if existing == Existing::Keep && output.symlink_metadata().is_ok() {
+        return Err(CheckpointError::OutputExists { path: output.to_owned() }.into());
+    }
+    let folder = tempfile::Builder::new().prefix(".neuroada-").tempdir_in(folder_of(output));
+    let folder = folder.map_err(|e| CheckpointError::io("create", output, e.kind().into()))?;
+    let between = folder.path().join("adapter.safetensors");
+    let read = import(ctx, &foreign, base, base, &notes, &between, Existing::Keep)?;
+    let written = export(ctx, &Adapter::open(&between)?, to, output, existing)?;
+    Ok(read.then(written))
+}
