@@ -24,7 +24,11 @@ pub fn convert(
     existing: Existing,
 ) -> Result<ConvertReport, ConvertError> {
     let Some(foreign) = ForeignAdapter::open(ctx, input)? else {
-        let adapter = Adapter::open(input)?;
+        // A packed adapter may need its base to know its columns.
+        let adapter = match base {
+            Some(base) => Adapter::open_with_base(ctx, input, base)?,
+            None => Adapter::open(input)?,
+        };
         if to == Format::NeuroAda {
             let what = format!("{}: is an adapter of this program already", Printable::path(input));
             return Err(ConvertError::Usage(what));
