@@ -8,6 +8,7 @@
 
 mod chooser;
 mod keys;
+mod low_rank;
 mod patch;
 mod portable;
 mod score;
@@ -18,6 +19,7 @@ pub use chooser::{ChooseError, Chooser};
 #[cfg(feature = "cuda")]
 pub use chooser::{ChosenRows, GpuChooser};
 pub use keys::{Digit, KeySpace};
+pub use low_rank::{add_low_rank, merge_sums};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};

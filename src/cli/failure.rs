@@ -15,6 +15,7 @@ use neuroada_ckpt::{
     extract::ExtractError,
     mask::MaskError,
     merge::MergeError,
+    peft::PeftError,
 };
 
 /// An error with advice, which is printed on a line of its own.
@@ -120,6 +121,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     of_training
         .or_else(|| error.downcast_ref().map(CheckpointError::kind))
         .or_else(|| error.downcast_ref().map(MaskError::kind))
+        .or_else(|| error.downcast_ref().map(PeftError::kind))
         .or_else(|| error.downcast_ref().map(AdapterError::kind))
         .or_else(|| error.downcast_ref().map(DiffError::kind))
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
@@ -185,6 +187,7 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             MergeError::Checkpoint(error) => Some(error),
             MergeError::Adapter(error) => file_error(error),
             MergeError::Mask(error) => file_error(error),
+            MergeError::Peft(PeftError::Checkpoint(error)) => Some(error),
             _ => None,
         };
     }

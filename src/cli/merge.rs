@@ -1,10 +1,13 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail};
 use clap::{ArgGroup, Args};
 use neuroada_ckpt::{
     checkpoint::Existing,
-    merge::{self, KindReport, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
+    merge::{
+        self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
+        MergeInput, MergeOptions, MergeOutput, MergeReport,
+    },
 };
 
 use super::{
@@ -26,7 +29,8 @@ use super::{
 pub(super) struct MergeArgs {
     /// Directory or .safetensors file of the base checkpoint
     base: PathBuf,
-    /// Adapter made from that base, or a sparse one of PEFT, SpIEL or the published code; =SCALE replaces the scale it carries; may be given several times
+    /// Adapter made from that base; or a sparse one of PEFT, SpIEL or the published code, or the folder of a PEFT LoRA adapter; =SCALE
+    /// replaces the scale it carries (of LoRA, 1); may be given several times
     #[arg(short, long = "adapter", value_name = "FILE[=SCALE]", required = true)]
     adapters: Vec<String>,
     #[command(flatten)]
@@ -34,6 +38,59 @@ pub(super) struct MergeArgs {
     /// Write no ledger: the merge cannot be undone
     #[arg(long, requires = "output")]
     no_ledger: bool,
+    #[command(flatten)]
+    low_rank: LowRankArgs,
+}
+
+/// What only low-rank adapters need.
+#[derive(Args)]
+struct LowRankArgs {
+    /// LoRA: keep all originals beside the result, so that undoing needs no base; as large as the tensors that change
+    #[arg(long, conflicts_with = "no_ledger")]
+    keep_originals: bool,
+    /// LoRA on stacks of experts: how the second factor is laid out, which its file does not tell; PEFT writes rank-first
+    #[arg(long, value_enum, value_name = "ORDER")]
+    expert_order: Option<ExpertOrderArg>,
+    /// LoRA on stacks of square experts: how the base stores each
+    #[arg(long, value_enum, value_name = "AXES")]
+    expert_axes: Option<ExpertAxesArg>,
+    /// LoRA on an embedding that is the head too, or on such a head: change both
+    #[arg(long)]
+    tied_head: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ExpertOrderArg {
+    /// [d_out, r, E]
+    RankFirst,
+    /// [d_out, E, r]
+    ExpertFirst,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ExpertAxesArg {
+    /// [E, d_out, d_in]
+    OutIn,
+    /// [E, d_in, d_out]
+    InOut,
+}
+
+impl LowRankArgs {
+    fn reading(&self) -> LowRankReading {
+        let order = |order| match order {
+            ExpertOrderArg::RankFirst => ExpertOrder::RankFirst,
+            ExpertOrderArg::ExpertFirst => ExpertOrder::ExpertFirst,
+        };
+        let axes = |axes| match axes {
+            ExpertAxesArg::OutIn => ExpertAxes::OutIn,
+            ExpertAxesArg::InOut => ExpertAxes::InOut,
+        };
+        LowRankReading {
+            expert_order: self.expert_order.map(order),
+            expert_axes: self.expert_axes.map(axes),
+            tied_head: self.tied_head,
+        }
+    }
 }
 
 /// Where the changed checkpoint goes.
@@ -73,23 +130,78 @@ impl OutputArgs {
         };
         MergeOptions { output, dry_run: self.dry_run }
     }
+
+    /// The same for a low-rank merge of `path`, or for undoing one.
+    pub(super) fn low_rank_options(self, path: &Path, keep: KeptOriginals) -> anyhow::Result<LowRankOptions> {
+        let Some(output) = self.output else {
+            let what =
+                "low-rank adapters change every weight they touch: in place, the journal would be as large as those"
+                    .to_owned();
+            return Err(MergeError::Refused { path: path.to_owned(), what })
+                .hint("--output writes a new checkpoint instead");
+        };
+        if self.resume {
+            bail!("--resume is not there for low-rank adapters");
+        }
+        let existing = if self.force { Existing::Replace } else { Existing::Keep };
+        Ok(LowRankOptions { output, existing, keep, link: self.link, dry_run: self.dry_run })
+    }
 }
 
 pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
     // The folder holds what was converted until it is merged.
     let (inputs, _folder) = adopt(&args.base, inputs, env)?;
-    let options = args.output.options(!args.no_ledger);
-    let merged = merge::merge(&env.context(), &args.base, &inputs, &options);
+    let is_low_rank = |input: &MergeInput| {
+        // Files are opened where they are merged.
+        if input.adapter.is_dir() { merge::is_low_rank(&input.adapter) } else { Ok(false) }
+    };
+    let mut any_low_rank = false;
+    for input in &inputs {
+        any_low_rank |= is_low_rank(input)?;
+    }
+    let merged = if any_low_rank {
+        let keep = match (args.no_ledger, args.low_rank.keep_originals) {
+            (true, _) => KeptOriginals::Nothing,
+            (false, true) => KeptOriginals::All,
+            (false, false) => KeptOriginals::Hashes,
+        };
+        let options = args.output.low_rank_options(&args.base, keep)?;
+        let reading = args.low_rank.reading();
+        merge::merge_low_rank(&env.context(), &args.base, &inputs, reading, &options)
+    } else {
+        let options = args.output.options(!args.no_ledger);
+        merge::merge(&env.context(), &args.base, &inputs, &options)
+    };
     let report = match merged {
         Err(e @ MergeError::AlreadyMerged { .. }) => {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
         }
         Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint the adapter was made from")?,
+        Err(e @ MergeError::Refused { .. }) => match advice(&e.to_string()) {
+            Some(hint) => Err(e).hint(hint)?,
+            None => Err(e)?,
+        },
         merged => merged?,
     };
     tell(&report, env)?;
+    if any_low_rank && report.ledger_bytes == 0 && !args.no_ledger {
+        let size = bytes(report.bytes_checked);
+        env.note(&format!("undoing needs the base; --keep-originals keeps what that takes, {size}, beside the result"));
+    }
     Ok(Answer::Yes)
+}
+
+/// What the user can say where the files of a low-rank adapter leave something open.
+fn advice(refusal: &str) -> Option<&'static str> {
+    [
+        ("as some trainers had it", "--expert-order rank-first for an adapter trained with PEFT"),
+        ("its experts are square", "--expert-axes out-in or in-out says it"),
+        ("would change the", "--tied-head merges it all the same; or give the model a head of its own first"),
+        ("holds a low-rank merge", "merge all adapters at once into the base"),
+    ]
+    .into_iter()
+    .find_map(|(words, hint)| refusal.contains(words).then_some(hint))
 }
 
 /// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.
@@ -111,6 +223,9 @@ pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
 /// Prints the report of a merge or an unmerge.
 pub(super) fn tell(report: &MergeReport, env: &Env) -> anyhow::Result<()> {
     env.report(report, print)?;
+    for note in &report.notes {
+        env.note(note);
+    }
     if report.total.n_overflowed > 0 {
         env.note(&format!(
             "warning: {} finite weights overflowed to infinity or NaN",

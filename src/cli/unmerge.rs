@@ -8,12 +8,13 @@ use clap::Args;
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterId},
     checkpoint::Checkpoint,
-    merge::{self, MergeOptions, Which},
+    merge::{self, KeptOriginals, MergeError, MergeOptions, Which},
 };
 
 use super::{
     Answer,
     env::Env,
+    failure::Hint,
     merge::{OutputArgs, tell},
 };
 
@@ -28,6 +29,9 @@ pub(super) struct UnmergeArgs {
     /// Adapter to take out: its id or the beginning of it, or its file; may be given several times [default: all]
     #[arg(short, long = "adapter", value_name = "ID")]
     adapters: Vec<String>,
+    /// After a merge of LoRA adapters that kept no originals: the checkpoint it was made from; --output is needed then
+    #[arg(short, long, value_name = "PATH")]
+    base: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -38,8 +42,20 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
     } else {
         Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<anyhow::Result<_>>()?)
     };
-    let options: MergeOptions = args.output.options(true);
-    let report = merge::unmerge(&env.context(), &args.path, &which, &options)?;
+    let report = if merge::holds_low_rank(&args.path)? {
+        let options = args.output.low_rank_options(&args.path, KeptOriginals::Hashes)?;
+        let undone = merge::undo_low_rank(&env.context(), &args.path, &which, args.base.as_deref(), &options);
+        match undone {
+            Err(e @ MergeError::Refused { .. }) if args.base.is_none() => Err(e).hint("--base names it")?,
+            undone => undone?,
+        }
+    } else {
+        if args.base.is_some() {
+            bail!("--base is for checkpoints that LoRA adapters were merged into; this one has a ledger, or nothing");
+        }
+        let options: MergeOptions = args.output.options(true);
+        merge::unmerge(&env.context(), &args.path, &which, &options)?
+    };
     tell(&report, env)?;
     Ok(Answer::Yes)
 }
@@ -48,6 +64,9 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
 fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
     if let Ok(id) = AdapterId::from_str(text) {
         return Ok(id);
+    }
+    if Path::new(text).is_dir() {
+        return Ok(merge::adapter_id(&env.context(), Path::new(text))?);
     }
     let is_hex = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if !is_hex || Path::new(text).exists() {

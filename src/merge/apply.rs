@@ -6,7 +6,7 @@ use super::{
     MergeError, MergeReport,
     change::{Change, Touched},
     examine::Findings,
-    in_place, out_of_place, recover,
+    in_place, low_rank, out_of_place, recover,
     report::{entries, kind_reports},
     stack::{Active, Stack},
     state::StateFolder,
@@ -209,6 +209,10 @@ fn apply(
 ) -> Result<MergeReport, MergeError> {
     let checkpoint = Checkpoint::open(path)?;
     let state = StateFolder::of(&checkpoint)?;
+    if low_rank::record_of(&checkpoint)?.is_some() {
+        let what = "holds a low-rank merge, which is undone, or merged anew with others, from its base".to_owned();
+        return Err(MergeError::Refused { path: path.to_owned(), what });
+    }
     let open_stacks = || {
         let before = Stack::open(ctx, &state)?;
         let mut active = to_after(&before, path)?;
@@ -330,5 +334,6 @@ pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Fi
         bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
         bytes_written: findings.n_touched * touched.iter().map(width).max().unwrap_or(0),
         ledger_bytes: 0,
+        notes: Vec::new(),
     }
 }

@@ -6,6 +6,7 @@ use crate::{
     adapter::{AdapterError, AdapterId},
     checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
     mask::MaskError,
+    peft::PeftError,
 };
 
 /// What can go wrong while merging, unmerging, verifying or recovering.
@@ -17,6 +18,9 @@ pub enum MergeError {
     /// An adapter could not be read.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    /// A PEFT adapter could not be read.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
     /// An adapter's columns could not be read.
     #[error(transparent)]
     Mask(#[from] MaskError),
@@ -112,6 +116,7 @@ impl MergeError {
             Self::Checkpoint(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
             Self::Mask(e) => e.kind(),
+            Self::Peft(e) => e.kind(),
             Self::Usage(_) => ErrorKind::Usage,
             Self::Unmatched { .. }
             | Self::WrongBase { .. }

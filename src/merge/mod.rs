@@ -6,6 +6,8 @@
 //! (all tensors match, anchors match, nothing was changed meanwhile), record the originals, then patch. Out of place the
 //! patches go to fresh copies; in place they are journaled ([`Journal`]), and [`recover`] makes an interrupted change whole
 //! or undoes it. [`verify`] proves the result.
+//!
+//! Low-rank adapters change every weight they touch, and go another way: see [`merge_low_rank`].
 
 mod apply;
 mod change;
@@ -14,6 +16,7 @@ mod examine;
 mod in_place;
 mod journal;
 mod ledger;
+mod low_rank;
 mod originals;
 mod out_of_place;
 mod recover;
@@ -27,6 +30,10 @@ pub use apply::{MergeInput, MergeOptions, MergeOutput, Which, merge, unmerge};
 pub use error::MergeError;
 pub use journal::Journal;
 pub use ledger::{ActiveAdapter, LedgerDocument, LedgerTarget};
+pub use low_rank::{
+    ExpertAxes, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, LowRankRecord, RecordedAdapter,
+    RecordedTarget, adapter_id, holds_low_rank, is_low_rank, merge_low_rank, undo_low_rank, verify_low_rank,
+};
 pub use originals::Originals;
 pub use recover::{Recovered, recover};
 pub use report::{AdapterEntry, KindReport, MergeReport};

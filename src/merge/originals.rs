@@ -1,6 +1,6 @@
 //! The base's values beneath the merges of a checkpoint.
 
-use super::{MergeError, change::put, stack::Stack, state::StateFolder};
+use super::{MergeError, change::put, low_rank, stack::Stack, state::StateFolder};
 use crate::{
     backend::{pick, union_columns},
     checkpoint::{Checkpoint, CheckpointError, Context, TensorRef, gather_rows},
@@ -22,6 +22,10 @@ impl Originals {
         let state = StateFolder::of(checkpoint)?;
         if state.is_interrupted() {
             return Err(MergeError::Interrupted { path: checkpoint.root().to_owned() });
+        }
+        if low_rank::record_of(checkpoint)?.is_some() {
+            let what = "holds a low-rank merge, which kept no originals at single weights; give its base".to_owned();
+            return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
         }
         Ok(Self { stack: Stack::open(ctx, &state)? })
     }

@@ -198,7 +198,7 @@ fn give_name(part: &Path, path: &Path) -> Result<(), MergeError> {
 }
 
 /// The output under its temporary name; gone when dropped before [`Output::commit`].
-enum Output {
+pub(super) enum Output {
     /// A checkpoint's folder.
     Folder(AtomicDir),
     /// A single file and its ledger, in a temporary folder beside their place.
@@ -207,7 +207,11 @@ enum Output {
 
 impl Output {
     /// `plan` says what the output will be, for a later run to compare.
-    fn create(target: &Target<'_>, is_file: bool, plan: impl FnOnce() -> String) -> Result<Self, MergeError> {
+    pub(super) fn create(
+        target: &Target<'_>,
+        is_file: bool,
+        plan: impl FnOnce() -> String,
+    ) -> Result<Self, MergeError> {
         if !is_file {
             return Ok(Self::Folder(match target.resume {
                 true => AtomicDir::create_resumable(target.path, target.existing, &plan())?,
@@ -225,7 +229,7 @@ impl Output {
     }
 
     /// What becomes the checkpoint.
-    fn root(&self) -> PathBuf {
+    pub(super) fn root(&self) -> PathBuf {
         match self {
             Self::Folder(output) => output.path().to_owned(),
             Self::File(folder) => folder.path().join("model.safetensors"),
@@ -240,7 +244,7 @@ impl Output {
     }
 
     /// Lets the output appear.
-    fn commit(self, state: &StateFolder, target: &Target<'_>) -> Result<(), MergeError> {
+    pub(super) fn commit(self, state: &StateFolder, target: &Target<'_>) -> Result<(), MergeError> {
         match self {
             Self::Folder(output) => Ok(output.commit()?),
             Self::File(folder) => commit_file(&folder.path().join("model.safetensors"), state, target),
@@ -280,7 +284,7 @@ fn plan(change: &Change<'_>) -> String {
 }
 
 /// The output must not be the input under another name, nor inside it.
-fn refuse_same_place(checkpoint: &Checkpoint, output: &Path) -> Result<(), MergeError> {
+pub(super) fn refuse_same_place(checkpoint: &Checkpoint, output: &Path) -> Result<(), MergeError> {
     let input = checkpoint.root().canonicalize().map_err(|e| CheckpointError::io("open", checkpoint.root(), e))?;
     // What does not exist yet is judged by the folder it will lie in.
     let real = output.canonicalize().or_else(|_| folder_of(output).canonicalize());

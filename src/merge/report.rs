@@ -72,6 +72,9 @@ pub struct MergeReport {
     pub bytes_written: u64,
     /// Bytes of the ledger without the adapters' copies; 0 where there is none.
     pub ledger_bytes: u64,
+    /// What had to be decided on the way, in words: tensors found under other names, tied heads. None for sparse adapters.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// The counts of one kind of projection.
@@ -91,15 +94,20 @@ fn kind_report(kind: &str, n_tensors: u64, counts: PatchCounts) -> KindReport {
 
 /// Per kind of projection, and all together.
 pub(super) fn kind_reports(findings: &Findings) -> (Vec<KindReport>, KindReport) {
+    kind_reports_of(&findings.counts)
+}
+
+/// The same from the counts of tensors by name.
+pub(super) fn kind_reports_of(by_tensor: &BTreeMap<String, PatchCounts>) -> (Vec<KindReport>, KindReport) {
     let mut kinds: BTreeMap<&str, (u64, PatchCounts)> = BTreeMap::new();
     let mut total = PatchCounts::default();
-    for (name, counts) in &findings.counts {
+    for (name, counts) in by_tensor {
         let (n_tensors, kind) = kinds.entry(projection_kind(name)).or_default();
         *n_tensors += 1;
         kind.add(*counts);
         total.add(*counts);
     }
-    let total = kind_report("total", findings.counts.len() as u64, total);
+    let total = kind_report("total", by_tensor.len() as u64, total);
     (kinds.into_iter().map(|(kind, (n, counts))| kind_report(kind, n, counts)).collect(), total)
 }
 

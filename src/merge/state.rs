@@ -36,7 +36,7 @@ impl StateFolder {
         let refused = |what: String| Err(MergeError::Refused { path: root.to_owned(), what });
         if checkpoint.layout() == Layout::File {
             let folder = folder_of(root).join(STATE_FOLDER);
-            if folder.join("ledger").exists() || folder.join("txn").exists() {
+            if ["ledger", "txn", "low-rank"].iter().any(|name| folder.join(name).exists()) {
                 let whole = folder_of(root).display();
                 return refused(format!(
                     "belongs to a checkpoint with a ledger; give the folder `{whole}` instead of its file"

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::{
     MergeError,
     ledger::{ActiveAdapter, LedgerDocument},
+    low_rank,
     state::StateFolder,
 };
 use crate::checkpoint::{Checkpoint, Shard};
@@ -20,6 +21,8 @@ pub struct LedgerSummary {
     pub n_touched: u64,
     /// Bytes of the ledger, without the adapters' copies.
     pub ledger_bytes: u64,
+    /// Whether taking an adapter out needs the base: after a low-rank merge that kept no originals.
+    pub needs_base: bool,
     /// Whether a change was interrupted and waits for `recover`.
     pub interrupted: bool,
 }
@@ -31,9 +34,28 @@ pub struct LedgerSummary {
 pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, MergeError> {
     let state = StateFolder::of(checkpoint)?;
     let interrupted = state.is_interrupted();
+    if let Some((folder, record)) = low_rank::record_of(checkpoint)? {
+        let active = record.active.iter().map(|a| ActiveAdapter { id: a.id.clone(), scale: a.scale }).collect();
+        let n_elements = |target: &low_rank::RecordedTarget| target.shape.iter().product::<u64>();
+        return Ok(Some(LedgerSummary {
+            active,
+            n_tensors: record.targets.len(),
+            n_touched: record.targets.values().map(n_elements).sum(),
+            ledger_bytes: folder.originals().metadata().map_or(0, |meta| meta.len()),
+            needs_base: !record.has_originals,
+            interrupted,
+        }));
+    }
     let path = state.ledger();
     if path.symlink_metadata().is_err() {
-        let summary = LedgerSummary { active: Vec::new(), n_tensors: 0, n_touched: 0, ledger_bytes: 0, interrupted };
+        let summary = LedgerSummary {
+            active: Vec::new(),
+            n_tensors: 0,
+            n_touched: 0,
+            ledger_bytes: 0,
+            needs_base: false,
+            interrupted,
+        };
         return Ok(interrupted.then_some(summary));
     }
     let shard = Shard::open(&path)?;
@@ -43,6 +65,7 @@ pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, 
         n_tensors: document.targets.len(),
         n_touched: document.nnz(),
         ledger_bytes: shard.file_bytes(),
+        needs_base: false,
         active: document.active,
         interrupted,
     }))

@@ -17,6 +17,7 @@ use super::{
     change::Change,
     examine::Findings,
     ledger::LedgerWriter,
+    low_rank,
     report::entries,
     stack::{Active, Stack},
     state::StateFolder,
@@ -123,13 +124,14 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
     })
 }
 
-fn open_base(path: &Path) -> Result<Checkpoint, MergeError> {
+/// Opens a checkpoint that nothing was merged into.
+pub(super) fn open_base(path: &Path) -> Result<Checkpoint, MergeError> {
     let base = Checkpoint::open(path)?;
     let state = StateFolder::of(&base)?;
     if state.is_interrupted() {
         return Err(MergeError::Interrupted { path: path.to_owned() });
     }
-    if state.ledger().exists() {
+    if state.ledger().exists() || low_rank::record_of(&base)?.is_some() {
         let what = "has a ledger: it is a merged checkpoint, not a base".to_owned();
         return Err(MergeError::Refused { path: path.to_owned(), what });
     }
@@ -181,6 +183,29 @@ fn compare_rest(
     findings: &Findings,
     problems: &mut Vec<String>,
 ) -> Result<u64, MergeError> {
+    let expected = |name: &str| Some(findings.counts.get(name).map_or(0, |counts| counts.changed));
+    compare_tensors(ctx, checkpoint, base, expected, problems)
+}
+
+/// Compares shards, headers and every tensor that is not touched; returns the bytes of tensor data compared.
+pub(super) fn compare_other_tensors(
+    ctx: &Context<'_>,
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    is_touched: impl Fn(&str) -> bool,
+    problems: &mut Vec<String>,
+) -> Result<u64, MergeError> {
+    compare_tensors(ctx, checkpoint, base, |name| (!is_touched(name)).then_some(0), problems)
+}
+
+/// The same; `expected` says how many elements of a tensor differ, or `None` for a tensor that is not compared.
+fn compare_tensors(
+    ctx: &Context<'_>,
+    checkpoint: &Checkpoint,
+    base: &Checkpoint,
+    expected: impl Fn(&str) -> Option<u64>,
+    problems: &mut Vec<String>,
+) -> Result<u64, MergeError> {
     let by_name =
         |checkpoint: &'_ Checkpoint| -> Vec<String> { checkpoint.shards().iter().map(Shard::file_name).collect() };
     let single = checkpoint.shards().len() == 1 && base.shards().len() == 1;
@@ -199,6 +224,7 @@ fn compare_rest(
         let same =
             |found: &TensorRef<'_>| (found.info.dtype, &found.info.shape) == (tensor.info.dtype, &tensor.info.shape);
         match base.tensor(&tensor.info.name).filter(same) {
+            Some(_) if expected(&tensor.info.name).is_none() => {}
             Some(original) => pairs.push((tensor, original)),
             None => problems.push(format!("\"{}\": the base has no such tensor", Printable(&tensor.info.name))),
         }
@@ -229,7 +255,7 @@ fn compare_rest(
         },
     )?;
     for (name, n) in n_differing {
-        let expected = findings.counts.get(name).map_or(0, |counts| counts.changed);
+        let expected = expected(name).unwrap_or(0);
         if n != expected {
             problems.push(format!(
                 "\"{}\": {n} elements differ from the base, the adapters change {expected}",

@@ -10,14 +10,28 @@ pub trait Accumulator: Copy + PartialEq + Send + Sync + 'static {
     fn from_f64(x: f64) -> Self;
     /// Exact for every accumulator.
     fn to_f64(self) -> f64;
+    /// `self + other`.
+    fn add(self, other: Self) -> Self;
+    /// `self * other`.
+    fn mul(self, other: Self) -> Self;
     /// `self + delta * scale`: the product is rounded, then the sum (never fused).
     fn add_scaled(self, delta: Self, scale: Self) -> Self;
 }
 
 impl Accumulator for f32 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self + other
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self * other
+    }
+    #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x as f32
     }
+    #[inline(always)]
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
@@ -27,9 +41,19 @@ impl Accumulator for f32 {
 }
 
 impl Accumulator for f64 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self + other
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self * other
+    }
+    #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x
     }
+    #[inline(always)]
     fn to_f64(self) -> f64 {
         self
     }
@@ -59,6 +83,8 @@ pub trait Float: Copy + Send + Sync + 'static {
     fn write_le(self, bytes: &mut [u8]);
     /// Larger key, larger magnitude: without its sign bit a float orders like an integer. A NaN ranks above infinity.
     fn magnitude_key(self) -> Self::Key;
+    /// Whether both have the same bits.
+    fn same_bits(self, other: Self) -> bool;
     /// Whether the element is a NaN.
     fn is_nan(self) -> bool;
     /// Whether the element is neither NaN nor infinite.
@@ -91,6 +117,10 @@ macro_rules! impl_float {
             #[inline(always)]
             fn magnitude_key(self) -> $key {
                 self.$bits() & $mask
+            }
+            #[inline(always)]
+            fn same_bits(self, other: Self) -> bool {
+                self.$bits() == other.$bits()
             }
             #[inline(always)]
             fn is_nan(self) -> bool {

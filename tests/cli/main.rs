@@ -15,6 +15,7 @@ mod harness;
 mod init;
 mod inspect;
 mod json;
+mod low_rank;
 mod manners;
 mod mask;
 mod mask_join;

@@ -479,7 +479,7 @@ fn a_broken_adapter_is_named() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama: not a regular file
+    error: [FIXTURES]/tiny-llama: a folder without adapter_config.json is no adapter
     ");
     assert!(!place.path("out").exists());
 }

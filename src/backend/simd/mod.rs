@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+mod low_rank;
 #[cfg(feature = "train")]
 pub(super) mod matmul;
 #[cfg(target_arch = "aarch64")]
@@ -18,6 +19,7 @@ use std::sync::OnceLock;
 
 use super::{NotANumber, ScoredRows, keys::Key, score::Scratch};
 use crate::tensor::RowColumns;
+pub(super) use low_rank::{add_low_rank, merge_sums};
 use select::Room;
 
 /// Keys of 1, 2 or 4 bytes as they lie in memory, row after row.

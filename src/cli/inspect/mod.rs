@@ -364,7 +364,13 @@ fn merge_facts(merges: &LedgerSummary) -> Vec<(&'static str, String)> {
     let merged = |adapter: &ActiveAdapter| ("merged", format!("{} scale {}", adapter.id, adapter.scale));
     let mut facts: Vec<_> = merges.active.iter().map(merged).collect();
     let (touched, tensors) = (count(merges.n_touched), count(merges.n_tensors as u64));
-    facts.push(("ledger", format!("{touched} originals of {tensors} tensors, {}", bytes(merges.ledger_bytes))));
+    facts.push(match merges.needs_base {
+        true => (
+            "ledger",
+            format!("{touched} weights of {tensors} tensors changed, no originals kept: undoing needs the base"),
+        ),
+        false => ("ledger", format!("{touched} originals of {tensors} tensors, {}", bytes(merges.ledger_bytes))),
+    });
     if merges.interrupted {
         facts.push(("state", "a change was interrupted and waits for recover".to_owned()));
     }

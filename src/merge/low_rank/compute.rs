@@ -1,0 +1,296 @@
+//! A block of merged rows, from the originals.
+
+use std::ops::Range;
+
+use super::{
+    factors::read_f32,
+    plan::{Magnitude, Product, Step, Target},
+};
+use crate::{
+    adapter::DeltaRows,
+    backend::{PatchCounts, add_low_rank, merge_sums},
+    checkpoint::{CheckpointError, Context},
+    merge::MergeError,
+    tensor::{Accumulator, Float, with_float},
+};
+
+/// Rows that are hashed, and whose squares are summed, in one piece, whatever the size of blocks.
+pub(super) const GROUP_ROWS: u64 = 16;
+
+/// Blocks of a tensor's rows, each but the last a multiple of [`GROUP_ROWS`].
+pub(super) fn row_blocks(
+    ctx: &Context<'_>,
+    n_rows: u64,
+    n_columns: u64,
+) -> impl Iterator<Item = Range<u64>> + Send + use<> {
+    // Sums in float32 take about half a window.
+    let most = ctx.window_bytes() / 8 / n_columns.max(1);
+    let step = (most / GROUP_ROWS * GROUP_ROWS).max(GROUP_ROWS);
+    (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
+}
+
+/// Makes the originals in `bytes`, the `rows` of `target`, into merged weights; `factors` are those of the columns, where the
+/// target has magnitudes of columns.
+///
+/// Memory: about four times `bytes` for 16-bit weights, and factors of about a window.
+pub(super) fn merge_rows(
+    ctx: &Context<'_>,
+    target: &Target<'_>,
+    factors: Option<&[f32]>,
+    rows: &Range<u64>,
+    bytes: &mut [u8],
+) -> Result<PatchCounts, MergeError> {
+    if target.is_simple {
+        return merge_products(ctx, target, rows, bytes);
+    }
+    with_float!(target.tensor.info.dtype, T => {
+        Block::<T>::new(ctx, target, rows.clone(), bytes)?.merge(ctx, factors, bytes)
+    }, else unreachable!("targets are floats"))
+}
+
+/// The same where each row gets one product at most.
+fn merge_products(
+    ctx: &Context<'_>,
+    target: &Target<'_>,
+    rows: &Range<u64>,
+    bytes: &mut [u8],
+) -> Result<PatchCounts, MergeError> {
+    let row_bytes = target.row_bytes() as usize;
+    let mut counts = PatchCounts::default();
+    for step in &target.steps {
+        let Step::LowRank(product) = step else { unreachable!("a simple target has products alone") };
+        let Some(shared) = intersection(rows, &product.rows()) else { continue };
+        let sums = sums_of(ctx, product, &shared, target.n_columns)?;
+        let part = (shared.start - rows.start) as usize * row_bytes..(shared.end - rows.start) as usize * row_bytes;
+        counts.add(merge_sums(target.tensor.info.dtype, &mut bytes[part], &sums, product.scale));
+    }
+    Ok(counts)
+}
+
+fn intersection(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
+    let both = a.start.max(b.start)..a.end.min(b.end);
+    (both.start < both.end).then_some(both)
+}
+
+/// The product's sums for `rows` of the tensor, `[rows, n_columns]`.
+pub(super) fn sums_of(
+    ctx: &Context<'_>,
+    product: &Product<'_>,
+    rows: &Range<u64>,
+    n_columns: u64,
+) -> Result<Vec<f32>, CheckpointError> {
+    let own = rows.start - product.first_row..rows.end - product.first_row;
+    let n_rows = own.end - own.start;
+    let mut sums = vec![0.0; (n_rows * n_columns) as usize];
+    // As much of the rank at once as makes factors of half a window.
+    let step = (ctx.window_bytes() / 8 / n_rows.max(n_columns)).clamp(1, product.rank);
+    for first in (0..product.rank).step_by(step as usize) {
+        ctx.check()?;
+        let part = first..product.rank.min(first + step);
+        let u = product.u.read(own.clone(), part.clone())?;
+        let v = product.v.read(part.clone(), 0..n_columns)?;
+        add_low_rank(&u, &v, (part.end - part.start) as usize, n_columns as usize, &mut sums);
+    }
+    Ok(sums)
+}
+
+/// Bits of what became of an element.
+const TOUCHED: u8 = 1;
+const NONZERO: u8 = 2;
+
+/// Rows in the accumulator's type.
+pub(super) struct Block<'t, 'a, T: Float> {
+    target: &'t Target<'a>,
+    rows: Range<u64>,
+    values: Vec<T::Acc>,
+    flags: Vec<u8>,
+}
+
+impl<'t, 'a, T: Float> Block<'t, 'a, T> {
+    /// The originals, or what stands in for them.
+    pub(super) fn new(
+        ctx: &Context<'_>,
+        target: &'t Target<'a>,
+        rows: Range<u64>,
+        bytes: &[u8],
+    ) -> Result<Self, CheckpointError> {
+        let n_columns = target.n_columns;
+        let mut values: Vec<T::Acc> = bytes.chunks_exact(T::BYTES).map(|e| T::from_le(e).widen()).collect();
+        let mut flags = vec![0; values.len()];
+        if let Some((shard, info)) = target.full {
+            ctx.check()?;
+            let full = read_f32(shard, info, rows.start * n_columns..rows.end * n_columns)?;
+            for ((value, flag), full) in values.iter_mut().zip(&mut flags).zip(full) {
+                let full = T::Acc::from_f64(f64::from(full));
+                *flag |= TOUCHED | if full == *value { 0 } else { NONZERO };
+                *value = full;
+            }
+        }
+        Ok(Self { target, rows, values, flags })
+    }
+
+    fn merge(
+        mut self,
+        ctx: &Context<'_>,
+        factors: Option<&[f32]>,
+        bytes: &mut [u8],
+    ) -> Result<PatchCounts, MergeError> {
+        for step in &self.target.steps {
+            match step {
+                Step::LowRank(product) => {
+                    let Some(shared) = intersection(&self.rows, &product.rows()) else { continue };
+                    self.add_product(ctx, product, &shared)?;
+                    match &product.magnitude {
+                        None => {}
+                        Some(magnitude) if magnitude.of_columns => {
+                            self.scale_columns(factors.expect("norms of columns are taken before"));
+                        }
+                        Some(magnitude) => self.scale_rows(product, magnitude, &shared)?,
+                    }
+                }
+                Step::Sparse { adapter, target, scale, .. } => {
+                    let deltas = adapter.read_rows(ctx, target, self.rows.clone())?;
+                    self.add_deltas(&deltas, T::Acc::from_f64(*scale));
+                }
+                Step::Bias { shard, info, scale } => {
+                    let bias = read_f32(shard, info, self.rows.clone())?;
+                    let at = 0..bias.len();
+                    self.add(at, bias.iter().map(|bias| bias * scale));
+                }
+            }
+        }
+        Ok(self.round(bytes))
+    }
+
+    /// Adds a product to `rows` of the tensor.
+    pub(super) fn add_product(
+        &mut self,
+        ctx: &Context<'_>,
+        product: &Product<'_>,
+        rows: &Range<u64>,
+    ) -> Result<(), CheckpointError> {
+        let sums = sums_of(ctx, product, rows, self.target.n_columns)?;
+        let at = self.elements(rows);
+        self.add(at, sums.iter().map(|sum| sum * product.scale));
+        Ok(())
+    }
+
+    fn elements(&self, rows: &Range<u64>) -> Range<usize> {
+        let n_columns = self.target.n_columns as usize;
+        (rows.start - self.rows.start) as usize * n_columns..(rows.end - self.rows.start) as usize * n_columns
+    }
+
+    fn add(&mut self, at: Range<usize>, deltas: impl Iterator<Item = f32>) {
+        for ((value, flag), delta) in self.values[at.clone()].iter_mut().zip(&mut self.flags[at]).zip(deltas) {
+            *value = value.add(T::Acc::from_f64(f64::from(delta)));
+            *flag |= TOUCHED | if delta == 0.0 { 0 } else { NONZERO };
+        }
+    }
+
+    fn add_deltas(&mut self, deltas: &DeltaRows, scale: T::Acc) {
+        let zero = T::Acc::from_f64(0.0);
+        for row in 0..deltas.columns.n_rows() {
+            let start = row * self.target.n_columns as usize;
+            for (&column, at) in deltas.columns.row(row).iter().zip(deltas.columns.row_range(row)) {
+                let delta = T::Acc::from_f64(f64::from(deltas.values[at]));
+                let element = start + column as usize;
+                self.values[element] = self.values[element].add_scaled(delta, scale);
+                self.flags[element] |= TOUCHED | if delta == zero || scale == zero { 0 } else { NONZERO };
+            }
+        }
+    }
+
+    /// Brings each of `rows` to its magnitude.
+    fn scale_rows(
+        &mut self,
+        product: &Product<'_>,
+        magnitude: &Magnitude<'_>,
+        rows: &Range<u64>,
+    ) -> Result<(), MergeError> {
+        let first = magnitude.start + rows.start - product.first_row;
+        let magnitudes = read_f32(magnitude.shard, magnitude.info, first..first + rows.end - rows.start)?;
+        let at = self.elements(rows);
+        let n_columns = self.target.n_columns as usize;
+        for ((row, values), m) in (rows.start..).zip(self.values[at].chunks_exact_mut(n_columns)).zip(magnitudes) {
+            let mut lanes = [0.0f64; 8];
+            for values in values.chunks(8) {
+                for (lane, value) in lanes.iter_mut().zip(values) {
+                    *lane += value.to_f64() * value.to_f64();
+                }
+            }
+            let factor = factor_of(m, lanes.iter().sum(), || format!("row {row}"), self.target)?;
+            let factor = T::Acc::from_f64(f64::from(factor));
+            values.iter_mut().for_each(|value| *value = value.mul(factor));
+        }
+        self.flag_all(rows);
+        Ok(())
+    }
+
+    fn scale_columns(&mut self, factors: &[f32]) {
+        for values in self.values.chunks_exact_mut(self.target.n_columns as usize) {
+            for (value, &factor) in values.iter_mut().zip(factors) {
+                *value = value.mul(T::Acc::from_f64(f64::from(factor)));
+            }
+        }
+        self.flag_all(&self.rows.clone());
+    }
+
+    /// A magnitude moves every weight of its row, however little.
+    fn flag_all(&mut self, rows: &Range<u64>) {
+        let at = self.elements(rows);
+        self.flags[at].fill(TOUCHED | NONZERO);
+    }
+
+    /// Adds the squares of each column to `sums`, `[n_columns]`, for rows `rows` of the block.
+    pub(super) fn add_squares(&self, rows: Range<usize>, sums: &mut [f64]) {
+        let n_columns = self.target.n_columns as usize;
+        for values in self.values[rows.start * n_columns..rows.end * n_columns].chunks_exact(n_columns) {
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value.to_f64() * value.to_f64();
+            }
+        }
+    }
+
+    /// Rounds every touched element once, to the weight's type.
+    fn round(self, bytes: &mut [u8]) -> PatchCounts {
+        let mut counts = PatchCounts::default();
+        for ((element, value), flag) in bytes.chunks_exact_mut(T::BYTES).zip(self.values).zip(self.flags) {
+            if flag & TOUCHED == 0 {
+                continue;
+            }
+            let original = T::from_le(element);
+            let is_nonzero = flag & NONZERO != 0;
+            counts.touched += 1;
+            counts.nonzero += u64::from(is_nonzero);
+            if original.is_nan() && self.target.full.is_none() {
+                continue;
+            }
+            let value = T::from_acc(value);
+            let is_same = value.same_bits(original);
+            counts.absorbed += u64::from(is_nonzero && is_same);
+            counts.changed += u64::from(!is_same);
+            counts.overflowed += u64::from(original.is_finite() && !value.is_finite());
+            value.write_le(element);
+        }
+        counts
+    }
+}
+
+/// What brings a norm to a magnitude.
+///
+/// # Errors
+/// A norm that is zero or no number.
+pub(super) fn factor_of(
+    magnitude: f32,
+    squares: f64,
+    place: impl Fn() -> String,
+    target: &Target<'_>,
+) -> Result<f32, MergeError> {
+    let norm = squares.sqrt() as f32;
+    let factor = magnitude / norm;
+    if norm > 0.0 && factor.is_finite() {
+        return Ok(factor);
+    }
+    let what = format!("{}: its norm is {norm}, which cannot be brought to the magnitude {magnitude}", place());
+    Err(CheckpointError::bad_tensor(target.tensor.shard.path(), target.name(), what).into())
+}

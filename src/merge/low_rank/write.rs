@@ -1,0 +1,424 @@
+//! The new checkpoint: shards copied, merged and hashed in one pass.
+
+use std::{collections::BTreeMap, fs, ops::Range, path::Path};
+
+use super::{
+    KeptOriginals, LowRankOptions, LowRankReading,
+    compute::{merge_rows, row_blocks},
+    norms::column_factors,
+    plan::{Plan, Step, Target},
+    record::{LowRankRecord, RecordFolder, RecordedTarget, RowsHasher},
+    sources::Source,
+};
+use crate::{
+    backend::{PatchCounts, gather},
+    checkpoint::{
+        Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Printable, Shard, TensorFileWriter, TensorId,
+        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
+    },
+    merge::{
+        MergeError, MergeInput, MergeReport,
+        out_of_place::{Output, Target as OutputTarget, refuse_same_place},
+        report::kind_reports_of,
+        state::StateFolder,
+        verify::open_base,
+    },
+    tensor::{RowBlock, dtype_name},
+};
+
+/// Adds adapters to a checkpoint, of which some or all are low-rank, as a new checkpoint.
+///
+/// Every weight becomes `round(original + sum_1 * s_1 + …)` in ascending order of the adapters' ids (see this folder's
+/// `mod.rs`), the same bytes for every number of threads and any memory. Everything about the adapters is checked before the
+/// first byte is written; a sparse adapter's anchors are judged before the output gets its name.
+///
+/// Memory: a few blocks of rows per thread, within `ctx.max_memory`. Disk: the checkpoint's size and copies of the adapters, and, with
+/// [`KeptOriginals::All`], the touched tensors' once more.
+///
+/// # Errors
+/// [`MergeError`]; nothing is left at the output.
+pub fn merge_low_rank(
+    ctx: &Context<'_>,
+    base: &Path,
+    adapters: &[MergeInput],
+    reading: LowRankReading,
+    options: &LowRankOptions,
+) -> Result<MergeReport, MergeError> {
+    if adapters.is_empty() {
+        return Err(MergeError::Usage("no adapter to merge".to_owned()));
+    }
+    let checkpoint = open_base(base)?;
+    let sources = Source::open_all(ctx, adapters, Some(&checkpoint))?;
+    let plan = Plan::new(&checkpoint, &checkpoint, &sources, reading)?;
+    let job = Job {
+        copied: &checkpoint,
+        originals: &checkpoint,
+        sources: &sources,
+        plan: &plan,
+        base: checkpoint.name(),
+        reading,
+    };
+    let mut report = job.run(ctx, options)?;
+    report.added = sources.iter().map(|source| source.id.to_string()).collect();
+    Ok(report)
+}
+
+/// A new checkpoint to write.
+pub(super) struct Job<'a> {
+    /// Whose shards are copied.
+    pub(super) copied: &'a Checkpoint,
+    /// Where the originals of the plan's tensors are.
+    pub(super) originals: &'a Checkpoint,
+    pub(super) sources: &'a [Source],
+    pub(super) plan: &'a Plan<'a>,
+    /// What the base is called.
+    pub(super) base: String,
+    pub(super) reading: LowRankReading,
+}
+
+/// What a block of rows contributes.
+struct BlockResult {
+    counts: PatchCounts,
+    base: Vec<u8>,
+    merged: Vec<u8>,
+    /// Per sparse step of the target: the originals at its columns.
+    anchored: Vec<Vec<u8>>,
+    originals: Vec<u8>,
+}
+
+/// A block of rows of one of the plan's targets, or bytes that stay as they are.
+type Piece = Option<(usize, Range<u64>)>;
+
+impl Job<'_> {
+    /// Writes the checkpoint, or, on a dry run, computes all that would be written.
+    pub(super) fn run(&self, ctx: &Context<'_>, options: &LowRankOptions) -> Result<MergeReport, MergeError> {
+        refuse_same_place(self.copied, &options.output)?;
+        if self.originals.root() != self.copied.root() {
+            refuse_same_place(self.originals, &options.output)?;
+        }
+        if options.existing == Existing::Keep && options.output.symlink_metadata().is_ok() {
+            return Err(CheckpointError::OutputExists { path: options.output.clone() }.into());
+        }
+        let factors = column_factors(ctx, self.originals, self.plan)?;
+        let mut gathering = Gathering::new(self);
+        if options.dry_run {
+            self.examine(ctx, &factors, &mut gathering)?;
+            gathering.judge()?;
+            self.unchanged()?;
+            let n_originals = if options.keep == KeptOriginals::All { self.touched_bytes() } else { 0 };
+            return Ok(MergeReport { dry_run: true, ..self.report(&gathering, n_originals) });
+        }
+        let is_file = self.copied.layout() == Layout::File;
+        let target = OutputTarget {
+            path: &options.output,
+            existing: options.existing,
+            keep_ledger: options.keep != KeptOriginals::Nothing,
+            link: options.link,
+            resume: false,
+        };
+        let output = Output::create(&target, is_file, String::new)?;
+        check_free_space(folder_of(&options.output), self.copied.n_bytes() + self.state_bytes(options.keep))?;
+        let root = output.root();
+        let state = StateFolder::at(&root, self.copied.layout());
+        let folder = RecordFolder::at(&root, self.copied.layout());
+        if options.keep != KeptOriginals::Nothing {
+            fs::create_dir_all(folder.path()).map_err(|e| CheckpointError::io("create", folder.path(), e))?;
+        }
+        if options.keep == KeptOriginals::All {
+            gathering.originals = Some(TensorFileWriter::create(&folder.originals(), Existing::Replace)?);
+        }
+        ctx.observer.begin("merging", self.copied.shards().iter().map(Shard::file_bytes).sum());
+        for (index, shard) in self.copied.shards().iter().enumerate() {
+            let path = if is_file { root.clone() } else { root.join(shard.file_name()) };
+            self.write_shard(ctx, (index, shard), &path, options.link, &factors, &mut gathering)?;
+        }
+        gathering.judge()?;
+        let n_originals = match gathering.originals.take() {
+            None => 0,
+            Some(writer) => {
+                writer.finish(ctx, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
+                fs::metadata(folder.originals()).map_or(0, |meta| meta.len())
+            }
+        };
+        for side_file in self.copied.side_files()? {
+            let to = root.join(&side_file);
+            fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
+            copy_file(ctx, &self.copied.root().join(&side_file), &to, CopyMode::Auto)?;
+        }
+        self.unchanged()?;
+        if options.keep != KeptOriginals::Nothing && !self.sources.is_empty() {
+            let has_originals = options.keep == KeptOriginals::All;
+            let mut record = LowRankRecord::new(self.base.clone(), self.sources, self.reading, has_originals);
+            record.targets = std::mem::take(&mut gathering.recorded);
+            folder.write(ctx, &record, self.sources)?;
+        } else if folder.path().exists() {
+            fs::remove_dir_all(folder.path()).map_err(|e| CheckpointError::io("remove", folder.path(), e))?;
+        }
+        output.commit(&state, &target)?;
+        Ok(self.report(&gathering, n_originals))
+    }
+
+    /// Computes and hashes every touched tensor without writing.
+    fn examine(
+        &self,
+        ctx: &Context<'_>,
+        factors: &[Option<Vec<f32>>],
+        gathering: &mut Gathering<'_>,
+    ) -> Result<(), MergeError> {
+        ctx.observer.begin("checking", self.touched_bytes());
+        for (index, target) in self.plan.targets.iter().enumerate() {
+            for_each_ordered(
+                ctx,
+                row_blocks(ctx, target.n_rows, target.n_columns),
+                |rows| {
+                    let mut bytes = self.original_rows(ctx, target, rows)?;
+                    ctx.observer.advance(bytes.len() as u64);
+                    self.merge_block(ctx, (target, rows), factors[index].as_deref(), &mut bytes, false)
+                },
+                |rows, block| gathering.push(index, &rows, block),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_shard(
+        &self,
+        ctx: &Context<'_>,
+        (index, shard): (usize, &Shard),
+        path: &Path,
+        link: bool,
+        factors: &[Option<Vec<f32>>],
+        gathering: &mut Gathering<'_>,
+    ) -> Result<(), MergeError> {
+        let mut of_shard: Vec<usize> = (0..self.plan.targets.len())
+            .filter(|&target| self.copied_shard(&self.plan.targets[target]) == index)
+            .collect();
+        of_shard.sort_by_key(|&target| self.plan.targets[target].tensor.info.data.start);
+        if of_shard.is_empty() {
+            let mode = if link { CopyMode::Link } else { CopyMode::Auto };
+            if share_file(shard.path(), path, mode)?.is_some() {
+                ctx.observer.advance(shard.file_bytes());
+                return Ok(());
+            }
+        }
+        let keeps = gathering.originals.is_some();
+        let own = self.originals.root() == self.copied.root();
+        rewrite_shard(
+            ctx,
+            shard,
+            path,
+            self.pieces(ctx, shard, &of_shard),
+            |piece: &Piece, bytes| {
+                let Some((index, rows)) = piece else { return Ok(None) };
+                let target = &self.plan.targets[*index];
+                if !own {
+                    bytes.copy_from_slice(&self.original_rows(ctx, target, rows)?);
+                }
+                self.merge_block(ctx, (target, rows), factors[*index].as_deref(), bytes, keeps).map(Some)
+            },
+            |piece, block| match (piece, block) {
+                (Some((index, rows)), Some(block)) => gathering.push(index, &rows, block),
+                _ => Ok(()),
+            },
+        )
+    }
+
+    /// Which of the copied checkpoint's shards holds a target.
+    fn copied_shard(&self, target: &Target<'_>) -> usize {
+        self.copied.tensor(target.name()).expect("the plan was made for these tensors").shard_index
+    }
+
+    /// A shard's bytes in order: blocks of rows of its targets, and windows of all that lies between.
+    fn pieces<'p>(
+        &'p self,
+        ctx: &'p Context<'_>,
+        shard: &'p Shard,
+        targets: &'p [usize],
+    ) -> impl Iterator<Item = (Range<u64>, Piece)> + Send + 'p {
+        let place = move |target: usize| {
+            let name = self.plan.targets[target].name();
+            shard.file_range(shard.header().tensor(name).expect("the shard has its targets"))
+        };
+        let starts = std::iter::once(0).chain(targets.iter().map(move |&target| place(target).end));
+        let upto = targets.iter().copied().map(Some).chain([None]);
+        starts.zip(upto).flat_map(move |(start, target)| {
+            let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), place);
+            let between = windows(ctx, start..tensor.start).map(|range| (range, None));
+            let blocks = target.into_iter().flat_map(move |index| {
+                let target = &self.plan.targets[index];
+                let (start, row_bytes) = (tensor.start, target.row_bytes());
+                row_blocks(ctx, target.n_rows, target.n_columns).map(move |rows| {
+                    (start + rows.start * row_bytes..start + rows.end * row_bytes, Some((index, rows)))
+                })
+            });
+            between.chain(blocks)
+        })
+    }
+
+    fn original_rows(&self, ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> Result<Vec<u8>, MergeError> {
+        let tensor = self.originals.tensor(target.name()).expect("the originals have the plan's tensors");
+        let window = tensor.window(ctx, rows.start * target.row_bytes()..rows.end * target.row_bytes())?;
+        let bytes = window.to_vec();
+        tensor.shard.confirm(&window)?;
+        Ok(bytes)
+    }
+
+    /// Merges a block in memory.
+    fn merge_block(
+        &self,
+        ctx: &Context<'_>,
+        (target, rows): (&Target<'_>, &Range<u64>),
+        factors: Option<&[f32]>,
+        bytes: &mut [u8],
+        keeps: bool,
+    ) -> Result<BlockResult, MergeError> {
+        let base = RowsHasher::groups(bytes, target.row_bytes());
+        let mut anchored = Vec::new();
+        for step in &target.steps {
+            if let Step::Sparse { adapter, target: info, .. } = step {
+                let columns = adapter.read_rows(ctx, info, rows.clone())?.columns;
+                let n_rows = (rows.end - rows.start) as usize;
+                let block = RowBlock::new(bytes, target.tensor.info.dtype, n_rows, target.n_columns as usize);
+                anchored.push(gather(block, &columns));
+            }
+        }
+        let originals = if keeps { bytes.to_vec() } else { Vec::new() };
+        let counts = merge_rows(ctx, target, factors, rows, bytes)?;
+        let merged = RowsHasher::groups(bytes, target.row_bytes());
+        Ok(BlockResult { counts, base, merged, anchored, originals })
+    }
+
+    fn touched_bytes(&self) -> u64 {
+        self.plan.targets.iter().map(|target| target.tensor.info.n_bytes()).sum()
+    }
+
+    fn state_bytes(&self, keep: KeptOriginals) -> u64 {
+        let adapters: u64 = self.sources.iter().map(Source::n_bytes).sum();
+        match keep {
+            KeptOriginals::Nothing => 0,
+            KeptOriginals::Hashes => adapters,
+            KeptOriginals::All => adapters + self.touched_bytes() + (1 << 20),
+        }
+    }
+
+    fn unchanged(&self) -> Result<(), MergeError> {
+        self.sources.iter().try_for_each(Source::unchanged)?;
+        self.originals.unchanged()?;
+        Ok(self.copied.unchanged()?)
+    }
+
+    fn report(&self, gathering: &Gathering<'_>, ledger_bytes: u64) -> MergeReport {
+        let (kinds, total) = kind_reports_of(&gathering.counts);
+        let mut shards: Vec<usize> = self.plan.targets.iter().map(|target| self.copied_shard(target)).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        let entry = |(source, &n_tensors): (&Source, &usize)| source.entry(n_tensors);
+        MergeReport {
+            base: self.base.clone(),
+            dry_run: false,
+            added: Vec::new(),
+            removed: Vec::new(),
+            active: self.sources.iter().zip(&self.plan.n_tensors).map(entry).collect(),
+            kinds,
+            total,
+            n_matched: if self.sources.is_empty() { 0 } else { self.plan.targets.len() },
+            n_shards: self.copied.shards().len(),
+            n_shards_patched: shards.len(),
+            bytes_checked: self.touched_bytes(),
+            bytes_written: self.copied.n_bytes(),
+            ledger_bytes,
+            notes: self.plan.notes.clone(),
+        }
+    }
+}
+
+/// What blocks contribute, one tensor after the other, each in order.
+pub(super) struct Gathering<'a> {
+    plan: &'a Plan<'a>,
+    sources: &'a [Source],
+    base_name: String,
+    /// What goes to the file of originals, where there is one.
+    originals: Option<TensorFileWriter>,
+    counts: BTreeMap<String, PatchCounts>,
+    recorded: BTreeMap<String, RecordedTarget>,
+    /// Sparse targets whose base values are others than they were made from: source and tensor.
+    mismatches: Vec<(usize, String)>,
+    // Of the current tensor.
+    current: PatchCounts,
+    base: RowsHasher,
+    merged: RowsHasher,
+    anchors: Vec<blake3::Hasher>,
+    original_id: Option<TensorId>,
+}
+
+impl<'a> Gathering<'a> {
+    fn new(job: &'a Job<'_>) -> Self {
+        Self {
+            plan: job.plan,
+            sources: job.sources,
+            base_name: job.copied.name(),
+            originals: None,
+            counts: BTreeMap::new(),
+            recorded: BTreeMap::new(),
+            mismatches: Vec::new(),
+            current: PatchCounts::default(),
+            base: RowsHasher::default(),
+            merged: RowsHasher::default(),
+            anchors: Vec::new(),
+            original_id: None,
+        }
+    }
+
+    /// Takes in a block; a tensor's first block begins it, its last ends it.
+    fn push(&mut self, index: usize, rows: &Range<u64>, block: BlockResult) -> Result<(), MergeError> {
+        let target = &self.plan.targets[index];
+        let info = target.tensor.info;
+        if rows.start == 0 {
+            self.current = PatchCounts::default();
+            self.anchors = vec![blake3::Hasher::new(); block.anchored.len()];
+            self.original_id = self.originals.as_mut().map(|writer| writer.add_tensor(info.name.clone(), info.dtype));
+        }
+        self.current.add(block.counts);
+        self.base.push(&block.base);
+        self.merged.push(&block.merged);
+        for (hasher, originals) in self.anchors.iter_mut().zip(&block.anchored) {
+            hasher.update(originals);
+        }
+        if let (Some(writer), Some(id)) = (&mut self.originals, self.original_id) {
+            writer.append(id, &block.originals)?;
+        }
+        if rows.end < target.n_rows {
+            return Ok(());
+        }
+        if let (Some(writer), Some(id)) = (&mut self.originals, self.original_id) {
+            writer.finish_tensor(id, info.shape.clone());
+        }
+        let sparse = target.steps.iter().filter_map(|step| match step {
+            Step::Sparse { target, source, .. } => Some((target, *source)),
+            _ => None,
+        });
+        for ((sparse, source), hasher) in sparse.zip(&self.anchors) {
+            if hasher.finalize() != sparse.anchor {
+                self.mismatches.push((source, info.name.clone()));
+            }
+        }
+        let recorded = RecordedTarget {
+            dtype: dtype_name(info.dtype),
+            shape: info.shape.clone(),
+            n_columns: target.n_columns,
+            base: self.base.finish(),
+            merged: self.merged.finish(),
+        };
+        self.recorded.insert(info.name.clone(), recorded);
+        self.counts.insert(info.name.clone(), self.current);
+        Ok(())
+    }
+
+    /// Fails where a sparse adapter was made for other values.
+    fn judge(&mut self) -> Result<(), MergeError> {
+        self.mismatches.sort();
+        let Some((source, tensor)) = self.mismatches.first() else { return Ok(()) };
+        let what = format!("this is {}; its values at the adapter's positions are others", Printable(&self.base_name));
+        Err(MergeError::WrongBase { adapter: self.sources[*source].path().to_owned(), tensor: tensor.clone(), what })
+    }
+}

@@ -1,0 +1,149 @@
+use std::{collections::BTreeMap, fs};
+
+use neuroada_ckpt::{
+    checkpoint::{Context, Existing, TensorFileWriter},
+    tensor::Dtype,
+};
+
+use super::{
+    Place,
+    adapters::{content, write_adapter},
+    harness::fixtures,
+};
+
+const Q: &str = "base_model.model.model.layers.0.self_attn.q_proj";
+
+/// Writes a PEFT folder; tensors are given by name, shape and the bytes of one element that is repeated.
+fn write_peft(place: &Place, name: &str, config: &str, tensors: &[(&str, &[u64], f32)]) {
+    place.write(&format!("{name}/adapter_config.json"), config);
+    let path = place.path(&format!("{name}/adapter_model.safetensors"));
+    let mut file = TensorFileWriter::create(&path, Existing::Replace).unwrap();
+    for (name, shape, value) in tensors {
+        let id = file.add_tensor((*name).to_owned(), Dtype::F32);
+        file.append(id, &value.to_le_bytes().repeat(shape.iter().product::<u64>() as usize)).unwrap();
+        file.finish_tensor(id, shape.to_vec());
+    }
+    file.finish(&Context::default(), &BTreeMap::new()).unwrap();
+}
+
+fn write_lora(place: &Place, name: &str, value: f32) {
+    let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
+    let config = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"base_model_name_or_path":"/home/somebody/tiny-llama"}"#;
+    write_peft(place, name, config, &[(&a, &[2, 64], value), (&b, &[64, 2], 0.5)]);
+}
+
+fn base() -> Vec<(String, Vec<u8>)> {
+    content(&fixtures().join("tiny-llama"))
+}
+
+const MERGE: &str = "merge [FIXTURES]/tiny-llama --adapter lora";
+
+#[test]
+fn a_lora_is_merged_proven_and_taken_out_again() {
+    let place = Place::new();
+    write_lora(&place, "lora", 0.01);
+    let told = place.run(&format!("{MERGE} -o out"));
+    assert!(told.starts_with("exit: 0"), "{told}");
+    for words in [
+        "q_proj        1    4,096",
+        "tiny-llama\n",
+        "undoing needs the base; --keep-originals keeps what that takes, 8.19 kB",
+    ] {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+    let inspected = place.run("inspect out");
+    assert!(
+        inspected.contains("4,096 weights of 1 tensors changed, no originals kept: undoing needs the base"),
+        "{inspected}"
+    );
+    let verified = place.run("verify out --base [FIXTURES]/tiny-llama");
+    assert!(verified.starts_with("exit: 0") && verified.contains("4,096 weights, 0 wrong"), "{verified}");
+    assert!(place.run("verify out").starts_with("exit: 0"));
+    let alone = place.run("unmerge out -o undone");
+    assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base names it"), "{alone}");
+    let in_place = place.run("unmerge out --base [FIXTURES]/tiny-llama");
+    assert!(in_place.starts_with("exit: 4") && in_place.contains("--output writes a new checkpoint"), "{in_place}");
+    place.stdout("unmerge out --base [FIXTURES]/tiny-llama -o undone");
+    assert_eq!(content(&place.path("undone")), base());
+    let id = place.json("inspect out")["merges"]["active"][0]["id"].as_str().unwrap().to_owned();
+    place.stdout(&format!("unmerge out --base [FIXTURES]/tiny-llama -o by-id --adapter {}", &id[..8]));
+    assert_eq!(content(&place.path("by-id")), base());
+}
+
+#[test]
+fn kept_originals_undo_without_the_base() {
+    let place = Place::new();
+    write_lora(&place, "lora", 0.01);
+    let dry = place.json(&format!("{MERGE} -o out --keep-originals --dry-run"));
+    assert_eq!((dry["dry_run"].as_bool(), dry["ledger_bytes"].as_u64()), (Some(true), Some(8192)));
+    assert!(!place.path("out").exists());
+    place.stdout(&format!("{MERGE} -o out --keep-originals"));
+    assert!(place.json("verify out")["ok"].as_bool().unwrap());
+    place.stdout("unmerge out -o undone");
+    assert_eq!(content(&place.path("undone")), base());
+    place.stdout(&format!("{MERGE} -o plain --no-ledger"));
+    assert!(!place.path("plain/.neuroada").exists());
+}
+
+#[test]
+fn loras_and_sparse_adapters_are_merged_at_once_with_scales() {
+    let place = Place::new();
+    write_lora(&place, "lora", 0.01);
+    write_lora(&place, "other", 0.02);
+    write_adapter(&place, "sparse.safetensors", "q_proj.weight", 0, 0.5);
+    let all = "--adapter lora=0.5 --adapter sparse.safetensors --adapter other";
+    let report = place.json(&format!("merge [FIXTURES]/tiny-llama {all} -o out"));
+    assert_eq!(report["active"].as_array().unwrap().len(), 3);
+    place.stdout("unmerge out --base [FIXTURES]/tiny-llama --adapter sparse.safetensors --adapter other -o less");
+    place.stdout("merge [FIXTURES]/tiny-llama --adapter lora=0.5 -o half");
+    assert_eq!(content(&place.path("less")), content(&place.path("half")));
+    // Onto a checkpoint that was merged into, nothing else is merged.
+    let more = place.run("merge out --adapter sparse.safetensors -o more");
+    assert!(more.starts_with("exit: 4") && more.contains("hint: merge all adapters at once into the base"), "{more}");
+    let more = place.run("merge out --adapter lora -o more");
+    assert!(more.starts_with("exit: 4") && more.contains("it is a merged checkpoint, not a base"), "{more}");
+}
+
+#[test]
+fn in_place_a_lora_is_refused() {
+    let place = Place::new();
+    write_lora(&place, "lora", 0.01);
+    place.copy_fixture("tiny-llama");
+    let before = content(&place.path("tiny-llama"));
+    let told = place.run("merge tiny-llama --adapter lora --in-place");
+    assert!(told.starts_with("exit: 4") && told.contains("hint: --output writes a new checkpoint instead"), "{told}");
+    assert_eq!(content(&place.path("tiny-llama")), before);
+}
+
+#[test]
+fn hostile_and_foreign_adapters_are_named_and_nothing_is_written() {
+    let place = Place::new();
+    let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
+    let good: (&[u64], &[u64]) = (&[2, 64], &[64, 2]);
+    let plain = r#"{"peft_type":"LORA","r":2}"#;
+    for (config, shapes, value, code, words) in [
+        (plain, (&[2u64, 63][..], &[64u64, 2][..]), 0.1, 4, "adapter was made for [64, 63], base has [64, 64]"),
+        (plain, good, f32::NAN, 3, "is not a finite number"),
+        (plain, (&[3, 64], &[64, 3]), 0.1, 3, "the config needs [2, d_in] and [d_out, 2]"),
+        (r#"{"peft_type":"LORA","r":99999999999999}"#, good, 0.1, 3, "the config needs [99999999999999, d_in]"),
+        (r#"{"peft_type":"LORA","r":2,"rank_pattern":{"(a{9999}){9999}":2}}"#, good, 0.1, 3, "cannot be used"),
+        (r#"{"peft_type":"LORA","r":2,"use_qalora":true}"#, good, 0.1, 4, "QALoRA is not supported"),
+        (r#"{"peft_type":"LORA","r":2,"surprise":7}"#, good, 0.1, 3, "`surprise`: this key is not known here"),
+        (r#"{"peft_type":"LOHA","r":2}"#, good, 0.1, 4, "a PEFT adapter of method LOHA cannot be merged as it is"),
+        (r#"{"r":2}"#, good, 0.1, 3, "has no `peft_type`"),
+        ("[[[[", good, 0.1, 3, "the config is malformed"),
+    ] {
+        write_peft(&place, "lora", config, &[(&a, shapes.0, value), (&b, shapes.1, 0.5)]);
+        let before = place.files();
+        let told = place.run(&format!("{MERGE} -o out"));
+        assert!(told.starts_with(&format!("exit: {code}\n")) && told.contains(words), "{words}: {told}");
+        assert_eq!(place.files(), before, "{words}");
+    }
+    write_peft(&place, "lora", plain, &[(&a, &[2, 64], 0.1)]);
+    assert!(place.run(&format!("{MERGE} -o out")).contains("lora_B is missing: the other half is there"));
+    fs::write(place.path("lora/adapter_model.safetensors"), b"PK\x03\x04aaaaaaaaaaaa").unwrap();
+    assert!(place.run(&format!("{MERGE} -o out")).contains("a zip archive"));
+    place.write("empty/README.md", "");
+    let told = place.run("merge [FIXTURES]/tiny-llama --adapter empty -o out");
+    assert!(told.starts_with("exit: 3") && told.contains("without adapter_config.json is no adapter"), "{told}");
+}
