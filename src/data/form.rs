@@ -92,6 +92,11 @@ impl Form {
         }))
     }
 
+    /// Whether rows go through a template that somebody wrote.
+    pub(super) fn has_template(&self) -> bool {
+        matches!(self, Self::Chat(_) | Self::File { .. })
+    }
+
     /// Its name in reports.
     pub(super) fn name(&self) -> &'static str {
         match self {

@@ -12,8 +12,21 @@ use serde_json::Value as Json;
 use super::clock::Clock;
 
 /// Work that one rendering may do, in minijinja's measure: about an instruction or 64 bytes each. A conversation of a
-/// hundred turns needs a thousandth of it; a template that would loop forever stops within a second.
-const FUEL: u64 = 4_000_000;
+/// hundred turns needs a hundredth of it; a template that would loop forever stops within a second.
+const FUEL: u64 = 1_000_000;
+
+/// Templates of models in use have at most 30 kB.
+const MAX_SOURCE_BYTES: usize = 128 << 10;
+
+/// Stack for what a template of that size nests, and for values as deep as that fuel can make them: each level takes some
+/// hundred bytes to compile, to print and to drop. Only what is used of it is ever memory.
+pub(super) const STACK_BYTES: usize = 256 << 20;
+
+/// Lists and objects that a template prints: a list that holds another twice, and so on, is small in memory and endless on
+/// paper.
+const MAX_PRINTED: usize = 1 << 18;
+const MAX_PRINTED_DEPTH: usize = 128;
+const MAX_JSON_BYTES: usize = 16 << 20;
 
 /// What surrounds a `generation` block's text while it is rendered: noncharacters, which no text may hold.
 const BEGIN: char = '\u{fdd0}';
@@ -38,12 +51,28 @@ pub(super) struct Rendered {
 impl Jinja {
     /// Compiles a template; `clock` is what its `strftime_now` tells.
     pub(super) fn new(source: &str, clock: Clock) -> Result<Self, String> {
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(format!("a template of {} bytes, at most {MAX_SOURCE_BYTES} are accepted", source.len()));
+        }
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+            let compiling = thread.spawn_scoped(scope, || Self::compile(source, clock));
+            let compiled = compiling.map_err(|e| format!("cannot start a thread: {e}"))?.join();
+            compiled.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn compile(source: &str, clock: Clock) -> Result<Self, String> {
         let mut env = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
         env.set_syntax(syntax.build().map_err(words)?);
         env.set_fuel(Some(FUEL));
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_formatter(|out, state, value| {
+            measure(value, 0, &mut MAX_PRINTED.clone())?;
+            minijinja::escape_formatter(out, state, value)
+        });
         env.add_filter("tojson", to_json);
         env.add_filter("generation", |text: String| format!("{BEGIN}{text}{END}"));
         env.add_function("raise_exception", |message: String| -> Result<String, Error> {
@@ -73,6 +102,24 @@ impl Jinja {
         }
         Ok(Rendered { text, spans })
     }
+}
+
+/// Proves that a value is small enough to be printed.
+fn measure(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
+    let is_map = value.kind() == ValueKind::Map;
+    if !is_map && value.kind() != ValueKind::Seq {
+        return Ok(());
+    }
+    let too_large = || Error::new(ErrorKind::InvalidOperation, "a list or an object is too large to be printed");
+    if depth > MAX_PRINTED_DEPTH {
+        return Err(too_large());
+    }
+    for item in value.try_iter()? {
+        *left = left.checked_sub(1).ok_or_else(too_large)?;
+        let item = if is_map { value.get_item(&item)? } else { item };
+        measure(&item, depth + 1, left)?;
+    }
+    Ok(())
 }
 
 /// minijinja's error in one line.
@@ -162,8 +209,8 @@ struct Style {
 
 impl Style {
     fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
-        if depth > 128 {
-            return Err(Error::new(ErrorKind::InvalidOperation, "too deep for tojson"));
+        if depth > MAX_PRINTED_DEPTH || out.len() > MAX_JSON_BYTES {
+            return Err(Error::new(ErrorKind::InvalidOperation, "too large for tojson"));
         }
         match value.kind() {
             ValueKind::None => *out += "null",

@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::{
     Clock, DataError, Dataset, Template, Tokenizer,
     form::{Form, Text},
+    jinja::STACK_BYTES,
     rows::{Row, Rows},
 };
-use crate::checkpoint::Context;
+use crate::checkpoint::{CheckpointError, Context};
 
 /// Rows that are encoded at a time, and their bytes: what is in memory beside the dataset.
 const CHUNK_ROWS: usize = 1024;
@@ -94,12 +95,12 @@ pub fn read_dataset(
     }
     let (mut dataset, mut report) = (Dataset::new(), DataReport::default());
     let mut reader = FormReader::open(ctx, path, tokenizer, &options.template, options.clock, options.limit)?;
-    while let Some((form, rows)) = reader.next_chunk()? {
-        report.form = form.name();
-        let encode = |row: &Row| encode(tokenizer, form.text(&row.fields, options.loss)?, options);
+    while let Some(chunk) = reader.next_chunk()? {
+        report.form = chunk.form.name();
         // Each row's own result, so that the first bad row of the file is told, whichever thread ended first.
-        let encoded: Vec<Result<Encoded, Failed>> = rows.par_iter().map(encode).collect();
-        for (row, encoded) in rows.iter().zip(encoded) {
+        let encoded: Vec<Result<Encoded, Failed>> =
+            chunk.map(|form, row| encode(tokenizer, form.text(&row.fields, options.loss)?, options));
+        for (row, encoded) in chunk.rows.iter().zip(encoded) {
             report.n_rows += 1;
             match encoded {
                 Ok(encoded) => report.add(encoded, &mut dataset),
@@ -146,6 +147,27 @@ impl DataReport {
     }
 }
 
+/// Rows that are worked on together.
+pub(super) struct Chunk<'r> {
+    /// Their form.
+    pub form: &'r Form,
+    /// Threads with more stack than usual, for templates.
+    pool: Option<&'r rayon::ThreadPool>,
+    /// The rows.
+    pub rows: Vec<Row>,
+}
+
+impl Chunk<'_> {
+    /// Makes something of each row, in their order.
+    pub(super) fn map<T: Send>(&self, make: impl Fn(&Form, &Row) -> T + Send + Sync) -> Vec<T> {
+        let all = || self.rows.par_iter().map(|row| make(self.form, row)).collect();
+        match self.pool {
+            Some(pool) => pool.install(all),
+            None => all(),
+        }
+    }
+}
+
 /// Reads rows in chunks, and knows their form from the first.
 pub(super) struct FormReader<'a> {
     ctx: &'a Context<'a>,
@@ -156,6 +178,8 @@ pub(super) struct FormReader<'a> {
     tokenizer: &'a Tokenizer,
     clock: Clock,
     form: Option<Form>,
+    pool: Option<rayon::ThreadPool>,
+    n_told: u64,
 }
 
 impl<'a> FormReader<'a> {
@@ -170,27 +194,46 @@ impl<'a> FormReader<'a> {
         let rows = Rows::open(path)?;
         let n_bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
         ctx.observer.begin("read data", n_bytes);
-        Ok(Self { ctx, path, rows, left: limit.unwrap_or(u64::MAX), template, tokenizer, clock, form: None })
+        Ok(Self {
+            ctx,
+            path,
+            rows,
+            left: limit.unwrap_or(u64::MAX),
+            template,
+            tokenizer,
+            clock,
+            form: None,
+            pool: None,
+            n_told: 0,
+        })
     }
 
     /// The next rows, at most [`CHUNK_ROWS`] and about [`CHUNK_BYTES`].
-    pub(super) fn next_chunk(&mut self) -> Result<Option<(&Form, Vec<Row>)>, DataError> {
+    pub(super) fn next_chunk(&mut self) -> Result<Option<Chunk<'_>>, DataError> {
         self.ctx.check()?;
-        let (mut chunk, mut n_bytes, before) = (Vec::new(), 0, self.rows.n_bytes_read());
+        let (mut chunk, mut n_bytes) = (Vec::new(), 0);
         while chunk.len() < CHUNK_ROWS && n_bytes < CHUNK_BYTES && self.left > 0 {
             let Some(row) = self.rows.next_row()? else { break };
             self.left -= 1;
             n_bytes += row.n_bytes;
             chunk.push(row);
         }
-        self.ctx.observer.advance(self.rows.n_bytes_read() - before);
+        self.ctx.observer.advance(self.rows.n_bytes_read() - self.n_told);
+        self.n_told = self.rows.n_bytes_read();
         let Some(first) = chunk.first() else { return Ok(None) };
         if self.form.is_none() {
             let form = Form::of(self.template, &first.fields, self.tokenizer, self.clock)?;
             let bad = |what| DataError::BadRow { path: self.path.to_owned(), place: first.place, what };
-            self.form = Some(form.map_err(bad)?);
+            let form = form.map_err(bad)?;
+            if form.has_template() {
+                let n_threads = rayon::current_num_threads();
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).stack_size(STACK_BYTES).build();
+                let io = |e| CheckpointError::io("start threads to read", self.path, std::io::Error::other(e));
+                self.pool = Some(pool.map_err(io)?);
+            }
+            self.form = Some(form);
         }
-        Ok(self.form.as_ref().map(|form| (form, chunk)))
+        Ok(self.form.as_ref().map(|form| Chunk { form, pool: self.pool.as_ref(), rows: chunk }))
     }
 
     /// The BLAKE3 of the whole file, what a limit left unread included.

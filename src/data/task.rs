@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use rayon::prelude::*;
 use serde_json::{Map, Value as Json};
 
 use super::{
@@ -69,9 +68,9 @@ pub fn read_questions(
     };
     let mut questions = Vec::new();
     let mut reader = FormReader::open(ctx, path, tokenizer, template, Clock::new(0), limit)?;
-    while let Some((form, rows)) = reader.next_chunk()? {
-        let made: Vec<_> = rows.par_iter().map(|row| question(tokenizer, form, task, &row.fields)).collect();
-        for (row, question) in rows.iter().zip(made) {
+    while let Some(chunk) = reader.next_chunk()? {
+        let made = chunk.map(|form, row| question(tokenizer, form, task, &row.fields));
+        for (row, question) in chunk.rows.iter().zip(made) {
             let bad = |what| DataError::BadRow { path: path.to_owned(), place: row.place, what };
             questions.push(question?.map_err(bad)?);
         }

@@ -288,6 +288,41 @@ fn what_is_no_tokenizer_is_said() {
 }
 
 #[test]
+fn a_tokenizer_that_adds_what_it_does_not_define_is_refused() {
+    let place = Place::new();
+    let text = fs::read_to_string(place.path("tokenizer.json")).expect("there");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["post_processor"]["special_tokens"] = serde_json::json!({});
+    place.write("tokenizer.json", json.to_string());
+    let error = Tokenizer::open(place.0.path()).map(|_| ()).expect_err("broken");
+    assert_eq!(place.words(&error), "tokenizer.json: its post-processor adds \"<s>\", which it does not define");
+}
+
+#[test]
+fn hostile_templates_fail_in_words() {
+    let place = Place::new();
+    let grown = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let deep = "{% set ns = namespace(x=[1]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}";
+    for (source, expected) in [
+        (format!("{{{{ 1{} }}}}", "+1".repeat(60_000)), None),
+        (format!("{{{{ {}1 }}}}", "not ".repeat(30_000)), None),
+        ("x".repeat(200_000), Some("a template of 200000 bytes, at most 131072 are accepted")),
+        (format!("{grown}{{{{ ns.x }}}}"), Some("too large to be printed")),
+        (format!("{grown}{{{{ ns.x | tojson }}}}"), Some("too large for tojson")),
+        (format!("{deep}ok"), None),
+        (format!("{deep}{{{{ ns.x }}}}"), Some("too large to be printed")),
+        ("{{ range(9999) | list | tojson(separators=['x' * 10000, ':']) }}".to_owned(), Some("too large for tojson")),
+    ] {
+        let template = Template::File(place.write("my.jinja", &source));
+        let read = place.read("{\"output\":\"O\"}", &ReadOptions { template, ..options() });
+        if let Some(expected) = expected {
+            let words = read.map(|_| ()).expect_err("hostile");
+            assert!(words.contains(expected), "{words}");
+        }
+    }
+}
+
+#[test]
 fn tokens_beyond_the_model_are_refused() {
     let place = Place::new();
     place.write("config.json", r#"{"vocab_size":261}"#);

@@ -41,6 +41,11 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         let bad = |what: String| CheckpointError::bad_file(&path, what);
         let bytes = read_whole(&path, MAX_TOKENIZER_BYTES)?;
+        if let Some(missing) = undefined_special(&bytes) {
+            return Err(
+                bad(format!("its post-processor adds \"{}\", which it does not define", Printable(&missing))).into()
+            );
+        }
         let mut inner: tokenizers::Tokenizer = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|e| bad(format!("not a tokenizer: {}", Printable(&e.to_string()))))?;
         drop(bytes);
@@ -158,6 +163,25 @@ impl Tokenizer {
         CheckpointError::bad_file(&self.path, format!("a text cannot be encoded: {}", Printable(&error.to_string())))
             .into()
     }
+}
+
+/// A token that a template of the post-processor adds and does not define; the crate would panic over it.
+fn undefined_special(tokenizer: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Part {
+        post_processor: Value,
+    }
+    let Part { post_processor } = serde_json::from_slice(tokenizer).ok()?;
+    let in_sequence = post_processor.get("processors").and_then(Value::as_array);
+    let templates = in_sequence.into_iter().flatten().chain([&post_processor]);
+    templates.flat_map(undefined_specials).next()
+}
+
+fn undefined_specials(template: &Value) -> Vec<String> {
+    let Some(defined) = template.get("special_tokens").and_then(Value::as_object) else { return Vec::new() };
+    let pieces = ["single", "pair"].into_iter().filter_map(|name| template.get(name)?.as_array()).flatten();
+    let added = pieces.filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
+    added.filter(|id| !defined.contains_key(*id)).map(str::to_owned).collect()
 }
 
 /// What the post-processor puts before and behind a text.
