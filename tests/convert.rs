@@ -10,11 +10,12 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter},
+    adapter::{Adapter, AdapterNotes, AdapterWriter},
+    checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter, gather_rows},
     convert::{ConvertError, ConvertReport, Format, convert},
+    mask::{BaseInfo, Recipe},
     merge::{self, MergeInput, MergeOptions},
-    tensor::Dtype,
+    tensor::{Dtype, RowColumns},
 };
 use tempfile::TempDir;
 
@@ -222,6 +223,47 @@ fn broken_pickles_and_archives_are_refused_in_words() {
         }
         assert!(n_refused >= 60, "{name}: {n_refused}");
     }
+}
+
+#[test]
+fn entries_in_any_order_give_the_same_adapter_in_any_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut random = Random(17);
+    // A neuron is a stored column here, so what is written neuron by neuron jumps about in the tensor.
+    let (d_in, d_out, k) = (600_u64, 400_u64, 200);
+    let ctx = Context::default();
+    let mut file = TensorFileWriter::create(&at("base"), Existing::Keep).unwrap();
+    let id = file.add_tensor("w".to_owned(), Dtype::F32);
+    let bytes: Vec<u8> = (0..d_in * d_out).flat_map(|_| random.delta().to_le_bytes()).collect();
+    file.append(id, &bytes).unwrap();
+    file.finish_tensor(id, vec![d_in, d_out]);
+    file.finish(&ctx, &BTreeMap::new()).unwrap();
+    let base = open(&at("base"));
+    let tensor = base.tensor("w").unwrap();
+    let layout = tensor.rows(true).unwrap();
+    let mut columns = RowColumns::default();
+    for _ in 0..d_out {
+        let first = random.below(d_in - 2 * k) as u32;
+        columns.push_row(&(0..k as u32).map(|i| first + 2 * i).collect::<Vec<_>>());
+    }
+    let values: Vec<f32> = (0..columns.nnz()).map(|_| random.delta()).collect();
+    let originals = gather_rows(&ctx, tensor, layout, 0, &columns).unwrap();
+    let mut writer = AdapterWriter::create(&at("a"), Existing::Keep, Dtype::F32).unwrap();
+    writer.begin_target("w", Dtype::F32, &[d_in, d_out], true, Some(k)).unwrap();
+    writer.push_rows(&columns, &values, &originals).unwrap();
+    writer.end_target(None);
+    writer.finish(&ctx, 1.0, &Recipe::custom(), &BaseInfo::of(&base), &AdapterNotes::default()).unwrap();
+    let expected = merged_digests(&at("base"), &at("a"));
+
+    to(Format::Npz, &at("a"), None, &at("a.npz")).unwrap();
+    for (max_memory, name) in [(1 << 30, "much"), (16 << 20, "little")] {
+        let ctx = Context { max_memory, ..Context::default() };
+        convert(&ctx, &at("a.npz"), Some(&base), Format::NeuroAda, &at(name), Existing::Keep).unwrap();
+    }
+    assert!(fs::read(at("much")).unwrap() == fs::read(at("little")).unwrap());
+    assert_eq!(Adapter::open(&at("much")).unwrap().nnz(), 80_000);
+    assert!(merged_digests(&at("base"), &at("much")) == expected);
 }
 
 fn tiny(name: &str) -> PathBuf {

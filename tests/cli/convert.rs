@@ -256,7 +256,7 @@ fn weight_sync_folders_are_written_and_applied() {
         @r"
         exit: 0
         --- stdout
-        version   1 of version 0, from tiny-llama
+        version   1, from 0 (tiny-llama)
         changed   14 tensors, 7 others are the same
         bytes     2,425 changed, 1.32 % of those tensors
         encoding  overwrite, zstd, xxh3-128
@@ -267,7 +267,7 @@ fn weight_sync_folders_are_written_and_applied() {
     assert_snapshot!(place.run(&format!("convert weight_v000001 --base {base} --to checkpoint -o applied")), @r"
     exit: 0
     --- stdout
-    version   1 of version 0, from tiny-llama
+    version   1, from 0 (tiny-llama)
     changed   14 tensors, 7 others are the same
     bytes     2,425 changed, 1.32 % of those tensors
     encoding  overwrite, zstd, xxh3-128

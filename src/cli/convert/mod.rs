@@ -27,17 +27,20 @@ use super::{
 /// taken apart by a reader that knows saved tensors and nothing else; nothing in them is executed. Foreign formats do not
 /// know their base, so --base says which it is: positions are checked against its shapes, and the adapter carries a hash of
 /// its values from then on.
+///
+/// Two more targets are about whole checkpoints: weight-sync writes what INPUT makes of BASE as a folder that inference servers
+/// fetch, and checkpoint applies such a folder to BASE.
 #[derive(Args)]
 pub(super) struct ConvertArgs {
-    /// The adapter to read
+    /// What to read
     input: PathBuf,
-    /// Where to write the converted adapter
+    /// Where to write
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
     /// What to write
     #[arg(long, value_enum)]
     to: Target,
-    /// The checkpoint that the deltas were trained on
+    /// The checkpoint that the deltas were trained on, or that servers have
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
     /// Weight sync: how changes are told [default: overwrite]

@@ -108,7 +108,7 @@ fn print(report: &WeightSyncReport, tensors: bool, page: &mut Page) {
     }
     let n_bytes = report.tensors.iter().map(|tensor| tensor.n_bytes).sum();
     page.facts(&[
-        ("version", format!("{} of version {}, from {}", report.version, report.base_version, report.base)),
+        ("version", format!("{}, from {} ({})", report.version, report.base_version, report.base)),
         (
             "changed",
             format!("{} tensors, {} others are the same", count(report.tensors.len() as u64), count(report.n_same)),
