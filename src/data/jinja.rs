@@ -70,7 +70,8 @@ impl Jinja {
         env.set_fuel(Some(FUEL));
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.set_formatter(|out, state, value| {
-            measure(value, 0, &mut MAX_PRINTED.clone())?;
+            let mut left = MAX_PRINTED;
+            measure(value, 0, &mut left)?;
             minijinja::escape_formatter(out, state, value)
         });
         env.add_filter("tojson", to_json);
