@@ -106,9 +106,8 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let checkpoint = Checkpoint::open(&args.base)?;
     let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
     let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);
-    let check = args.check.unwrap_or(0.0);
     #[cfg(feature = "cuda")]
-    let gpu = env.gpu_chooser(check)?;
+    let gpu = env.gpu_chooser(args.check.unwrap_or(0.0))?;
     #[cfg(feature = "cuda")]
     let chooser = gpu.as_ref().map_or_else(Chooser::cpu, Chooser::gpu);
     #[cfg(not(feature = "cuda"))]

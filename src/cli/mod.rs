@@ -82,6 +82,8 @@ enum Command {
     Extract(extract::ExtractArgs),
     #[cfg(feature = "train")]
     Train(Box<train::TrainArgs>),
+    #[cfg(feature = "train")]
+    Eval(eval::EvalArgs),
     Convert(convert::ConvertArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
@@ -91,8 +93,6 @@ enum Command {
     Combine(combine::CombineArgs),
     Pack(pack::PackArgs),
     Unpack(unpack::UnpackArgs),
-    #[cfg(feature = "train")]
-    Eval(eval::EvalArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -106,6 +106,8 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Extract(args) => extract::run(args, env),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(*args, env),
+        #[cfg(feature = "train")]
+        Command::Eval(args) => eval::run(args, env),
         Command::Convert(args) => convert::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
@@ -115,8 +117,6 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         Command::Combine(args) => combine::run(args, env),
         Command::Pack(args) => pack::run(args, env),
         Command::Unpack(args) => unpack::run(args, env),
-        #[cfg(feature = "train")]
-        Command::Eval(args) => eval::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
     }

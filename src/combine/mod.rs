@@ -1,6 +1,6 @@
 //! One adapter out of several, without a base in memory: linear sums, TIES, DARE, or the first that has a say.
 //!
-//! First all adapters are read once and compared, position by position ([`survey`]): where they overlap, where their signs
+//! First all adapters are read once and compared, position by position: where they overlap, where their signs
 //! disagree, and whether they can be of one base. Then every position that any of them has gets one delta ([`Method`]). All passes
 //! go over the deltas alone, a run of rows at a time, and give the same bytes for any number of threads.
 //!

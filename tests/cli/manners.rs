@@ -82,6 +82,7 @@ fn help_lists_commands_options_and_exit_codes() {
       init         Start an adapter from a mask: zeros, or values trained elsewhere
       extract      Make an adapter of what changed between two checkpoints
       train        Train deltas on the connections that a mask chose
+      eval         Measure a model on a file of rows: loss, and how many answers are right
       convert      Read other tools' sparse adapters, and write them
       merge        Add adapters to a checkpoint
       unmerge      Take adapters out of a checkpoint again, exactly
@@ -91,7 +92,6 @@ fn help_lists_commands_options_and_exit_codes() {
       combine      Combine adapters of one base into one
       pack         Pack an adapter into the fewest bytes, to distribute it
       unpack       Unpack a packed adapter: the very file that was packed
-      eval         Measure a model on a file of rows: loss, and how many answers are right
       completions  Print a completion script for a shell
       man          Print the manual page
       help         Print this message or the help of the given subcommand(s)
