@@ -236,6 +236,22 @@ fn a_square_weight_is_read_as_the_config_and_the_other_weights_say() {
 }
 
 #[test]
+fn a_convolution_is_a_product_over_channels_and_kernel() {
+    let place = Place::new();
+    // Two channels out, one in, a kernel of 1 x 3: B is a convolution with a kernel of one.
+    place.base(Dtype::F32, "{}", &[("c.weight", &[2, 1, 1, 3], vec![1.0; 6])]);
+    let adapter = place.lora(
+        "a",
+        r#""r":1,"lora_alpha":2"#,
+        &[
+            ("base_model.model.c.lora_A.weight", &[1, 1, 1, 3], vec![1.0, 2.0, 3.0]),
+            ("base_model.model.c.lora_B.weight", &[2, 1, 1, 1], vec![1.0, 10.0]),
+        ],
+    );
+    assert_eq!(place.merged(adapter)["c.weight"], [3.0, 5.0, 7.0, 21.0, 41.0, 61.0]);
+}
+
+#[test]
 fn embeddings_and_full_tensors_are_merged() {
     let place = Place::new();
     place.base(
