@@ -56,13 +56,23 @@ impl AdapterError {
         }
     }
 
-    /// The base is another than the one `path` was made from; `tensor` is the first that differs.
-    pub(crate) fn other_base(path: &Path, tensor: &str, made_from: &BaseInfo, base: &Checkpoint) -> Self {
+    /// The base is another than the one `path` was made from; `subject` is what the file is to the reader ("it", "the mask"),
+    /// `tensor` the first that differs.
+    pub(crate) fn other_base(
+        subject: &str,
+        path: &Path,
+        tensor: &str,
+        made_from: &BaseInfo,
+        base: &Checkpoint,
+    ) -> Self {
         let (made_from, found) = (Printable(&made_from.name), base.name());
         Self::WrongBase {
             path: path.to_owned(),
             tensor: tensor.to_owned(),
-            what: format!("it was made from {made_from}, {} has other values at its positions", Printable(&found)),
+            what: format!(
+                "{subject} was made from {made_from}, {} has other values at its positions",
+                Printable(&found)
+            ),
         }
     }
 }

@@ -99,15 +99,7 @@ pub fn init_adapter(
         }
         let (_, anchor) = writer.end_target(target.blake3);
         if anchor != target.anchor {
-            let (made_from, found) = (Printable(&mask.base().name), base.name());
-            return Err(AdapterError::WrongBase {
-                path: mask.path().to_owned(),
-                tensor: target.name.clone(),
-                what: format!(
-                    "the mask was made from {made_from}, {} has other values at its positions",
-                    Printable(&found)
-                ),
-            });
+            return Err(AdapterError::other_base("the mask", mask.path(), &target.name, mask.base(), base));
         }
     }
     base.unchanged()?;

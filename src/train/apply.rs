@@ -3,11 +3,11 @@
 use super::{
     TrainError,
     device::{Deltas, Device},
-    model::{Linear, Model},
+    model::{Linear, Model, anchored},
 };
 use crate::{
     adapter::{Adapter, AdapterError},
-    checkpoint::{Checkpoint, Context, Printable, gather_rows},
+    checkpoint::{Checkpoint, Context},
 };
 
 impl<D: Device> Model<D> {
@@ -52,18 +52,9 @@ impl<D: Device> Linear<D> {
                 continue;
             };
             let deltas = adapter.read_rows(ctx, target, 0..target.layout.n_rows())?;
-            let tensor = base.tensor(&target.name).expect("targets were checked");
-            let stored = gather_rows(ctx, tensor, target.layout, 0, &deltas.columns)?;
-            if blake3::hash(&stored) != target.anchor {
-                let (made_from, found) = (&adapter.base().name, base.name());
-                let what = format!(
-                    "the adapter was made from {}, {} has other values at its positions",
-                    Printable(made_from),
-                    Printable(&found)
-                );
-                let (path, tensor) = (adapter.path().to_owned(), target.name.clone());
-                return Err(AdapterError::WrongBase { path, tensor, what }.into());
-            }
+            let stored = anchored(ctx, base, target, &deltas.columns)?.ok_or_else(|| {
+                AdapterError::other_base("the adapter", adapter.path(), &target.name, adapter.base(), base)
+            })?;
             offsets.extend(deltas.columns.offsets()[1..].iter().map(|&end| (first + end) as u32));
             columns.extend_from_slice(deltas.columns.columns());
             theta.extend(deltas.values.iter().map(|value| value * scale));

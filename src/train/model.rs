@@ -14,7 +14,7 @@ use crate::{
     adapter::AdapterError,
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
     mask::{MaskFile, TargetInfo},
-    tensor::{Dtype, Float, dtype_name, with_float},
+    tensor::{Dtype, Float, RowColumns, dtype_name, with_float},
 };
 
 /// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
@@ -227,21 +227,23 @@ fn entries(
     base: &Checkpoint,
     mask: &MaskFile,
     target: &TargetInfo,
-) -> Result<(crate::tensor::RowColumns, Vec<u8>), TrainError> {
+) -> Result<(RowColumns, Vec<u8>), TrainError> {
     let columns = mask.read_columns(ctx, target, 0..target.layout.n_rows())?;
-    let tensor = base.tensor(&target.name).expect("targets were checked");
-    let stored = gather_rows(ctx, tensor, target.layout, 0, &columns)?;
-    if blake3::hash(&stored) != target.anchor {
-        let (made_from, found) = (&mask.base().name, base.name());
-        let what = format!(
-            "the mask was made from {}, {} has other values at its positions",
-            Printable(made_from),
-            Printable(&found)
-        );
-        let (path, tensor) = (mask.path().to_owned(), target.name.clone());
-        return Err(AdapterError::WrongBase { path, tensor, what }.into());
-    }
+    let stored = anchored(ctx, base, target, &columns)?
+        .ok_or_else(|| AdapterError::other_base("the mask", mask.path(), &target.name, mask.base(), base))?;
     Ok((columns, stored))
+}
+
+/// The base's elements at all columns of a target, or none where they are not those that the target's file was made from.
+pub(super) fn anchored(
+    ctx: &Context<'_>,
+    base: &Checkpoint,
+    target: &TargetInfo,
+    columns: &RowColumns,
+) -> Result<Option<Vec<u8>>, TrainError> {
+    let tensor = base.tensor(&target.name).expect("targets were checked");
+    let stored = gather_rows(ctx, tensor, target.layout, 0, columns)?;
+    Ok((blake3::hash(&stored) == target.anchor).then_some(stored))
 }
 
 /// Reads the configuration of `checkpoint` and proves that its tensors are those of such a model. Reads headers only.

@@ -375,7 +375,7 @@ impl Survey {
                 },
             )?;
             if let Some(base) = base.filter(|_| anchor.finalize() != target.anchor) {
-                return Err(AdapterError::other_base(adapter.path(), &target.name, adapter.base(), base));
+                return Err(AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base));
             }
             source_id.target(target, dtype, &source_rows);
             id.target(target, choice.dtype(dtype), &rows_hasher);
@@ -419,8 +419,8 @@ fn survey_block(
             let tensor = base
                 .tensor(&target.name)
                 .filter(|tensor| (tensor.info.dtype, &tensor.info.shape) == (target.dtype, &target.shape));
-            let tensor =
-                tensor.ok_or_else(|| AdapterError::other_base(adapter.path(), &target.name, adapter.base(), base))?;
+            let tensor = tensor
+                .ok_or_else(|| AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base))?;
             let originals = gather_rows(ctx, tensor, target.layout, rows.start, &columns)?;
             let merge = |values: &[f32]| {
                 let layer = Layer { columns: &columns, values, scale: adapter.scale() };
