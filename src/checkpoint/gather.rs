@@ -1,12 +1,43 @@
 //! The base's values at chosen positions, read with as few bytes as pay.
 
-use super::{CheckpointError, Context, TensorRef, Window};
+use super::{Checkpoint, CheckpointError, Context, TensorRef, Window};
 use crate::tensor::{RowColumns, RowLayout};
 
 /// Positions closer than this, in bytes, are read in one piece: a second read costs more than the bytes between.
 const GAP_BYTES: u64 = 32 << 10;
 /// Pieces up to this size are read into a buffer; larger ones are windows.
 const SMALL_PIECE: u64 = 64 << 10;
+
+/// Where a base's values come from: its file, or what lies beneath the merges in it.
+pub trait BaseValues {
+    /// The values of `tensor` at the chosen columns of the rows from `first_row` on, a multiple of 64, as they are stored. The
+    /// number of rows is a multiple of 64 as well, unless they end the tensor.
+    ///
+    /// # Errors
+    /// A failure to read.
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError>;
+}
+
+/// A base is what its file holds, unless something was merged into it.
+impl BaseValues for Checkpoint {
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        gather_rows(ctx, tensor, layout, first_row, columns)
+    }
+}
 
 /// Reads the elements of `tensor` at the chosen columns of a run of rows.
 ///

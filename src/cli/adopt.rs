@@ -5,30 +5,13 @@ use std::path::Path;
 use anyhow::Context as _;
 use neuroada_ckpt::{
     adapter::AdapterNotes,
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorRef},
-    convert::{self, BaseValues, ForeignAdapter},
+    checkpoint::{Checkpoint, Existing},
+    convert::{self, ForeignAdapter},
     merge::{MergeInput, Originals},
-    tensor::{RowColumns, RowLayout},
 };
 use tempfile::TempDir;
 
 use super::env::Env;
-
-/// Values beneath what was merged already.
-struct Beneath(Originals);
-
-impl BaseValues for Beneath {
-    fn gather(
-        &self,
-        ctx: &Context<'_>,
-        tensor: TensorRef<'_>,
-        layout: RowLayout,
-        first_row: u64,
-        columns: &RowColumns,
-    ) -> Result<Vec<u8>, CheckpointError> {
-        self.0.gather(ctx, tensor, layout, first_row, columns)
-    }
-}
 
 /// Converts every input that is a foreign sparse adapter against `base`; the others stay as they are. What was converted lies in
 /// a temporary folder that goes with the second value.
@@ -46,15 +29,15 @@ pub(super) fn adopt(
         };
         if opened.is_none() {
             let checkpoint = Checkpoint::open(base)?;
-            let beneath = Beneath(Originals::open(&ctx, &checkpoint)?);
-            opened = Some((checkpoint, beneath));
+            let originals = Originals::open(&ctx, &checkpoint)?;
+            opened = Some((checkpoint, originals));
             folder = Some(TempDir::with_prefix("neuroada-").context("cannot make a temporary folder")?);
         }
-        let ((checkpoint, beneath), folder) = (opened.as_ref().expect("set"), folder.as_ref().expect("set"));
+        let ((checkpoint, originals), folder) = (opened.as_ref().expect("set"), folder.as_ref().expect("set"));
         let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let path = folder.path().join(format!("{i}-{name}.safetensors"));
         let notes = AdapterNotes::default();
-        let report = convert::import(&ctx, &foreign, checkpoint, beneath, &notes, &path, Existing::Keep)?;
+        let report = convert::import(&ctx, &foreign, checkpoint, originals, &notes, &path, Existing::Keep)?;
         if !report.exact {
             let (n, of) = (report.n_rounded, report.n_entries);
             env.note(&format!("{}: {n} of {of} deltas were rounded, as {} does it", name, report.from));

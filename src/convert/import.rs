@@ -9,40 +9,10 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorRef, gather_rows},
+    checkpoint::{BaseValues, Checkpoint, Context, Existing},
     mask::{BaseInfo, Recipe},
-    tensor::{Dtype, RowColumns, RowLayout, dtype_name},
+    tensor::{Dtype, dtype_name},
 };
-
-/// Where the base's values come from: its file, or what lies beneath the merges in it.
-pub trait BaseValues {
-    /// The values of `tensor` at the chosen columns of the rows from `first_row` on, a multiple of 64, as they are stored.
-    ///
-    /// # Errors
-    /// A failure to read.
-    fn gather(
-        &self,
-        ctx: &Context<'_>,
-        tensor: TensorRef<'_>,
-        layout: RowLayout,
-        first_row: u64,
-        columns: &RowColumns,
-    ) -> Result<Vec<u8>, CheckpointError>;
-}
-
-/// A base is what its file holds, unless something was merged into it.
-impl BaseValues for Checkpoint {
-    fn gather(
-        &self,
-        ctx: &Context<'_>,
-        tensor: TensorRef<'_>,
-        layout: RowLayout,
-        first_row: u64,
-        columns: &RowColumns,
-    ) -> Result<Vec<u8>, CheckpointError> {
-        gather_rows(ctx, tensor, layout, first_row, columns)
-    }
-}
 
 /// Writes `foreign` as an adapter for `base` at `output`.
 ///

@@ -33,7 +33,7 @@ pub use error::ConvertError;
 pub use export::export;
 pub use foreign::ForeignAdapter;
 pub use format::Format;
-pub use import::{BaseValues, import};
+pub use import::import;
 pub use report::{ConvertReport, ConvertedTensor};
 pub use run::convert;
 pub use weight_sync::{

@@ -3,7 +3,7 @@
 use super::{MergeError, change::put, low_rank, stack::Stack, state::StateFolder};
 use crate::{
     backend::{pick, union_columns},
-    checkpoint::{Checkpoint, CheckpointError, Context, TensorRef, gather_rows},
+    checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, TensorRef, gather_rows},
     tensor::{RowColumns, RowLayout},
 };
 
@@ -29,13 +29,10 @@ impl Originals {
         }
         Ok(Self { stack: Stack::open(ctx, &state)? })
     }
+}
 
-    /// As [`gather_rows`], of the original values. `first_row` is a multiple of 64, and so is the number of rows unless they
-    /// end the tensor.
-    ///
-    /// # Errors
-    /// A failure to read the checkpoint or the ledger.
-    pub fn gather(
+impl BaseValues for Originals {
+    fn gather(
         &self,
         ctx: &Context<'_>,
         tensor: TensorRef<'_>,
