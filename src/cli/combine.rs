@@ -3,15 +3,14 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
     checkpoint::{Checkpoint, Existing},
     combine::{self, CombineInput, CombineOptions, CombineReport, Method},
     merge::MergeInput,
-    tensor::Dtype,
 };
 
 use super::{
     Answer,
+    about::{DtypeChoice, NotesArgs},
     env::Env,
     merge::parse_input,
     page::{Page, Table, bytes, count, number},
@@ -45,15 +44,8 @@ pub(super) struct CombineArgs {
     /// The type that deltas are stored in
     #[arg(long, value_enum, default_value_t = DtypeChoice::F32)]
     dtype: DtypeChoice,
-    /// Under what terms it may be used, as an SPDX expression
-    #[arg(long, value_name = "SPDX")]
-    license: Option<String>,
-    /// What it is for
-    #[arg(long, value_name = "TEXT")]
-    description: Option<String>,
-    /// Who made it
-    #[arg(long, value_name = "NAME")]
-    author: Option<String>,
+    #[command(flatten)]
+    notes: NotesArgs,
     /// Replace an existing adapter
     #[arg(long)]
     force: bool,
@@ -76,13 +68,6 @@ enum MethodChoice {
     Priority,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum DtypeChoice {
-    F32,
-    Bf16,
-    F16,
-}
-
 pub(super) fn run(args: CombineArgs, env: &Env) -> anyhow::Result<Answer> {
     let method = match (args.method, args.density) {
         (MethodChoice::Linear, None) => Method::Linear,
@@ -99,14 +84,8 @@ pub(super) fn run(args: CombineArgs, env: &Env) -> anyhow::Result<Answer> {
         Ok(CombineInput { adapter: open_adapter(&adapter, args.base.as_deref(), env)?, weight: scale.unwrap_or(1.0) })
     };
     let inputs: Vec<CombineInput> = args.adapters.iter().map(input).collect::<anyhow::Result<_>>()?;
-    let dtype = match args.dtype {
-        DtypeChoice::F32 => Dtype::F32,
-        DtypeChoice::Bf16 => Dtype::BF16,
-        DtypeChoice::F16 => Dtype::F16,
-    };
-    let (license, description, author) = (args.license, args.description, args.author);
-    let notes = AdapterNotes { license, description, author, training: None };
-    let options = CombineOptions { method, base: base.as_ref(), dtype, notes };
+    let dtype = args.dtype.dtype();
+    let options = CombineOptions { method, base: base.as_ref(), dtype, notes: args.notes.notes() };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = combine::combine(&env.context(), &inputs, &options, output)?;

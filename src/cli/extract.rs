@@ -2,7 +2,6 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
     checkpoint::{Checkpoint, Existing, Printable},
     extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut},
     tensor::{Dtype, projection_kind},
@@ -10,6 +9,7 @@ use neuroada_ckpt::{
 
 use super::{
     Answer,
+    about::NotesArgs,
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count, number, percent},
@@ -46,15 +46,8 @@ pub(super) struct ExtractArgs {
     /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     transposed: Vec<String>,
-    /// Under what terms it may be used, as an SPDX expression
-    #[arg(long, value_name = "SPDX")]
-    license: Option<String>,
-    /// What it is for
-    #[arg(long, value_name = "TEXT")]
-    description: Option<String>,
-    /// Who made it
-    #[arg(long, value_name = "NAME")]
-    author: Option<String>,
+    #[command(flatten)]
+    notes: NotesArgs,
     /// List every tensor instead of a line per kind
     #[arg(long)]
     tensors: bool,
@@ -91,14 +84,13 @@ pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
         DtypeChoice::Bf16 => Some(Dtype::BF16),
         DtypeChoice::F16 => Some(Dtype::F16),
     };
-    let (license, description, author) = (args.license, args.description, args.author);
     let options = ExtractOptions {
         k: args.k,
         dtype,
         max_density: args.max_density,
         targets: args.targets,
         transposed: args.transposed,
-        notes: AdapterNotes { license, description, author, training: None },
+        notes: args.notes.notes(),
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));

@@ -1,15 +1,15 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use neuroada_ckpt::{
-    adapter::{self, AdapterNotes, InitOptions},
+    adapter::{self, InitOptions},
     checkpoint::{Checkpoint, Existing},
     mask::MaskFile,
-    tensor::Dtype,
 };
 
 use super::{
     Answer,
+    about::{DtypeChoice, NotesArgs},
     env::Env,
     page::{bytes, count},
 };
@@ -37,25 +37,11 @@ pub(super) struct InitArgs {
     /// What every delta is multiplied by when the adapter is merged
     #[arg(long, value_name = "SCALE", default_value_t = 1.0, allow_negative_numbers = true)]
     scale: f64,
-    /// Under what terms it may be used, as an SPDX expression
-    #[arg(long, value_name = "SPDX")]
-    license: Option<String>,
-    /// What it is for
-    #[arg(long, value_name = "TEXT")]
-    description: Option<String>,
-    /// Who made it
-    #[arg(long, value_name = "NAME")]
-    author: Option<String>,
+    #[command(flatten)]
+    notes: NotesArgs,
     /// Replace an existing adapter
     #[arg(long)]
     force: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum DtypeChoice {
-    F32,
-    Bf16,
-    F16,
 }
 
 pub(super) fn run(args: InitArgs, env: &Env) -> anyhow::Result<Answer> {
@@ -64,14 +50,8 @@ pub(super) fn run(args: InitArgs, env: &Env) -> anyhow::Result<Answer> {
     }
     let base = Checkpoint::open(&args.base)?;
     let mask = MaskFile::open(&args.mask)?;
-    let dtype = match args.dtype {
-        DtypeChoice::F32 => Dtype::F32,
-        DtypeChoice::Bf16 => Dtype::BF16,
-        DtypeChoice::F16 => Dtype::F16,
-    };
-    let (license, description, author) = (args.license, args.description, args.author);
-    let notes = AdapterNotes { license, description, author, training: None };
-    let options = InitOptions { values: args.values.as_deref(), dtype, scale: args.scale, notes };
+    let dtype = args.dtype.dtype();
+    let options = InitOptions { values: args.values.as_deref(), dtype, scale: args.scale, notes: args.notes.notes() };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = adapter::init_adapter(&env.context(), &base, &mask, &options, &args.output, existing)?;
     env.report(&report, |report, page| {

@@ -5,6 +5,7 @@
 //! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
+mod about;
 mod adopt;
 mod card;
 mod combine;

@@ -6,7 +6,6 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
     checkpoint::{Checkpoint, Existing, Printable},
     data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
@@ -20,6 +19,7 @@ use serde_json::json;
 
 use super::{
     Answer,
+    about::NotesArgs,
     data::{DataArgs, read},
     env::Env,
     failure::Hint,
@@ -124,15 +124,8 @@ pub(super) struct TrainArgs {
     #[arg(long, help_heading = "Under way")]
     resume: bool,
 
-    /// Under what terms the adapter may be used, as an SPDX expression
-    #[arg(long, value_name = "SPDX")]
-    license: Option<String>,
-    /// What it is for
-    #[arg(long, value_name = "TEXT")]
-    description: Option<String>,
-    /// Who trained it
-    #[arg(long, value_name = "NAME")]
-    author: Option<String>,
+    #[command(flatten)]
+    notes: NotesArgs,
     /// Replace an existing adapter, and the state of a run that did not end
     #[arg(long)]
     force: bool,
@@ -261,12 +254,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
         existing: if args.force { Existing::Replace } else { Existing::Keep },
         save_every: args.save_every,
         resume: args.resume,
-        notes: AdapterNotes {
-            license: args.license,
-            description: args.description,
-            author: args.author,
-            training: None,
-        },
+        notes: args.notes.notes(),
     };
     let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
     let report = match train::train(&ctx, &device, &mut model, &job, &teller) {
