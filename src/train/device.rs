@@ -91,10 +91,14 @@ pub trait Device {
     /// A matrix `[d_out, d_in]` of the type in which it is stored.
     type Weight;
 
-    // --- memory
-
     /// Bytes of one activation.
-    const ACT_BYTES: usize;
+    fn act_bytes(&self) -> usize;
+    /// What losses are multiplied by on the way back, a power of two: small gradients are lost where activations have few exponents.
+    fn loss_scale(&self) -> f32 {
+        1.0
+    }
+
+    // --- memory
 
     /// `n` activations, all zero.
     fn act(&self, n: usize) -> Result<Self::Act, DeviceError>;
@@ -281,8 +285,8 @@ pub trait Device {
     /// `w[i, columns[e]] = round(originals[e] + theta[e])`: the sum in float32, rounded once to the weight's type, as a merge does.
     fn patch(&self, w: &mut Self::Weight, deltas: &Deltas<Self>) -> Done;
 
-    /// The sum of the squares of the first `n`, in float64, always in the same order.
-    fn sum_of_squares(&self, values: &Self::F32, n: usize) -> Result<f64, DeviceError>;
+    /// The sum of the squares of the first numbers of each buffer, in float64, always in the same order.
+    fn sums_of_squares(&self, of: &[(&Self::F32, usize)]) -> Result<Vec<f64>, DeviceError>;
 
     /// One step of AdamW on `theta` with the gradient, in float32, in PyTorch's order of operations.
     ///

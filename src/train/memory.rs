@@ -5,7 +5,6 @@ use serde::Serialize;
 use super::{
     config::ModelConfig,
     cpu::CpuDevice,
-    device::Device,
     pass::{Keep, Workspace},
 };
 use crate::{checkpoint::Checkpoint, tensor::Dtype};
@@ -42,12 +41,12 @@ impl MemoryEstimate {
         let heads = config.heads;
         // The gradient of attention comes in parts by head, beside the whole.
         let parts = if keep == Keep::Nothing { 0 } else { (most_tokens * heads.d_qkv() * 4) as u64 };
-        let activations = Workspace::<CpuDevice>::n_bytes(config, most_tokens, keep)
+        let activations = Workspace::<CpuDevice>::n_bytes(config, most_tokens, keep, 4)
             + parts
             + CpuDevice::scratch_bytes(config, most_supervised, is_narrow);
         // Theta, gradient, mean, variance, column, and the original.
         let n_rows = (heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let state = n_trained * (4 * CpuDevice::ACT_BYTES as u64 + 4 + width) + n_rows as u64 * 4;
+        let state = n_trained * (5 * 4 + width) + n_rows as u64 * 4;
         Self { weights, activations, state, total: weights + activations + state }
     }
 }

@@ -164,8 +164,8 @@ impl<D: Device> Workspace<D> {
         })
     }
 
-    /// Bytes that [`Workspace::new`] allocates.
-    pub fn n_bytes(config: &ModelConfig, most_tokens: usize, keep: Keep) -> u64 {
+    /// Bytes that [`Workspace::new`] allocates, where an activation has `act_bytes`.
+    pub fn n_bytes(config: &ModelConfig, most_tokens: usize, keep: Keep, act_bytes: usize) -> u64 {
         let (d, d_ff, heads) = (config.d_model, config.d_ff, config.heads);
         let n_inputs = if keep == Keep::Nothing { 2 } else { config.n_layers + 1 };
         let n_tapes = if keep == Keep::All { config.n_layers } else { 1 };
@@ -173,7 +173,7 @@ impl<D: Device> Workspace<D> {
         let (tape, tape_f32) = Tape::<D>::size(config);
         let acts = n_inputs * d + n_tapes * tape + 2 * d + d_ff + back;
         let numbers = n_tapes * tape_f32 + 1;
-        (most_tokens * (acts * D::ACT_BYTES + numbers * 4)) as u64
+        (most_tokens * (acts * act_bytes + numbers * 4)) as u64
     }
 
     /// Tokens that a batch may have.

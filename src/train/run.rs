@@ -271,7 +271,8 @@ impl<D: Device> Run<'_, D> {
         let (device, options) = (self.device, self.job.options);
         let n_supervised: usize = batches.iter().map(Batch::n_supervised).sum();
         let n_tokens: usize = batches.iter().map(Batch::n_tokens).sum();
-        let grad_scale = 1.0 / n_supervised.max(1) as f32;
+        let loss_scale = f64::from(device.loss_scale());
+        let grad_scale = device.loss_scale() / n_supervised.max(1) as f32;
         for deltas in self.model.linears_mut().filter_map(|linear| linear.deltas.as_mut()) {
             device.clear(&mut deltas.grad)?;
         }
@@ -290,19 +291,17 @@ impl<D: Device> Run<'_, D> {
             backward(device, self.model, &batch, &mut self.work)?;
         }
         let loss = sum / n_supervised.max(1) as f64;
-        let mut squares = 0.0;
-        for linear in self.model.linears() {
-            let Some(deltas) = &linear.deltas else { continue };
-            let of_linear = device.sum_of_squares(&deltas.grad, deltas.nnz)?;
-            if !of_linear.is_finite() {
-                let grad = device.read(&deltas.grad, deltas.nnz)?;
-                let part = linear.parts.iter().find(|part| !grad[part.entries.clone()].iter().all(|g| g.is_finite()));
-                let name = part.map_or("", |part| part.name.as_str());
-                return Err(self.not_finite(batches.len() - 1, loss, format!("the gradient of {name}")));
-            }
-            squares += of_linear;
+        let trained = || self.model.linears().filter_map(|linear| Some((linear, linear.deltas.as_ref()?)));
+        let of: Vec<_> = trained().map(|(_, deltas)| (&deltas.grad, deltas.nnz)).collect();
+        let squares = device.sums_of_squares(&of)?;
+        if let Some(i) = squares.iter().position(|sum| !sum.is_finite()) {
+            let (linear, deltas) = trained().nth(i).expect("one sum for each");
+            let grad = device.read(&deltas.grad, deltas.nnz)?;
+            let part = linear.parts.iter().find(|part| !grad[part.entries.clone()].iter().all(|g| g.is_finite()));
+            let name = part.map_or("", |part| part.name.as_str());
+            return Err(self.not_finite(batches.len() - 1, loss, format!("the gradient of {name}")));
         }
-        let grad_norm = squares.sqrt();
+        let grad_norm = squares.iter().sum::<f64>().sqrt() / loss_scale;
         let clipped = options.clip.filter(|most| grad_norm > *most).map_or(1.0, |most| most / grad_norm);
         let learning_rate =
             options.learning_rate * options.schedule.share(self.progress.step, self.plan.n_steps, self.plan.n_warmup);
@@ -313,7 +312,7 @@ impl<D: Device> Run<'_, D> {
             betas: options.betas,
             eps: options.eps,
             weight_decay: options.weight_decay,
-            grad_scale: clipped,
+            grad_scale: clipped / loss_scale,
             step: self.progress.step,
         };
         for linear in self.model.linears_mut() {

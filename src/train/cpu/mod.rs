@@ -51,7 +51,9 @@ impl Device for CpuDevice {
     type Ids = Vec<u32>;
     type Weight = CpuWeight;
 
-    const ACT_BYTES: usize = 4;
+    fn act_bytes(&self) -> usize {
+        size_of::<f32>()
+    }
 
     fn act(&self, n: usize) -> Result<Vec<f32>, DeviceError> {
         allocate("activations", n)
@@ -283,8 +285,8 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn sum_of_squares(&self, values: &Vec<f32>, n: usize) -> Result<f64, DeviceError> {
-        Ok(sparse::sum_of_squares(&values[..n]))
+    fn sums_of_squares(&self, of: &[(&Vec<f32>, usize)]) -> Result<Vec<f64>, DeviceError> {
+        Ok(of.iter().map(|(values, n)| sparse::sum_of_squares(&values[..*n])).collect())
     }
 
     fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> Done {

@@ -80,7 +80,7 @@ fn transpose(from: &[f32], n: usize, d: usize, first: usize, to: &mut [f32]) {
     }
 }
 
-/// See [`super::super::Device::sum_of_squares`].
+/// See [`super::super::Device::sums_of_squares`].
 pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
     let square = |values: &[f32]| values.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>();
     values.par_chunks(VALUES).map(square).collect::<Vec<f64>>().iter().sum()
