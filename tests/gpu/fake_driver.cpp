@@ -19,6 +19,9 @@
 #include "../../src/gpu/kernels/score.cu"
 #include "../../src/gpu/kernels/patch.cu"
 #include "../../src/gpu/kernels/low_rank.cu"
+#include "../../src/gpu/kernels/passes.cu"
+#include "../../src/gpu/kernels/head.cu"
+#include "../../src/gpu/kernels/sparse.cu"
 
 #include <deque>
 #include <fstream>
@@ -69,6 +72,7 @@ template <class... A> Kernel kernel_of(void (*kernel)(A...)) {
 }
 
 #define KERNEL(name) {#name, kernel_of(name)}
+#define FLOAT_KERNELS(name) KERNEL(name##_bf16), KERNEL(name##_f16), KERNEL(name##_f32)
 const std::map<std::string, Kernel>& kernels() {
     static const std::map<std::string, Kernel> all = {
         KERNEL(top1_u16),         KERNEL(top1_u32),         KERNEL(topk_warp_u16),   KERNEL(topk_warp_u32),
@@ -76,6 +80,13 @@ const std::map<std::string, Kernel>& kernels() {
         KERNEL(patch_rows_f16),   KERNEL(patch_rows_f32),   KERNEL(patch_terms_bf16), KERNEL(patch_terms_f16),
         KERNEL(patch_terms_f32),  KERNEL(originals_u16),    KERNEL(originals_u32),   KERNEL(low_rank_bf16),
         KERNEL(low_rank_f16),     KERNEL(low_rank_f32),
+        // The trainer's.
+        FLOAT_KERNELS(rms_norm),  FLOAT_KERNELS(rms_norm_back), FLOAT_KERNELS(head_norm), FLOAT_KERNELS(head_norm_back),
+        FLOAT_KERNELS(rope),      FLOAT_KERNELS(swiglu),    FLOAT_KERNELS(swiglu_back), FLOAT_KERNELS(add_bias),
+        FLOAT_KERNELS(cross_entropy), FLOAT_KERNELS(gather_dot), FLOAT_KERNELS(patch_entries),
+        KERNEL(take_rows_wide),   KERNEL(take_rows_narrow), KERNEL(put_rows_wide),   KERNEL(put_rows_narrow),
+        KERNEL(argmax_rows),      KERNEL(add_slices),       KERNEL(take_entries),    KERNEL(adamw),
+        KERNEL(sum_of_squares),
     };
     return all;
 }

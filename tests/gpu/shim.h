@@ -206,7 +206,18 @@ inline unsigned show(uint64_t value, Wait what) {
     return turn;
 }
 
-template <class T> T shown_by(unsigned lane, unsigned turn) { return (T)fibers[(current & ~31u) | (lane & 31)].shown[turn]; }
+template <class T> unsigned show_bits(T value, Wait what) {
+    static_assert(sizeof(T) <= 8, "lanes exchange up to 8 bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    return show(bits, what);
+}
+
+template <class T> T shown_by(unsigned lane, unsigned turn) {
+    T value;
+    memcpy(&value, &fibers[(current & ~31u) | (lane & 31)].shown[turn], sizeof(T));
+    return value;
+}
 
 } // namespace sim
 
@@ -215,18 +226,18 @@ template <class T> T shown_by(unsigned lane, unsigned turn) { return (T)fibers[(
 inline void __syncthreads() { sim::wait_for(sim::BARRIER); }
 inline void __syncwarp(unsigned = ~0u) { sim::wait_for(sim::SYNCWARP); }
 template <class T> T __shfl_sync(unsigned, T value, unsigned lane) {
-    return sim::shown_by<T>(lane, sim::show(value, sim::SHUFFLE));
+    return sim::shown_by<T>(lane, sim::show_bits(value, sim::SHUFFLE));
 }
 template <class T> T __shfl_xor_sync(unsigned, T value, unsigned distance) {
-    unsigned turn = sim::show(value, sim::SHUFFLE);
+    unsigned turn = sim::show_bits(value, sim::SHUFFLE);
     return sim::shown_by<T>(sim::current ^ distance, turn);
 }
 template <class T> T __shfl_down_sync(unsigned, T value, unsigned distance) {
-    unsigned turn = sim::show(value, sim::SHUFFLE), lane = sim::current % 32;
+    unsigned turn = sim::show_bits(value, sim::SHUFFLE), lane = sim::current % 32;
     return lane + distance < 32 ? sim::shown_by<T>(lane + distance, turn) : value;
 }
 template <class T> T __shfl_up_sync(unsigned, T value, unsigned distance) {
-    unsigned turn = sim::show(value, sim::SHUFFLE), lane = sim::current % 32;
+    unsigned turn = sim::show_bits(value, sim::SHUFFLE), lane = sim::current % 32;
     return lane >= distance ? sim::shown_by<T>(lane - distance, turn) : value;
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {

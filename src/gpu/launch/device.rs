@@ -100,11 +100,14 @@ pub(in crate::gpu) fn device_facts(ordinal: usize) -> Result<(String, (i32, i32)
 // --- a device
 
 /// Kernels by file: the PTX that `.ci/kernels.py` makes of `kernels/*.cu`.
-const PTX: [(&str, &str); 4] = [
+const PTX: [(&str, &str); 7] = [
     ("topk", include_str!("../kernels/ptx/topk.ptx")),
     ("score", include_str!("../kernels/ptx/score.ptx")),
     ("patch", include_str!("../kernels/ptx/patch.ptx")),
     ("low_rank", include_str!("../kernels/ptx/low_rank.ptx")),
+    ("passes", include_str!("../kernels/ptx/passes.ptx")),
+    ("head", include_str!("../kernels/ptx/head.ptx")),
+    ("sparse", include_str!("../kernels/ptx/sparse.ptx")),
 ];
 
 /// Failures of work under way, by the driver's names; they stay for the rest of the process.

@@ -16,7 +16,7 @@ const TILE: u32 = 64;
 const MOST_GRID_Y: u32 = 65_535;
 
 /// An argument of a kernel.
-enum Arg {
+pub(super) enum Arg {
     U32(u32),
     U64(u64),
     F32(f32),
@@ -32,11 +32,11 @@ impl Arg {
     }
 }
 
-fn memory<T>(memory: &DeviceVec<T>) -> Arg {
+pub(super) fn memory<T>(memory: &DeviceVec<T>) -> Arg {
     Arg::U64(memory.at)
 }
 
-fn small(n: usize) -> Arg {
+pub(super) fn small(n: usize) -> Arg {
     Arg::U32(u32::try_from(n).expect("shapes on a device fit 32 bits"))
 }
 
@@ -55,7 +55,7 @@ impl Queue {
     ///
     /// # Safety
     /// `args` are what the kernel's source declares, in this order, and the memory they point to is as long as it needs.
-    unsafe fn launch(
+    pub(super) unsafe fn launch(
         &self,
         file: &'static str,
         name: &'static str,
@@ -261,7 +261,7 @@ impl Queue {
     }
 }
 
-fn blocks_for(n: usize) -> u32 {
+pub(super) fn blocks_for(n: usize) -> u32 {
     n.div_ceil(THREADS as usize).min(1 << 20) as u32
 }
 
@@ -270,7 +270,7 @@ pub(in crate::gpu) fn is_known(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
 }
 
-fn type_code(dtype: Dtype) -> u32 {
+pub(super) fn type_code(dtype: Dtype) -> u32 {
     match dtype {
         Dtype::BF16 => 0,
         Dtype::F16 => 1,
@@ -279,6 +279,6 @@ fn type_code(dtype: Dtype) -> u32 {
     }
 }
 
-fn bytes_of(dtype: Dtype) -> usize {
+pub(super) fn bytes_of(dtype: Dtype) -> usize {
     dtype.bitsize() / 8
 }

@@ -23,6 +23,7 @@ impl Copyable for u16 {}
 impl Copyable for u32 {}
 impl Copyable for u64 {}
 impl Copyable for f32 {}
+impl Copyable for f64 {}
 
 /// Memory on a device, `len` numbers, that belongs to one queue.
 pub struct DeviceVec<T> {
@@ -196,8 +197,26 @@ impl Queue {
         range: Range<usize>,
         to: &mut DeviceVec<T>,
     ) -> Result<(), GpuError> {
+        self.upload_at(from, range, to, 0)
+    }
+
+    /// Starts to copy the bytes `range` of `from` to `to`, from its byte `at` on.
+    ///
+    /// # Errors
+    /// As [`Self::upload`].
+    ///
+    /// # Panics
+    /// As [`Self::upload`].
+    pub fn upload_at<T: Copyable>(
+        &self,
+        from: &mut Pinned,
+        range: Range<usize>,
+        to: &mut DeviceVec<T>,
+        at: usize,
+    ) -> Result<(), GpuError> {
         self.owns(to);
-        assert!(range.end <= from.len && range.len() <= to.len * size_of::<T>(), "what is copied fits");
+        let room = (to.len * size_of::<T>()).checked_sub(at);
+        assert!(range.end <= from.len && room.is_some_and(|room| range.len() <= room), "what is copied fits");
         if range.is_empty() {
             return Ok(());
         }
@@ -206,7 +225,7 @@ impl Queue {
         // recorded below has passed, the device memory only through the same stream.
         unsafe {
             let bytes = std::slice::from_raw_parts(from.at.add(range.start), range.len());
-            result::memcpy_htod_async(to.at, bytes, self.stream.cu_stream())
+            result::memcpy_htod_async(to.at + at as u64, bytes, self.stream.cu_stream())
         }
         .and_then(|()| from.copied.record(&self.stream))
         .map_err(|e| self.gpu.failed("copying", e))
@@ -260,11 +279,23 @@ impl Queue {
     /// # Errors
     /// As [`Self::wait`].
     pub fn download_all<T: Copyable + Default>(&self, from: &DeviceVec<T>) -> Result<Vec<T>, GpuError> {
+        self.download_first(from, from.len)
+    }
+
+    /// The first `n` numbers of device memory, once all work before is done.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    ///
+    /// # Panics
+    /// Where there are fewer, or the memory belongs to another queue.
+    pub fn download_first<T: Copyable + Default>(&self, from: &DeviceVec<T>, n: usize) -> Result<Vec<T>, GpuError> {
         self.owns(from);
+        assert!(n <= from.len, "what is copied is there");
         self.gpu.bind()?;
-        let mut values = vec![T::default(); from.len];
+        let mut values = vec![T::default(); n];
         if !values.is_empty() {
-            // SAFETY: both sides have the same length; `values` is not touched until the stream has done the copy.
+            // SAFETY: both sides have that many; `values` is not touched until the stream has done the copy.
             unsafe { result::memcpy_dtoh_async(&mut values, from.at, self.stream.cu_stream()) }
                 .map_err(|e| self.gpu.failed("copying", e))?;
         }
@@ -280,13 +311,36 @@ impl Queue {
     /// # Panics
     /// As [`Self::upload`].
     pub fn copy<T: Copyable>(&self, from: &DeviceVec<T>, to: &mut DeviceVec<T>) -> Result<(), GpuError> {
+        self.copy_part(from, 0, to, 0, from.len)
+    }
+
+    /// Starts `to[to_at..to_at + n] = from[from_at..from_at + n]`, both on the device.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    ///
+    /// # Panics
+    /// As [`Self::upload`].
+    pub fn copy_part<T: Copyable>(
+        &self,
+        from: &DeviceVec<T>,
+        from_at: usize,
+        to: &mut DeviceVec<T>,
+        to_at: usize,
+        n: usize,
+    ) -> Result<(), GpuError> {
         self.owns(from);
         self.owns(to);
-        assert!(from.len <= to.len, "what is copied fits");
+        let fits = |at: usize, len: usize| at.checked_add(n).is_some_and(|end| end <= len);
+        assert!(fits(from_at, from.len) && fits(to_at, to.len), "what is copied fits");
+        if n == 0 {
+            return Ok(());
+        }
         self.gpu.bind()?;
-        let n_bytes = from.len * size_of::<T>();
-        // SAFETY: both sides hold as much, and belong to this stream.
-        unsafe { result::memcpy_dtod_async(to.at, from.at, n_bytes, self.stream.cu_stream()) }
+        let bytes = |n: usize| n * size_of::<T>();
+        let (to, from) = (to.at + bytes(to_at) as u64, from.at + bytes(from_at) as u64);
+        // SAFETY: both sides hold the range, as asserted, and belong to this stream; one is borrowed alone, so they are two.
+        unsafe { result::memcpy_dtod_async(to, from, bytes(n), self.stream.cu_stream()) }
             .map_err(|e| self.gpu.failed("copying", e))
     }
 
@@ -295,11 +349,26 @@ impl Queue {
     /// # Errors
     /// What the driver answers.
     pub fn fill<T: Copyable>(&self, memory: &mut DeviceVec<T>, byte: u8) -> Result<(), GpuError> {
+        let n = memory.len;
+        self.fill_first(memory, n, byte)
+    }
+
+    /// Starts to fill the first `n` numbers with one byte.
+    ///
+    /// # Errors
+    /// What the driver answers.
+    ///
+    /// # Panics
+    /// Where there are fewer, or the memory belongs to another queue.
+    pub fn fill_first<T: Copyable>(&self, memory: &mut DeviceVec<T>, n: usize, byte: u8) -> Result<(), GpuError> {
         self.owns(memory);
+        assert!(n <= memory.len, "what is filled is there");
+        if n == 0 {
+            return Ok(());
+        }
         self.gpu.bind()?;
-        let n_bytes = memory.len * size_of::<T>();
         // SAFETY: the memory is that long; every bit pattern is a number of its type.
-        unsafe { result::memset_d8_async(memory.at, byte, n_bytes, self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(memory.at, byte, n * size_of::<T>(), self.stream.cu_stream()) }
             .map_err(|e| self.gpu.failed("copying", e))
     }
 

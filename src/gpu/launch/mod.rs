@@ -10,6 +10,8 @@
 mod device;
 mod kernels;
 mod memory;
+mod passes;
+mod sparse;
 
 use cudarc::driver::DriverError;
 
@@ -17,6 +19,8 @@ pub use device::Gpu;
 pub(super) use device::{device_facts, driver_version, has_driver, init, missing_symbols};
 pub(super) use kernels::{KeyRows, is_known};
 pub use memory::{Copyable, DeviceVec, Pinned, Queue};
+pub use passes::{HeadShape, Matrix};
+pub use sparse::{AdamWStep, EntriesOf};
 
 /// The driver's name for a failure. (Printing the error itself would ask the driver for words.)
 fn code_of(error: DriverError) -> String {

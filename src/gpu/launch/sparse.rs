@@ -1,0 +1,208 @@
+//! Kernels for the entries that are trained: `sparse.cu`.
+
+use super::{
+    DeviceVec, Queue,
+    kernels::{Arg, blocks_for, bytes_of, memory, small},
+    passes::of_type,
+};
+use crate::{gpu::GpuError, tensor::Dtype};
+
+/// Entries of a block of the gradient's kernel.
+const ENTRIES: usize = 2048;
+/// Its shared memory: the tokens of as many columns, 16 bytes each.
+const STAGED: u32 = 16 * 2048;
+/// Blocks that keep every GPU busy; slices of tokens are made until there are as many.
+const MANY_BLOCKS: usize = 768;
+/// The fewest tokens of a slice.
+const LEAST_SLICE: usize = 64;
+/// The most slices.
+const MOST_SLICES: usize = 32;
+
+/// Chosen entries of a matrix `[d_out, d_in]`.
+#[derive(Clone, Copy)]
+pub struct EntriesOf<'a> {
+    /// `[d_out + 1]`: the entries of row `i` are `offsets[i]..offsets[i + 1]`.
+    pub offsets: &'a DeviceVec<u32>,
+    /// `[nnz]`.
+    pub columns: &'a DeviceVec<u32>,
+    /// Entries in all.
+    pub nnz: usize,
+    /// Rows and columns of the matrix.
+    pub shape: (usize, usize),
+}
+
+/// The numbers of an AdamW step, as they enter float32 arithmetic.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct AdamWStep {
+    /// Gradients are multiplied by this first.
+    pub grad_scale: f32,
+    /// `1 - beta_1`.
+    pub rest_1: f32,
+    /// The decay of the mean square.
+    pub beta_2: f32,
+    /// `1 - beta_2`.
+    pub rest_2: f32,
+    /// What weight decay leaves of a value.
+    pub keep: f32,
+    /// The learning rate, corrected for the first steps.
+    pub step_size: f32,
+    /// The root of the mean square's correction.
+    pub root: f32,
+    /// Added to the root of the mean square.
+    pub eps: f32,
+}
+
+impl Queue {
+    fn has_entries(&self, of: EntriesOf<'_>) -> [Arg; 2] {
+        let EntriesOf { offsets, columns, nnz, shape: (d_out, _) } = of;
+        self.owns(offsets);
+        self.owns(columns);
+        assert!(
+            d_out > 0 && offsets.len == d_out + 1 && nnz <= columns.len,
+            "offsets of all rows, columns of all entries"
+        );
+        [memory(offsets), memory(columns)]
+    }
+
+    /// Numbers that [`Self::gather_dot`] needs beside its arguments, for `n` tokens and `nnz` entries.
+    pub fn gather_room(n: usize, nnz: usize) -> usize {
+        slices(n, nnz).0 * nnz
+    }
+
+    /// `grad[e] += sum_t dy[t, i] * x[t, columns[e]]` for each entry `e` of each row `i`, always in the same order; `dy` is `[n,
+    /// d_out]`, `x` `[n, d_in]`, both of `dtype`; `room` has [`Self::gather_room`] numbers, of any value.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn gather_dot(
+        &self,
+        (dy, x, dtype): (&DeviceVec<u8>, &DeviceVec<u8>, Dtype),
+        n: usize,
+        of: EntriesOf<'_>,
+        grad: &mut DeviceVec<f32>,
+        room: &mut DeviceVec<f32>,
+    ) -> Result<(), GpuError> {
+        let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
+        let [offsets, columns] = self.has_entries(of);
+        let (n_slices, slice) = slices(n, nnz);
+        let (dy, x) = (self.has_rows(dy, dtype, n, d_out), self.has_rows(x, dtype, n, d_in));
+        let stride = Arg::U32(if nnz > 4 * d_out { 1 } else { 256 });
+        let partial = self.has(room, n_slices * nnz);
+        let (rows, entries) = (small(d_out), small(nnz));
+        let args = &mut [dy, x, offsets, columns, partial, small(n), rows, small(d_in), entries, small(slice), stride];
+        let grid = (nnz.div_ceil(ENTRIES) as u32, n_slices as u32);
+        // SAFETY: sparse.cu takes these in this order. It reads `n` rows, whatever offsets and columns say: rows are found below
+        // d_out, columns beyond d_in are left out. It writes a partial sum for each slice and entry: the lengths asserted.
+        unsafe { self.launch("sparse", of_type!("gather_dot", dtype), grid, STAGED, args) }?;
+        let args = &mut [memory(room), self.has(grad, nnz), small(n_slices), small(nnz)];
+        // SAFETY: as above; one sum for each entry.
+        unsafe { self.launch("sparse", "add_slices", (blocks_for(nnz), 1), 0, args) }
+    }
+
+    /// `grad[e] += dense[i - first_row, columns[e]]` for each entry `e` of the rows `i` of `dense`, `[n_rows, d_in]`.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn take_entries(
+        &self,
+        dense: &DeviceVec<f32>,
+        (first_row, n_rows): (usize, usize),
+        of: EntriesOf<'_>,
+        grad: &mut DeviceVec<f32>,
+    ) -> Result<(), GpuError> {
+        let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
+        let [offsets, columns] = self.has_entries(of);
+        assert!(first_row + n_rows <= d_out, "rows of the matrix");
+        let (dense, grad) = (self.has(dense, n_rows * d_in), self.has(grad, nnz));
+        let args = &mut [dense, offsets, columns, grad, small(first_row), small(d_in), small(nnz)];
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are left out, all else is within the
+        // lengths asserted.
+        unsafe { self.launch("sparse", "take_entries", (n_rows as u32, 1), 0, args) }
+    }
+
+    /// `weights[i, columns[e]] = round(originals[e] + theta[e])` for each entry `e` of each row `i`: the sum in float32, rounded once to
+    /// the weights' type. An original that is a NaN keeps its bits.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn patch_entries(
+        &self,
+        (weights, dtype): (&mut DeviceVec<u8>, Dtype),
+        of: EntriesOf<'_>,
+        originals: &DeviceVec<u8>,
+        theta: &DeviceVec<f32>,
+    ) -> Result<(), GpuError> {
+        let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
+        let [offsets, columns] = self.has_entries(of);
+        self.owns(originals);
+        assert!(nnz * bytes_of(dtype) <= originals.len, "one original for each entry");
+        let (weights, theta) = (self.has_rows(weights, dtype, d_out, d_in), self.has(theta, nnz));
+        let args = &mut [weights, offsets, columns, memory(originals), theta, small(d_out), small(d_in), small(nnz)];
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are left out, all else is within the
+        // lengths asserted.
+        unsafe { self.launch("sparse", of_type!("patch_entries", dtype), (blocks_for(d_out), 1), 0, args) }
+    }
+
+    /// One step of AdamW on `theta`, `[n]`, with its gradient and state.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn adamw(
+        &self,
+        theta: &mut DeviceVec<f32>,
+        grad: &DeviceVec<f32>,
+        [mean, variance]: [&mut DeviceVec<f32>; 2],
+        n: usize,
+        step: AdamWStep,
+    ) -> Result<(), GpuError> {
+        let AdamWStep { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step;
+        let [theta, grad, mean, variance] = [&*theta, grad, &*mean, &*variance].map(|of| self.has(of, n));
+        let [grad_scale, rest_1, beta_2, rest_2] = [grad_scale, rest_1, beta_2, rest_2].map(Arg::F32);
+        let [keep, step_size, root, eps] = [keep, step_size, root, eps].map(Arg::F32);
+        let n_all = small(n);
+        let args =
+            &mut [theta, grad, mean, variance, n_all, grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps];
+        // SAFETY: sparse.cu takes these in this order and touches `n` numbers of each: the lengths asserted.
+        unsafe { self.launch("sparse", "adamw", (blocks_for(n), 1), 0, args) }
+    }
+
+    /// `sums[at]` becomes the sum of the squares of the first `n` values, in float64.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn sum_of_squares(
+        &self,
+        values: &DeviceVec<f32>,
+        n: usize,
+        sums: &mut DeviceVec<f64>,
+        at: usize,
+    ) -> Result<(), GpuError> {
+        let args = &mut [self.has(values, n), small(n), self.has(sums, at + 1), small(at)];
+        // SAFETY: sparse.cu takes these in this order, reads `n` values and writes one sum: the lengths asserted.
+        unsafe { self.launch("sparse", "sum_of_squares", (1, 1), 8 * 8, args) }
+    }
+}
+
+/// Slices that the tokens are cut into, and tokens of each: by shapes alone, so that every GPU adds in the same order.
+fn slices(n: usize, nnz: usize) -> (usize, usize) {
+    let n_blocks = nnz.div_ceil(ENTRIES).max(1);
+    let wanted = MANY_BLOCKS.div_ceil(n_blocks).min(n.div_ceil(LEAST_SLICE)).clamp(1, MOST_SLICES);
+    // Whole groups of tokens, so that only the last slice has an end within one.
+    let slice = n.div_ceil(wanted).max(1).next_multiple_of(8);
+    (n.div_ceil(slice).max(1), slice)
+}
