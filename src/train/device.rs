@@ -80,6 +80,43 @@ pub struct AdamW {
     pub step: u64,
 }
 
+/// The numbers of an [`AdamW`] step as they enter float32 arithmetic, on every device:
+///
+/// ```text
+/// grad *= grad_scale
+/// mean += (grad - mean) * rest_1
+/// variance = variance * beta_2 + rest_2 * grad * grad
+/// theta = theta * keep - step_size * (mean / (sqrt(variance) / root + eps))
+/// ```
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct AdamNumbers {
+    pub(super) grad_scale: f32,
+    pub(super) rest_1: f32,
+    pub(super) beta_2: f32,
+    pub(super) rest_2: f32,
+    pub(super) keep: f32,
+    pub(super) step_size: f32,
+    pub(super) root: f32,
+    pub(super) eps: f32,
+}
+
+impl AdamW {
+    pub(super) fn numbers(self) -> AdamNumbers {
+        let Self { learning_rate, betas: (beta_1, beta_2), eps, weight_decay, grad_scale, step } = self;
+        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        AdamNumbers {
+            grad_scale: grad_scale as f32,
+            rest_1: (1.0 - beta_1) as f32,
+            beta_2: beta_2 as f32,
+            rest_2: (1.0 - beta_2) as f32,
+            keep: (1.0 - learning_rate * weight_decay) as f32,
+            step_size: (learning_rate / correction(beta_1)) as f32,
+            root: correction(beta_2).sqrt() as f32,
+            eps: eps as f32,
+        }
+    }
+}
+
 /// A machine that trains.
 pub trait Device {
     /// Activations and their gradients.

@@ -20,9 +20,13 @@ pub enum DeviceError {
         /// How much was asked for.
         n_bytes: u64,
     },
-    /// The driver's words.
+    /// A request that the device cannot serve.
     #[error("{0}")]
     Failed(String),
+    /// The GPU's.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
 }
 
 /// What can go wrong while training and evaluating. What was saved before stays.

@@ -154,7 +154,7 @@ __device__ __forceinline__ void patch_entries(typename T::Bits* weights, const u
     }
 FOR_FLOATS(SPARSE)
 
-// --- the optimizer: AdamW in PyTorch's order of operations, as train::cpu writes it, every step rounded
+// --- the optimizer: AdamW in PyTorch's order of operations, every step rounded: the bits are those of train::cpu
 //   theta, grad, mean, variance  (n)
 // Source: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101
 extern "C" __global__ void __launch_bounds__(256)

@@ -20,7 +20,7 @@ pub(super) use device::{device_facts, driver_version, has_driver, init, missing_
 pub(super) use kernels::{KeyRows, is_known};
 pub use memory::{Copyable, DeviceVec, Pinned, Queue};
 pub use passes::{HeadShape, Matrix};
-pub use sparse::{AdamWStep, EntriesOf};
+pub use sparse::{EntriesOf};
 
 /// The driver's name for a failure. (Printing the error itself would ask the driver for words.)
 fn code_of(error: DriverError) -> String {

@@ -31,27 +31,6 @@ pub struct EntriesOf<'a> {
     pub shape: (usize, usize),
 }
 
-/// The numbers of an AdamW step, as they enter float32 arithmetic.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct AdamWStep {
-    /// Gradients are multiplied by this first.
-    pub grad_scale: f32,
-    /// `1 - beta_1`.
-    pub rest_1: f32,
-    /// The decay of the mean square.
-    pub beta_2: f32,
-    /// `1 - beta_2`.
-    pub rest_2: f32,
-    /// What weight decay leaves of a value.
-    pub keep: f32,
-    /// The learning rate, corrected for the first steps.
-    pub step_size: f32,
-    /// The root of the mean square's correction.
-    pub root: f32,
-    /// Added to the root of the mean square.
-    pub eps: f32,
-}
-
 impl Queue {
     fn has_entries(&self, of: EntriesOf<'_>) -> [Arg; 2] {
         let EntriesOf { offsets, columns, nnz, shape: (d_out, _) } = of;
@@ -152,7 +131,7 @@ impl Queue {
         unsafe { self.launch("sparse", of_type!("patch_entries", dtype), (blocks_for(d_out), 1), 0, args) }
     }
 
-    /// One step of AdamW on `theta`, `[n]`, with its gradient and state.
+    /// One step of AdamW on `theta`, `[n]`, with its gradient and state; `numbers` are the kernel's, from `grad_scale` to `eps`.
     ///
     /// # Errors
     /// The driver's.
@@ -165,17 +144,13 @@ impl Queue {
         grad: &DeviceVec<f32>,
         [mean, variance]: [&mut DeviceVec<f32>; 2],
         n: usize,
-        step: AdamWStep,
+        numbers: [f32; 8],
     ) -> Result<(), GpuError> {
-        let AdamWStep { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step;
-        let [theta, grad, mean, variance] = [&*theta, grad, &*mean, &*variance].map(|of| self.has(of, n));
-        let [grad_scale, rest_1, beta_2, rest_2] = [grad_scale, rest_1, beta_2, rest_2].map(Arg::F32);
-        let [keep, step_size, root, eps] = [keep, step_size, root, eps].map(Arg::F32);
-        let n_all = small(n);
-        let args =
-            &mut [theta, grad, mean, variance, n_all, grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps];
+        let mut args: Vec<Arg> = [&*theta, grad, &*mean, &*variance].map(|of| self.has(of, n)).into();
+        args.push(small(n));
+        args.extend(numbers.map(Arg::F32));
         // SAFETY: sparse.cu takes these in this order and touches `n` numbers of each: the lengths asserted.
-        unsafe { self.launch("sparse", "adamw", (blocks_for(n), 1), 0, args) }
+        unsafe { self.launch("sparse", "adamw", (blocks_for(n), 1), 0, &mut args) }
     }
 
     /// `sums[at]` becomes the sum of the squares of the first `n` values, in float64.

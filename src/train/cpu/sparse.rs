@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::{super::device::AdamW, rows::dot};
+use super::{
+    super::device::{AdamNumbers, AdamW},
+    rows::dot,
+};
 
 /// Tokens whose columns are laid side by side at a time: a tile of `x` stays in the second cache.
 const TOKENS: usize = 256;
@@ -88,11 +91,7 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
 
 /// See [`super::super::Device::adamw`].
 pub(super) fn adamw(theta: &mut [f32], grad: &[f32], mean: &mut [f32], variance: &mut [f32], step: AdamW) {
-    let AdamW { learning_rate, betas: (beta_1, beta_2), eps, weight_decay, grad_scale, step } = step;
-    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-    let (step_size, root) = ((learning_rate / correction(beta_1)) as f32, correction(beta_2).sqrt() as f32);
-    let (keep, grad_scale, eps) = ((1.0 - learning_rate * weight_decay) as f32, grad_scale as f32, eps as f32);
-    let (beta_2, rest_1, rest_2) = (beta_2 as f32, (1.0 - beta_1) as f32, (1.0 - beta_2) as f32);
+    let AdamNumbers { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step.numbers();
     let values = theta.par_iter_mut().zip(grad).zip(mean).zip(variance).with_min_len(VALUES);
     values.for_each(|(((theta, grad), mean), variance)| {
         let grad = grad * grad_scale;
