@@ -19,7 +19,7 @@ mod ranker;
 
 pub use detect::{Detection, DeviceInfo, detect};
 pub use error::GpuError;
-pub use launch::{Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
+pub use launch::{Attention, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
 pub use low_rank::{LowRank, LowRankFactors, merged_low_rank};
 pub use matrix::{DeviceMatrix, DevicePatch, DeviceTerms};
 pub use ranker::{Factor, Ranked, RowRanker};

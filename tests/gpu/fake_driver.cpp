@@ -22,6 +22,7 @@
 #include "../../src/gpu/kernels/passes.cu"
 #include "../../src/gpu/kernels/head.cu"
 #include "../../src/gpu/kernels/sparse.cu"
+#include "../../src/gpu/kernels/attention.cu"
 
 #include <deque>
 #include <fstream>
@@ -87,6 +88,8 @@ const std::map<std::string, Kernel>& kernels() {
         KERNEL(take_rows_wide),   KERNEL(take_rows_narrow), KERNEL(put_rows_wide),   KERNEL(put_rows_narrow),
         KERNEL(argmax_rows),      KERNEL(add_slices),       KERNEL(take_entries),    KERNEL(adamw),
         KERNEL(sum_of_squares),
+        FLOAT_KERNELS(attention), FLOAT_KERNELS(attention_append), FLOAT_KERNELS(attention_delta), FLOAT_KERNELS(attention_dq),
+        FLOAT_KERNELS(attention_dkv),
     };
     return all;
 }

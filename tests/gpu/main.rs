@@ -6,6 +6,7 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
+mod attention;
 mod binary;
 mod driver;
 mod kernels;

@@ -100,7 +100,7 @@ pub(in crate::gpu) fn device_facts(ordinal: usize) -> Result<(String, (i32, i32)
 // --- a device
 
 /// Kernels by file: the PTX that `.ci/kernels.py` makes of `kernels/*.cu`.
-const PTX: [(&str, &str); 7] = [
+const PTX: [(&str, &str); 8] = [
     ("topk", include_str!("../kernels/ptx/topk.ptx")),
     ("score", include_str!("../kernels/ptx/score.ptx")),
     ("patch", include_str!("../kernels/ptx/patch.ptx")),
@@ -108,6 +108,7 @@ const PTX: [(&str, &str); 7] = [
     ("passes", include_str!("../kernels/ptx/passes.ptx")),
     ("head", include_str!("../kernels/ptx/head.ptx")),
     ("sparse", include_str!("../kernels/ptx/sparse.ptx")),
+    ("attention", include_str!("../kernels/ptx/attention.ptx")),
 ];
 
 /// Failures of work under way, by the driver's names; they stay for the rest of the process.

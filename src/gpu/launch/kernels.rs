@@ -1,6 +1,6 @@
 //! Kernels, one function each.
 
-use cudarc::driver::result;
+use cudarc::driver::{result, sys::CUfunction_attribute_enum};
 
 use super::{DeviceVec, Queue};
 use crate::{
@@ -9,11 +9,13 @@ use crate::{
 };
 
 const THREADS: u32 = 256;
+/// Bytes of shared memory that a kernel has without asking.
+const SHARED_UNASKED: u32 = 48 << 10;
 const ROWS_PER_BLOCK: u32 = THREADS / 32;
 /// Rows and columns of a block of the low-rank kernel.
 const TILE: u32 = 64;
 /// The most blocks in the second dimension of a grid.
-const MOST_GRID_Y: u32 = 65_535;
+pub(super) const MOST_GRID_Y: u32 = 65_535;
 
 /// An argument of a kernel.
 pub(super) enum Arg {
@@ -51,16 +53,32 @@ pub(in crate::gpu) struct KeyRows<'a> {
 }
 
 impl Queue {
-    /// Starts a kernel.
+    /// Starts a kernel in blocks of [`THREADS`].
     ///
     /// # Safety
-    /// `args` are what the kernel's source declares, in this order, and the memory they point to is as long as it needs.
+    /// As [`Self::launch_blocks`].
     pub(super) unsafe fn launch(
         &self,
         file: &'static str,
         name: &'static str,
-        (x, y): (u32, u32),
+        grid: (u32, u32),
         shared_bytes: u32,
+        args: &mut [Arg],
+    ) -> Result<(), GpuError> {
+        // SAFETY: the caller vouches for the arguments.
+        unsafe { self.launch_blocks(file, name, grid, (THREADS, shared_bytes), args) }
+    }
+
+    /// Starts a kernel: blocks, and threads and bytes of shared memory for each.
+    ///
+    /// # Safety
+    /// `args` are what the kernel's source declares, in this order, and the memory they point to is as long as it needs.
+    pub(super) unsafe fn launch_blocks(
+        &self,
+        file: &'static str,
+        name: &'static str,
+        (x, y): (u32, u32),
+        (threads, shared_bytes): (u32, u32),
         args: &mut [Arg],
     ) -> Result<(), GpuError> {
         if x == 0 || y == 0 {
@@ -68,13 +86,17 @@ impl Queue {
         }
         let function = self.gpu.function(file, name)?;
         self.gpu.bind()?;
+        let failed = |e| self.gpu.failed("starting a kernel", e);
+        if shared_bytes > SHARED_UNASKED {
+            let which = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(which, shared_bytes as i32).map_err(failed)?;
+        }
         self.gpu.starts(name);
         let mut pointers: Vec<*mut std::ffi::c_void> = args.iter_mut().map(Arg::pointer).collect();
-        let (grid, block) = ((x, y, 1), (THREADS, 1, 1));
+        let (grid, block) = ((x, y, 1), (threads, 1, 1));
         let (function, stream) = (function.cu_function(), self.stream.cu_stream());
         // SAFETY: the caller vouches for the arguments; the driver reads them before it returns.
-        unsafe { result::launch_kernel(function, grid, block, shared_bytes, stream, &mut pointers) }
-            .map_err(|e| self.gpu.failed("starting a kernel", e))
+        unsafe { result::launch_kernel(function, grid, block, shared_bytes, stream, &mut pointers) }.map_err(failed)
     }
 
     /// Chooses the `k` largest keys of each row into the start of `columns`; `first_nan` is lowered to row << 32 | column.

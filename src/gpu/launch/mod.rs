@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code)]
 
+mod attention;
 mod device;
 mod kernels;
 mod memory;
@@ -15,12 +16,13 @@ mod sparse;
 
 use cudarc::driver::DriverError;
 
+pub use attention::Attention;
 pub use device::Gpu;
 pub(super) use device::{device_facts, driver_version, has_driver, init, missing_symbols};
 pub(super) use kernels::{KeyRows, is_known};
 pub use memory::{Copyable, DeviceVec, Pinned, Queue};
 pub use passes::{HeadShape, Matrix};
-pub use sparse::{EntriesOf};
+pub use sparse::EntriesOf;
 
 /// The driver's name for a failure. (Printing the error itself would ask the driver for words.)
 fn code_of(error: DriverError) -> String {

@@ -31,7 +31,7 @@ impl HeadShape {
         (self.n_q + 2 * self.n_kv) * self.d_head
     }
 
-    fn args(self) -> [Arg; 3] {
+    pub(super) fn args(self) -> [Arg; 3] {
         [small(self.n_q), small(self.n_kv), small(self.d_head)]
     }
 }
