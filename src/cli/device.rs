@@ -40,6 +40,18 @@ pub(super) struct DevicesReport {
     gpus: Vec<GpuFacts>,
     /// Why no GPU can be used.
     problem: Option<String>,
+    /// The library of matrix products, which only training needs; where there is a driver.
+    cublaslt: Option<LibraryFacts>,
+}
+
+#[derive(Serialize, Default)]
+struct LibraryFacts {
+    version: Option<String>,
+    path: Option<String>,
+    /// Why there is none.
+    problem: Option<String>,
+    /// Where it was looked for in vain.
+    looked: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -69,6 +81,7 @@ pub(super) fn devices() -> DevicesReport {
         driver: None,
         gpus: Vec::new(),
         problem: Some("this build has no GPU support".to_owned()),
+        cublaslt: None,
     };
     #[cfg(feature = "cuda")]
     {
@@ -81,16 +94,38 @@ pub(super) fn devices() -> DevicesReport {
             problem: device.problem,
         };
         let gpus = found.devices.into_iter().map(facts).collect();
-        DevicesReport { cpu, driver: found.driver, gpus, problem: found.problem }
+        let cublaslt = found.driver.is_some().then(cublaslt);
+        DevicesReport { cpu, driver: found.driver, gpus, problem: found.problem, cublaslt }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cublaslt() -> LibraryFacts {
+    use neuroada_ckpt::gpu::{GpuError, blas_library};
+    match blas_library() {
+        Ok(found) => {
+            let path = Some(found.path.to_string_lossy().into_owned());
+            LibraryFacts { version: Some(found.version), path, ..LibraryFacts::default() }
+        }
+        Err(GpuError::NoLibrary { names, looked }) => {
+            LibraryFacts { problem: Some(format!("{names} was not found")), looked, ..LibraryFacts::default() }
+        }
+        Err(other) => LibraryFacts { problem: Some(other.to_string()), ..LibraryFacts::default() },
     }
 }
 
 /// The report for people.
 pub(super) fn print(report: &DevicesReport, page: &mut Page) {
-    let DevicesReport { cpu, driver, gpus, problem } = report;
+    let DevicesReport { cpu, driver, gpus, problem, cublaslt } = report;
     let mut facts = vec![("cpu", format!("{} threads, {}", cpu.n_threads, cpu.instruction_set))];
     facts.extend(driver.as_ref().map(|version| ("NVIDIA driver", format!("for CUDA {version}"))));
     facts.extend(problem.as_ref().map(|why| ("no GPU can be used", why.clone())));
+    if let Some(LibraryFacts { version, path, problem, looked }) = cublaslt {
+        let found = version.iter().zip(path).map(|(version, path)| ("cuBLASLt", format!("{version}, {path}")));
+        facts.extend(found);
+        facts.extend(problem.iter().map(|why| ("no cuBLASLt", format!("only training needs it; {why}"))));
+        facts.extend(looked.iter().map(|place| ("", format!("in {place}"))));
+    }
     page.facts(&facts);
     page.blank();
     let mut table = Table::headless([Align::Left, Align::Left, Align::Left, Align::Right, Align::Left]);

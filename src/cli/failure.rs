@@ -136,7 +136,10 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
 fn gpu_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     use neuroada_ckpt::gpu::GpuError;
     Some(match error.downcast_ref()? {
-        GpuError::Unusable { .. } | GpuError::NoSuchDevice { .. } => ErrorKind::Usage,
+        GpuError::Unusable { .. }
+        | GpuError::NoSuchDevice { .. }
+        | GpuError::NoLibrary { .. }
+        | GpuError::BadLibrary { .. } => ErrorKind::Usage,
         _ => ErrorKind::Io,
     })
 }

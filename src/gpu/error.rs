@@ -1,5 +1,7 @@
 //! What can go wrong on the way to a GPU and on it.
 
+use std::path::PathBuf;
+
 /// What can go wrong on the way to a GPU and on it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum GpuError {
@@ -62,6 +64,34 @@ pub enum GpuError {
         n_rows: u64,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// cuBLASLt, which only training needs, is not there.
+    #[error("cuBLASLt ({names}) was not found; it was looked for in: {}", .looked.join(", "))]
+    NoLibrary {
+        /// The names that were looked for.
+        names: String,
+        /// Every place, and what the loader said where there was a file.
+        looked: Vec<String>,
+    },
+    /// A library was found that is not what its name says.
+    #[error("`{}` cannot be used: {why}", .path.display())]
+    BadLibrary {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// cuBLASLt refused something.
+    #[error("GPU {ordinal}: cuBLASLt {version}: {doing}: {code}")]
+    Library {
+        /// The device.
+        ordinal: usize,
+        /// The library's version.
+        version: String,
+        /// What was being done: a product names its shape and type.
+        doing: String,
+        /// The library's name for the failure.
+        code: String,
     },
 }
 

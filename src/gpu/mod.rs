@@ -3,23 +3,26 @@
 //! The driver is looked for when the program runs; nothing of CUDA is needed to build it, and the driver alone to use it: kernels are
 //! PTX, compiled ahead from `kernels/*.cu` by `.ci/kernels.py` and carried in the binary. [`detect()`] says what was found and
 //! why a GPU cannot be used. A [`Gpu`] is one device, a [`Queue`] a line of work on it, [`DeviceVec`] memory that belongs to a
-//! queue, [`Pinned`] host memory that copies straight to the device. `launch` is the one file that talks to the driver: every call that
-//! Rust cannot check is proven there, one function per kernel.
+//! queue, [`Pinned`] host memory that copies straight to the device. `launch` is the one folder that talks to the driver: every call
+//! that Rust cannot check is proven there, one function per kernel.
 //!
 //! On top of that stand the jobs: [`RowRanker`] streams rows through the device and chooses the largest of each,
 //! [`DeviceMatrix`] holds a weight that stays on the device and is patched there, [`LowRank`] merges `W + s * B A`. Each has a plain
-//! judge on the CPU that it equals. Nothing here reads a file.
+//! judge on the CPU that it equals. [`Blas`] multiplies activations by weights for the trainer, through cuBLASLt, which is looked for
+//! when it is wanted ([`blas_library`]). Nothing here reads a file.
 
 mod detect;
 mod error;
 mod launch;
+mod library;
 mod low_rank;
 mod matrix;
 mod ranker;
 
 pub use detect::{Detection, DeviceInfo, detect};
 pub use error::GpuError;
-pub use launch::{Attention, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
+pub use launch::{Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
+pub use library::{BlasLibrary, blas_library};
 pub use low_rank::{LowRank, LowRankFactors, merged_low_rank};
 pub use matrix::{DeviceMatrix, DevicePatch, DeviceTerms};
 pub use ranker::{Factor, Ranked, RowRanker};

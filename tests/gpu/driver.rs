@@ -40,7 +40,7 @@ pub(crate) fn compiler() -> Option<&'static str> {
     })
 }
 
-/// The folder that holds the fake driver as `libcuda.so`, built if needed; or `None`, and why was printed.
+/// The folder that holds the fake driver as `libcuda.so` and a cuBLASLt beside it, built if needed; or `None`, and why was printed.
 pub(crate) fn folder(build: Build) -> Option<PathBuf> {
     static FAST: OnceLock<Option<PathBuf>> = OnceLock::new();
     static SANITIZED: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -48,35 +48,49 @@ pub(crate) fn folder(build: Build) -> Option<PathBuf> {
     once.get_or_init(|| make(build)).clone()
 }
 
+/// The fake libraries: what they are made of, and the names that are asked for; a library that is loaded already is found by it.
+const LIBRARIES: [(&str, &str); 2] = [("fake_driver.cpp", "libcuda.so"), ("fake_cublaslt.cpp", "libcublasLt.so.12")];
+
 fn make(build: Build) -> Option<PathBuf> {
     let compiler = compiler()?;
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fake-driver-{build:?}").to_lowercase());
     fs::create_dir_all(&folder).expect("folders can be made");
-    let library = folder.join("libcuda.so");
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gpu/kernels");
     let inputs = [sources(), kernels].into_iter().flat_map(|folder| fs::read_dir(folder).expect("sources are there"));
     let time = |path: &Path| fs::metadata(path).and_then(|facts| facts.modified()).ok();
     let newest = inputs.filter_map(|entry| time(&entry.ok()?.path())).max();
-    if time(&library) > newest {
-        return Some(folder);
+    for (source, name) in LIBRARIES {
+        let library = folder.join(name);
+        if time(&library) > newest {
+            continue;
+        }
+        // Beside the place, then into it: another test may load it meanwhile.
+        let made = folder.join(format!("{name}.{}", std::process::id()));
+        let mut command = Command::new(compiler);
+        command.args([
+            "-std=c++17",
+            "-fPIC",
+            "-shared",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+        ]);
+        match build {
+            Build::Fast => command.arg("-O2"),
+            Build::Sanitized => {
+                command.args(["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+            }
+        };
+        command.arg(format!("-Wl,-soname,{name}")).arg("-o").arg(&made).arg(sources().join(source)).arg("-ldl");
+        let output = command.output().expect("the compiler was just seen to run");
+        if !output.status.success() && build == Build::Sanitized {
+            eprintln!("skipped: {compiler} cannot build with sanitizers: {}", String::from_utf8_lossy(&output.stderr));
+            return None;
+        }
+        assert!(output.status.success(), "{source} builds\n{}", String::from_utf8_lossy(&output.stderr));
+        fs::rename(&made, &library).expect("files can be renamed");
     }
-    // Beside the place, then into it: another test may load it meanwhile.
-    let made = folder.join(format!("libcuda.{}", std::process::id()));
-    let mut command = Command::new(compiler);
-    command.args(["-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]);
-    match build {
-        Build::Fast => command.arg("-O2"),
-        Build::Sanitized => command.args(["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
-    };
-    // The name that is asked for first; a library that is loaded already is found by it.
-    command.args(["-Wl,-soname,libcuda.so", "-o"]).arg(&made).arg(sources().join("fake_driver.cpp"));
-    let output = command.output().expect("the compiler was just seen to run");
-    if !output.status.success() && build == Build::Sanitized {
-        eprintln!("skipped: {compiler} cannot build with sanitizers: {}", String::from_utf8_lossy(&output.stderr));
-        return None;
-    }
-    assert!(output.status.success(), "the fake driver builds\n{}", String::from_utf8_lossy(&output.stderr));
-    fs::rename(&made, &library).expect("files can be renamed");
     Some(folder)
 }
 
@@ -86,11 +100,13 @@ pub(crate) fn queue() -> Option<Queue> {
     let load = || {
         let given = std::env::var_os("NEUROADA_TEST_DRIVER").map(PathBuf::from);
         let Some(folder) = given.or_else(|| folder(Build::Fast)) else { return false };
-        let path = CString::new(folder.join("libcuda.so").to_string_lossy().as_bytes()).expect("paths hold no zero");
-        // SAFETY: the library was built from sources of this repository; its initialisers only fill tables.
-        #[allow(unsafe_code)]
-        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
-        assert!(!handle.is_null(), "the fake driver loads");
+        for (_, name) in LIBRARIES {
+            let path = CString::new(folder.join(name).to_string_lossy().as_bytes()).expect("paths hold no zero");
+            // SAFETY: the library was built from sources of this repository; its initialisers only fill tables.
+            #[allow(unsafe_code)]
+            let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+            assert!(!handle.is_null(), "{name} loads");
+        }
         true
     };
     if !is_real() && !*IS_LOADED.get_or_init(load) {

@@ -34,7 +34,8 @@
 #include <string>
 #include <utility>
 
-#define API extern "C" __attribute__((visibility("default"))) int
+#define SEEN extern "C" __attribute__((visibility("default")))
+#define API SEEN int
 
 namespace {
 
@@ -183,6 +184,19 @@ int later(void* handle, std::function<int()> work) {
     stream->work.push_back(std::move(work));
     if (stream->work.size() > most_waiting) most_waiting = stream->work.size();
     return OK;
+}
+
+// Does what was launched, unless it is to fail or to be skipped.
+template <class F> int counted(const std::string& name, F work) {
+    n_launched++;
+    launches[name]++;
+    if (n_launched == number("FAKE_CUDA_FAIL", 0)) return ILLEGAL_ADDRESS;
+    if (n_launched == number("FAKE_CUDA_SKIP", 0)) return OK;
+    if (number("FAKE_CUDA_OVERRUN", 0) && !on_device.empty()) {
+        auto [at, n] = *on_device.begin();
+        ((volatile char*)at)[n] = 1;
+    }
+    return work();
 }
 
 // The entries of a PTX text, with the sizes of their parameters and their bound on threads.
@@ -451,19 +465,25 @@ API cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned
         values.emplace_back((char*)params[i], (char*)params[i] + function->kernel->sizes[i]);
     }
     return later(stream, [=]() mutable {
-        n_launched++;
-        launches[function->name]++;
-        if (n_launched == number("FAKE_CUDA_FAIL", 0)) return (int)ILLEGAL_ADDRESS;
-        if (n_launched == number("FAKE_CUDA_SKIP", 0)) return (int)OK;
-        if (number("FAKE_CUDA_OVERRUN", 0) && !on_device.empty()) {
-            auto [at, n] = *on_device.begin();
-            ((volatile char*)at)[n] = 1;
-        }
-        std::vector<void*> pointers;
-        for (auto& value : values) pointers.push_back(value.data());
-        sim::launch(function->name.c_str(), Dim{gx, gy, gz}, bx, shared, [&] { function->kernel->call(pointers.data()); });
-        return (int)OK;
+        return counted(function->name, [&] {
+            std::vector<void*> pointers;
+            for (auto& value : values) pointers.push_back(value.data());
+            sim::launch(function->name.c_str(), Dim{gx, gy, gz}, bx, shared, [&] { function->kernel->call(pointers.data()); });
+            return (int)OK;
+        });
     });
+}
+
+// --- for libraries beside the driver: work of a stream, which is called once when the stream comes to it; what lies on the device
+
+SEEN int fake_enqueue(void* stream, const char* name, int (*work)(void*), void* data) {
+    IN_CONTEXT;
+    std::string of = name;
+    return later(stream, [=] { return counted(of, [&] { return work(data); }); });
+}
+SEEN bool fake_lies_on_device(uint64_t at, size_t n) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return lies_in(on_device, at, n);
 }
 
 // --- errors by name

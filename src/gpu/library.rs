@@ -1,0 +1,139 @@
+//! Where cuBLASLt is: the driver alone is needed for all but training, so the library is looked for when somebody wants it.
+//!
+//! It comes with a CUDA toolkit, with PyTorch, or from the system's packages. Folders are listed here; only the loader opens files.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use super::{GpuError, detect, launch};
+
+/// The folder that is looked in, and no other, where this variable is set.
+const FOLDER_VARIABLE: &str = "NEUROADA_CUDA_LIB";
+/// Versions that can be used, the newest first.
+const VERSIONS: [u32; 2] = [13, 12];
+/// Where the nvidia packages of CUDA 13 and 12 keep their libraries, inside a folder of Python packages.
+const IN_PACKAGES: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cublas/lib"];
+
+/// cuBLASLt, as it was found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BlasLibrary {
+    /// Its version, such as `13.4.1`.
+    pub version: String,
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// Looks for cuBLASLt and loads it, once in a process; needs no device.
+///
+/// Where `NEUROADA_CUDA_LIB` is set, that folder alone is looked in. Else: where the loader looks, `$CUDA_HOME`, `/usr/local/cuda`, and
+/// the packages of `$VIRTUAL_ENV`, `$CONDA_PREFIX` and the `python3` on the `PATH`.
+///
+/// # Errors
+/// [`GpuError::NoLibrary`] says where it was looked for, [`GpuError::BadLibrary`] what it lacks.
+pub fn blas_library() -> Result<BlasLibrary, GpuError> {
+    launch::cublaslt().map(|library| library.facts().clone())
+}
+
+/// A place to look in.
+pub(super) struct Place {
+    /// As people know it.
+    pub(super) name: String,
+    /// What can be loaded there, the best first.
+    pub(super) files: Vec<PathBuf>,
+}
+
+/// The names of the library that this machine's driver can serve, and every place it may be in.
+pub(super) fn where_to_look() -> (Vec<String>, Vec<Place>) {
+    let driver = detect().driver.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
+    let served = |version: &u32| driver.is_none_or(|driver| *version <= driver);
+    let names: Vec<_> =
+        VERSIONS.into_iter().filter(served).map(|version| format!("libcublasLt.so.{version}")).collect();
+    let places = places(&names, |name| std::env::var_os(name).filter(|value| !value.is_empty()));
+    (names, places)
+}
+
+fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<Place> {
+    let inside = |folder: &Path| -> Vec<PathBuf> {
+        names.iter().map(|name| folder.join(name)).filter(|path| path.exists()).collect()
+    };
+    if let Some(folder) = variable(FOLDER_VARIABLE).map(PathBuf::from) {
+        return vec![Place { name: format!("{FOLDER_VARIABLE}={}", folder.display()), files: inside(&folder) }];
+    }
+    let mut places = vec![
+        Place { name: format!("{FOLDER_VARIABLE} (not set)"), files: Vec::new() },
+        Place { name: "the loader's path".to_owned(), files: names.iter().map(PathBuf::from).collect() },
+    ];
+    let mut add = |folder: PathBuf| places.push(Place { name: folder.display().to_string(), files: inside(&folder) });
+    add(variable("CUDA_HOME").map_or_else(|| "$CUDA_HOME/lib64".into(), |home| Path::new(&home).join("lib64")));
+    add("/usr/local/cuda/lib64".into());
+    if let Some(prefix) = variable("CONDA_PREFIX") {
+        add(Path::new(&prefix).join("lib"));
+    }
+    let mut prefixes: Vec<PathBuf> =
+        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(&variable).map(Into::into).collect();
+    prefixes.extend(variable("PATH").map(|path| prefixes_of_python(&path)).unwrap_or_default());
+    prefixes.extend(variable("HOME").map(|home| Path::new(&home).join(".local")));
+    let mut seen = Vec::new();
+    for prefix in prefixes {
+        if !seen.contains(&prefix) {
+            let files = package_folders(&prefix).iter().flat_map(|folder| inside(folder)).collect();
+            places.push(Place { name: format!("Python's packages in {}/lib", prefix.display()), files });
+            seen.push(prefix);
+        }
+    }
+    places
+}
+
+/// What the `python3` on `path` has packages under: the folder it stands in, what that links to, and Debian's place for added ones.
+fn prefixes_of_python(path: &OsString) -> Vec<PathBuf> {
+    let Some(python) = std::env::split_paths(path).map(|folder| folder.join("python3")).find(|file| file.is_file())
+    else {
+        return Vec::new();
+    };
+    let prefix_of = |program: &Path| Some(program.parent()?.parent()?.to_owned());
+    let linked = python.canonicalize().ok();
+    let mut prefixes: Vec<_> =
+        [Some(&python), linked.as_ref()].into_iter().flatten().filter_map(|p| prefix_of(p)).collect();
+    if prefixes.iter().any(|prefix| prefix == Path::new("/usr")) {
+        prefixes.push("/usr/local".into());
+    }
+    prefixes
+}
+
+/// The folders of nvidia packages under `prefix`, in the order of their names.
+fn package_folders(prefix: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = prefix.join("lib").read_dir() else { return Vec::new() };
+    let mut pythons: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    pythons.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3")));
+    pythons.sort();
+    let packages = |python: &PathBuf| ["site-packages", "dist-packages"].map(|folder| python.join(folder));
+    pythons.iter().flat_map(packages).flat_map(|folder| IN_PACKAGES.map(|inside| folder.join(inside))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names() -> Vec<String> {
+        VERSIONS.map(|version| format!("libcublasLt.so.{version}")).to_vec()
+    }
+
+    #[test]
+    fn a_folder_that_is_named_is_the_only_one() {
+        let found = places(&names(), |name| (name == FOLDER_VARIABLE).then(|| "/nowhere".into()));
+        assert!(found.len() == 1 && found[0].files.is_empty());
+        assert_eq!(found[0].name, "NEUROADA_CUDA_LIB=/nowhere");
+    }
+
+    #[test]
+    fn every_place_has_a_name() {
+        let found = places(&names(), |_| None);
+        let told: Vec<_> = found.iter().map(|place| place.name.as_str()).collect();
+        assert_eq!(
+            told,
+            ["NEUROADA_CUDA_LIB (not set)", "the loader's path", "$CUDA_HOME/lib64", "/usr/local/cuda/lib64"]
+        );
+    }
+}
