@@ -25,6 +25,9 @@ use super::{
 
 /// Less than this is not enough for one thread's windows and the buffers of an output.
 const LEAST_MEMORY: u64 = 16 << 20;
+/// Memory of a GPU that streams of rows stay within.
+#[cfg(feature = "cuda")]
+const GPU_MEMORY: u64 = 1 << 30;
 
 /// Options of every command.
 #[derive(Args)]
@@ -43,13 +46,13 @@ pub(super) struct GlobalArgs {
     io: IoChoice,
     /// Where the work is done: auto, cpu, cuda or cuda:N
     ///
-    /// `mask` chooses on a GPU where it is asked for one; all else is done on the CPU, and so is everything with auto. Results are
-    /// the same bytes. `inspect --devices` tells what there is.
+    /// `mask` chooses on a GPU where it is asked for one, with the same bytes for a result, and `train` and `eval` work there. All
+    /// else is done on the CPU, and so is everything with auto. `inspect --devices` tells what there is.
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: Device,
-    /// Memory of the GPU to stay within
-    #[arg(long, global = true, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
-    gpu_memory: u64,
+    /// Memory of the GPU to stay within [default: 1G; for models, what is free]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
+    gpu_memory: Option<u64>,
     /// Print the report as one JSON document
     #[arg(long, global = true)]
     json: bool,
@@ -132,16 +135,30 @@ impl Env {
         Context { max_memory: self.args.max_memory, io, observer: &self.progress }
     }
 
+    /// The GPU that was asked for.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpu(&self) -> anyhow::Result<Option<Gpu>> {
+        self.asked_for_gpu.set(true);
+        let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
+        Ok(Some(Gpu::open(ordinal).hint("--device cpu does the same without one")?))
+    }
+
+    /// Bytes of `gpu`'s memory that a model may take.
+    #[cfg(all(feature = "cuda", feature = "train"))]
+    pub(super) fn memory_of(&self, gpu: &Gpu) -> anyhow::Result<u64> {
+        let (free, _) = gpu.memory()?;
+        Ok(self.args.gpu_memory.map_or(free, |most| most.min(free)))
+    }
+
     /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
     #[cfg(feature = "cuda")]
     pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
-        self.asked_for_gpu.set(true);
-        let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
-        let gpu = Gpu::open(ordinal).hint("--device cpu does the same without one")?;
-        self.detail(&format!("{gpu:?}, {} MiB of its memory", self.args.gpu_memory >> 20));
+        let Some(gpu) = self.gpu()? else { return Ok(None) };
+        let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
+        self.detail(&format!("{gpu:?}, {} MiB of its memory", gpu_memory >> 20));
         // Windows and results take up to half of the memory.
         let pinned_bytes = self.args.max_memory / 8;
-        let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), self.args.gpu_memory, pinned_bytes);
+        let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), gpu_memory, pinned_bytes);
         Ok(Some(GpuChooser::new(ranker, check)))
     }
 

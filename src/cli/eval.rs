@@ -5,7 +5,7 @@ use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Printable},
     data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
-    train::{self, CpuDevice, GenerateOptions, Keep, Model, Workspace},
+    train::{self, CpuDevice, Device, GenerateOptions, Keep, Model, Workspace},
 };
 use serde::Serialize;
 
@@ -150,25 +150,21 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
         None => Vec::new(),
     };
 
-    let device = CpuDevice::new();
-    let mut model = Model::load(&ctx, &device, &base)?;
-    if let Some((adapter, scale)) = &adapter {
-        model.apply(&ctx, &device, &base, adapter, *scale).hint("evaluate it on the checkpoint it was made from")?;
-    }
-    let loss = mean_loss(env, &device, &model, &dataset, args.batch_tokens)?;
-    let chosen = match task {
-        Some(Task::Commonsense) => Some(rank(env, &device, &model, &questions, args.batch_tokens)?),
-        _ => None,
+    let wanted = Wanted {
+        base: &base,
+        adapter: adapter.as_ref(),
+        dataset: &dataset,
+        questions: &questions,
+        tokenizer: &tokenizer,
+        task,
+        generate: args.generate.then(|| GenerateOptions {
+            most_new: args.max_new_tokens.map_or(task.map_or(0, Task::max_new_tokens), |n| n as usize),
+            stop: tokenizer.stops().to_vec(),
+            most_tokens: args.batch_tokens,
+        }),
+        max_tokens: args.batch_tokens,
     };
-    let written = match task.filter(|_| args.generate) {
-        Some(task) => {
-            let most_new = args.max_new_tokens.map_or(task.max_new_tokens(), |n| n as usize);
-            let stop = tokenizer.stops().to_vec();
-            let options = GenerateOptions { most_new, stop, most_tokens: args.batch_tokens };
-            Some(generate(env, &device, &model, &tokenizer, &questions, &options)?)
-        }
-        None => None,
-    };
+    let Measured { loss, chosen, written } = wanted.measure_somewhere(env)?;
 
     let is_right = |i: usize, question: &Question| match (&written, &chosen, task) {
         (Some(written), _, Some(task)) => task.is_right(&written[i], &question.answer),
@@ -217,61 +213,97 @@ fn report_of(env: &Env, adapter: &Adapter, scale: f64) -> anyhow::Result<Adapter
     Ok(AdapterReport { name, id: adapter.id(&env.context())?.to_string(), scale, n_deltas: adapter.nnz() })
 }
 
-fn mean_loss(
-    env: &Env,
-    device: &CpuDevice,
-    model: &Model<CpuDevice>,
-    dataset: &Dataset,
+/// What is to be measured.
+struct Wanted<'a> {
+    base: &'a Checkpoint,
+    adapter: Option<&'a (Adapter, f64)>,
+    dataset: &'a Dataset,
+    questions: &'a [Question],
+    tokenizer: &'a Tokenizer,
+    task: Option<Task>,
+    /// Where the model writes its answers itself.
+    generate: Option<GenerateOptions>,
     max_tokens: usize,
-) -> anyhow::Result<f64> {
-    let ctx = env.context();
-    let batches = Batches::in_order(dataset, BatchLimits { max_tokens, max_examples: usize::MAX });
-    let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
-    ctx.observer.begin_count("loss", "tokens", dataset.n_tokens());
-    Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
 }
 
-/// The likeliest candidate of each question; the first of those that are equally likely.
-fn rank<'q>(
-    env: &Env,
-    device: &CpuDevice,
-    model: &Model<CpuDevice>,
-    questions: &'q [Question],
-    max_tokens: usize,
-) -> anyhow::Result<Vec<&'q str>> {
-    let ctx = env.context();
-    let tokens = |question: &Question| train::Question {
-        prompt: question.prompt.clone(),
-        candidates: question.candidates.iter().map(|(_, tokens)| tokens.clone()).collect(),
-    };
-    let asked: Vec<train::Question> = questions.iter().map(tokens).collect();
-    ctx.observer.begin_count("ranking", "questions", questions.len() as u64);
-    let ranked = train::rank(&ctx, device, model, &asked, max_tokens)?;
-    let likeliest = |(question, ranked): (&'q Question, Vec<f64>)| {
-        let mut best = 0;
-        for i in 1..ranked.len() {
-            if ranked[i] > ranked[best] {
-                best = i;
-            }
+struct Measured<'a> {
+    loss: f64,
+    /// The likeliest candidate of each question.
+    chosen: Option<Vec<&'a str>>,
+    /// What the model wrote to each.
+    written: Option<Vec<String>>,
+}
+
+impl<'a> Wanted<'a> {
+    /// On the device that was asked for.
+    fn measure_somewhere(&self, env: &Env) -> anyhow::Result<Measured<'a>> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = env.gpu()? {
+            let dtype = train::CudaDevice::dtype_of(self.base).hint("--device cpu takes them")?;
+            return self.measure(env, &train::CudaDevice::new(&gpu, dtype)?);
         }
-        question.candidates[best].0.as_str()
-    };
-    Ok(questions.iter().zip(ranked).map(likeliest).collect())
-}
+        self.measure(env, &CpuDevice::new())
+    }
 
-fn generate(
-    env: &Env,
-    device: &CpuDevice,
-    model: &Model<CpuDevice>,
-    tokenizer: &Tokenizer,
-    questions: &[Question],
-    options: &GenerateOptions,
-) -> anyhow::Result<Vec<String>> {
-    let ctx = env.context();
-    let prompts: Vec<Vec<u32>> = questions.iter().map(|question| question.prompt.clone()).collect();
-    ctx.observer.begin_count("answering", "questions", questions.len() as u64);
-    let written = train::generate(&ctx, device, model, &prompts, options)?;
-    Ok(written.iter().map(|tokens| tokenizer.decode(tokens)).collect::<Result<_, _>>()?)
+    fn measure<D: Device>(&self, env: &Env, device: &D) -> anyhow::Result<Measured<'a>> {
+        let ctx = env.context();
+        let mut model = Model::load(&ctx, device, self.base)?;
+        if let Some((adapter, scale)) = self.adapter {
+            let applied = model.apply(&ctx, device, self.base, adapter, *scale);
+            applied.hint("evaluate it on the checkpoint it was made from")?;
+        }
+        let loss = self.loss(env, device, &model)?;
+        let is_ranked = self.task == Some(Task::Commonsense);
+        let chosen = is_ranked.then(|| self.rank(env, device, &model)).transpose()?;
+        let options = self.generate.as_ref().filter(|_| self.task.is_some());
+        let written = options.map(|options| self.write(env, device, &model, options)).transpose()?;
+        Ok(Measured { loss, chosen, written })
+    }
+
+    fn loss<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<f64> {
+        let ctx = env.context();
+        let limits = BatchLimits { max_tokens: self.max_tokens, max_examples: usize::MAX };
+        let batches = Batches::in_order(self.dataset, limits);
+        let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
+        ctx.observer.begin_count("loss", "tokens", self.dataset.n_tokens());
+        Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
+    }
+
+    /// The likeliest candidate of each question; the first of those that are equally likely.
+    fn rank<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<Vec<&'a str>> {
+        let ctx = env.context();
+        let tokens = |question: &Question| train::Question {
+            prompt: question.prompt.clone(),
+            candidates: question.candidates.iter().map(|(_, tokens)| tokens.clone()).collect(),
+        };
+        let asked: Vec<train::Question> = self.questions.iter().map(tokens).collect();
+        ctx.observer.begin_count("ranking", "questions", self.questions.len() as u64);
+        let ranked = train::rank(&ctx, device, model, &asked, self.max_tokens)?;
+        let likeliest = |(question, ranked): (&'a Question, Vec<f64>)| {
+            let mut best = 0;
+            for i in 1..ranked.len() {
+                if ranked[i] > ranked[best] {
+                    best = i;
+                }
+            }
+            question.candidates[best].0.as_str()
+        };
+        Ok(self.questions.iter().zip(ranked).map(likeliest).collect())
+    }
+
+    fn write<D: Device>(
+        &self,
+        env: &Env,
+        device: &D,
+        model: &Model<D>,
+        options: &GenerateOptions,
+    ) -> anyhow::Result<Vec<String>> {
+        let ctx = env.context();
+        let prompts: Vec<Vec<u32>> = self.questions.iter().map(|question| question.prompt.clone()).collect();
+        ctx.observer.begin_count("answering", "questions", self.questions.len() as u64);
+        let written = train::generate(&ctx, device, model, &prompts, options)?;
+        Ok(written.iter().map(|tokens| self.tokenizer.decode(tokens)).collect::<Result<_, _>>()?)
+    }
 }
 
 /// One row as the model sees it.

@@ -6,13 +6,18 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Existing, Printable},
+    checkpoint::{Checkpoint, Context, Existing, Printable},
     data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
     train::{
-        self, CpuDevice, EvalRecord, MemoryEstimate, Model, Plan, Schedule, StepRecord, TrainError, TrainJob,
-        TrainOptions, TrainReport, Warmup, Watcher,
+        self, CpuDevice, Device, EvalRecord, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule, StepRecord,
+        TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
     },
+};
+#[cfg(feature = "cuda")]
+use neuroada_ckpt::{
+    gpu::{Gpu, GpuError},
+    train::{CudaDevice, Keep},
 };
 use serde::Serialize;
 use serde_json::json;
@@ -28,7 +33,7 @@ use super::{
 
 /// Train deltas on the connections that a mask chose
 ///
-/// Trains models of the Llama family (llama, mistral, qwen2, qwen3) on the processor. The forward pass runs on merged weights, so what is
+/// Trains models of the Llama family (llama, mistral, qwen2, qwen3) on the processor, or on a GPU with --device cuda. The forward pass runs on merged weights, so what is
 /// trained is bit for bit what `merge` writes. Beside the adapter lie its log (.log.jsonl), a picture of its losses
 /// (.loss.svg) and, while it is under way, its state (.state.safetensors), from which --resume goes on: with the same losses
 /// as a run that was never interrupted. Ctrl-C saves the state first.
@@ -216,7 +221,10 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     let plan = Plan::new(&options, &data);
     let eval_tokens = eval.as_ref().map_or(0, |eval| Plan::new(&in_order(&options), eval).most_tokens);
     let most_tokens = plan.most_tokens.max(eval_tokens);
-    let memory = MemoryEstimate::on_cpu(&config, &base, mask.nnz(), most_tokens, plan.most_supervised, options.keep());
+    let size =
+        RunSize { n_trained: mask.nnz(), most_tokens, most_supervised: plan.most_supervised, keep: options.keep() };
+    let place = Place::new(env, &base, &config, size)?;
+    let memory = place.memory;
     let start = Start {
         base: base.name(),
         model_type: config.model_type.clone(),
@@ -236,9 +244,6 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     let mut table = Page::default();
     print_start(&start, &mut table);
     env.note(table.to_string().trim_end());
-    let device = CpuDevice::new();
-    let mut model = Model::load(&ctx, &device, &base)?;
-    model.attach(&ctx, &device, &base, &mask)?;
     let about_data = json!({
         "name": about.name, "blake3": about.blake3, "form": about.form, "rows": about.n_rows,
         "examples": about.n_examples, "tokens": about.n_tokens, "supervised": about.n_supervised,
@@ -257,14 +262,66 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
         notes: args.notes.notes(),
     };
     let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
-    let report = match train::train(&ctx, &device, &mut model, &job, &teller) {
-        Err(error @ TrainError::OtherRun { .. }) => {
-            Err(error).hint("without --resume and with --force it starts again")?
-        }
-        other => other?,
-    };
+    let report = place.train(&ctx, &job, &teller)?;
     env.report(&report, print)?;
     Ok(Answer::Yes)
+}
+
+/// Where a run takes place.
+struct Place {
+    #[cfg(feature = "cuda")]
+    gpu: Option<Gpu>,
+    memory: MemoryEstimate,
+}
+
+impl Place {
+    fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> anyhow::Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = env.gpu()? {
+            let memory = MemoryEstimate::on_gpu(config, base, size);
+            let most = env.memory_of(&gpu)?;
+            if memory.total > most {
+                let keeps = size.keep == Keep::All;
+                let less =
+                    if keeps { "--layer-checkpoints or a smaller --batch-tokens" } else { "a smaller --batch-tokens" };
+                let (ordinal, needed) = (gpu.ordinal(), memory.total);
+                let error = GpuError::OutOfMemory { ordinal, what: "the run", needed, available: most };
+                return Err(error).hint(&format!("{less} takes less"));
+            }
+            return Ok(Self { gpu: Some(gpu), memory });
+        }
+        let _everywhere = env;
+        Ok(Self {
+            #[cfg(feature = "cuda")]
+            gpu: None,
+            memory: MemoryEstimate::on_cpu(config, base, size),
+        })
+    }
+
+    fn train(&self, ctx: &Context<'_>, job: &TrainJob<'_>, watcher: &dyn Watcher) -> anyhow::Result<TrainReport> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            let dtype = CudaDevice::dtype_of(job.base).hint("--device cpu takes them")?;
+            return train_on(ctx, &CudaDevice::new(gpu, dtype)?, job, watcher);
+        }
+        train_on(ctx, &CpuDevice::new(), job, watcher)
+    }
+}
+
+fn train_on<D: Device>(
+    ctx: &Context<'_>,
+    device: &D,
+    job: &TrainJob<'_>,
+    watcher: &dyn Watcher,
+) -> anyhow::Result<TrainReport> {
+    let mut model = Model::load(ctx, device, job.base)?;
+    model.attach(ctx, device, job.base, job.mask)?;
+    match train::train(ctx, device, &mut model, job, watcher) {
+        Err(error @ TrainError::OtherRun { .. }) => {
+            Err(error).hint("without --resume and with --force it starts again")
+        }
+        other => Ok(other?),
+    }
 }
 
 /// The same limits, in file order, once: how evaluation data is read.

@@ -22,31 +22,51 @@ pub struct MemoryEstimate {
     pub total: u64,
 }
 
+/// How large a run is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RunSize {
+    /// Entries that are trained.
+    pub n_trained: u64,
+    /// Tokens of the largest batch.
+    pub most_tokens: usize,
+    /// Tokens with a label, of the batch that has most.
+    pub most_supervised: usize,
+    /// What a forward pass keeps.
+    pub keep: Keep,
+}
+
 impl MemoryEstimate {
-    /// What training on the processor takes: `n_trained` entries, batches of up to `most_tokens` tokens of which up to `most_supervised` have
-    /// labels.
-    pub fn on_cpu(
-        config: &ModelConfig,
-        base: &Checkpoint,
-        n_trained: u64,
-        most_tokens: usize,
-        most_supervised: usize,
-        keep: Keep,
-    ) -> Self {
+    /// What training on the processor takes.
+    pub fn on_cpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
+        let is_narrow = width(base) < 4;
+        // The gradient of attention comes in parts by head, beside the whole.
+        let parts = if run.keep == Keep::Nothing { 0 } else { (run.most_tokens * config.heads.d_qkv() * 4) as u64 };
+        let scratch = parts + CpuDevice::scratch_bytes(config, run.most_supervised, is_narrow);
+        Self::of(config, base, run, 4, scratch)
+    }
+
+    /// What training on a GPU takes of its memory, beside what its driver takes.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
+        let dtype = if width(base) < 4 { Dtype::BF16 } else { Dtype::F32 };
+        let scratch = super::CudaDevice::scratch_bytes(config, dtype, run);
+        Self::of(config, base, run, dtype.bitsize() / 8, scratch)
+    }
+
+    fn of(config: &ModelConfig, base: &Checkpoint, run: RunSize, act_bytes: usize, scratch: u64) -> Self {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
         let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();
-        let width = base.tensors().map(|tensor| tensor.info.dtype).find(|dtype| *dtype != Dtype::F32).map_or(4, |_| 2);
-        let is_narrow = width < 4;
         let heads = config.heads;
-        // The gradient of attention comes in parts by head, beside the whole.
-        let parts = if keep == Keep::Nothing { 0 } else { (most_tokens * heads.d_qkv() * 4) as u64 };
-        let activations = Workspace::<CpuDevice>::n_bytes(config, most_tokens, keep, 4)
-            + parts
-            + CpuDevice::scratch_bytes(config, most_supervised, is_narrow);
+        let activations = Workspace::<CpuDevice>::n_bytes(config, run.most_tokens, run.keep, act_bytes) + scratch;
         // Theta, gradient, mean, variance, column, and the original.
         let n_rows = (heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let state = n_trained * (5 * 4 + width) + n_rows as u64 * 4;
+        let state = run.n_trained * (5 * 4 + width(base)) + n_rows as u64 * 4;
         Self { weights, activations, state, total: weights + activations + state }
     }
+}
+
+/// Bytes of an element of most matrices.
+fn width(base: &Checkpoint) -> u64 {
+    base.tensors().map(|tensor| tensor.info.dtype).find(|dtype| *dtype != Dtype::F32).map_or(4, |_| 2)
 }

@@ -7,11 +7,13 @@
 //!
 //! [`train()`] is the loop: batch, forward, backward, update, log; what an interrupted run needs to go on is saved in `state`.
 //! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
-//! checkpoint's weights on a device, `cpu` holds the operations' plain form.
+//! checkpoint's weights on a device, `cpu` holds the operations' plain form, `cuda` that of a GPU.
 
 mod apply;
 pub mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod error;
 mod evaluate;
@@ -24,10 +26,12 @@ mod state;
 
 pub use config::ModelConfig;
 pub use cpu::{CpuDevice, CpuWeight};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaDevice, CudaWeight};
 pub use device::{AdamW, Deltas, Device, Done, Spans};
 pub use error::{DeviceError, TrainError};
 pub use evaluate::{GenerateOptions, MeanLoss, Question, generate, mean_loss, rank};
-pub use memory::MemoryEstimate;
+pub use memory::{MemoryEstimate, RunSize};
 pub use model::{Layer, Linear, Model, Part, check_model};
 pub use options::{Plan, Schedule, TrainOptions, Warmup};
 pub use pass::{DeviceBatch, Keep, Workspace, backward, first_not_finite, forward, logits, losses};

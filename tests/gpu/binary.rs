@@ -18,41 +18,46 @@ use crate::{
 };
 
 /// A folder in which the binary runs on the fake driver.
-struct Place {
+pub(crate) struct Place {
     folder: TempDir,
     driver: PathBuf,
 }
 
 /// What the fake driver counted.
-struct Stats(String);
+pub(crate) struct Stats(String);
 
 impl Stats {
-    fn get(&self, name: &str) -> u64 {
+    pub(crate) fn get(&self, name: &str) -> u64 {
         let line = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.map_or(0, |number| number.parse().expect("a count is a number"))
     }
 }
 
 impl Place {
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let driver = driver::folder(Build::Fast).filter(|_| !driver::is_real())?;
         Some(Self { folder: TempDir::new().expect("a temporary folder can be made"), driver })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn run(&self, line: &str, variables: &[(&str, &str)]) -> Output {
+    pub(crate) fn run(&self, line: &str, variables: &[(&str, &str)]) -> Output {
+        self.command(line, variables).output().expect("the binary runs")
+    }
+
+    pub(crate) fn command(&self, line: &str, variables: &[(&str, &str)]) -> Command {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
         let words = line.split_whitespace().map(|word| word.replace("BASE", &base.to_string_lossy()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt"));
         command.args(words).current_dir(self.folder.path()).env_clear();
         command.env("LD_LIBRARY_PATH", &self.driver).env("FAKE_CUDA_STATS", self.path("stats"));
-        command.envs(variables.iter().copied()).output().expect("the binary runs")
+        command.envs(variables.iter().copied());
+        command
     }
 
-    fn stats(&self) -> Stats {
+    pub(crate) fn stats(&self) -> Stats {
         Stats(fs::read_to_string(self.path("stats")).expect("the fake driver was there"))
     }
 
@@ -70,13 +75,13 @@ impl Place {
     }
 }
 
-fn code(output: &Output) -> i32 {
+pub(crate) fn code(output: &Output) -> i32 {
     output.status.code().expect("no signal ended it")
 }
-fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
-fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -225,7 +230,7 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
     line(&told(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
     line(&told(&[("FAKE_CUDA_VERSION", "11080")]), "the driver speaks CUDA 11.8; 12.0 (driver 525) or newer is needed");
     line(&told(&[("FAKE_CUDA_MAJOR", "7")]), "compute capability 7.0; 8.0 (Ampere) or newer is needed");
-    let stub = stub_driver(&place);
+    let stub = stub_library(&place, "libcuda.so", "cuInit");
     let stub = stub.to_str().unwrap();
     line(&told(&[("LD_LIBRARY_PATH", stub)]), "the driver lacks cuCtxGetCurrent (35 of the functions needed)");
     let refused = |line: &str, variables: &[(&str, &str)]| {
@@ -251,14 +256,91 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
     }
 }
 
-/// A library by the driver's name that can do next to nothing.
-fn stub_driver(place: &Place) -> PathBuf {
+#[test]
+fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
+    let Some(place) = Place::new() else { return };
+    let told = |variables: &[(&str, &str)]| {
+        let output = place.run("inspect --devices", variables);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
+    };
+    let line = |output: &str, expected: &str| assert!(output.contains(expected), "{output}");
+    let fake = place.driver.join("libcublasLt.so.12");
+    // Beside the driver, where the loader looks.
+    line(&told(&[]), &format!("cuBLASLt       12.8.4, {}\n", fake.display()));
+    // In the folder that is named, which goes before all else; a driver for CUDA 13 serves both versions.
+    let folder = place.path("libraries");
+    let named = folder.to_str().unwrap();
+    fs::create_dir(&folder).unwrap();
+    for name in ["libcublasLt.so.12", "libcublasLt.so.13"] {
+        fs::copy(&fake, folder.join(name)).unwrap();
+    }
+    line(&told(&[("NEUROADA_CUDA_LIB", named)]), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.12\n"));
+    let newer = [("NEUROADA_CUDA_LIB", named), ("FAKE_CUDA_VERSION", "13000")];
+    line(&told(&newer), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.13\n"));
+    // Nothing there; no library; one that lacks what is needed.
+    let empty = place.path("empty");
+    fs::create_dir(&empty).unwrap();
+    let empty = empty.to_str().unwrap();
+    let nothing = told(&[("NEUROADA_CUDA_LIB", empty)]);
+    line(&nothing, "no cuBLASLt    only training needs it; libcublasLt.so.12 was not found\n");
+    line(&nothing, &format!("               in NEUROADA_CUDA_LIB={empty}\n"));
+    fs::write(folder.join("libcublasLt.so.12"), "words").unwrap();
+    let no_library = told(&[("NEUROADA_CUDA_LIB", named)]);
+    line(&no_library, &format!("in NEUROADA_CUDA_LIB={named} ({named}/libcublasLt.so.12: "));
+    let stub = stub_library(&place, "libcublasLt.so.12", "cublasLtCreate");
+    let lacking = told(&[("NEUROADA_CUDA_LIB", stub.to_str().unwrap())]);
+    line(&lacking, "libcublasLt.so.12` cannot be used: it lacks cublasLtGetVersion (12 of the functions needed)\n");
+    // A machine without a driver has no use for it.
+    if !told(&[("LD_LIBRARY_PATH", "")]).contains("NVIDIA driver  for CUDA") {
+        assert!(!told(&[("LD_LIBRARY_PATH", "")]).contains("cuBLASLt"));
+    }
+}
+
+#[test]
+fn the_library_of_matrix_products_is_found_in_pythons_packages() {
+    let Some(place) = Place::new() else { return };
+    let driver = place.path("driver");
+    let put = |from: &Path, to: &Path| {
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(from, to).unwrap();
+    };
+    put(&place.driver.join("libcuda.so"), &driver.join("libcuda.so"));
+    let driver = driver.to_str().unwrap();
+    let told = |variables: &[(&str, &str)]| {
+        let variables = [&[("LD_LIBRARY_PATH", driver)], variables].concat();
+        stdout(&place.run("inspect --devices", &variables))
+    };
+    if told(&[]).contains("cuBLASLt       ") {
+        eprintln!("skipped: this machine has a cuBLASLt of its own");
+        return;
+    }
+    for (variable, folder, inside) in [
+        ("CUDA_HOME", "cuda", "cuda/lib64"),
+        ("VIRTUAL_ENV", "venv", "venv/lib/python3.12/site-packages/nvidia/cu13/lib"),
+        ("CONDA_PREFIX", "conda", "conda/lib/python3.11/site-packages/nvidia/cublas/lib"),
+        ("PATH", "system/bin", "system/lib/python3/dist-packages/nvidia/cublas/lib"),
+        ("HOME", "home", "home/.local/lib/python3.13/site-packages/nvidia/cublas/lib"),
+    ] {
+        let library = place.path(inside).join("libcublasLt.so.12");
+        put(&place.driver.join("libcublasLt.so.12"), &library);
+        let folder = place.path(folder);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("python3"), "").unwrap();
+        let found = told(&[(variable, folder.to_str().unwrap())]);
+        let expected = format!("cuBLASLt       12.8.4, {}\n", library.display());
+        assert!(found.contains(&expected), "{variable}: {found}");
+    }
+}
+
+/// A folder with a library of this name that has one function.
+fn stub_library(place: &Place, name: &str, function: &str) -> PathBuf {
     let folder = place.path("stub");
     fs::create_dir(&folder).unwrap();
-    fs::write(folder.join("stub.cpp"), "extern \"C\" int cuInit(unsigned) { return 0; }\n").unwrap();
+    fs::write(folder.join("stub.cpp"), format!("extern \"C\" int {function}(unsigned) {{ return 0; }}\n")).unwrap();
     let compiler = driver::compiler().expect("the fake driver was built");
     let mut command = Command::new(compiler);
-    command.args(["-shared", "-fPIC", "-o", "libcuda.so", "stub.cpp"]).current_dir(&folder);
+    command.args(["-shared", "-fPIC", "-o", name, "stub.cpp"]).current_dir(&folder);
     assert!(command.status().unwrap().success());
     folder
 }

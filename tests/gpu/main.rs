@@ -10,5 +10,8 @@ mod attention;
 mod binary;
 mod driver;
 mod kernels;
+mod operations;
+mod products;
 mod samples;
+mod training;
 mod whole_runs;

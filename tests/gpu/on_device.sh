@@ -5,8 +5,10 @@
 # Where a GPU is:   FOLDER/on_device.sh run [RESULTS]       tests against the real driver, sanitizers, benchmarks
 #                   FOLDER/on_device.sh rehearse            the same on the fake driver in FOLDER, small: where no GPU is
 #
-# Needs bash and the NVIDIA driver; compute-sanitizer, and python3 with torch, are used where they are found. 20 GB of disk are
-# used for an 8B checkpoint (CHECKPOINT_FOLDER, by default a temporary folder). The exit code is 0 where every check passed.
+# Needs bash and the NVIDIA driver; the trainer needs cuBLASLt (python3 with torch has it). compute-sanitizer, and python3 with torch,
+# transformers and peft, are used where they are found. 36 GB of disk are used for 8B checkpoints (CHECKPOINT_FOLDER, by default a
+# temporary folder). SMOLLM2, a folder with SmolLM2-135M, and COMMONSENSE, one with commonsense_15k_train.json and
+# commonsense_15k_validation.jsonl, are trained and judged where they are given. The exit code is 0 where every check passed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -21,15 +23,18 @@ pack() {
     }
     cargo build --locked --release || exit 1
     cargo test --locked --release --test gpu --no-run || exit 1
-    cargo bench --locked --bench gpu --no-run || exit 1
+    cargo bench --locked --bench gpu --bench gpu_train --no-run || exit 1
     cp target/release/neuroada-ckpt "$to/"
     cp "$(executable cargo test --locked --release --test gpu --no-run)" "$to/gpu-tests"
     cp "$(executable cargo bench --locked --bench gpu --no-run)" "$to/gpu-bench"
-    cp tests/gpu/on_device.sh tests/gpu/torch_topk.py "$to/"
+    cp "$(executable cargo bench --locked --bench gpu_train --no-run)" "$to/gpu-train-bench"
+    cp tests/gpu/on_device.sh tests/gpu/torch_*.py "$to/"
     cp -r fixtures/tiny-llama "$to/fixtures/"
     # For the rehearsal: the driver that the tests build.
     c++ -std=c++17 -O2 -fPIC -shared -ffp-contract=off -Wno-unknown-pragmas -Wl,-soname,libcuda.so -o "$to/fake/libcuda.so" \
         tests/gpu/fake_driver.cpp || echo "no C++ compiler: no rehearsal"
+    c++ -std=c++17 -O2 -fPIC -shared -ffp-contract=off -Wno-unknown-pragmas -Wl,-soname,libcublasLt.so.12 \
+        -o "$to/fake/libcublasLt.so.12" tests/gpu/fake_cublaslt.cpp -ldl
     echo "packed: $to"
 }
 
@@ -78,6 +83,18 @@ large_masks() {
     echo "masks of the large checkpoint are the CPU's, byte for byte"
 }
 
+# Three epochs of the published recipe, and how many held-out answers are right before and after.
+smollm2() {
+    local ckpt=$here/neuroada-ckpt k
+    for k in 1 8; do
+        "$ckpt" train "$SMOLLM2" --k $k --lr "$([ $k = 1 ] && echo 8e-3 || echo 3e-3)" --data "$COMMONSENSE/commonsense_15k_train.json" \
+            --eval-data "$COMMONSENSE/commonsense_15k_validation.jsonl" --eval-limit 200 --seed 1 --force -o "$results/smollm2-k$k" \
+            --device cuda || return 1
+        "$ckpt" eval "$SMOLLM2" -a "$results/smollm2-k$k" --data "$COMMONSENSE/commonsense_15k_validation.jsonl" --device cuda || return 1
+    done
+    "$ckpt" eval "$SMOLLM2" --data "$COMMONSENSE/commonsense_15k_validation.jsonl" --device cuda
+}
+
 run() {
     results=${1:-$here/results}
     mkdir -p "$results"
@@ -88,7 +105,7 @@ run() {
         made=$folder
     fi
     check devices "$here/neuroada-ckpt" inspect --devices
-    check tests "$here/gpu-tests" kernels:: --test-threads=1
+    check tests "$here/gpu-tests" kernels:: products:: attention:: operations:: conformance:: --test-threads=1
     check masks same_masks
     if command -v compute-sanitizer >/dev/null && [ -z "$small" ]; then
         for tool in memcheck racecheck synccheck initcheck; do
@@ -104,6 +121,17 @@ run() {
         check torch python3 "$here/torch_topk.py" "$results/bench.txt"
     else
         echo "skipped: no torch with CUDA to compare with"
+    fi
+    check train "$here/gpu-train-bench" $small "$folder"
+    if [ -z "$small" ] && python3 -c 'import sys, torch, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+        check train-rivals python3 "$here/torch_train.py" "$results/train.txt" "$folder/1b"
+    else
+        echo "skipped: no torch and transformers with CUDA to compare with"
+    fi
+    if [ -n "${SMOLLM2:-}" ] && [ -n "${COMMONSENSE:-}" ]; then
+        check smollm2 smollm2
+    else
+        echo "skipped: SMOLLM2 and COMMONSENSE are not given"
     fi
     [ -z "$made" ] || rm -rf "$made"
     rm -f "$results/cpu" "$results/gpu"

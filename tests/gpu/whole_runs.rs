@@ -12,7 +12,8 @@ use crate::driver::{self, Build};
 fn kernels_with(folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(std::env::current_exe().expect("tests know where they are"));
     command
-        .args(["kernels::", "attention::", "--test-threads=1", "--skip=greatest_length", "--skip=any_order"])
+        .args(["kernels::", "products::", "attention::", "operations::"])
+        .args(["--test-threads=1", "--skip=greatest_length", "--skip=any_order"])
         .env("NEUROADA_TEST_DRIVER", folder);
     command.envs(variables.iter().copied()).output().expect("tests can run tests")
 }
