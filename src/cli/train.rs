@@ -278,6 +278,7 @@ impl Place {
     fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> anyhow::Result<Self> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = env.gpu()? {
+            CudaDevice::dtype_of(base).hint("--device cpu takes them")?;
             let memory = MemoryEstimate::on_gpu(config, base, size);
             let most = env.memory_of(&gpu)?;
             if memory.total > most {

@@ -239,13 +239,12 @@ fn gathered_dots() {
     on_both!(|device, dtype| {
         let mut results = Vec::new();
         // Rows with one entry; rows with none, some and many, wider than what is staged; and so many that a dense product is cheaper.
-        let cases: [(&str, (usize, usize), usize, &[usize]); 4] = [
-            ("one a row", (300, 40), 150, &[1]),
+        for (what, shape, n, per_row) in [
+            ("one a row", (300, 40), 150, &[1][..]),
             ("ragged", (70, 2501), 75, &[0, 3, 1, 0, 40]),
             ("wide", (9, 4104), 3, &[5, 6]),
             ("many a row", (6, 200), 20, &[80]),
-        ];
-        for (what, shape, n, per_row) in cases {
+        ] {
             let (dy, x) = (numbers(dtype, n * shape.0, 1), numbers(dtype, n * shape.1, 2));
             let mut deltas = entries(device, dtype, shape, per_row);
             device.gather_dot(&act(device, &dy), &act(device, &x), n, shape, &mut deltas).unwrap();

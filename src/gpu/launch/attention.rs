@@ -12,8 +12,6 @@ use crate::{gpu::GpuError, tensor::Dtype};
 
 /// Tokens of a block of the plain kernels: one for each warp.
 const TOKENS: usize = 8;
-/// The widest head.
-const MOST_HEAD: usize = 256;
 
 /// Causal attention inside each of several examples, which lie end to end.
 #[derive(Clone, Copy)]
@@ -33,6 +31,9 @@ pub struct Attention<'a> {
 }
 
 impl Attention<'_> {
+    /// The widest head.
+    pub const MOST_HEAD: usize = 256;
+
     fn scale(&self) -> Arg {
         Arg::F32(1.0 / (self.heads.d_head as f32).sqrt())
     }
@@ -49,7 +50,7 @@ impl Attention<'_> {
     fn args(&self, queue: &Queue) -> [Arg; 3] {
         let HeadShape { n_q, n_kv, d_head } = self.heads;
         assert!(n_kv > 0 && n_q % n_kv == 0, "as many query heads for each key head");
-        assert!((1..=MOST_HEAD).contains(&d_head), "heads are at most {MOST_HEAD} wide");
+        assert!((1..=Self::MOST_HEAD).contains(&d_head), "heads are at most {} wide", Self::MOST_HEAD);
         assert!(n_q <= MOST_GRID_Y as usize, "at most {MOST_GRID_Y} heads");
         assert!(self.n_examples > 0 && u32::try_from(self.heads.d_qkv()).is_ok(), "shapes on a device fit 32 bits");
         [queue.has(self.starts, self.n_examples + 1), small(self.n_examples), small(self.n)]
@@ -127,7 +128,6 @@ impl Queue {
     /// Attention of sequences that go on: their new tokens lie in `qkv`, what came before in `cache`, `[n_examples, capacity, 2 * n_kv *
     /// d_head]` (`[k | v]`), of which the first `past[i]` rows of example `i` are filled; `past` is `[n_examples]`. The new keys and
     /// values are appended. A token beyond the capacity is left out, and its row of `out` as it was.
-    #[expect(clippy::too_many_arguments, reason = "as many as the kernel has")]
     pub fn attention_cached(
         &self,
         of: &Attention<'_>,

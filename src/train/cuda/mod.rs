@@ -26,6 +26,8 @@ const MOST_LOGITS: usize = 128 << 20;
 const MOST_DENSE: usize = 64 << 20;
 /// Entries in a row above which a tile of the dense gradient is made, and they are taken from it.
 const MANY_ENTRIES: usize = 64;
+/// The widest head that attention takes.
+const MOST_HEAD: usize = Attention::MOST_HEAD;
 /// What losses are multiplied by in F16, whose smallest number is 6e-8; a mean loss has gradients of about 1e-6 by its logits.
 const F16_LOSS_SCALE: f32 = 4096.0;
 
@@ -82,8 +84,13 @@ impl CudaDevice {
     /// The one type that the matrices of a model have.
     ///
     /// # Errors
-    /// A list of all matrices whose type is another than the embedding's.
+    /// A list of all matrices whose type is another than the embedding's; heads that are too wide.
     pub fn dtype_of(checkpoint: &Checkpoint) -> Result<Dtype, TrainError> {
+        let d_head = ModelConfig::of(checkpoint)?.heads.d_head;
+        if d_head > MOST_HEAD {
+            let what = format!("heads have {d_head} numbers, at most {MOST_HEAD} can be trained on a GPU");
+            return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
+        }
         let matrices = || checkpoint.tensors().filter(|tensor| tensor.info.shape.len() > 1);
         let embedding = checkpoint.tensor(super::model::EMBEDDING);
         let Some(dtype) = embedding.or_else(|| matrices().next()).map(|tensor| tensor.info.dtype) else {
