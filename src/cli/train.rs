@@ -224,7 +224,6 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     let size =
         RunSize { n_trained: mask.nnz(), most_tokens, most_supervised: plan.most_supervised, keep: options.keep() };
     let place = Place::new(env, &base, &config, size)?;
-    let memory = place.memory;
     let start = Start {
         base: base.name(),
         model_type: config.model_type.clone(),
@@ -232,7 +231,9 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
         d_model: config.d_model,
         n_parameters: base.n_parameters(),
         n_trained: mask.nnz(),
-        memory,
+        device: place.name(),
+        free: place.free,
+        memory: place.memory,
         n_steps: plan.n_steps,
         tokens_per_step: plan.tokens_per_step,
         most_tokens,
@@ -271,6 +272,8 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
 struct Place {
     #[cfg(feature = "cuda")]
     gpu: Option<Gpu>,
+    /// Bytes of the GPU's memory that can be had.
+    free: Option<u64>,
     memory: MemoryEstimate,
 }
 
@@ -289,14 +292,24 @@ impl Place {
                 let error = GpuError::OutOfMemory { ordinal, what: "the run", needed, available: most };
                 return Err(error).hint(&format!("{less} takes less"));
             }
-            return Ok(Self { gpu: Some(gpu), memory });
+            return Ok(Self { gpu: Some(gpu), free: Some(most), memory });
         }
         let _everywhere = env;
         Ok(Self {
             #[cfg(feature = "cuda")]
             gpu: None,
+            free: None,
             memory: MemoryEstimate::on_cpu(config, base, size),
         })
+    }
+
+    /// As `--device` takes it.
+    fn name(&self) -> String {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            return format!("cuda:{}", gpu.ordinal());
+        }
+        "cpu".to_owned()
     }
 
     fn train(&self, ctx: &Context<'_>, job: &TrainJob<'_>, watcher: &dyn Watcher) -> anyhow::Result<TrainReport> {
@@ -351,6 +364,11 @@ struct Start {
     d_model: usize,
     n_parameters: u64,
     n_trained: u64,
+    /// `cpu`, or the GPU as `--device` takes it.
+    device: String,
+    /// Bytes of the GPU's memory that the run may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    free: Option<u64>,
     memory: MemoryEstimate,
     n_steps: u64,
     tokens_per_step: f64,
@@ -363,10 +381,11 @@ fn print_start(start: &Start, page: &mut Page) {
     let parts = [("weights", memory.weights), ("activations", memory.activations), ("state", memory.state)];
     let parts: Vec<String> = parts.iter().map(|(what, n_bytes)| format!("{what} {}", bytes(*n_bytes))).collect();
     let tokens = count(start.tokens_per_step as u64);
+    let of_gpu = start.free.map_or(String::new(), |free| format!(" of {} on {}", bytes(free), start.device));
     page.facts(&[
         ("model", format!("{base} ({model_type}, {n_layers} layers of {d_model}, {} parameters)", count(all))),
         ("trainable", format!("{} deltas, {} of the parameters", count(n_trained), percent(n_trained, all))),
-        ("memory", format!("{}: {}", bytes(memory.total), parts.join(", "))),
+        ("memory", format!("{}: {}", bytes(memory.total) + &of_gpu, parts.join(", "))),
         (
             "steps",
             format!(

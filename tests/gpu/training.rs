@@ -59,6 +59,8 @@ fn a_run_on_the_gpu_is_that_of_the_cpu() {
     let eval = "--eval-data rows.jsonl --eval-limit 3 --eval-every 3";
     let reports = ["cpu", "cuda"]
         .map(|device| place.report(&format!("{RUN} --k 3 --lr 0.01 {eval} --device {device} -o {device}.safetensors")));
+    let told = place.done(&format!("{RUN} --k 3 --device cuda -o none --dry-run").replace(" -q", ""));
+    assert!(told.contains("of 1.07 GB on cuda:0: weights 253 kB"), "{told}");
     let (cpu, cuda) = (place.losses("cpu"), place.losses("cuda"));
     assert_eq!((cpu.len(), cuda.len()), (5, 5));
     for (step, (cuda, cpu)) in cuda.iter().zip(&cpu).enumerate() {
