@@ -289,8 +289,8 @@ fn patches_and_steps_have_the_same_bits() {
 fn sums_of_squares() {
     let Some(queue) = queue() else { return };
     fn run<D: Device>(device: &D) -> Vec<f64> {
-        let [a, b] = [(1000, 1), (3, 2)].map(|(n, seed)| on_device(device, &numbers(Dtype::F32, n, seed)));
-        device.sums_of_squares(&[(&a, 999), (&b, 3)]).unwrap()
+        let [a, b] = [(300_000, 1), (3, 2)].map(|(n, seed)| on_device(device, &numbers(Dtype::F32, n, seed)));
+        device.sums_of_squares(&[(&a, 299_999), (&b, 3)]).unwrap()
     }
     let (cuda, cpu) = (run(&CudaDevice::new(queue.gpu(), Dtype::BF16).unwrap()), run(&CpuDevice::new()));
     assert!(cuda.iter().zip(&cpu).all(|(a, b)| (a / b - 1.0).abs() < 1e-14), "{cuda:?} not {cpu:?}");

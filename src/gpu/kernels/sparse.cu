@@ -170,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// sums[at] = the sum of squares, in f64
-// Launch: one block; shared memory: 8 doubles.
+// sums[at + block] = the sum of the squares of every block's own values, in f64
+// Launch: any number of blocks; shared memory: 8 doubles.
 extern "C" __global__ void __launch_bounds__(256) sum_of_squares(const float* values, u32 n, double* sums, u32 at) {
     SHARED_BYTES(room);
     double sum = 0.0;
-    for (u64 i = threadIdx.x; i < n; i += 256) sum += (double)values[i] * values[i];
+    for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < n; i += (u64)gridDim.x * 256) sum += (double)values[i] * values[i];
     sum = block_sum(sum, (double*)room);
-    if (threadIdx.x == 0) sums[at] = sum;
+    if (threadIdx.x == 0) sums[at + blockIdx.x] = sum;
 }

@@ -14,9 +14,12 @@ const STAGED: u32 = 16 * 2048;
 /// Blocks that keep every GPU busy; slices of tokens are made until there are as many.
 const MANY_BLOCKS: usize = 768;
 /// The fewest tokens of a slice.
-const LEAST_SLICE: usize = 64;
+const LEAST_SLICE: usize = 32;
 /// The most slices.
-const MOST_SLICES: usize = 32;
+const MOST_SLICES: usize = 128;
+/// Values of a sum of squares, at least, and the most sums.
+const VALUES: usize = 4096;
+const MOST_SUMS: usize = 64;
 
 /// Chosen entries of a matrix `[d_out, d_in]`.
 #[derive(Clone, Copy)]
@@ -153,7 +156,12 @@ impl Queue {
         unsafe { self.launch("sparse", "adamw", (blocks_for(n), 1), 0, &mut args) }
     }
 
-    /// `sums[at]` becomes the sum of the squares of the first `n` values, in float64.
+    /// How many sums [`Self::sum_of_squares`] leaves for `n` values.
+    pub fn n_sums(n: usize) -> usize {
+        n.div_ceil(VALUES).clamp(1, MOST_SUMS)
+    }
+
+    /// The sums from `sums[at]` on, as many as [`Self::n_sums`] says, add up to the sum of the squares of the first `n` values, in float64.
     ///
     /// # Errors
     /// The driver's.
@@ -167,9 +175,10 @@ impl Queue {
         sums: &mut DeviceVec<f64>,
         at: usize,
     ) -> Result<(), GpuError> {
-        let args = &mut [self.has(values, n), small(n), self.has(sums, at + 1), small(at)];
-        // SAFETY: sparse.cu takes these in this order, reads `n` values and writes one sum: the lengths asserted.
-        unsafe { self.launch("sparse", "sum_of_squares", (1, 1), 8 * 8, args) }
+        let n_sums = Self::n_sums(n);
+        let args = &mut [self.has(values, n), small(n), self.has(sums, at + n_sums), small(at)];
+        // SAFETY: sparse.cu takes these in this order, reads `n` values and writes a sum for each block: the lengths asserted.
+        unsafe { self.launch("sparse", "sum_of_squares", (n_sums as u32, 1), 8 * 8, args) }
     }
 }
 

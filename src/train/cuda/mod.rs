@@ -506,11 +506,17 @@ impl Device for CudaDevice {
 
     fn sums_of_squares(&self, of: &[(&DeviceVec<f32>, usize)]) -> Result<Vec<f64>, DeviceError> {
         let sums = &mut self.room.borrow_mut().sums;
-        self.grow(sums, of.len(), "sums")?;
-        for (i, (values, n)) in of.iter().enumerate() {
-            self.queue.sum_of_squares(values, *n, sums, i)?;
+        let n_sums = of.iter().map(|(_, n)| Queue::n_sums(*n)).sum();
+        self.grow(sums, n_sums, "sums")?;
+        let mut at = 0;
+        for (values, n) in of {
+            self.queue.sum_of_squares(values, *n, sums, at)?;
+            at += Queue::n_sums(*n);
         }
-        Ok(self.queue.download_first(sums, of.len())?)
+        let sums = self.queue.download_first(sums, n_sums)?;
+        let mut rest = sums.as_slice();
+        let add = |(_, n): &(_, usize)| rest.split_off(..Queue::n_sums(*n)).expect("that many").iter().sum();
+        Ok(of.iter().map(add).collect())
     }
 
     fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> Done {
