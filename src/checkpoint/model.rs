@@ -55,7 +55,7 @@ impl TensorRef<'_> {
         self.shard.window(ctx, self.info, range)
     }
 
-    /// The tensor as rows.
+    /// The tensor as rows of several elements.
     ///
     /// # Errors
     /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns.
@@ -65,7 +65,9 @@ impl TensorRef<'_> {
             let dtype = crate::tensor::dtype_name(self.info.dtype);
             return Err(bad(format!("elements are {dtype}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed")));
         }
+        // Vectors (biases, gains) are rows for whoever names them; nothing is chosen among one element.
         let layout = RowLayout::new(&self.info.shape, transposed)
+            .filter(|_| self.info.shape.len() > 1)
             .ok_or_else(|| bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)))?;
         if layout.d_in > u64::from(u32::MAX) {
             return Err(bad(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX)));

@@ -132,7 +132,8 @@ impl Deltas<'_> {
             if target.transposed {
                 return Some(format!("\"{name}\": stored as [d_in, d_out]"));
             }
-            (target.shape.len() != 2).then(|| format!("\"{name}\": shape {:?} is a stack of matrices", target.shape))
+            let what = if target.shape.len() == 1 { "a vector" } else { "a stack of matrices" };
+            (target.shape.len() != 2).then(|| format!("\"{name}\": shape {:?} is {what}", target.shape))
         };
         self.need(format, "holds plain matrices only:", problem)
     }

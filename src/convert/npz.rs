@@ -93,6 +93,10 @@ fn target(input: &Arc<Input>, name: &str, arrays: [Header; 3], shape: Option<Hea
 
 /// Writes a file of coordinates: 64-bit positions, float32 deltas (float64 for such weights).
 pub(super) fn write(deltas: &Deltas<'_>, output: &Path, existing: Existing) -> Result<ConvertReport, ConvertError> {
+    deltas.need(Format::Npz, "has rows and columns:", |target| {
+        let name = Printable(&target.name);
+        (target.shape.len() == 1).then(|| format!("\"{name}\": shape {:?} is a vector", target.shape))
+    })?;
     let file = AtomicFile::create(output, existing)?;
     let io = |e| CheckpointError::io("write", output, e);
     let mut zip = ZipWriter::new(file.file());

@@ -16,14 +16,16 @@ pub(crate) struct Sample {
     pub base_values: Vec<u8>,
 }
 
-/// Targets of few rows: matrices and stacks, transposed or not, short rows (16-bit columns) or long ones (32-bit).
+/// Targets of few rows: vectors, matrices and stacks, transposed or not, short rows (16-bit columns) or long ones (32-bit).
 pub(crate) fn sample() -> impl Strategy<Value = Sample> {
-    let sizes = (prop_oneof![Just(None), (1u64..4).prop_map(Some)], 1u64..9, prop_oneof![1u64..12, Just(70_000)]);
+    let sizes =
+        (prop_oneof![Just(None), (1u64..4).prop_map(Some)], 1u64..9, prop_oneof![1u64..12, Just(1), Just(70_000)]);
     let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::BF16), Just(Dtype::F8_E4M3), Just(Dtype::F64)];
     (sizes, any::<bool>(), dtype, prop_oneof![Just(None), (1usize..4).prop_map(Some)]).prop_flat_map(
         |((n_stacks, d_out, d_in), transposed, dtype, k)| {
             let matrix = if transposed { [d_in, d_out] } else { [d_out, d_in] };
-            let shape: Vec<u64> = n_stacks.into_iter().chain(matrix).collect();
+            let is_vector = n_stacks.is_none() && !transposed && d_in == 1 && d_out % 2 == 0;
+            let shape: Vec<u64> = if is_vector { vec![d_out] } else { n_stacks.into_iter().chain(matrix).collect() };
             let layout = RowLayout::new(&shape, transposed).unwrap();
             let k = k.map(|k| k.min(d_in as usize));
             let pool: Vec<u32> = (0..d_in as u32).rev().take(12).rev().collect();

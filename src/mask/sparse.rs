@@ -1,7 +1,8 @@
 //! What masks and adapters have in common: per target a tensor of columns, and of row offsets where rows differ.
 //!
 //! Every row with the same number of columns `k`: `T.columns` `[rows, k]`. Rows that differ: `T.columns` `[nnz]` and
-//! `T.row_offsets` `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32, U16 only up to `d_in` = 65,536.
+//! `T.row_offsets` `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32, U16 only up to `d_in` = 65,536. A target that is a
+//! vector, a bias, has rows of one element: its columns are `[rows, 1]`, all 0, where all of it takes part.
 //! [`SparseFile::check`] proves all that headers can show; rows are proven as they are read.
 
 use std::{collections::BTreeSet, ops::Range, path::Path};
@@ -383,7 +384,7 @@ pub(crate) fn target_layout(dtype: Dtype, shape: &[u64], transposed: bool) -> Re
         return Err(format!("shape {shape:?} overflows 64 bits"));
     }
     let layout = RowLayout::new(shape, transposed)
-        .ok_or_else(|| format!("shape {shape:?} is no matrix and no stack of matrices"))?;
+        .ok_or_else(|| format!("shape {shape:?} is no vector, no matrix and no stack of matrices"))?;
     if layout.d_in > u64::from(u32::MAX) {
         return Err(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX));
     }

@@ -3,7 +3,8 @@
 /// A stored tensor seen as rows of neurons.
 ///
 /// `[d_out, d_in]` has `d_out` rows; a stack of experts `[E, d_out, d_in]` has `E * d_out`. With `transposed` the stored
-/// shape is `[d_in, d_out]` or `[E, d_in, d_out]` (GPT-2's Conv1D, gpt-oss experts) and a row is a stored column.
+/// shape is `[d_in, d_out]` or `[E, d_in, d_out]` (GPT-2's Conv1D, gpt-oss experts) and a row is a stored column. A vector
+/// `[d_out]`, a bias, has `d_out` rows of one element: one for each neuron too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RowLayout {
     /// Matrices in the tensor: `E`, or 1.
@@ -17,9 +18,11 @@ pub struct RowLayout {
 }
 
 impl RowLayout {
-    /// Reads `shape` as rows, or `None` where it is no matrix or stack of matrices, or where a row would be empty.
+    /// Reads `shape` as rows, or `None` where it is no vector, matrix or stack of matrices, or where a row would be empty. A vector
+    /// cannot be stored transposed.
     pub fn new(shape: &[u64], transposed: bool) -> Option<Self> {
         let (n_stacks, first, second) = match *shape {
+            [d_out] if !transposed => (1, d_out, 1),
             [first, second] => (1, first, second),
             [n_stacks, first, second] => (n_stacks, first, second),
             _ => return None,
@@ -73,8 +76,16 @@ mod tests {
     }
 
     #[test]
-    fn vectors_and_empty_matrices_have_no_rows() {
-        assert_eq!(RowLayout::new(&[7], false), None);
+    fn a_vector_has_a_row_for_each_neuron() {
+        let layout = RowLayout::new(&[7], false).unwrap();
+        assert_eq!((layout.n_rows(), layout.d_in, layout.flat(5, 0)), (7, 1, 5));
+        assert_eq!(RowLayout::new(&[7], true), None);
+    }
+
+    #[test]
+    fn scalars_and_empty_matrices_have_no_rows() {
+        assert_eq!(RowLayout::new(&[], false), None);
+        assert_eq!(RowLayout::new(&[0], false), None);
         assert_eq!(RowLayout::new(&[3, 0], false), None);
         assert_eq!(RowLayout::new(&[1, 2, 3, 4], false), None);
     }

@@ -2,13 +2,13 @@
 //!
 //! A recipe can be followed again where rows compete among themselves and scores need nothing but the base: magnitude,
 //! smallest and random, of all rows or of a seeded share of them. Following it is [`create_mask`], out of core; the mask
-//! lies in a temporary folder while the adapter is open.
+//! lies in a temporary folder while the adapter is open. Biases that are there whole need no recipe: a row has one column.
 
 use std::{ops::Range, path::Path};
 
 use super::super::{AdapterError, id::hash_positions};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, TensorRef},
     mask::{MaskFile, MaskOptions, Recipe, TargetInfo, create_mask},
     tensor::RowColumns,
 };
@@ -46,6 +46,10 @@ impl DerivedColumns {
                 return Ok(Err(format!("tensor \"{name}\": the base has none of this type and shape")));
             }
         }
+        let (vectors, targets): (Vec<_>, Vec<_>) = targets.iter().partition(|target| is_vector(target));
+        if let Some(part) = vectors.iter().find(|vector| vector.uniform_k.is_none()) {
+            return Ok(Err(format!("tensor \"{}\": it has some of its elements only", Printable(&part.name))));
+        }
         // What the mask would hold is known before it is made: a recipe that lies makes no large file.
         let plan = create_mask(ctx, base, &options, None)?;
         let nnz = targets.iter().map(|target| target.nnz).sum::<u64>();
@@ -62,7 +66,7 @@ impl DerivedColumns {
         let path = folder.path().join("mask.safetensors");
         create_mask(ctx, base, &options, Some((&path, Existing::Keep)))?;
         let mask = MaskFile::open(&path)?;
-        for target in targets {
+        for target in &targets {
             let fits = mask.target(&target.name).is_some_and(|chosen| {
                 (chosen.nnz, chosen.uniform_k, chosen.transposed) == (target.nnz, target.uniform_k, target.transposed)
             });
@@ -92,7 +96,7 @@ impl DerivedColumns {
             Ok(derived) => derived,
             Err(what) => return Err(wrong(&targets[0].name, what)),
         };
-        derived.check_anchors(path, targets, base)?;
+        derived.check_anchors(ctx, path, targets, base)?;
         if derived.digest(ctx, targets)?.to_hex().as_str() != digest {
             let what = "the columns that its recipe chooses do not have the digest in its document";
             return Err(CheckpointError::bad_file(path, what).into());
@@ -103,32 +107,41 @@ impl DerivedColumns {
     /// Fails where the base has other values at the columns than the targets were made from.
     pub(super) fn check_anchors(
         &self,
+        ctx: &Context<'_>,
         path: &Path,
         targets: &[TargetInfo],
         base: &Checkpoint,
     ) -> Result<(), AdapterError> {
-        let differs =
-            |target: &&TargetInfo| self.mask.target(&target.name).is_none_or(|chosen| chosen.anchor != target.anchor);
-        match targets.iter().find(differs) {
-            None => Ok(()),
-            Some(target) => Err(AdapterError::WrongBase {
-                path: path.to_owned(),
-                tensor: target.name.clone(),
-                what: format!(
-                    "it was made from other values than {} has where its recipe leads",
-                    Printable(&base.name())
-                ),
-            }),
+        for target in targets {
+            let found = match self.mask.target(&target.name) {
+                Some(chosen) => chosen.anchor,
+                None => whole_anchor(ctx, base.tensor(&target.name).expect("it was found when followed"))?,
+            };
+            if found != target.anchor {
+                return Err(AdapterError::WrongBase {
+                    path: path.to_owned(),
+                    tensor: target.name.clone(),
+                    what: format!(
+                        "it was made from other values than {} has where its recipe leads",
+                        Printable(&base.name())
+                    ),
+                });
+            }
         }
+        Ok(())
     }
 
     /// BLAKE3 of all columns, as ids hash them.
     pub(super) fn digest(&self, ctx: &Context<'_>, targets: &[TargetInfo]) -> Result<blake3::Hash, AdapterError> {
         let mut hasher = blake3::Hasher::new();
         for target in targets {
-            let chosen = self.mask.target(&target.name).expect("it was found when followed");
-            for rows in self.mask.row_ranges(ctx, chosen, RUN)? {
-                hash_positions(&mut hasher, &self.mask.read_columns(ctx, chosen, rows)?);
+            let n_rows = target.layout.n_rows();
+            let runs = match self.mask.target(&target.name) {
+                Some(chosen) => self.mask.row_ranges(ctx, chosen, RUN)?,
+                None => (0..n_rows).step_by(RUN as usize).map(|row| row..n_rows.min(row + RUN)).collect(),
+            };
+            for rows in runs {
+                hash_positions(&mut hasher, &self.read(ctx, &target.name, rows)?);
             }
         }
         Ok(hasher.finalize())
@@ -136,7 +149,27 @@ impl DerivedColumns {
 
     /// The columns of a run of rows.
     pub(super) fn read(&self, ctx: &Context<'_>, target: &str, rows: Range<u64>) -> Result<RowColumns, AdapterError> {
-        let chosen = self.mask.target(target).expect("it was found when followed");
-        Ok(self.mask.read_columns(ctx, chosen, rows)?)
+        match self.mask.target(target) {
+            Some(chosen) => Ok(self.mask.read_columns(ctx, chosen, rows)?),
+            // A whole vector: it was proven when the recipe was followed.
+            None => Ok(RowColumns::uniform(vec![0; (rows.end - rows.start) as usize], 1)),
+        }
     }
+}
+
+fn is_vector(target: &TargetInfo) -> bool {
+    target.shape.len() == 1
+}
+
+/// BLAKE3 of all of a tensor's bytes.
+fn whole_anchor(ctx: &Context<'_>, tensor: TensorRef<'_>) -> Result<blake3::Hash, CheckpointError> {
+    let mut hasher = blake3::Hasher::new();
+    let n_bytes = tensor.info.n_bytes();
+    for start in (0..n_bytes).step_by(ctx.window_bytes() as usize) {
+        ctx.check()?;
+        let window = tensor.window(ctx, start..n_bytes.min(start + ctx.window_bytes()))?;
+        hasher.update(&window);
+        tensor.shard.confirm(&window)?;
+    }
+    Ok(hasher.finalize())
 }

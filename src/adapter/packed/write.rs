@@ -269,7 +269,7 @@ fn choose_columns(
     };
     match found {
         Ok(derived) => {
-            derived.check_anchors(adapter.path(), adapter.targets(), base)?;
+            derived.check_anchors(ctx, adapter.path(), adapter.targets(), base)?;
             Ok((Some(derived), None))
         }
         Err(why) if options.columns == ColumnsChoice::Derived => Err(cannot(why)),

@@ -104,11 +104,13 @@ impl SparseFacts {
         let chosen = || targets.iter().filter(|target| filter.is_none_or(|filter| filter.is_match(&target.name)));
         let mut kinds: BTreeMap<_, SparseKind> = BTreeMap::new();
         for target in chosen() {
-            let (kind, dtype, k) = (projection_kind(&target.name), dtype_name(target.dtype), target.uniform_k);
+            let (dtype, k) = (dtype_name(target.dtype), target.uniform_k);
+            let of = if target.shape.len() == 1 && target.name.ends_with(".bias") { ".bias" } else { "" };
+            let kind = format!("{}{of}", projection_kind(&target.name));
             let values_dtype = values_dtype(target);
-            let key = (kind, dtype.clone(), values_dtype.clone(), k);
+            let key = (kind.clone(), dtype.clone(), values_dtype.clone(), k);
             let entry = kinds.entry(key).or_insert_with(|| SparseKind {
-                kind: kind.to_owned(),
+                kind,
                 dtype,
                 values_dtype,
                 k,
