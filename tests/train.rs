@@ -13,7 +13,7 @@ use std::{
 use half::{bf16, f16};
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes},
-    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter, TensorRef},
     data::{Batch, Batches, Dataset, IGNORE},
     mask::{MaskFile, MaskOptions, create_mask},
     merge::{MergeInput, MergeOptions, merge},
@@ -24,6 +24,9 @@ use neuroada_ckpt::{
         mean_loss, rank, train,
     },
 };
+
+#[path = "train/bias.rs"]
+mod bias;
 
 fn reference(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/reference").join(name)
@@ -317,22 +320,30 @@ impl World {
 
 /// A checkpoint of random weights of another type, in the shape of the reference Llama.
 fn llama_as(dtype: Dtype) -> impl FnOnce(&Path) -> Checkpoint {
+    llama_with(dtype, Vec::new())
+}
+
+/// The same with more tensors.
+fn llama_with(dtype: Dtype, more: Vec<(String, Vec<f64>)>) -> impl FnOnce(&Path) -> Checkpoint {
     move |folder| {
         let (from, _) = model(folder, "llama");
         let copy = folder.join("narrow");
         fs::create_dir(&copy).unwrap();
         fs::copy(from.root().join("config.json"), copy.join("config.json")).unwrap();
         let mut file = TensorFileWriter::create(&copy.join("model.safetensors"), Existing::Keep).unwrap();
-        for tensor in from.tensors() {
-            let values = numbers(tensor.shard, &tensor.info.name);
-            let id = file.add_tensor(tensor.info.name.clone(), dtype);
+        let shaped = |(name, values): (String, Vec<f64>)| (name, vec![values.len() as u64], values);
+        let kept = from
+            .tensors()
+            .map(|TensorRef { shard, info, .. }| (info.name.clone(), info.shape.clone(), numbers(shard, &info.name)));
+        for (name, shape, values) in kept.chain(more.into_iter().map(shaped)) {
+            let id = file.add_tensor(name, dtype);
             let bytes: Vec<u8> = match dtype {
                 Dtype::BF16 => values.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
                 Dtype::F16 => values.iter().flat_map(|&x| f16::from_f64(x).to_le_bytes()).collect(),
                 _ => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
             };
             file.append(id, &bytes).unwrap();
-            file.finish_tensor(id, tensor.info.shape.clone());
+            file.finish_tensor(id, shape);
         }
         file.finish(&Context::default(), &BTreeMap::new()).unwrap();
         Checkpoint::open(&copy).unwrap()

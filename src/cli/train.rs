@@ -109,6 +109,9 @@ pub(super) struct TrainArgs {
     /// Scale gradients with a larger norm down to it; 0 for never
     #[arg(long, value_name = "NORM", default_value_t = 1.0, help_heading = "Learning")]
     clip: f64,
+    /// Train the biases of the chosen projections too, all of their elements; the base must have some (Qwen2 has)
+    #[arg(long, help_heading = "Learning")]
+    train_bias: bool,
     /// Make activations again on the way back: a fraction of the memory, a third more time, the same result
     #[arg(long, help_heading = "Learning")]
     layer_checkpoints: bool,
@@ -185,6 +188,7 @@ impl TrainArgs {
             clip: (self.clip != 0.0).then_some(self.clip),
             eval_every: self.eval_every,
             patience: self.patience,
+            train_bias: self.train_bias,
             layer_checkpoints: self.layer_checkpoints,
         }
     }
@@ -218,11 +222,13 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
             MaskFile::open(&path)?
         }
     };
+    let biases = if options.train_bias { train::biases(&base, &mask)? } else { Vec::new() };
+    let n_biases = biases.iter().map(|bias| bias.info.n_elements()).sum();
     let plan = Plan::new(&options, &data);
     let eval_tokens = eval.as_ref().map_or(0, |eval| Plan::new(&in_order(&options), eval).most_tokens);
     let most_tokens = plan.most_tokens.max(eval_tokens);
-    let size =
-        RunSize { n_trained: mask.nnz(), most_tokens, most_supervised: plan.most_supervised, keep: options.keep() };
+    let (n_entries, most_supervised) = (mask.nnz(), plan.most_supervised);
+    let size = RunSize { n_entries, n_biases, most_tokens, most_supervised, keep: options.keep() };
     let place = Place::new(env, &base, &config, size)?;
     let start = Start {
         base: base.name(),
@@ -230,7 +236,8 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
         n_layers: config.n_layers,
         d_model: config.d_model,
         n_parameters: base.n_parameters(),
-        n_trained: mask.nnz(),
+        n_trained: n_entries + n_biases,
+        n_biases,
         device: place.name(),
         free: place.free,
         memory: place.memory,
@@ -364,6 +371,7 @@ struct Start {
     d_model: usize,
     n_parameters: u64,
     n_trained: u64,
+    n_biases: u64,
     /// `cpu`, or the GPU as `--device` takes it.
     device: String,
     /// Bytes of the GPU's memory that the run may take.
@@ -382,9 +390,13 @@ fn print_start(start: &Start, page: &mut Page) {
     let parts: Vec<String> = parts.iter().map(|(what, n_bytes)| format!("{what} {}", bytes(*n_bytes))).collect();
     let tokens = count(start.tokens_per_step as u64);
     let of_gpu = start.free.map_or(String::new(), |free| format!(" of {} on {}", bytes(free), start.device));
+    let what = match start.n_biases {
+        0 => format!("{} deltas", count(n_trained)),
+        n_biases => format!("{} deltas and {} biases", count(n_trained - n_biases), count(n_biases)),
+    };
     page.facts(&[
         ("model", format!("{base} ({model_type}, {n_layers} layers of {d_model}, {} parameters)", count(all))),
-        ("trainable", format!("{} deltas, {} of the parameters", count(n_trained), percent(n_trained, all))),
+        ("trainable", format!("{what}, {} of the parameters", percent(n_trained, all))),
         ("memory", format!("{}: {}", bytes(memory.total) + &of_gpu, parts.join(", "))),
         (
             "steps",

@@ -2,8 +2,9 @@
 
 use super::{
     TrainError,
+    attach::{Entries, Targets, anchored},
     device::{Deltas, Device},
-    model::{Linear, Model, anchored},
+    model::{Linear, Model, Part},
 };
 use crate::{
     adapter::{Adapter, AdapterError},
@@ -11,7 +12,7 @@ use crate::{
 };
 
 impl<D: Device> Model<D> {
-    /// Adds an adapter's deltas, times `scale`, to the weights: `round(original + delta * scale)`, bit for bit what a merge of
+    /// Adds an adapter's deltas, times `scale`, to weights and biases: `round(original + delta * scale)`, bit for bit what a merge of
     /// this adapter alone writes.
     ///
     /// `base` is the checkpoint that the model was loaded from. Memory: the deltas of one matrix at a time.
@@ -26,61 +27,60 @@ impl<D: Device> Model<D> {
         adapter: &Adapter,
         scale: f64,
     ) -> Result<(), TrainError> {
-        self.check_targets(base, adapter.path(), adapter.targets())?;
+        self.check_targets(base, adapter.path(), adapter.targets(), Targets::WeightsAndBiases)?;
+        let source = Source { ctx, device, base, adapter, scale: scale as f32 };
         for linear in self.linears_mut() {
-            linear.apply(ctx, device, base, adapter, scale as f32)?;
+            source.apply(linear)?;
         }
         adapter.shard().unchanged()?;
         Ok(base.unchanged()?)
     }
 }
 
-impl<D: Device> Linear<D> {
-    fn apply(
-        &mut self,
-        ctx: &Context<'_>,
-        device: &D,
-        base: &Checkpoint,
-        adapter: &Adapter,
-        scale: f32,
-    ) -> Result<(), TrainError> {
-        let (mut offsets, mut columns, mut originals, mut theta) = (vec![0], Vec::new(), Vec::new(), Vec::new());
-        for part in &self.parts {
-            let first = columns.len();
+/// Where deltas come from.
+struct Source<'a, D: Device> {
+    ctx: &'a Context<'a>,
+    device: &'a D,
+    base: &'a Checkpoint,
+    adapter: &'a Adapter,
+    scale: f32,
+}
+
+impl<D: Device> Source<'_, D> {
+    fn apply(&self, linear: &mut Linear<D>) -> Result<(), TrainError> {
+        if let Some(deltas) = self.deltas(Entries::new(linear.dtype), &linear.parts)? {
+            self.device.patch(&mut linear.weight, &deltas)?;
+        }
+        if let Some(bias) = &mut linear.bias
+            && linear.bias_parts.iter().any(|part| self.adapter.target(&part.name).is_some())
+        {
+            let entries = Entries::of_biases(self.base, &linear.bias_parts)?;
+            if let Some(deltas) = self.deltas(entries, &linear.bias_parts)? {
+                self.device.patch_bias(bias, &deltas)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The deltas of these parts, scaled.
+    fn deltas(&self, mut entries: Entries, parts: &[Part]) -> Result<Option<Deltas<D>>, TrainError> {
+        let Self { ctx, device, base, adapter, scale } = self;
+        let mut theta = Vec::new();
+        for part in parts {
             let Some(target) = adapter.target(&part.name) else {
-                offsets.resize(offsets.len() + part.rows.len(), first as u32);
+                entries.skip(part);
                 continue;
             };
             let deltas = adapter.read_rows(ctx, target, 0..target.layout.n_rows())?;
             let stored = anchored(ctx, base, target, &deltas.columns)?.ok_or_else(|| {
                 AdapterError::other_base("the adapter", adapter.path(), &target.name, adapter.base(), base)
             })?;
-            offsets.extend(deltas.columns.offsets()[1..].iter().map(|&end| (first + end) as u32));
-            columns.extend_from_slice(deltas.columns.columns());
+            entries.push(part, &deltas.columns, stored);
             theta.extend(deltas.values.iter().map(|value| value * scale));
-            originals.extend(stored);
         }
-        let nnz = columns.len();
-        if nnz == 0 {
-            return Ok(());
-        }
-        if u32::try_from(nnz).is_err() {
-            return Err(TrainError::Usage(format!("{nnz} deltas of one matrix, at most 2^32 can be added")));
-        }
-        let mut on_device = device.weight(self.dtype, 1, nnz)?;
-        device.write_rows(&mut on_device, 0, &originals)?;
-        let mut deltas = Deltas {
-            nnz,
-            offsets: device.ids(&offsets)?,
-            columns: device.ids(&columns)?,
-            originals: on_device,
-            theta: device.zeros(nnz)?,
-            // Nothing is trained.
-            grad: device.zeros(1)?,
-            mean: device.zeros(1)?,
-            variance: device.zeros(1)?,
-        };
+        // Nothing is trained: no state.
+        let Some(mut deltas) = entries.upload(*device, 1)? else { return Ok(None) };
         device.write(&theta, &mut deltas.theta)?;
-        Ok(device.patch(&mut self.weight, &deltas)?)
+        Ok(Some(deltas))
     }
 }

@@ -43,7 +43,7 @@ impl<D: Device + ?Sized> Spans<D> {
     }
 }
 
-/// The trainable entries of one weight matrix `[d_out, d_in]`, and the state of each: 20 bytes and an original.
+/// The trainable entries of one weight matrix `[d_out, d_in]`, or of a bias `[d_out, 1]`, and the state of each: 20 bytes and an original.
 pub struct Deltas<D: Device + ?Sized> {
     /// Entries in all.
     pub nnz: usize,
@@ -319,8 +319,16 @@ pub trait Device {
         deltas: &mut Deltas<Self>,
     ) -> Done;
 
+    /// `grad[e] += sum_t dy[t, i]` for each entry `e` of each row `i` of a bias `[d_out, 1]`; `dy` is `[n, d_out]`, rows have one entry
+    /// or none. It is [`Device::gather_dot`] with ones for `x`.
+    fn bias_grad(&self, dy: &Self::Act, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done;
+
     /// `w[i, columns[e]] = round(originals[e] + theta[e])`: the sum in float32, rounded once to the weight's type, as a merge does.
     fn patch(&self, w: &mut Self::Weight, deltas: &Deltas<Self>) -> Done;
+
+    /// `bias[i] = round(originals[e] + theta[e])` for each entry `e` of each row `i`: the sum in float32, rounded once to the type of the
+    /// originals, as a merge does, and widened. Elements without an entry stay. `bias` is `[d_out]`.
+    fn patch_bias(&self, bias: &mut Self::F32, deltas: &Deltas<Self>) -> Done;
 
     /// The sum of the squares of the first numbers of each buffer, in float64, always in the same order.
     fn sums_of_squares(&self, of: &[(&Self::F32, usize)]) -> Result<Vec<f64>, DeviceError>;

@@ -25,8 +25,10 @@ pub struct MemoryEstimate {
 /// How large a run is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RunSize {
-    /// Entries that are trained.
-    pub n_trained: u64,
+    /// Entries of weights that are trained.
+    pub n_entries: u64,
+    /// Elements of biases that are trained.
+    pub n_biases: u64,
     /// Tokens of the largest batch.
     pub most_tokens: usize,
     /// Tokens with a label, of the batch that has most.
@@ -61,7 +63,8 @@ impl MemoryEstimate {
         let activations = Workspace::<CpuDevice>::n_bytes(config, run.most_tokens, run.keep, act_bytes) + scratch;
         // Theta, gradient, mean, variance, column, and the original.
         let n_rows = (heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let state = run.n_trained * (5 * 4 + width(base)) + n_rows as u64 * 4;
+        let n_offsets = n_rows as u64 + run.n_biases;
+        let state = (run.n_entries + run.n_biases) * (5 * 4 + width(base)) + n_offsets * 4;
         Self { weights, activations, state, total: weights + activations + state }
     }
 }

@@ -3,13 +3,14 @@
 //! The forward pass runs on merged weights: before each step the chosen entries of every row hold `round(original + theta)`, so
 //! the bypass costs nothing, and what is trained is bit for bit what a merge writes. The gradient of `theta[i, j]` is a dot
 //! product of two gathered columns, `sum_t dY[t, i] * X[t, column[i, j]]`; no dense gradient of a weight ever exists, and the
-//! optimizer's state is that of the deltas alone.
+//! optimizer's state is that of the deltas alone. Biases can be trained beside them, whole: they are deltas on matrices of one column.
 //!
 //! [`train()`] is the loop: batch, forward, backward, update, log; what an interrupted run needs to go on is saved in `state`.
 //! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
 //! checkpoint's weights on a device, `cpu` holds the operations' plain form, `cuda` that of a GPU.
 
 mod apply;
+mod attach;
 pub mod config;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -24,6 +25,7 @@ mod pass;
 mod run;
 mod state;
 
+pub use attach::biases;
 pub use config::ModelConfig;
 pub use cpu::{CpuDevice, CpuWeight};
 #[cfg(feature = "cuda")]

@@ -3,25 +3,24 @@
 //! Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. A target of the mask is
 //! then a run of rows ([`Part`]).
 
-use std::{ops::Range, path::Path};
+use std::ops::Range;
 
 use super::{
     TrainError,
+    attach::bias_of,
     config::ModelConfig,
-    device::{Deltas, Device},
+    device::{Deltas, Device, Done},
 };
 use crate::{
-    adapter::AdapterError,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
-    mask::{MaskFile, TargetInfo},
-    tensor::{Dtype, Float, RowColumns, dtype_name, with_float},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef},
+    tensor::{Dtype, Float, dtype_name, with_float},
 };
 
 /// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
 pub struct Linear<D: Device> {
     /// The weight, patched where it is trained.
     pub weight: D::Weight,
-    /// `[d_out]`.
+    /// `[d_out]`, patched where it is trained; zero where a part has none.
     pub bias: Option<D::F32>,
     /// Rows.
     pub d_out: usize,
@@ -29,10 +28,14 @@ pub struct Linear<D: Device> {
     pub d_in: usize,
     /// The type it is stored in.
     pub dtype: Dtype,
-    /// The tensors it is made of.
+    /// The tensors that the weight is made of.
     pub parts: Vec<Part>,
-    /// What of it is trained.
+    /// As many tensors that the bias is made of, whether the checkpoint has them or not.
+    pub bias_parts: Vec<Part>,
+    /// What of the weight is trained.
     pub deltas: Option<Deltas<D>>,
+    /// What of the bias is trained: entries of a matrix `[d_out, 1]`.
+    pub bias_deltas: Option<Deltas<D>>,
 }
 
 /// One tensor of a [`Linear`].
@@ -124,126 +127,44 @@ impl<D: Device> Model<D> {
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
         self.layers.iter_mut().flat_map(Layer::linears_mut)
     }
-    /// Entries that are trained.
+    /// What is trained, with the tensors it belongs to, layer after layer.
+    pub fn trained(&self) -> impl Iterator<Item = (&[Part], &Deltas<D>)> {
+        self.linears().flat_map(Linear::trained)
+    }
+    /// The same, to be changed.
+    pub fn trained_mut(&mut self) -> impl Iterator<Item = (&[Part], &mut Deltas<D>)> {
+        self.linears_mut().flat_map(Linear::trained_mut)
+    }
+    /// Entries that are trained, biases among them.
     pub fn n_trained(&self) -> usize {
-        self.linears().filter_map(|linear| linear.deltas.as_ref()).map(|deltas| deltas.nnz).sum()
-    }
-
-    /// Makes the entries that `mask` chose trainable, at zero.
-    ///
-    /// # Errors
-    /// [`AdapterError::WrongBase`] where the mask was made from other weights; a list of all targets that cannot be trained.
-    pub fn attach(
-        &mut self,
-        ctx: &Context<'_>,
-        device: &D,
-        base: &Checkpoint,
-        mask: &MaskFile,
-    ) -> Result<(), TrainError> {
-        self.check_targets(base, mask.path(), mask.targets())?;
-        for linear in self.linears_mut() {
-            linear.attach(ctx, device, base, mask)?;
-        }
-        Ok(base.unchanged()?)
-    }
-
-    /// Proves that targets of a mask or an adapter, read from `path`, are projections of this model.
-    pub(super) fn check_targets(
-        &self,
-        base: &Checkpoint,
-        path: &Path,
-        targets: &[TargetInfo],
-    ) -> Result<(), TrainError> {
-        let mut problems = Vec::new();
-        for target in targets {
-            let name = Printable(&target.name);
-            let is_part = self.linears().flat_map(|linear| &linear.parts).any(|part| part.name == target.name);
-            let why = match base.tensor(&target.name) {
-                None => "the base has no such tensor".to_owned(),
-                Some(_) if !is_part => "only projections inside of layers are trained".to_owned(),
-                Some(_) if target.transposed => "only weights stored as [d_out, d_in] are trained".to_owned(),
-                Some(found) if (found.info.dtype, &found.info.shape) != (target.dtype, &target.shape) => format!(
-                    "it was made for {} {:?}, the base has {} {:?}",
-                    dtype_name(target.dtype),
-                    target.shape,
-                    dtype_name(found.info.dtype),
-                    found.info.shape
-                ),
-                Some(_) => continue,
-            };
-            problems.push(format!("\"{name}\": {why}"));
-        }
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(TrainError::Tensors { path: path.to_owned(), what: "these targets cannot be trained", problems })
+        self.trained().map(|(_, deltas)| deltas.nnz).sum()
     }
 }
 
 impl<D: Device> Linear<D> {
-    fn attach(&mut self, ctx: &Context<'_>, device: &D, base: &Checkpoint, mask: &MaskFile) -> Result<(), TrainError> {
-        let (mut offsets, mut columns, mut originals) = (vec![0], Vec::new(), Vec::new());
-        for part in &mut self.parts {
-            let first = columns.len();
-            match mask.target(&part.name) {
-                None => offsets.resize(offsets.len() + part.rows.len(), first as u32),
-                Some(target) => {
-                    let (chosen, stored) = entries(ctx, base, mask, target)?;
-                    offsets.extend(chosen.offsets()[1..].iter().map(|&end| (first + end) as u32));
-                    columns.extend_from_slice(chosen.columns());
-                    originals.extend(stored);
-                }
-            }
-            part.entries = first..columns.len();
-        }
-        let nnz = columns.len();
-        if nnz == 0 {
-            self.deltas = None;
-            return Ok(());
-        }
-        if u32::try_from(nnz).is_err() {
-            let what = format!("{nnz} entries of one matrix are chosen, at most 2^32 can be trained");
-            return Err(TrainError::Usage(what));
-        }
-        let mut on_device = device.weight(self.dtype, 1, nnz)?;
-        device.write_rows(&mut on_device, 0, &originals)?;
-        self.deltas = Some(Deltas {
-            nnz,
-            offsets: device.ids(&offsets)?,
-            columns: device.ids(&columns)?,
-            originals: on_device,
-            theta: device.zeros(nnz)?,
-            grad: device.zeros(nnz)?,
-            mean: device.zeros(nnz)?,
-            variance: device.zeros(nnz)?,
-        });
-        Ok(())
+    /// What of it is trained, with the tensors it belongs to: entries of the weight, then biases.
+    pub fn trained(&self) -> impl Iterator<Item = (&[Part], &Deltas<D>)> {
+        let weight = self.deltas.as_ref().map(|deltas| (&self.parts[..], deltas));
+        let bias = self.bias_deltas.as_ref().map(|deltas| (&self.bias_parts[..], deltas));
+        weight.into_iter().chain(bias)
     }
-}
+    /// The same, to be changed.
+    pub fn trained_mut(&mut self) -> impl Iterator<Item = (&[Part], &mut Deltas<D>)> {
+        let weight = self.deltas.as_mut().map(|deltas| (&self.parts[..], deltas));
+        let bias = self.bias_deltas.as_mut().map(|deltas| (&self.bias_parts[..], deltas));
+        weight.into_iter().chain(bias)
+    }
 
-/// A target's columns, and the base's elements there, proven to be those that the mask was made from.
-fn entries(
-    ctx: &Context<'_>,
-    base: &Checkpoint,
-    mask: &MaskFile,
-    target: &TargetInfo,
-) -> Result<(RowColumns, Vec<u8>), TrainError> {
-    let columns = mask.read_columns(ctx, target, 0..target.layout.n_rows())?;
-    let stored = anchored(ctx, base, target, &columns)?
-        .ok_or_else(|| AdapterError::other_base("the mask", mask.path(), &target.name, mask.base(), base))?;
-    Ok((columns, stored))
-}
-
-/// The base's elements at all columns of a target, or none where they are not those that the target's file was made from.
-pub(super) fn anchored(
-    ctx: &Context<'_>,
-    base: &Checkpoint,
-    target: &TargetInfo,
-    columns: &RowColumns,
-) -> Result<Option<Vec<u8>>, TrainError> {
-    let tensor = base.tensor(&target.name).expect("targets were checked");
-    let stored = gather_rows(ctx, tensor, target.layout, 0, columns)?;
-    Ok((blake3::hash(&stored) == target.anchor).then_some(stored))
+    /// Puts the deltas into weight and bias.
+    pub(super) fn patch(&mut self, device: &D) -> Done {
+        if let Some(deltas) = &self.deltas {
+            device.patch(&mut self.weight, deltas)?;
+        }
+        match (&mut self.bias, &self.bias_deltas) {
+            (Some(bias), Some(deltas)) => device.patch_bias(bias, deltas),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Reads the configuration of `checkpoint` and proves that its tensors are those of such a model. Reads headers only.
@@ -385,15 +306,16 @@ impl<D: Device> Loader<'_, D> {
         let d_in = self.tensor(&parts[0].name).info.shape[1] as usize;
         let d_out = parts.last().map_or(0, |part| part.rows.end);
         // Where one part has a bias and another has none, that one's is zero.
-        let biases: Vec<String> = modules.iter().map(|module| format!("{module}.bias")).collect();
+        let bias_part = |part: &Part| Part { name: bias_of(&part.name), ..part.clone() };
+        let bias_parts: Vec<Part> = parts.iter().map(bias_part).collect();
         let mut bias = vec![0.0; d_out];
         let mut has_bias = false;
-        for (name, part) in biases.iter().zip(&parts).filter(|(name, _)| self.checkpoint.tensor(name).is_some()) {
-            bias[part.rows.clone()].copy_from_slice(&self.numbers(name)?);
+        for part in bias_parts.iter().filter(|part| self.checkpoint.tensor(&part.name).is_some()) {
+            bias[part.rows.clone()].copy_from_slice(&self.numbers(&part.name)?);
             has_bias = true;
         }
         let bias = has_bias.then(|| self.upload(&bias)).transpose()?;
-        Ok(Linear { weight, bias, d_out, d_in, dtype, parts, deltas: None })
+        Ok(Linear { weight, bias, d_out, d_in, dtype, parts, bias_parts, deltas: None, bias_deltas: None })
     }
 
     /// Tensors one below the other.

@@ -83,6 +83,9 @@ pub struct TrainOptions {
     /// Evaluations without a better loss after which the run stops.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
+    /// Whether the biases of the chosen projections are trained too, whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub train_bias: bool,
     /// Whether a layer's activations are made again on the way back: less memory, a third more time. The result is the same.
     pub layer_checkpoints: bool,
 }
@@ -106,6 +109,7 @@ impl Default for TrainOptions {
             clip: Some(1.0),
             eval_every: None,
             patience: None,
+            train_bias: false,
             layer_checkpoints: false,
         }
     }

@@ -236,8 +236,11 @@ impl<D: Device> Linear<D> {
 
     /// Adds to the gradient of the deltas.
     fn learn(&mut self, device: &D, dy: &D::Act, x: &D::Act, n: usize) -> Done {
-        match &mut self.deltas {
-            Some(deltas) => device.gather_dot(dy, x, n, (self.d_out, self.d_in), deltas),
+        if let Some(deltas) = &mut self.deltas {
+            device.gather_dot(dy, x, n, (self.d_out, self.d_in), deltas)?;
+        }
+        match &mut self.bias_deltas {
+            Some(deltas) => device.bias_grad(dy, n, self.d_out, deltas),
             None => Ok(()),
         }
     }
@@ -378,7 +381,7 @@ fn last_rows<'w, D: Device>(
 /// # Errors
 /// The device's.
 pub fn backward<D: Device>(device: &D, model: &mut Model<D>, batch: &DeviceBatch<D>, work: &mut Workspace<D>) -> Done {
-    let trains = |layer: &Layer<D>| layer.linears().iter().any(|linear| linear.deltas.is_some());
+    let trains = |layer: &Layer<D>| layer.linears().iter().any(|linear| linear.trained().next().is_some());
     let Some(first) = model.layers.iter().position(trains) else { return Ok(()) };
     for i in (first..model.layers.len()).rev() {
         // The forward pass left the last layer's tape as it is needed.

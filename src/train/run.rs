@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     TrainError,
+    attach::{biases, vector, whole},
     device::{AdamW, Device},
     evaluate::mean_loss,
     model::Model,
@@ -63,12 +64,12 @@ impl TrainJob<'_> {
     }
 
     /// All that decides the outcome: equal recipes give equal bytes.
-    fn recipe(&self) -> Value {
+    fn recipe(&self, n_trained: usize) -> Value {
         let anchors: Vec<_> = self.mask.targets().iter().map(|target| target.anchor.to_hex().to_string()).collect();
         let mut recipe = json!({
             "base": self.base.name(),
             "targets": blake3::hash(anchors.concat().as_bytes()).to_hex().to_string(),
-            "n_trained": self.mask.nnz(),
+            "n_trained": n_trained,
             "data": self.about_data,
             "data_digest": self.data.digest().to_hex().to_string(),
             "options": self.options,
@@ -151,8 +152,9 @@ pub struct TrainReport {
 
 /// Trains, and writes the adapter.
 ///
-/// The model must have the job's mask attached, and nothing trained yet. With a dataset to be judged by, the adapter has the
-/// deltas of the best evaluation; its loss is bit for bit that of the checkpoint that a merge makes of it, on the same device.
+/// The model must have the job's mask attached, and nothing trained yet; biases are attached here, where the options ask for them.
+/// With a dataset to be judged by, the adapter has the deltas of the best evaluation; its loss is bit for bit that of the
+/// checkpoint that a merge makes of it, on the same device.
 ///
 /// # Errors
 /// [`TrainError::Stopped`] where the user asked to stop: the state was saved. [`TrainError::NotFinite`] where the loss or a
@@ -182,7 +184,10 @@ pub fn train<D: Device>(
         let what = format!("the longest example has {longest} tokens, the model takes {fits}");
         return Err(TrainError::Usage(what));
     }
-    let recipe = job.recipe();
+    if job.options.train_bias {
+        model.attach_biases(&unstoppable(ctx), device, job.base, job.mask)?;
+    }
+    let recipe = job.recipe(model.n_trained());
     let (progress, best) = if goes_on {
         state::load(&unstoppable(ctx), device, model, &recipe, &state_path)?
     } else {
@@ -190,9 +195,7 @@ pub fn train<D: Device>(
         (start, None)
     };
     for linear in model.linears_mut() {
-        if let Some(deltas) = &linear.deltas {
-            device.patch(&mut linear.weight, deltas)?;
-        }
+        linear.patch(device)?;
     }
     let work = Workspace::new(device, &model.config, most_tokens, job.options.keep())?;
     let log = Log::open(&job.beside("log.jsonl"), progress.step, goes_on)?;
@@ -273,7 +276,7 @@ impl<D: Device> Run<'_, D> {
         let n_tokens: usize = batches.iter().map(Batch::n_tokens).sum();
         let loss_scale = f64::from(device.loss_scale());
         let grad_scale = device.loss_scale() / n_supervised.max(1) as f32;
-        for deltas in self.model.linears_mut().filter_map(|linear| linear.deltas.as_mut()) {
+        for (_, deltas) in self.model.trained_mut() {
             device.clear(&mut deltas.grad)?;
         }
         let mut sum = 0.0;
@@ -291,13 +294,12 @@ impl<D: Device> Run<'_, D> {
             backward(device, self.model, &batch, &mut self.work)?;
         }
         let loss = sum / n_supervised.max(1) as f64;
-        let trained = || self.model.linears().filter_map(|linear| Some((linear, linear.deltas.as_ref()?)));
-        let of: Vec<_> = trained().map(|(_, deltas)| (&deltas.grad, deltas.nnz)).collect();
+        let of: Vec<_> = self.model.trained().map(|(_, deltas)| (&deltas.grad, deltas.nnz)).collect();
         let squares = device.sums_of_squares(&of)?;
         if let Some(i) = squares.iter().position(|sum| !sum.is_finite()) {
-            let (linear, deltas) = trained().nth(i).expect("one sum for each");
+            let (parts, deltas) = self.model.trained().nth(i).expect("one sum for each");
             let grad = device.read(&deltas.grad, deltas.nnz)?;
-            let part = linear.parts.iter().find(|part| !grad[part.entries.clone()].iter().all(|g| g.is_finite()));
+            let part = parts.iter().find(|part| !grad[part.entries.clone()].iter().all(|g| g.is_finite()));
             let name = part.map_or("", |part| part.name.as_str());
             return Err(self.not_finite(batches.len() - 1, loss, format!("the gradient of {name}")));
         }
@@ -316,9 +318,10 @@ impl<D: Device> Run<'_, D> {
             step: self.progress.step,
         };
         for linear in self.model.linears_mut() {
-            let Some(deltas) = &mut linear.deltas else { continue };
-            device.adamw(deltas, update)?;
-            device.patch(&mut linear.weight, deltas)?;
+            for (_, deltas) in linear.trained_mut() {
+                device.adamw(deltas, update)?;
+            }
+            linear.patch(device)?;
         }
         let record = StepRecord {
             step: self.progress.step,
@@ -349,7 +352,7 @@ impl<D: Device> Run<'_, D> {
         let is_best = self.progress.best.is_none_or(|best| mean.loss < best.loss);
         if is_best {
             let mut best = BestDeltas::new();
-            for deltas in self.model.linears().filter_map(|linear| linear.deltas.as_ref()) {
+            for (_, deltas) in self.model.trained() {
                 best.push(self.device.read(&deltas.theta, deltas.nnz)?);
             }
             (self.best, self.progress.best) = (Some(best), Some(Best { step, loss: mean.loss }));
@@ -386,10 +389,11 @@ impl<D: Device> Run<'_, D> {
         if let Some(best) = &self.best {
             let mut best = best.iter();
             for linear in self.model.linears_mut() {
-                let Some(deltas) = &mut linear.deltas else { continue };
-                let theta = best.next().expect("every matrix with deltas has its best");
-                self.device.write(theta, &mut deltas.theta)?;
-                self.device.patch(&mut linear.weight, deltas)?;
+                for (_, deltas) in linear.trained_mut() {
+                    let theta = best.next().expect("all that is trained has its best");
+                    self.device.write(theta, &mut deltas.theta)?;
+                }
+                linear.patch(self.device)?;
             }
         }
         self.draw()?;
@@ -444,14 +448,8 @@ fn write_adapter<D: Device>(
 ) -> Result<(), TrainError> {
     let mut writer = AdapterWriter::create(job.output, job.existing, Dtype::F32)?;
     for target in job.mask.targets() {
-        let is_target = |part: &&super::Part| part.name == target.name;
-        let found = model.linears().find_map(|linear| Some((linear, linear.parts.iter().find(is_target)?)));
-        let (linear, part) = found.expect("targets are parts of the model");
-        let theta = match &linear.deltas {
-            Some(deltas) => device.read(&deltas.theta, deltas.nnz)?,
-            None => Vec::new(),
-        };
-        let mut theta = &theta[part.entries.clone()];
+        let theta = thetas(device, model, &target.name)?;
+        let mut theta = &theta[..];
         let tensor = job.base.tensor(&target.name).expect("targets are tensors of the base");
         writer.begin_target(&target.name, target.dtype, &target.shape, false, target.uniform_k)?;
         for rows in job.mask.row_ranges(ctx, target, RUN)? {
@@ -463,8 +461,27 @@ fn write_adapter<D: Device>(
         }
         writer.end_target(target.blake3);
     }
+    let biases = if job.options.train_bias { biases(job.base, job.mask)? } else { Vec::new() };
+    for bias in biases {
+        let (layout, info) = (vector(bias), bias.info);
+        let columns = whole(layout.n_rows() as usize);
+        writer.begin_target(&info.name, info.dtype, &info.shape, false, Some(1))?;
+        let stored = gather_rows(ctx, bias, layout, 0, &columns)?;
+        writer.push_rows(&columns, &thetas(device, model, &info.name)?, &stored)?;
+        writer.end_target(None);
+    }
     job.base.unchanged()?;
     Ok(writer.finish(ctx, 1.0, job.mask.recipe(), &BaseInfo::of(job.base), notes)?)
+}
+
+/// The deltas of a tensor; none where nothing of it is trained.
+fn thetas<D: Device>(device: &D, model: &Model<D>, tensor: &str) -> Result<Vec<f32>, TrainError> {
+    for (parts, deltas) in model.trained() {
+        if let Some(part) = parts.iter().find(|part| part.name == tensor) {
+            return Ok(device.read(&deltas.theta, deltas.nnz)?[part.entries.clone()].to_vec());
+        }
+    }
+    Ok(Vec::new())
 }
 
 /// The log: JSON lines on disk, losses in memory for the curve.

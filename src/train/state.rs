@@ -9,11 +9,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{
-    TrainError,
-    device::{Deltas, Device},
-    model::Model,
-};
+use super::{TrainError, device::Device, model::Model};
 use crate::{
     checkpoint::{CheckpointError, Context, Existing, Printable, Shard, TensorFileWriter},
     tensor::Dtype,
@@ -61,13 +57,8 @@ struct Document {
     recipe: Value,
 }
 
-/// The deltas of the best evaluation: for each matrix with deltas, in the model's order.
+/// The deltas of the best evaluation: those of all that is trained, in the model's order.
 pub(super) type BestDeltas = Vec<Vec<f32>>;
-
-/// Every matrix that is trained: its deltas and its parts by name.
-fn trained<D: Device>(model: &Model<D>) -> impl Iterator<Item = (&super::Linear<D>, &Deltas<D>)> {
-    model.linears().filter_map(|linear| Some((linear, linear.deltas.as_ref()?)))
-}
 
 /// Writes the state.
 pub(super) fn save<D: Device>(
@@ -80,13 +71,13 @@ pub(super) fn save<D: Device>(
     path: &Path,
 ) -> Result<(), TrainError> {
     let mut file = TensorFileWriter::create(path, Existing::Replace)?;
-    for (i, (linear, deltas)) in trained(model).enumerate() {
+    for (i, (parts, deltas)) in model.trained().enumerate() {
         let read = |values: &D::F32| device.read(values, deltas.nnz);
         let mut tensors =
             vec![("theta", read(&deltas.theta)?), ("mean", read(&deltas.mean)?), ("variance", read(&deltas.variance)?)];
         tensors.extend(best.map(|best| ("best", best[i].clone())));
         for (what, values) in tensors {
-            for part in linear.parts.iter().filter(|part| !part.entries.is_empty()) {
+            for part in parts.iter().filter(|part| !part.entries.is_empty()) {
                 let id = file.add_tensor(format!("{}.{what}", part.name), Dtype::F32);
                 let bytes: Vec<u8> = values[part.entries.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
                 file.append(id, &bytes)?;
@@ -128,9 +119,7 @@ pub(super) fn load<D: Device>(
     }
     let has_best = document.progress.best.is_some();
     let mut best = BestDeltas::new();
-    for linear in model.linears_mut() {
-        let super::Linear { parts, deltas, .. } = linear;
-        let Some(deltas) = deltas else { continue };
+    for (parts, deltas) in model.trained_mut() {
         let read = |what: &str| -> Result<Vec<f32>, TrainError> {
             let mut values = vec![0.0; deltas.nnz];
             for part in parts.iter().filter(|part| !part.entries.is_empty()) {

@@ -177,7 +177,7 @@ fn measure(
     };
     let plan = Plan::new(&options, &data);
     let size =
-        RunSize { n_trained: mask.nnz(), most_tokens: plan.most_tokens, most_supervised: plan.most_supervised, keep };
+        RunSize { n_entries: mask.nnz(), n_biases: 0, most_tokens: plan.most_tokens, most_supervised: plan.most_supervised, keep };
     let estimate = MemoryEstimate::on_gpu(&ModelConfig::of(base)?, base, size).total;
     let (before, _) = gpu.memory()?;
     let device = CudaDevice::new(gpu, Dtype::BF16)?;

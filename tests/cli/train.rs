@@ -1,6 +1,7 @@
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
 use insta::assert_snapshot;
+use serde_json::json;
 
 use super::Place;
 
@@ -94,4 +95,99 @@ fn a_run_that_cannot_be_is_refused_first() {
     error: tiny-llama: model type `mamba` cannot be trained; llama, mistral, qwen2, qwen3 can
     ");
     assert_eq!(fs::read(place.path("a.safetensors")).unwrap(), b"here already");
+}
+
+/// A copy of the tiny Llama with biases at queries and keys, in a shard of their own.
+fn copy_with_biases(place: &Place) {
+    let index = place.copy_fixture("tiny-llama").join("model.safetensors.index.json");
+    let shard = "biases.safetensors";
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
+    let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
+    for layer in 0..2 {
+        for (module, d_out) in [("q_proj", 64), ("k_proj", 32)] {
+            let name = format!("model.layers.{layer}.self_attn.{module}.bias");
+            let start = bytes.len();
+            bytes.extend((0..d_out).flat_map(|i| half::bf16::from_f32((i % 7) as f32 / 64.0).to_le_bytes()));
+            header
+                .insert(name.clone(), json!({"dtype": "BF16", "shape": [d_out], "data_offsets": [start, bytes.len()]}));
+            json["weight_map"][name] = json!(shard);
+        }
+    }
+    json["metadata"] = json!({});
+    let header = serde_json::to_vec(&header).unwrap();
+    let file = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes].concat();
+    fs::write(index.with_file_name(shard), file).unwrap();
+    fs::write(index, serde_json::to_vec(&json).unwrap()).unwrap();
+}
+
+#[test]
+fn trained_biases_pass_through_every_command() {
+    let place = Place::new();
+    copy_with_biases(&place);
+    let line = format!("train tiny-llama -k 2 {DATA} --train-bias");
+    assert_snapshot!(place.run(&format!("{line} -o a.safetensors --dry-run")), @r"
+    exit: 0
+    --- stdout
+    model      tiny-llama (llama, 2 layers of 64, 126,464 parameters)
+    trainable  2,432 deltas and 192 biases, 2.07 % of the parameters
+    memory     10.6 MB: weights 253 kB, activations 10.3 MB, state 63.4 kB
+    steps      12 of 808 tokens each, a batch has 998 at most
+    --- stderr
+    commonsense.jsonl: 18 examples (commonsense), 4,850 tokens, 491 of them learned, the longest has 371
+    ");
+    assert_eq!(place.json(&format!("{line} -o a.safetensors --dry-run"))["n_biases"], 192);
+    place.stdout(&format!("{line} --max-steps 4 -o a.safetensors"));
+    place.stdout(&format!("{line} --max-steps 3 -o b.safetensors"));
+    let told = place.run("inspect a.safetensors --filter *.self_attn.[qk]_proj.*");
+    assert_snapshot!(told[told.find("kind ").unwrap()..], @r"
+    kind         base type  values  targets  rows  per row  connections   share
+    k_proj       BF16       F32           2    64        2          128  3.12 %
+    k_proj.bias  BF16       F32           2    64        1           64   100 %
+    q_proj       BF16       F32           2   128        2          256  3.12 %
+    q_proj.bias  BF16       F32           2   128        1          128   100 %
+    --- stderr
+    ");
+
+    let before = bytes_of(&place, "tiny-llama");
+    place.stdout("merge tiny-llama --adapter a.safetensors -o merged");
+    assert_ne!(bytes_of(&place, "merged")["biases.safetensors"], before["biases.safetensors"]);
+    place.stdout("verify merged --base tiny-llama");
+    place.stdout("merge merged --adapter b.safetensors --in-place");
+    place.stdout("verify merged --base tiny-llama");
+    place.stdout("unmerge merged");
+    let mut after = bytes_of(&place, "merged");
+    after.retain(|name, _| before.contains_key(name));
+    assert!(after == before, "every byte of the base returns");
+
+    place.stdout("diff a.safetensors a.safetensors");
+    let diff = place.json("diff a.safetensors b.safetensors");
+    assert!(diff.to_string().contains("self_attn.k_proj.bias"), "{diff}");
+    place.stdout("pack a.safetensors -o a.packed --base tiny-llama --columns derived");
+    place.stdout("unpack a.packed -o a.unpacked --base tiny-llama");
+    assert_eq!(fs::read(place.path("a.unpacked")).unwrap(), fs::read(place.path("a.safetensors")).unwrap());
+    place.stdout("combine a.safetensors=0.5 b.safetensors=0.5 -o c.safetensors");
+    place.stdout("merge tiny-llama --adapter c.safetensors -o combined");
+    let told = place.run("convert a.safetensors --to npz -o a.npz");
+    assert!(told.contains("\"model.layers.0.self_attn.k_proj.bias\": shape [32] is a vector"), "{told}");
+}
+
+#[test]
+fn biases_that_the_base_has_not_are_not_trained() {
+    let place = Place::new();
+    let line = format!("train [FIXTURES]/tiny-llama -k 1 {DATA} --train-bias -o a.safetensors");
+    for more in ["", " --dry-run"] {
+        let told = place.run(&format!("{line}{more} -q"));
+        let what = "the chosen projections have no bias: an adapter can only add to tensors that exist";
+        assert_eq!(told, format!("exit: 2\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: {what}\n"));
+    }
+    assert_eq!(place.files(), [""; 0]);
+}
+
+/// The files of a folder below this place, by name.
+fn bytes_of(place: &Place, folder: &str) -> BTreeMap<String, Vec<u8>> {
+    let prefix = format!("{folder}/");
+    let names = place.files().into_iter();
+    names
+        .filter_map(|name| Some((name.strip_prefix(&prefix)?.to_owned(), fs::read(place.path(&name)).unwrap())))
+        .collect()
 }

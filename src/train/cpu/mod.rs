@@ -280,8 +280,18 @@ impl Device for CpuDevice {
         Ok(())
     }
 
+    fn bias_grad(&self, dy: &Vec<f32>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done {
+        sparse::sum_tokens(&dy[..n * d_out], d_out, &deltas.offsets, &mut deltas.grad);
+        Ok(())
+    }
+
     fn patch(&self, w: &mut CpuWeight, deltas: &Deltas<Self>) -> Done {
         w.patch(&deltas.offsets, &deltas.columns, &deltas.originals, &deltas.theta);
+        Ok(())
+    }
+
+    fn patch_bias(&self, bias: &mut Vec<f32>, deltas: &Deltas<Self>) -> Done {
+        deltas.originals.patched(&deltas.offsets, &deltas.theta, bias);
         Ok(())
     }
 

@@ -52,6 +52,26 @@ pub(super) fn gather_dot(dy: &[f32], x: &[f32], n: usize, offsets: &[u32], colum
     }
 }
 
+/// `grad[e] += sum_t dy[t, i]` for the entry `e` of each row `i` that has one; `dy` is `[n, d_out]`.
+///
+/// Tokens are added up in their order, a tile of them at a time; tiles are added in their order.
+pub(super) fn sum_tokens(dy: &[f32], d_out: usize, offsets: &[u32], grad: &mut [f32]) {
+    by_rows(offsets, grad).into_par_iter().for_each(|(first_row, offsets, grad)| {
+        let n_rows = offsets.len() - 1;
+        for tile in dy.chunks(TOKENS * d_out) {
+            let mut sums = [0.0; ROWS];
+            for token in tile.chunks_exact(d_out) {
+                sums.iter_mut().zip(&token[first_row..first_row + n_rows]).for_each(|(sum, dy)| *sum += dy);
+            }
+            for (sum, span) in sums.iter().zip(offsets.windows(2)) {
+                for e in span[0]..span[1] {
+                    grad[(e - offsets[0]) as usize] += sum;
+                }
+            }
+        }
+    });
+}
+
 /// Runs of rows: the first, their offsets, their part of `grad`.
 fn by_rows<'a>(offsets: &'a [u32], mut grad: &'a mut [f32]) -> Vec<(usize, &'a [u32], &'a mut [f32])> {
     let n_rows = offsets.len() - 1;

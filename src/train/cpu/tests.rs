@@ -57,6 +57,59 @@ fn linear_back_is_the_gradient() {
     }
 }
 
+/// Biases `[n, 1]` of which all but one are trained.
+fn bias_deltas(device: &CpuDevice, dtype: Dtype, originals: &[u8], n: usize, left_out: usize) -> Deltas<CpuDevice> {
+    let mut stored = device.weight(dtype, 1, n - 1).unwrap();
+    device.write_rows(&mut stored, 0, originals).unwrap();
+    Deltas {
+        nnz: n - 1,
+        offsets: (0..=n).map(|i| if i > left_out { i - 1 } else { i } as u32).collect(),
+        columns: vec![0; n - 1],
+        originals: stored,
+        theta: vec![0.0; n - 1],
+        grad: vec![0.0; n - 1],
+        mean: vec![0.0; n - 1],
+        variance: vec![0.0; n - 1],
+    }
+}
+
+#[test]
+fn bias_grad_adds_the_gradient() {
+    // More tokens than a tile has, more rows than a run.
+    let (device, n, d_out, d_in, left_out) = (CpuDevice::new(), 300, 70, 3, 66);
+    let mut w = device.weight(Dtype::F32, d_out, d_in).unwrap();
+    let bytes: Vec<u8> = numbers(d_out * d_in, 1).iter().flat_map(|w| w.to_le_bytes()).collect();
+    device.write_rows(&mut w, 0, &bytes).unwrap();
+    let (x, dy, bias) = (numbers(n * d_in, 2), numbers(n * d_out, 3), numbers(d_out, 4));
+    let mut deltas = bias_deltas(&device, Dtype::F32, &vec![0; 4 * (d_out - 1)], d_out, left_out);
+    let before = numbers(d_out - 1, 5);
+    deltas.grad.clone_from(&before);
+    device.bias_grad(&dy, n, d_out, &mut deltas).unwrap();
+    let forward = |trained: &[f32]| {
+        let mut bias = bias.clone();
+        bias[..left_out].copy_from_slice(&trained[..left_out]);
+        bias[left_out + 1..].copy_from_slice(&trained[left_out..]);
+        let mut y = vec![f32::NAN; n * d_out];
+        device.linear(&x, n, &w, Some(&bias), false, &mut y).unwrap();
+        y
+    };
+    let trained = [&bias[..left_out], &bias[left_out + 1..]].concat();
+    let gradient: Vec<f32> = deltas.grad.iter().zip(before).map(|(after, before)| after - before).collect();
+    check("bias", &trained, &dy, forward, &gradient);
+}
+
+#[test]
+fn a_patched_bias_is_rounded_to_its_type_and_widened() {
+    let device = CpuDevice::new();
+    let bytes: Vec<u8> = [1.0f32, -2.0].iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+    let mut deltas = bias_deltas(&device, Dtype::BF16, &bytes, 3, 1);
+    // 1 + 0.002 is nearer to 1 than to 1.0078125; -2 + 0.5 is a bf16.
+    deltas.theta = vec![0.002, 0.5];
+    let mut bias = vec![9.0, 7.0, 9.0];
+    device.patch_bias(&mut bias, &deltas).unwrap();
+    assert_eq!(bias, [1.0, 7.0, -1.5]);
+}
+
 #[test]
 fn rms_norm_back_adds_the_gradient() {
     let (device, n, d, eps) = (CpuDevice::new(), 3, 7, 1e-5);

@@ -112,6 +112,17 @@ impl CpuWeight {
         }
     }
 
+    /// `to[i] = round(self[e] + theta[e])`, widened, for the entry `e` of each row `i` that has one.
+    pub(super) fn patched(&self, offsets: &[u32], theta: &[f32], to: &mut [f32]) {
+        with_elements!(&self.elements, from => {
+            for (to, span) in to.iter_mut().zip(offsets.windows(2)) {
+                for e in span[0] as usize..span[1] as usize {
+                    *to = merged(from[e], theta[e]).widen();
+                }
+            }
+        });
+    }
+
     /// `w[i, columns[e]] = round(originals[e] + theta[e])`.
     pub(super) fn patch(&mut self, offsets: &[u32], columns: &[u32], originals: &Self, theta: &[f32]) {
         match (&mut self.elements, &originals.elements) {
@@ -146,10 +157,14 @@ fn widen_all<'a, T: Float<Acc = f32>>(from: &[T], room: &'a mut Vec<f32>) -> &'a
 }
 
 /// The sum is that of a merge with scale 1, so that both round alike.
+fn merged<T: Float<Acc = f32>>(original: T, theta: f32) -> T {
+    T::from_acc(original.widen() + theta)
+}
+
 fn patch<T: Float<Acc = f32>>(w: &mut [T], d_in: usize, offsets: &[u32], columns: &[u32], from: &[T], theta: &[f32]) {
     w.par_chunks_mut(d_in).zip(offsets.par_windows(2)).with_min_len(256).for_each(|(row, span)| {
         for e in span[0] as usize..span[1] as usize {
-            row[columns[e] as usize] = T::from_acc(from[e].widen() + theta[e]);
+            row[columns[e] as usize] = merged(from[e], theta[e]);
         }
     });
 }

@@ -112,7 +112,7 @@ impl CudaDevice {
         let logits = at_once(config.n_vocab).min(run.most_supervised) * config.n_vocab;
         // Of the largest matrix, as if all matrices had their share.
         let n_rows = (config.heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let k = run.n_trained.div_ceil(n_rows.max(1) as u64) as usize;
+        let k = run.n_entries.div_ceil(n_rows.max(1) as u64) as usize;
         let most_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
         let partial = Queue::gather_room(run.most_tokens, most_entries);
         let delta = run.most_tokens * config.heads.n_q;
