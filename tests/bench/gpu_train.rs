@@ -176,8 +176,13 @@ fn measure(
         ..TrainOptions::default()
     };
     let plan = Plan::new(&options, &data);
-    let size =
-        RunSize { n_entries: mask.nnz(), n_biases: 0, most_tokens: plan.most_tokens, most_supervised: plan.most_supervised, keep };
+    let size = RunSize {
+        n_entries: mask.nnz(),
+        n_biases: 0,
+        most_tokens: plan.most_tokens,
+        most_supervised: plan.most_supervised,
+        keep,
+    };
     let estimate = MemoryEstimate::on_gpu(&ModelConfig::of(base)?, base, size).total;
     let (before, _) = gpu.memory()?;
     let device = CudaDevice::new(gpu, Dtype::BF16)?;

@@ -85,7 +85,7 @@ const std::map<std::string, Kernel>& kernels() {
         // The trainer's.
         FLOAT_KERNELS(rms_norm),  FLOAT_KERNELS(rms_norm_back), FLOAT_KERNELS(head_norm), FLOAT_KERNELS(head_norm_back),
         FLOAT_KERNELS(rope),      FLOAT_KERNELS(swiglu),    FLOAT_KERNELS(swiglu_back), FLOAT_KERNELS(add_bias),
-        FLOAT_KERNELS(cross_entropy), FLOAT_KERNELS(gather_dot), FLOAT_KERNELS(patch_entries),
+        FLOAT_KERNELS(cross_entropy), FLOAT_KERNELS(gather_dot), FLOAT_KERNELS(patch_entries), FLOAT_KERNELS(patch_bias),
         KERNEL(take_rows_wide),   KERNEL(take_rows_narrow), KERNEL(put_rows_wide),   KERNEL(put_rows_narrow),
         KERNEL(argmax_rows),      KERNEL(add_slices),       KERNEL(take_entries),    KERNEL(adamw),
         KERNEL(sum_of_squares),

@@ -250,6 +250,13 @@ fn gathered_dots() {
             device.gather_dot(&act(device, &dy), &act(device, &x), n, shape, &mut deltas).unwrap();
             results.push((what, device.read(&deltas.grad, deltas.nnz).unwrap()));
         }
+        // Sums over the tokens: biases are matrices of one column.
+        for (n, d_out) in [(150, 300), (70, 33)] {
+            let dy = act(device, &numbers(dtype, n * d_out, 1));
+            let mut deltas = entries(device, dtype, (d_out, 1), &[1, 1, 0]);
+            device.bias_grad(&dy, n, d_out, &mut deltas).unwrap();
+            results.push(("biases", device.read(&deltas.grad, deltas.nnz).unwrap()));
+        }
         results
     });
 }
@@ -257,7 +264,7 @@ fn gathered_dots() {
 #[test]
 fn patches_and_steps_have_the_same_bits() {
     let Some(queue) = queue() else { return };
-    fn run<D: Device>(device: &D, dtype: Dtype) -> [Vec<f32>; 5] {
+    fn run<D: Device>(device: &D, dtype: Dtype) -> [Vec<f32>; 6] {
         let shape = (37, 50);
         let mut deltas = entries(device, dtype, shape, &[2, 0, 7]);
         let adamw =
@@ -269,16 +276,20 @@ fn patches_and_steps_have_the_same_bits() {
         let ids: Vec<u32> = (0..shape.0 as u32).collect();
         let mut rows = device.act(shape.0 * shape.1).unwrap();
         device.embed(&device.ids(&ids).unwrap(), shape.0, &w, &mut rows).unwrap();
+        let biases = entries(device, dtype, (shape.0, 1), &[1, 0]);
+        let mut bias = on_device(device, &numbers(Dtype::F32, shape.0, 21));
+        device.patch_bias(&mut bias, &biases).unwrap();
+        let bias = device.read(&bias, shape.0).unwrap();
         let read = |values: &D::F32| device.read(values, deltas.nnz).unwrap();
         let (theta, mean, variance) = (read(&deltas.theta), read(&deltas.mean), read(&deltas.variance));
         device.clear(&mut deltas.grad).unwrap();
-        [theta, mean, variance, device.read_act(&rows, shape.0 * shape.1).unwrap(), read(&deltas.grad)]
+        [theta, mean, variance, device.read_act(&rows, shape.0 * shape.1).unwrap(), read(&deltas.grad), bias]
     }
     for dtype in DTYPES {
         let cuda = run(&CudaDevice::new(queue.gpu(), dtype).unwrap(), dtype);
         let cpu = run(&CpuDevice::new(), dtype);
-        for (what, (cuda, cpu)) in ["theta", "mean", "variance", "weights", "cleared"].iter().zip(cuda.iter().zip(&cpu))
-        {
+        let names = ["theta", "mean", "variance", "weights", "cleared", "biases"];
+        for (what, (cuda, cpu)) in names.iter().zip(cuda.iter().zip(&cpu)) {
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert!(bits(cuda) == bits(cpu), "{what}, {dtype:?}");
         }

@@ -141,6 +141,20 @@ __device__ __forceinline__ void patch_entries(typename T::Bits* weights, const u
     }
 }
 
+// The same of a bias, which is kept in f32: rounded to the type that it is stored in, and widened.
+//   bias       (d_out)        f32, in place; rows have one entry or none
+template <class T>
+__device__ __forceinline__ void patch_bias(float* bias, const u32* offsets, const typename T::Bits* originals,
+                                           const float* theta, u32 d_out, u32 nnz) {
+    for (u64 row = (u64)blockIdx.x * 256 + threadIdx.x; row < d_out; row += (u64)gridDim.x * 256) {
+        for (u32 entry = offsets[row]; entry < offsets[row + 1] && entry < nnz; entry++) {
+            float original = T::widen(originals[entry]);
+            bool is_nan = original != original;
+            bias[row] = is_nan ? original : T::widen(T::round(original + theta[entry]));
+        }
+    }
+}
+
 #define SPARSE(T, NAME)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256)                                                                      \
         gather_dot_##NAME(const T::Bits* dy, const T::Bits* x, const u32* offsets, const u32* columns, float* partial,     \
@@ -151,6 +165,11 @@ __device__ __forceinline__ void patch_entries(typename T::Bits* weights, const u
         patch_entries_##NAME(T::Bits* weights, const u32* offsets, const u32* columns, const T::Bits* originals,           \
                              const float* theta, u32 d_out, u32 d_in, u32 nnz) {                                           \
         patch_entries<T>(weights, offsets, columns, originals, theta, d_out, d_in, nnz);                                   \
+    }                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256)                                                                      \
+        patch_bias_##NAME(float* bias, const u32* offsets, const T::Bits* originals, const float* theta, u32 d_out,        \
+                          u32 nnz) {                                                                                       \
+        patch_bias<T>(bias, offsets, originals, theta, d_out, nnz);                                                        \
     }
 FOR_FLOATS(SPARSE)
 

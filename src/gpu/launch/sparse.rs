@@ -134,6 +134,31 @@ impl Queue {
         unsafe { self.launch("sparse", of_type!("patch_entries", dtype), (blocks_for(d_out), 1), 0, args) }
     }
 
+    /// `bias[i] = round(originals[e] + theta[e])` for each entry `e` of each row `i`, rounded to `dtype` and widened; `bias` is
+    /// `[d_out]`, of entries of shape `(d_out, 1)`.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// Where memory is too short, or belongs to another queue.
+    pub fn patch_bias(
+        &self,
+        bias: &mut DeviceVec<f32>,
+        of: EntriesOf<'_>,
+        (originals, dtype): (&DeviceVec<u8>, Dtype),
+        theta: &DeviceVec<f32>,
+    ) -> Result<(), GpuError> {
+        let (nnz, (d_out, _)) = (of.nnz, of.shape);
+        let [offsets, _] = self.has_entries(of);
+        self.owns(originals);
+        assert!(nnz * bytes_of(dtype) <= originals.len, "one original for each entry");
+        let (bias, theta) = (self.has(bias, d_out), self.has(theta, nnz));
+        let args = &mut [bias, offsets, memory(originals), theta, small(d_out), small(nnz)];
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz are left out, all else is within the lengths asserted.
+        unsafe { self.launch("sparse", of_type!("patch_bias", dtype), (blocks_for(d_out), 1), 0, args) }
+    }
+
     /// One step of AdamW on `theta`, `[n]`, with its gradient and state; `numbers` are the kernel's, from `grad_scale` to `eps`.
     ///
     /// # Errors

@@ -50,6 +50,8 @@ struct Room {
     /// `sum(dout * out)` of each token and query head.
     delta: DeviceVec<f32>,
     sums: DeviceVec<f64>,
+    /// Ones, in the type of activations.
+    ones: DeviceVec<u8>,
 }
 
 /// A matrix on a GPU, as it is stored.
@@ -77,6 +79,7 @@ impl CudaDevice {
             acts: queue.alloc(0, "nothing")?,
             delta: queue.alloc(0, "nothing")?,
             sums: queue.alloc(0, "nothing")?,
+            ones: queue.alloc(0, "nothing")?,
         });
         Ok(Self { queue, blas, dtype, staging, turn: Cell::new(0), room })
     }
@@ -499,9 +502,26 @@ impl Device for CudaDevice {
         Ok(())
     }
 
+    fn bias_grad(&self, dy: &DeviceVec<u8>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done {
+        let Room { numbers: room, ones, .. } = &mut *self.room.borrow_mut();
+        if ones.len() < n * self.act_size() {
+            self.grow(ones, n * self.act_size(), "ones")?;
+            self.write_act(&vec![1.0; n], ones)?;
+        }
+        let Deltas { offsets, columns, grad, nnz, .. } = deltas;
+        let of = EntriesOf { offsets, columns, nnz: *nnz, shape: (d_out, 1) };
+        self.grow(room, Queue::gather_room(n, *nnz), "the gradient of biases")?;
+        Ok(self.queue.gather_dot((dy, ones, self.dtype), n, of, grad, room)?)
+    }
+
     fn patch(&self, w: &mut CudaWeight, deltas: &Deltas<Self>) -> Done {
         let of = entries(deltas, (w.d_out, w.d_in));
         Ok(self.queue.patch_entries((&mut w.bytes, self.dtype), of, &deltas.originals.bytes, &deltas.theta)?)
+    }
+
+    fn patch_bias(&self, bias: &mut DeviceVec<f32>, deltas: &Deltas<Self>) -> Done {
+        let of = entries(deltas, (bias.len(), 1));
+        Ok(self.queue.patch_bias(bias, of, (&deltas.originals.bytes, self.dtype), &deltas.theta)?)
     }
 
     fn sums_of_squares(&self, of: &[(&DeviceVec<f32>, usize)]) -> Result<Vec<f64>, DeviceError> {
