@@ -3,88 +3,30 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
-    cell::RefCell,
-    collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use half::{bf16, f16};
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes},
-    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter, TensorRef},
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Context, Existing, Observer, Shard},
     data::{Batch, Batches, Dataset, IGNORE},
     mask::{MaskFile, MaskOptions, create_mask},
     merge::{MergeInput, MergeOptions, merge},
     tensor::Dtype,
     train::{
-        CpuDevice, Device, DeviceBatch, EvalRecord, GenerateOptions, Keep, Model, Question, StepRecord, TrainError,
-        TrainJob, TrainOptions, TrainReport, Warmup, Watcher, Workspace, backward, forward, generate, logits, losses,
-        mean_loss, rank, train,
+        CpuDevice, Device, DeviceBatch, GenerateOptions, Keep, Model, Question, StepRecord, TrainError, TrainOptions,
+        Workspace, backward, forward, generate, logits, losses, mean_loss, rank,
     },
 };
 
 #[path = "train/bias.rs"]
 mod bias;
+#[path = "support/training.rs"]
+mod training;
 
-fn reference(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/reference").join(name)
-}
-
-/// A tensor's numbers, whatever their type.
-fn numbers(file: &Shard, name: &str) -> Vec<f64> {
-    let info = file.header().tensor(name).unwrap_or_else(|| panic!("{name} is missing"));
-    let bytes = file.window(&Context::default(), info, 0..info.n_bytes()).unwrap();
-    let four = |le: &[u8]| [le[0], le[1], le[2], le[3]];
-    match info.dtype {
-        Dtype::F32 => bytes.chunks_exact(4).map(|le| f64::from(f32::from_le_bytes(four(le)))).collect(),
-        Dtype::I32 => bytes.chunks_exact(4).map(|le| f64::from(i32::from_le_bytes(four(le)))).collect(),
-        Dtype::F64 => bytes.chunks_exact(8).map(|le| f64::from_le_bytes(le.try_into().unwrap())).collect(),
-        other => panic!("{name} is {other:?}"),
-    }
-}
-
-/// Rows of tokens with Hugging Face's labels (-100 = none), `width` wide, without what is not attended to.
-fn packed(ids: &[f64], labels: &[f64], attended: Option<&[f64]>, width: usize) -> Batch {
-    let mut batch = Batch { tokens: Vec::new(), labels: Vec::new(), starts: vec![0] };
-    for row in 0..ids.len() / width {
-        let is_attended = |at: usize| attended.is_none_or(|attended| attended[at] != 0.0);
-        let row: Vec<usize> = (row * width..(row + 1) * width).filter(|&at| is_attended(at)).collect();
-        for (i, &at) in row.iter().enumerate() {
-            batch.tokens.push(ids[at] as u32);
-            let next = row.get(i + 1).map_or(-100.0, |&next| labels[next]);
-            batch.labels.push(if next < 0.0 { IGNORE } else { next as u32 });
-        }
-        batch.starts.push(batch.tokens.len());
-    }
-    batch
-}
-
-fn mask(base: &Checkpoint, k: u64, path: &Path) -> MaskFile {
-    create_mask(&Context::default(), base, &MaskOptions::new(k), Some((path, Existing::Replace))).unwrap();
-    MaskFile::open(path).unwrap()
-}
-
-/// A reference model, and what transformers makes of it.
-///
-/// Mistral has no weights of its own: on Llama's, transformers' two classes give the same bits.
-fn model(folder: &Path, name: &str) -> (Checkpoint, Shard) {
-    let of = |name: &str| reference("model").join(name);
-    let weights = if name == "mistral" { "llama" } else { name };
-    let copy = folder.join(name);
-    fs::create_dir_all(&copy).unwrap();
-    fs::copy(of(name).join("config.json"), copy.join("config.json")).unwrap();
-    fs::copy(of(weights).join("model.safetensors"), copy.join("model.safetensors")).unwrap();
-    (Checkpoint::open(&copy).unwrap(), Shard::open(&of(weights).join("expected.safetensors")).unwrap())
-}
-
-/// The largest difference, relative to the largest number.
-fn difference(found: &[f32], expected: &[f64]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
-    found.iter().zip(expected).fold(0.0, |most: f64, (a, b)| most.max((f64::from(*a) - b).abs())) / largest
-}
+use training::*;
 
 #[test]
 fn logits_loss_and_gradients_are_those_of_transformers() {
@@ -209,144 +151,11 @@ fn generation_takes_the_likeliest_token_each_time() {
 
 // --- whole runs
 
-/// The reference run: 240 rows of 20 tokens, of which the last ten or so are learned.
-fn reference_data() -> Dataset {
-    let file = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
-    let (ids, labels) = (numbers(&file, "input_ids"), numbers(&file, "labels"));
-    let mut data = Dataset::new();
-    for (ids, labels) in ids.chunks(20).zip(labels.chunks(20)) {
-        let tokens: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
-        let n_prompt = labels.iter().take_while(|&&label| label < 0.0).count();
-        assert!(ids[n_prompt..] == labels[n_prompt..], "labels are the tokens themselves");
-        data.push(&tokens, n_prompt);
-    }
-    data
-}
-
-/// The recipe of the reference run.
-fn reference_options() -> TrainOptions {
-    let recipe = fs::read(reference("train").join("recipe.json")).unwrap();
-    let recipe: serde_json::Value = serde_json::from_slice(&recipe).unwrap();
-    let number = |name: &str| recipe[name].as_f64().unwrap();
-    TrainOptions {
-        epochs: 1,
-        max_steps: recipe["steps"].as_u64(),
-        batch_examples: recipe["batch_size"].as_u64().unwrap() as usize,
-        shuffle: false,
-        learning_rate: number("lr"),
-        warmup: Warmup::Steps(recipe["warmup_steps"].as_u64().unwrap()),
-        weight_decay: number("weight_decay"),
-        eps: number("eps"),
-        clip: recipe["grad_clip"].as_f64(),
-        ..TrainOptions::default()
-    }
-}
-
-/// What watchers are told.
-#[derive(Default)]
-struct Told {
-    steps: RefCell<Vec<StepRecord>>,
-    evals: RefCell<Vec<EvalRecord>>,
-}
-
-impl Watcher for Told {
-    fn step(&self, record: &StepRecord, _: u64) {
-        self.steps.borrow_mut().push(*record);
-    }
-    fn eval(&self, record: &EvalRecord, _: bool) {
-        self.evals.borrow_mut().push(*record);
-    }
-}
-
 impl Told {
     /// All but what depends on the machine's speed.
     fn timeless(&self) -> (Vec<StepRecord>, Vec<(u64, f64)>) {
         let steps = self.steps.borrow().iter().map(|&record| StepRecord { seconds: 0.0, ..record }).collect();
         (steps, self.evals.borrow().iter().map(|record| (record.step, record.eval_loss)).collect())
-    }
-}
-
-/// A folder with a base and a mask, and runs in it.
-struct World {
-    folder: tempfile::TempDir,
-    base: Checkpoint,
-    mask: MaskFile,
-    data: Dataset,
-    eval: Option<Dataset>,
-}
-
-impl World {
-    fn new(base: impl FnOnce(&Path) -> Checkpoint, k: u64) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let base = base(folder.path());
-        let mask = mask(&base, k, &folder.path().join("mask.safetensors"));
-        Self { folder, base, mask, data: reference_data(), eval: None }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Trains; `change` may change the job.
-    fn run(
-        &self,
-        ctx: &Context<'_>,
-        name: &str,
-        options: &TrainOptions,
-        change: impl FnOnce(&mut TrainJob<'_>),
-    ) -> (Result<TrainReport, TrainError>, Told) {
-        let (device, told, output) = (CpuDevice::new(), Told::default(), self.path(name));
-        // Whoever asks to stop asks the run, not the loading.
-        let patient = Context::default();
-        let mut model = Model::load(&patient, &device, &self.base).unwrap();
-        model.attach(&patient, &device, &self.base, &self.mask).unwrap();
-        let mut job = TrainJob {
-            base: &self.base,
-            mask: &self.mask,
-            data: &self.data,
-            eval: self.eval.as_ref(),
-            options,
-            about_data: serde_json::Value::Null,
-            output: &output,
-            existing: Existing::Keep,
-            save_every: None,
-            resume: false,
-            notes: AdapterNotes::default(),
-        };
-        change(&mut job);
-        (train(ctx, &device, &mut model, &job, &told), told)
-    }
-}
-
-/// A checkpoint of random weights of another type, in the shape of the reference Llama.
-fn llama_as(dtype: Dtype) -> impl FnOnce(&Path) -> Checkpoint {
-    llama_with(dtype, Vec::new())
-}
-
-/// The same with more tensors.
-fn llama_with(dtype: Dtype, more: Vec<(String, Vec<f64>)>) -> impl FnOnce(&Path) -> Checkpoint {
-    move |folder| {
-        let (from, _) = model(folder, "llama");
-        let copy = folder.join("narrow");
-        fs::create_dir(&copy).unwrap();
-        fs::copy(from.root().join("config.json"), copy.join("config.json")).unwrap();
-        let mut file = TensorFileWriter::create(&copy.join("model.safetensors"), Existing::Keep).unwrap();
-        let shaped = |(name, values): (String, Vec<f64>)| (name, vec![values.len() as u64], values);
-        let kept = from
-            .tensors()
-            .map(|TensorRef { shard, info, .. }| (info.name.clone(), info.shape.clone(), numbers(shard, &info.name)));
-        for (name, shape, values) in kept.chain(more.into_iter().map(shaped)) {
-            let id = file.add_tensor(name, dtype);
-            let bytes: Vec<u8> = match dtype {
-                Dtype::BF16 => values.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
-                Dtype::F16 => values.iter().flat_map(|&x| f16::from_f64(x).to_le_bytes()).collect(),
-                _ => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
-            };
-            file.append(id, &bytes).unwrap();
-            file.finish_tensor(id, shape);
-        }
-        file.finish(&Context::default(), &BTreeMap::new()).unwrap();
-        Checkpoint::open(&copy).unwrap()
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod attention;
 mod binary;
+mod conformance;
 mod driver;
 mod kernels;
 mod operations;
@@ -15,3 +16,6 @@ mod products;
 mod samples;
 mod training;
 mod whole_runs;
+
+#[path = "../support/training.rs"]
+mod reference;

@@ -29,7 +29,7 @@ pack() {
     cp "$(executable cargo bench --locked --bench gpu --no-run)" "$to/gpu-bench"
     cp "$(executable cargo bench --locked --bench gpu_train --no-run)" "$to/gpu-train-bench"
     cp tests/gpu/on_device.sh tests/gpu/torch_*.py "$to/"
-    cp -r fixtures/tiny-llama "$to/fixtures/"
+    cp -r fixtures/tiny-llama fixtures/reference "$to/fixtures/"
     # For the rehearsal: the driver that the tests build.
     c++ -std=c++17 -O2 -fPIC -shared -ffp-contract=off -Wno-unknown-pragmas -Wl,-soname,libcuda.so -o "$to/fake/libcuda.so" \
         tests/gpu/fake_driver.cpp || echo "no C++ compiler: no rehearsal"
@@ -98,6 +98,7 @@ smollm2() {
 run() {
     results=${1:-$here/results}
     mkdir -p "$results"
+    export NEUROADA_TEST_FIXTURES=$here/fixtures
     local folder made=""
     folder=${CHECKPOINT_FOLDER:-}
     if [ -z "$folder" ]; then

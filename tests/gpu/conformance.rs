@@ -1,0 +1,87 @@
+//! The trainer on the GPU against PyTorch and transformers.
+
+use neuroada_ckpt::{
+    adapter::Adapter,
+    checkpoint::{Context, Shard},
+    tensor::Dtype,
+    train::{CudaDevice, Device, DeviceBatch, Keep, Model, TrainOptions, Workspace, backward, forward, logits, losses},
+};
+
+use crate::{
+    driver::{is_real, queue},
+    reference::{World, difference, llama_as, mask, model, numbers, packed, reference, reference_options},
+};
+
+#[test]
+fn logits_loss_and_gradients_are_those_of_transformers() {
+    // Float32 on both sides, added up in another order. The bound is that of the CPU's test, which says what was measured.
+    const MOST: f64 = 1e-4;
+    let Some(queue) = queue() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let ctx = Context::default();
+    for name in ["llama", "llama3", "mistral", "qwen2", "qwen3"] {
+        let (base, expected) = model(folder.path(), name);
+        let of = |tensor: &str| numbers(&expected, tensor);
+        let batch = packed(&of("input_ids"), &of("labels"), Some(&of("attention_mask")), 24);
+        let mask = mask(&base, 3, &folder.path().join("mask.safetensors"));
+        let device = CudaDevice::new(queue.gpu(), Dtype::F32).unwrap();
+        let mut model = Model::load(&ctx, &device, &base).unwrap();
+        model.attach(&ctx, &device, &base, &mask).unwrap();
+        let on_device = DeviceBatch::new(&device, &model.config, &batch).unwrap();
+        let mut work = Workspace::new(&device, &model.config, batch.n_tokens(), Keep::All).unwrap();
+        forward(&device, &model, &on_device, &mut work).unwrap();
+        let rows: Vec<u32> = (0..batch.n_tokens() as u32).collect();
+        let off = difference(&logits(&device, &model, &rows, &mut work).unwrap(), &of("logits"));
+        assert!(off < MOST, "{name}: logits differ by {off}");
+        let n = on_device.n_supervised;
+        let losses = losses(&device, &model, &on_device, &mut work, Some(1.0 / n as f32)).unwrap();
+        let loss = losses.iter().sum::<f32>() / n as f32;
+        assert!(difference(&[loss], &of("loss")) < MOST, "{name}: the loss is {loss}, not {}", of("loss")[0]);
+        backward(&device, &mut model, &on_device, &mut work).unwrap();
+        for linear in model.linears() {
+            let deltas = linear.deltas.as_ref().unwrap();
+            let grad = device.read(&deltas.grad, deltas.nnz).unwrap();
+            for part in &linear.parts {
+                let off = difference(&grad[part.entries.clone()], &of(&format!("{}.grad", part.name)));
+                assert!(off < MOST, "{name}: gradients of {} differ by {off}", part.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_has_the_losses_of_the_published_bypass() {
+    let Some(queue) = queue() else { return };
+    let expected = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
+    // In BF16 the weights themselves are rounded, to 2^-9 of them, and with them all that follows from them.
+    for (dtype, most) in [(Dtype::F32, 1e-4), (Dtype::BF16, 0.02)] {
+        let world = World::new(llama_as(dtype), 2);
+        // Fibers are slow threads: without a GPU the first steps must do.
+        let whole = reference_options();
+        let options = TrainOptions { max_steps: if is_real() { whole.max_steps } else { Some(6) }, ..whole.clone() };
+        let device = CudaDevice::new(queue.gpu(), dtype).unwrap();
+        let ctx = Context::default();
+        let (report, told) = world.run_on(&device, &ctx, "a.safetensors", &options, |_| {});
+        report.unwrap();
+        // The rate goes down to zero at the last step: that of a short run goes down faster after the first.
+        let n_alike = if is_real() { usize::MAX } else { 2 };
+        let steps = told.steps.borrow();
+        for (record, loss) in steps.iter().zip(numbers(&expected, "losses")).take(n_alike) {
+            let off = (record.loss / loss - 1.0).abs();
+            assert!(off < most, "{dtype:?}, step {}: {} not {loss}", record.step, record.loss);
+        }
+        let (_, on_cpu) = world.run(&ctx, "b.safetensors", &options, |_| {});
+        for (record, of_cpu) in steps.iter().zip(on_cpu.steps.borrow().iter()) {
+            let off = (record.loss / of_cpu.loss - 1.0).abs();
+            assert!(off < most, "{dtype:?}, step {}: {} not {}", record.step, record.loss, of_cpu.loss);
+        }
+        if is_real() && dtype == Dtype::F32 {
+            let adapter = Adapter::open(&world.path("a.safetensors")).unwrap();
+            for target in adapter.targets() {
+                let rows = adapter.read_rows(&ctx, target, 0..target.layout.n_rows()).unwrap();
+                let off = difference(&rows.values, &numbers(&expected, &format!("{}.values", target.name)));
+                assert!(off < 1e-3, "{}: values differ by {off}", target.name);
+            }
+        }
+    }
+}
