@@ -264,6 +264,30 @@ fn plain_attention_is_the_loop_in_f64() {
     }
 }
 
+#[test]
+fn attention_on_tensor_cores_is_the_loop_in_f64() {
+    let Some(queue) = queue() else { return };
+    for dtype in [Dtype::BF16, Dtype::F16] {
+        for (heads, lengths) in [
+            ((1, 1, 64), &[1][..]),
+            ((2, 2, 64), &[5, 17, 64, 3]),
+            ((3, 1, 64), &[63]),
+            ((1, 1, 64), &[129, 1]),
+            ((4, 1, 80), &[33, 0, 31]),
+            ((2, 1, 80), &[65]),
+            ((1, 1, 80), &[129]),
+            ((3, 3, 96), &[32, 2, 40]),
+            ((1, 1, 96), &[128, 1]),
+            ((6, 2, 128), &[9, 20]),
+            ((2, 1, 128), &[64, 65]),
+            ((1, 1, 128), &[1, 130]),
+        ] {
+            // Beside the roundings of the plain kernels, those of shares and dS.
+            judge(&queue, &Sample::new(dtype, heads, lengths), false, (2.0, 3.0));
+        }
+    }
+}
+
 /// Attention in pieces, keys and values of earlier ones in a cache.
 fn continued(queue: &Queue, sample: &Sample, is_plain: bool, cuts: &[usize]) -> Vec<u8> {
     let (heads, n_examples) = (sample.heads, sample.starts.len() - 1);
@@ -308,6 +332,11 @@ fn attention_that_goes_on_gives_the_bits_of_attention_at_once() {
         let made = run(&queue, &sample, true);
         for cuts in [&[40][..], &[33, 1, 1, 5], &[1, 1, 38]] {
             assert!(continued(&queue, &sample, true, cuts) == made.out, "{dtype:?} {cuts:?}");
+        }
+        let sample = Sample::new(dtype, (2, 1, 64), &[66, 2, 35]);
+        let made = run(&queue, &sample, false);
+        for cuts in [&[66][..], &[1, 1, 63, 1]] {
+            assert!(continued(&queue, &sample, false, cuts) == made.out, "{dtype:?} {cuts:?} on tensor cores");
         }
     }
 }

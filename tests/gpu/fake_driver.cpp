@@ -23,6 +23,10 @@
 #include "../../src/gpu/kernels/head.cu"
 #include "../../src/gpu/kernels/sparse.cu"
 #include "../../src/gpu/kernels/attention.cu"
+#include "../../src/gpu/kernels/attention_64.cu"
+#include "../../src/gpu/kernels/attention_80.cu"
+#include "../../src/gpu/kernels/attention_96.cu"
+#include "../../src/gpu/kernels/attention_128.cu"
 
 #include <deque>
 #include <fstream>
@@ -75,6 +79,9 @@ template <class... A> Kernel kernel_of(void (*kernel)(A...)) {
 
 #define KERNEL(name) {#name, kernel_of(name)}
 #define FLOAT_KERNELS(name) KERNEL(name##_bf16), KERNEL(name##_f16), KERNEL(name##_f32)
+#define MMA_KERNELS_OF(type, d) \
+    KERNEL(attention_mma_##type##_##d), KERNEL(attention_dq_mma_##type##_##d), KERNEL(attention_dkv_mma_##type##_##d)
+#define MMA_KERNELS(d) MMA_KERNELS_OF(bf16, d), MMA_KERNELS_OF(f16, d)
 const std::map<std::string, Kernel>& kernels() {
     static const std::map<std::string, Kernel> all = {
         KERNEL(top1_u16),         KERNEL(top1_u32),         KERNEL(topk_warp_u16),   KERNEL(topk_warp_u32),
@@ -91,6 +98,7 @@ const std::map<std::string, Kernel>& kernels() {
         KERNEL(sum_of_squares),
         FLOAT_KERNELS(attention), FLOAT_KERNELS(attention_append), FLOAT_KERNELS(attention_delta), FLOAT_KERNELS(attention_dq),
         FLOAT_KERNELS(attention_dkv),
+        MMA_KERNELS(64), MMA_KERNELS(80), MMA_KERNELS(96), MMA_KERNELS(128),
     };
     return all;
 }

@@ -110,7 +110,7 @@ run() {
     check masks same_masks
     if command -v compute-sanitizer >/dev/null && [ -z "$small" ]; then
         for tool in memcheck racecheck synccheck initcheck; do
-            check "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/gpu-tests" kernels:: --test-threads=1 \
+            check "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/gpu-tests" kernels:: attention:: --test-threads=1 \
                 --skip=greatest_length
         done
     else

@@ -88,8 +88,15 @@ struct Place {
 };
 #endif
 
-enum Wait { NOTHING, BARRIER, SYNCWARP, SHUFFLE, BALLOT };
+enum Wait { NOTHING, BARRIER, SYNCWARP, SHUFFLE, BALLOT, MMA, LDMATRIX };
 constexpr size_t STACK_BYTES = 128 << 10;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t n_bytes;
+    bool is_there;
+};
 
 struct Fiber {
     Place place;
@@ -99,6 +106,8 @@ struct Fiber {
     // What the lane shows to its warp; exchanges take turns with the two, so that one switch per exchange is enough.
     uint64_t shown[2] = {0, 0};
     unsigned turn = 0;
+    unsigned fragments[2][6]; // of matrices, likewise
+    std::vector<Copy> copies; // started, and not waited for
 };
 
 inline std::vector<Fiber> fibers;
@@ -154,6 +163,7 @@ inline void run_block(unsigned n) {
         fiber.is_done = false;
         fiber.wait = NOTHING;
         fiber.turn = 0;
+        fiber.copies.clear();
         fiber.place.begin(fiber.stack, STACK_BYTES, entry);
     }
     for (;;) {
@@ -217,6 +227,61 @@ template <class T> T shown_by(unsigned lane, unsigned turn) {
     T value;
     memcpy(&value, &fibers[(current & ~31u) | (lane & 31)].shown[turn], sizeof(T));
     return value;
+}
+
+// --- tensor cores: fragments and matrices as the PTX manual draws them, for mma.m16n8k16 and ldmatrix.x4
+
+// c (16 x 8) += a (16 x 16) b (16 x 8).
+template <class T> void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    unsigned turn = fibers[current].turn % 2, warp = current & ~31u, lane = current % 32;
+    unsigned* own = fibers[current].fragments[turn];
+    for (unsigned i = 0; i < 4; i++) own[i] = a[i];
+    own[4] = b0, own[5] = b1;
+    show(0, MMA);
+    // Two elements to a register, the first one in the low half.
+    auto half = [&](unsigned of_lane, unsigned i, unsigned which) {
+        return T::widen((uint16_t)(fibers[warp + of_lane].fragments[turn][i] >> 16 * which));
+    };
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (unsigned k = 0; k < 16; k++) {
+            float of_a = half(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
+            sum += of_a * half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        }
+        c[i] += sum;
+    }
+}
+
+inline void must(bool is_so, const char* what) {
+    if (!is_so) give_up(what, current, (unsigned)fibers.size());
+}
+
+inline void ldmatrix(unsigned (&r)[4], const uint16_t* row, bool is_turned) {
+    must((uintptr_t)row % 16 == 0, "a row of a matrix begins at no multiple of 16 bytes");
+    unsigned turn = show((uint64_t)row, LDMATRIX), lane = current % 32;
+    for (unsigned i = 0; i < 4; i++) {
+        uint16_t two[2];
+        for (unsigned j = 0; j < 2; j++) {
+            unsigned at_row = is_turned ? lane % 4 * 2 + j : lane / 4, at_column = is_turned ? lane / 4 : lane % 4 * 2 + j;
+            two[j] = shown_by<const uint16_t*>(8 * i + at_row, turn)[at_column];
+        }
+        r[i] = two[0] | (unsigned)two[1] << 16;
+    }
+}
+
+// Copies come as late as they may: what is read before somebody waited for them is nonsense.
+inline void copy_later(void* to, const void* from, size_t n_bytes, bool is_there) {
+    must((uintptr_t)to % n_bytes == 0 && (uintptr_t)from % n_bytes == 0, "a copy that begins at no multiple of its size");
+    memset(to, 0xa5, n_bytes);
+    fibers[current].copies.push_back({to, from, n_bytes, is_there});
+}
+inline void copies_done() {
+    for (const Copy& copy : fibers[current].copies) {
+        if (copy.is_there) memcpy(copy.to, copy.from, copy.n_bytes);
+        else memset(copy.to, 0, copy.n_bytes);
+    }
+    fibers[current].copies.clear();
 }
 
 } // namespace sim

@@ -104,7 +104,7 @@ fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
 
 #[test]
 fn every_kernel_of_the_sources_is_in_the_ptx() {
-    for name in ["topk", "score", "patch", "low_rank", "attention"] {
+    for name in ["topk", "score", "patch", "low_rank", "attention", "attention_128"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/gpu/kernels/ptx/{name}.ptx"));
         let ptx = fs::read_to_string(&path).expect("PTX is committed");
         // What drivers from 525 on read, for devices from compute capability 8.0 on.

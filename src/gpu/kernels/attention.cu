@@ -26,15 +26,15 @@ template <class T> __device__ __forceinline__ float product_with(const float* a,
 
 // to[lane + 32 * i] += share of each lane's row * row[lane + 32 * i], the rows in order.
 template <class T>
-__device__ __forceinline__ void add_rows(float (&to)[MOST_DIMS], float share, const typename T::Bits* rows, u64 stride, u32 n_rows,
+__device__ __forceinline__ void add_rows(float (&to)[MOST_DIMS], float share, const typename T::Bits* rows, u32 stride, u32 n_rows,
                                          u32 d_head) {
     u32 lane = threadIdx.x % 32;
-    for (u32 j = 0; j < n_rows; j++) {
+    for (u32 j = 0; j < n_rows; j++, rows += stride) {
         float of_row = __shfl_sync(ALL_LANES, share, j);
 #pragma unroll
         for (u32 i = 0; i < MOST_DIMS; i++) {
             u32 at = lane + 32 * i;
-            if (at < d_head) to[i] = fmaf(of_row, T::widen(rows[j * stride + at]), to[i]);
+            if (at < d_head) to[i] = fmaf(of_row, T::widen(rows[at]), to[i]);
         }
     }
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ void attention(const typename T::Bits* qkv, const u32
     for (u32 from = 0; from < n_keys; from += 32) {
         u32 n_here = n_keys - from < 32 ? n_keys - from : 32;
         float score = -__uint_as_float(0x7f800000);
-        if (lane < n_here) score = product_with<T>(q, k + (from + lane) * keys.stride, d_head) * scale;
+        if (lane < n_here) score = product_with<T>(q, k + (u64)(from + lane) * keys.stride, d_head) * scale;
         float most = score;
 #pragma unroll
         for (u32 distance = 16; distance > 0; distance /= 2) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, distance));
@@ -88,7 +88,7 @@ __device__ __forceinline__ void attention(const typename T::Bits* qkv, const u32
         sum = fmaf(sum, before, share);
 #pragma unroll
         for (u32 i = 0; i < MOST_DIMS; i++) sums[i] *= before;
-        add_rows<T>(sums, share, k + d_kv + from * keys.stride, keys.stride, n_here, d_head);
+        add_rows<T>(sums, share, k + d_kv + (u64)from * keys.stride, keys.stride, n_here, d_head);
     }
     sum = warp_sum(sum);
     write_dims<T>(out + ((u64)token * n_q + head) * d_head, sums, 1.0f / sum, d_head);

@@ -100,7 +100,7 @@ pub(in crate::gpu) fn device_facts(ordinal: usize) -> Result<(String, (i32, i32)
 // --- a device
 
 /// Kernels by file: the PTX that `.ci/kernels.py` makes of `kernels/*.cu`.
-const PTX: [(&str, &str); 8] = [
+const PTX: [(&str, &str); 12] = [
     ("topk", include_str!("../kernels/ptx/topk.ptx")),
     ("score", include_str!("../kernels/ptx/score.ptx")),
     ("patch", include_str!("../kernels/ptx/patch.ptx")),
@@ -109,6 +109,10 @@ const PTX: [(&str, &str); 8] = [
     ("head", include_str!("../kernels/ptx/head.ptx")),
     ("sparse", include_str!("../kernels/ptx/sparse.ptx")),
     ("attention", include_str!("../kernels/ptx/attention.ptx")),
+    ("attention_64", include_str!("../kernels/ptx/attention_64.ptx")),
+    ("attention_80", include_str!("../kernels/ptx/attention_80.ptx")),
+    ("attention_96", include_str!("../kernels/ptx/attention_96.ptx")),
+    ("attention_128", include_str!("../kernels/ptx/attention_128.ptx")),
 ];
 
 /// Failures of work under way, by the driver's names; they stay for the rest of the process.
