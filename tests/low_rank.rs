@@ -11,6 +11,7 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
+    backend::Merger,
     checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
     merge::{
         self, ExpertAxes, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, MergeError, MergeInput,
@@ -74,7 +75,7 @@ impl Place {
     }
     fn merge(&self, adapters: &[MergeInput], reading: LowRankReading) -> Result<MergeReport, MergeError> {
         let options = LowRankOptions { existing: Existing::Replace, ..LowRankOptions::new(self.path("out")) };
-        merge::merge_low_rank(&Context::default(), &self.path("base"), adapters, reading, &options)
+        merge::merge_low_rank(&Context::default(), &self.path("base"), adapters, reading, Merger::cpu(), &options)
     }
     fn merged(&self, adapter: MergeInput) -> BTreeMap<String, Vec<f32>> {
         self.merge(&[adapter], LowRankReading::default()).unwrap();
@@ -116,7 +117,8 @@ fn merged_as_peft_did(case: &str, base: &Path) -> (BTreeMap<String, Vec<f32>>, B
     let place = Place::new();
     let input = MergeInput { adapter: reference(&format!("peft/{case}")), scale: None };
     let options = LowRankOptions::new(place.path("out"));
-    merge::merge_low_rank(&Context::default(), base, &[input], LowRankReading::default(), &options).unwrap();
+    merge::merge_low_rank(&Context::default(), base, &[input], LowRankReading::default(), Merger::cpu(), &options)
+        .unwrap();
     (read(&place.path("out")), read(&reference(&format!("peft/{case}/expected.safetensors"))))
 }
 
@@ -442,7 +444,16 @@ fn the_bytes_do_not_depend_on_threads_memory_or_the_order_of_adapters() {
         let ctx = Context { max_memory, ..Context::default() };
         let options = LowRankOptions { existing: Existing::Replace, ..LowRankOptions::new(place.path("out")) };
         let report = pool
-            .install(|| merge::merge_low_rank(&ctx, &place.path("base"), &inputs, LowRankReading::default(), &options))
+            .install(|| {
+                merge::merge_low_rank(
+                    &ctx,
+                    &place.path("base"),
+                    &inputs,
+                    LowRankReading::default(),
+                    Merger::cpu(),
+                    &options,
+                )
+            })
             .unwrap();
         let found = (bytes_of(&place.path("out")), serde_json::to_value(&report).unwrap());
         assert!(*first.get_or_insert_with(|| found.clone()) == found, "{n_threads} threads");
@@ -481,7 +492,9 @@ fn undoing_restores_every_bit_from_the_base_or_from_kept_originals() {
     for keep in [KeptOriginals::Hashes, KeptOriginals::All] {
         let options =
             |name: &str| LowRankOptions { existing: Existing::Replace, keep, ..LowRankOptions::new(place.path(name)) };
-        let report = merge::merge_low_rank(&ctx, &base, &inputs, LowRankReading::default(), &options("out")).unwrap();
+        let report =
+            merge::merge_low_rank(&ctx, &base, &inputs, LowRankReading::default(), Merger::cpu(), &options("out"))
+                .unwrap();
         assert_eq!(report.ledger_bytes > 0, keep == KeptOriginals::All);
         let from = (keep == KeptOriginals::Hashes).then_some(base.as_path());
         assert!(merge::verify_low_rank(&ctx, &place.path("out"), from).unwrap().ok);
@@ -492,7 +505,8 @@ fn undoing_restores_every_bit_from_the_base_or_from_kept_originals() {
         // One out: the bytes of merging the others alone.
         let id = merge::adapter_id(&ctx, &inputs[0].adapter).unwrap();
         merge::undo_low_rank(&ctx, &place.path("out"), &Which::Some(vec![id]), from, &options("less")).unwrap();
-        merge::merge_low_rank(&ctx, &base, &inputs[1..], LowRankReading::default(), &options("others")).unwrap();
+        merge::merge_low_rank(&ctx, &base, &inputs[1..], LowRankReading::default(), Merger::cpu(), &options("others"))
+            .unwrap();
         assert_eq!(bytes_of(&place.path("less")), bytes_of(&place.path("others")));
         assert!(merge::verify_low_rank(&ctx, &place.path("less"), from).unwrap().ok);
     }
@@ -553,7 +567,14 @@ fn what_cannot_be_combined_is_refused_and_nothing_is_written() {
     place.merge(std::slice::from_ref(plain), LowRankReading::default()).unwrap();
     let options = LowRankOptions::new(place.path("again"));
     let merged = place.path("out");
-    let again = merge::merge_low_rank(&Context::default(), &merged, &inputs[..1], LowRankReading::default(), &options);
+    let again = merge::merge_low_rank(
+        &Context::default(),
+        &merged,
+        &inputs[..1],
+        LowRankReading::default(),
+        Merger::cpu(),
+        &options,
+    );
     assert!(said(again).contains("is a merged checkpoint, not a base"));
 }
 

@@ -4,11 +4,13 @@
 //!
 //! [`ScoredRows`] turns every weight of a run of rows into an integer key, larger first; the functions below choose by key,
 //! and settle equal keys in favour of the lower column. Keys are integers so that every instruction set and thread count
-//! agrees. A [`Chooser`] does the same on a GPU. What is chosen becomes what a merge changes in `patch`.
+//! agrees. A [`Chooser`] does the same on a GPU, as a [`Merger`] does with
+//! low-rank products. What is chosen becomes what a merge changes in `patch`.
 
 mod chooser;
 mod keys;
 mod low_rank;
+mod merger;
 mod patch;
 mod portable;
 mod score;
@@ -20,6 +22,9 @@ pub use chooser::{ChooseError, Chooser};
 pub use chooser::{ChosenRows, GpuChooser};
 pub use keys::{Digit, KeySpace};
 pub use low_rank::{add_low_rank, merge_sums};
+pub use merger::Merger;
+#[cfg(feature = "cuda")]
+pub use merger::{GpuMerger, MergedWeights};
 pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use neuroada_ckpt::checkpoint::{Context, Io};
 #[cfg(feature = "cuda")]
 use neuroada_ckpt::{
-    backend::GpuChooser,
+    backend::{GpuChooser, GpuMerger},
     gpu::{Gpu, RowRanker},
 };
 use serde::Serialize;
@@ -46,8 +46,8 @@ pub(super) struct GlobalArgs {
     io: IoChoice,
     /// Where the work is done: auto, cpu, cuda or cuda:N
     ///
-    /// `mask` chooses on a GPU where it is asked for one, with the same bytes for a result, and `train` and `eval` work there. All
-    /// else is done on the CPU, and so is everything with auto. `inspect --devices` tells what there is.
+    /// Where they are asked for a GPU, `mask` chooses and `merge` adds LoRA adapters on it, with the same bytes for a result, and `train`
+    /// and `eval` work there. All else is done on the CPU, and so is everything with auto. `inspect --devices` tells what there is.
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: Device,
     /// Memory of the GPU to stay within [default: 1G; for models, what is free]
@@ -160,6 +160,15 @@ impl Env {
         let pinned_bytes = self.args.max_memory / 8;
         let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), gpu_memory, pinned_bytes);
         Ok(Some(GpuChooser::new(ranker, check)))
+    }
+
+    /// Who merges low-rank products, where a GPU was asked for.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<GpuMerger>> {
+        let Some(gpu) = self.gpu()? else { return Ok(None) };
+        let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
+        self.detail(&format!("{gpu:?}, {} MiB of its memory", gpu_memory >> 20));
+        Ok(Some(GpuMerger::new(&gpu, rayon::current_num_threads(), gpu_memory)))
     }
 
     /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.

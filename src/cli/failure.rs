@@ -156,7 +156,9 @@ fn advice(error: &anyhow::Error) -> Option<String> {
             return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
         }
         #[cfg(feature = "cuda")]
-        if let Some(MaskError::Gpu(_)) = error.downcast_ref() {
+        if matches!(error.downcast_ref(), Some(MaskError::Gpu(_)))
+            || matches!(error.downcast_ref(), Some(MergeError::Gpu(_)))
+        {
             return Some("--device cpu does the same without the GPU".to_owned());
         }
         if let Some(MergeError::Linked { .. }) = error.downcast_ref() {

@@ -2,7 +2,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail};
 use clap::{ArgGroup, Args};
+#[cfg(feature = "cuda")]
+use neuroada_ckpt::backend::MergedWeights;
 use neuroada_ckpt::{
+    backend::Merger,
     checkpoint::Existing,
     merge::{
         self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
@@ -160,6 +163,12 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     for input in &inputs {
         any_low_rank |= is_low_rank(input)?;
     }
+    #[cfg(feature = "cuda")]
+    let gpu = if any_low_rank { env.gpu_merger()? } else { None };
+    #[cfg(feature = "cuda")]
+    let merger = gpu.as_ref().map_or_else(Merger::cpu, Merger::gpu);
+    #[cfg(not(feature = "cuda"))]
+    let merger = Merger::cpu();
     let merged = if any_low_rank {
         let keep = match (args.no_ledger, args.low_rank.keep_originals) {
             (true, _) => KeptOriginals::Nothing,
@@ -168,7 +177,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
         };
         let options = args.output.low_rank_options(&args.base, keep)?;
         let reading = args.low_rank.reading();
-        merge::merge_low_rank(&env.context(), &args.base, &inputs, reading, &options)
+        merge::merge_low_rank(&env.context(), &args.base, &inputs, reading, merger, &options)
     } else {
         let options = args.output.options(!args.no_ledger);
         merge::merge(&env.context(), &args.base, &inputs, &options)
@@ -185,11 +194,28 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
         merged => merged?,
     };
     tell(&report, env)?;
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = gpu {
+        tell_of_gpu(&gpu.counts(), env);
+    }
     if any_low_rank && report.ledger_bytes == 0 && !args.no_ledger {
         let size = bytes(report.bytes_checked);
         env.note(&format!("undoing needs the base; --keep-originals keeps what that takes, {size}, beside the result"));
     }
     Ok(Answer::Yes)
+}
+
+/// Says what was merged where; the report is the same wherever that was.
+#[cfg(feature = "cuda")]
+fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
+    let MergedWeights { on_gpu, on_cpu } = *weights;
+    env.detail(&format!("{} weights merged on the GPU", count(on_gpu)));
+    if on_cpu > 0 {
+        let which = if on_gpu == 0 { "all".to_owned() } else { count(on_cpu) };
+        let takes = "a GPU takes one LoRA product on bf16, f16 and f32 weights, no DoRA and no sparse deltas, and factors that \
+                     --gpu-memory and --max-memory have room for";
+        env.note(&format!("note: weights merged on the CPU: {which}; {takes}"));
+    }
 }
 
 /// What the user can say where the files of a low-rank adapter leave something open.

@@ -1,6 +1,14 @@
 //! `W + s * B A`, for weights that stream through a device.
+//!
+//! cuBLAS has no part in it: its sums run in an order of its own, so that files would not be the CPU's. Nor would it be faster. Each
+//! 16-bit weight comes and goes over the link: at 50 GB/s each way, PCIe 5's, 25 billion weights a second. Of rank 16 that
+//! asks for 25e9 * 2 * 16 = 0.8 TFLOP/s, of rank 256 for 12.8: a fifth of an H100's 67 in float32, and the factors, which take their
+//! part of the link, make it less.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::{Arc, Weak},
+};
 
 use super::{DeviceVec, Gpu, GpuError, Pinned, Queue, launch::is_known};
 use crate::tensor::{Accumulator, Dtype, Float, RowBlock, with_float};
@@ -55,20 +63,47 @@ impl LowRankFactors<'_> {
     }
 }
 
+/// What became of weights, counted as [`crate::gpu`]'s callers count on the CPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct LowRankCounts {
+    /// Weights whose delta is not zero.
+    pub nonzero: u64,
+    /// Of those, numbers that kept their bits.
+    pub absorbed: u64,
+    /// Weights that got other bits.
+    pub changed: u64,
+    /// Finite weights that became infinite or NaN.
+    pub overflowed: u64,
+}
+
 /// Rows of one launch at most: a grid's second dimension is bounded.
 const MOST_ROWS: usize = 65_535 * 64;
+
+/// Bytes of the counts of one piece.
+const COUNTS_BYTES: usize = 32;
+
+/// Device memory beside the pieces.
+fn fixed_bytes(a_len: usize) -> usize {
+    4 * a_len + 2 * COUNTS_BYTES
+}
 
 /// Merges low-rank deltas on a device: while one piece of the rows is there, the next is copied in and the last copied out.
 pub struct LowRank {
     queue: Queue,
     slots: [Slot; 2],
-    piece_bytes: usize,
+    /// The factor that is on the device, and where it came from.
+    a: DeviceVec<f32>,
+    held: Weak<Vec<f32>>,
+    device_bytes: usize,
 }
 
 struct Slot {
     weights: DeviceVec<u8>,
     b: DeviceVec<f32>,
+    counts: DeviceVec<u64>,
+    /// Weights, then `b`.
     staged: Option<Pinned>,
+    /// Weights, then counts.
     result: Option<Pinned>,
     /// The rows under way.
     rows: Option<Range<usize>>,
@@ -76,21 +111,32 @@ struct Slot {
 
 impl Slot {
     fn new(queue: &Queue) -> Result<Self, GpuError> {
-        let (weights, b) = (queue.alloc(0, "nothing")?, queue.alloc(0, "nothing")?);
-        Ok(Self { weights, b, staged: None, result: None, rows: None })
+        let (weights, b, counts) = (queue.alloc(0, "nothing")?, queue.alloc(0, "nothing")?, queue.alloc(0, "nothing")?);
+        Ok(Self { weights, b, counts, staged: None, result: None, rows: None })
     }
 }
 
+/// A block of rows in the host's memory, and what is added to it.
+struct Work<'a> {
+    bytes: &'a mut [u8],
+    dtype: Dtype,
+    d_in: usize,
+    row_bytes: usize,
+    b: &'a [f32],
+    rank: usize,
+    scale: f32,
+}
+
 impl LowRank {
-    /// A merger whose pieces take `device_bytes` of device memory together, beside the factor `a`. Three pieces of that size are pinned
-    /// on the host.
+    /// A merger that takes at most `device_bytes` of device memory. Its pieces are pinned on the host, three times their size.
     ///
     /// # Errors
     /// What the driver answers.
     pub fn new(gpu: &Gpu, device_bytes: u64) -> Result<Self, GpuError> {
         let queue = Queue::new(gpu)?;
-        let slots = [Slot::new(&queue)?, Slot::new(&queue)?];
-        Ok(Self { queue, slots, piece_bytes: usize::try_from(device_bytes / 2).unwrap_or(usize::MAX) })
+        let (slots, a) = ([Slot::new(&queue)?, Slot::new(&queue)?], queue.alloc(0, "nothing")?);
+        let device_bytes = usize::try_from(device_bytes).unwrap_or(usize::MAX);
+        Ok(Self { queue, slots, a, held: Weak::new(), device_bytes })
     }
 
     /// Whether weights of this type can be merged on a device.
@@ -98,63 +144,125 @@ impl LowRank {
         is_known(dtype)
     }
 
-    /// The bytes of `rows + scale * b a`; equals [`merged_low_rank`] bit for bit.
+    /// The least device memory that rows of `row_bytes` are merged in; the factor `a` has `a_len` elements.
+    pub fn least_bytes(row_bytes: usize, rank: usize, a_len: usize) -> u64 {
+        (2 * (row_bytes + 4 * rank) + fixed_bytes(a_len)) as u64
+    }
+
+    /// The bytes of `rows + scale * b a`, which equal [`merged_low_rank`] bit for bit, and what became of them.
     ///
     /// # Errors
     /// [`GpuError::OutOfMemory`] where not even one row fits, [`GpuError::Kernel`] where the device failed.
     ///
     /// # Panics
     /// As [`merged_low_rank`].
-    pub fn merge(&mut self, rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> Result<Vec<u8>, GpuError> {
+    pub fn merge(
+        &mut self,
+        rows: RowBlock<'_>,
+        factors: &LowRankFactors<'_>,
+    ) -> Result<(Vec<u8>, LowRankCounts), GpuError> {
         factors.check(rows);
-        let n_rows = rows.n_rows();
-        if rows.bytes().is_empty() {
-            return Ok(Vec::new());
+        let LowRankFactors { b, a, rank, scale } = *factors;
+        let mut bytes = rows.bytes().to_vec();
+        let a = Arc::new(a.to_vec());
+        let counts = self.merge_in_place(rows.dtype(), &mut bytes, (b, &a, rank), scale)?;
+        Ok((bytes, counts))
+    }
+
+    /// As [`Self::merge`], in place: `bytes` are `[n_rows, d_in]` of type `dtype`, the factors `b`, `a` and their rank. `a` is copied to
+    /// the device where the one before was another.
+    ///
+    /// # Errors
+    /// As [`Self::merge`]. Without room nothing is changed; after a failure of the device some rows are.
+    ///
+    /// # Panics
+    /// Where lengths disagree, or the elements are not BF16, F16 or F32.
+    pub fn merge_in_place(
+        &mut self,
+        dtype: Dtype,
+        bytes: &mut [u8],
+        (b, a, rank): (&[f32], &Arc<Vec<f32>>, usize),
+        scale: f32,
+    ) -> Result<LowRankCounts, GpuError> {
+        assert!(is_known(dtype), "kernels know BF16, F16 and F32");
+        let mut counts = LowRankCounts::default();
+        if bytes.is_empty() {
+            return Ok(counts);
         }
-        let row_bytes = rows.bytes().len() / n_rows;
-        let a = self.queue.upload_all(factors.a, "a factor of a low-rank delta")?;
-        let n_piece = self.make_room(n_rows, row_bytes, factors.rank)?;
-        let mut merged = Vec::with_capacity(rows.bytes().len());
+        assert!(rank > 0 && a.len() % rank == 0 && b.len() % rank == 0, "b is [n_rows, rank], a is [rank, d_in]");
+        let (n_rows, d_in) = (b.len() / rank, a.len() / rank);
+        let row_bytes = d_in * dtype.bitsize() / 8;
+        assert_eq!(bytes.len(), n_rows * row_bytes, "a row of b for each of the weights");
+        let n_piece = self.make_room(n_rows, row_bytes, rank, a)?;
+        // What an earlier failure left is nobody's any more.
+        self.slots.iter_mut().for_each(|slot| slot.rows = None);
+        let mut work = Work { bytes, dtype, d_in, row_bytes, b, rank, scale };
         let mut starts = (0..n_rows).step_by(n_piece);
         let mut turn = 0;
         loop {
             let next = starts.next().map(|start| start..n_rows.min(start + n_piece));
             let is_last = next.is_none();
             if let Some(piece) = next {
-                self.submit(turn % 2, piece, rows, factors, &a)?;
+                self.submit(turn % 2, piece, &work)?;
             }
             turn += 1;
-            self.collect(turn % 2, row_bytes, &mut merged)?;
+            self.collect(turn % 2, &mut work, &mut counts)?;
             if is_last {
-                return Ok(merged);
+                return Ok(counts);
             }
         }
     }
 
-    /// Makes room for pieces in both slots, the smaller the less memory there is; how many rows a piece has.
-    fn make_room(&mut self, n_rows: usize, row_bytes: usize, rank: usize) -> Result<usize, GpuError> {
-        let needed = row_bytes + 4 * rank;
+    /// Brings `a` to the device and makes room for pieces in both slots, the smaller the less memory there is; how many rows a piece
+    /// has.
+    fn make_room(
+        &mut self,
+        n_rows: usize,
+        row_bytes: usize,
+        rank: usize,
+        a: &Arc<Vec<f32>>,
+    ) -> Result<usize, GpuError> {
+        let (needed, fixed) = (row_bytes + 4 * rank, fixed_bytes(a.len()));
+        let mut n_piece = (self.device_bytes.saturating_sub(fixed) / 2 / needed).min(n_rows).min(MOST_ROWS);
+        if n_piece == 0 {
+            let (needed, available) = (Self::least_bytes(row_bytes, rank, a.len()), self.device_bytes as u64);
+            let (ordinal, what) = (self.queue.gpu().ordinal(), "merging one row");
+            return Err(GpuError::OutOfMemory { ordinal, what, needed, available });
+        }
         loop {
-            let n_piece = (self.piece_bytes / needed).min(n_rows).min(MOST_ROWS);
-            if n_piece == 0 {
-                let (needed, available) = (needed as u64, self.piece_bytes as u64);
-                let (ordinal, what) = (self.queue.gpu().ordinal(), "merging one row");
-                return Err(GpuError::OutOfMemory { ordinal, what, needed, available });
+            // What grew for other shapes may leave too little for this one.
+            let grown =
+                |slot: &Slot| slot.weights.len().max(n_piece * row_bytes) + 4 * slot.b.len().max(n_piece * rank);
+            if self.slots.iter().map(grown).sum::<usize>() + fixed > self.device_bytes {
+                self.slots = [Slot::new(&self.queue)?, Slot::new(&self.queue)?];
             }
-            match self.allocate(n_piece, row_bytes, rank) {
+            match self.hold(a).and_then(|()| self.allocate(n_piece, row_bytes, rank)) {
                 Err(GpuError::OutOfMemory { .. }) if n_piece > 1 => {
                     self.slots = [Slot::new(&self.queue)?, Slot::new(&self.queue)?];
-                    self.piece_bytes = n_piece / 2 * needed;
+                    n_piece /= 2;
                 }
                 done => return done.map(|()| n_piece),
             }
         }
     }
 
+    fn hold(&mut self, a: &Arc<Vec<f32>>) -> Result<(), GpuError> {
+        // While it is known here, no other factor lies at its address.
+        if std::ptr::eq(self.held.as_ptr(), Arc::as_ptr(a)) {
+            return Ok(());
+        }
+        self.held = Weak::new();
+        self.a = self.queue.alloc(0, "nothing")?;
+        self.a = self.queue.upload_all(a, "a factor of a low-rank delta")?;
+        self.held = Arc::downgrade(a);
+        Ok(())
+    }
+
     fn allocate(&mut self, n_piece: usize, row_bytes: usize, rank: usize) -> Result<(), GpuError> {
         let Self { queue, slots, .. } = self;
         for slot in slots {
             let staged = n_piece * (row_bytes + 4 * rank);
+            let result = n_piece * row_bytes + COUNTS_BYTES;
             if slot.weights.len() < n_piece * row_bytes {
                 slot.weights = queue.alloc(0, "nothing")?;
                 slot.weights = queue.alloc(n_piece * row_bytes, "merging rows")?;
@@ -163,31 +271,27 @@ impl LowRank {
                 slot.b = queue.alloc(0, "nothing")?;
                 slot.b = queue.alloc(n_piece * rank, "merging rows")?;
             }
+            if slot.counts.is_empty() {
+                slot.counts = queue.alloc(COUNTS_BYTES / 8, "merging rows")?;
+            }
             if slot.staged.as_ref().is_none_or(|memory| memory.len() < staged) {
                 slot.staged = Some(queue.pinned(staged)?);
             }
-            if slot.result.as_ref().is_none_or(|memory| memory.len() < n_piece * row_bytes) {
-                slot.result = Some(queue.pinned(n_piece * row_bytes)?);
+            if slot.result.as_ref().is_none_or(|memory| memory.len() < result) {
+                slot.result = Some(queue.pinned(result)?);
             }
         }
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        at: usize,
-        piece: Range<usize>,
-        rows: RowBlock<'_>,
-        factors: &LowRankFactors<'_>,
-        a: &DeviceVec<f32>,
-    ) -> Result<(), GpuError> {
-        let Self { queue, slots, .. } = self;
+    fn submit(&mut self, at: usize, piece: Range<usize>, work: &Work<'_>) -> Result<(), GpuError> {
+        let Self { queue, slots, a, .. } = self;
         let slot = &mut slots[at];
         let staged = slot.staged.as_mut().expect("room was made");
         let result = slot.result.as_mut().expect("room was made");
-        let (n_rows, rank) = (piece.len(), factors.rank);
-        let weights = rows.slice(piece.clone()).bytes();
-        let b = &factors.b[piece.start * rank..piece.end * rank];
+        let (n_rows, rank) = (piece.len(), work.rank);
+        let weights = &work.bytes[piece.start * work.row_bytes..piece.end * work.row_bytes];
+        let b = &work.b[piece.start * rank..piece.end * rank];
         let end = weights.len() + size_of_val(b);
         let bytes = staged.bytes_mut()?;
         bytes[..weights.len()].copy_from_slice(weights);
@@ -196,18 +300,27 @@ impl LowRank {
         }
         queue.upload(staged, 0..weights.len(), &mut slot.weights)?;
         queue.upload(staged, weights.len()..end, &mut slot.b)?;
-        let shape = (n_rows, rows.d_in(), rank);
-        queue.low_rank((&mut slot.weights, rows.dtype()), (&slot.b, a), factors.scale, shape)?;
+        queue.fill(&mut slot.counts, 0)?;
+        let shape = (n_rows, work.d_in, rank);
+        queue.low_rank((&mut slot.weights, work.dtype), (&slot.b, a), work.scale, shape, &mut slot.counts)?;
         queue.download(&slot.weights, result, 0..weights.len())?;
+        queue.download(&slot.counts, result, weights.len()..weights.len() + COUNTS_BYTES)?;
         slot.rows = Some(piece);
         Ok(())
     }
 
-    fn collect(&mut self, at: usize, row_bytes: usize, merged: &mut Vec<u8>) -> Result<(), GpuError> {
+    fn collect(&mut self, at: usize, work: &mut Work<'_>, counts: &mut LowRankCounts) -> Result<(), GpuError> {
         let slot = &mut self.slots[at];
         let Some(rows) = slot.rows.take() else { return Ok(()) };
-        let bytes = slot.result.as_ref().expect("room was made").bytes()?;
-        merged.extend_from_slice(&bytes[..rows.len() * row_bytes]);
+        let (merged, counted) =
+            slot.result.as_ref().expect("room was made").bytes()?.split_at(rows.len() * work.row_bytes);
+        work.bytes[rows.start * work.row_bytes..rows.end * work.row_bytes].copy_from_slice(merged);
+        let (counted, _) = counted.as_chunks::<8>();
+        let count = |at: usize| u64::from_ne_bytes(counted[at]);
+        counts.nonzero += count(0);
+        counts.absorbed += count(1);
+        counts.changed += count(2);
+        counts.overflowed += count(3);
         Ok(())
     }
 }

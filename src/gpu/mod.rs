@@ -23,7 +23,7 @@ pub use detect::{Detection, DeviceInfo, detect};
 pub use error::GpuError;
 pub use launch::{Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
 pub use library::{BlasLibrary, blas_library};
-pub use low_rank::{LowRank, LowRankFactors, merged_low_rank};
+pub use low_rank::{LowRank, LowRankCounts, LowRankFactors, merged_low_rank};
 pub use matrix::{DeviceMatrix, DevicePatch, DeviceTerms};
 pub use ranker::{Factor, Ranked, RowRanker};
 

@@ -24,6 +24,10 @@ pub enum MergeError {
     /// An adapter's columns could not be read.
     #[error(transparent)]
     Mask(#[from] MaskError),
+    /// A GPU failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
     /// The request makes no sense.
     #[error("{0}")]
     Usage(String),
@@ -117,6 +121,8 @@ impl MergeError {
             Self::Adapter(e) => e.kind(),
             Self::Mask(e) => e.kind(),
             Self::Peft(e) => e.kind(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => ErrorKind::Io,
             Self::Usage(_) => ErrorKind::Usage,
             Self::Unmatched { .. }
             | Self::WrongBase { .. }

@@ -75,6 +75,9 @@ fn run(gpu: &Gpu, scale: &Scale, folder: Option<&Path>) -> Result<(), Box<dyn st
     println!("low-rank {merged:.1} GB/s of weights, r = 16, {:.0} % of there and back", 100.0 * merged / bound);
     if let Some(folder) = folder {
         let streamed = stream_rate(gpu, scale, folder)?;
+        for rank in [16, 256] {
+            write_lora(scale, &folder.join(format!("8b-lora-r{rank}")), rank)?;
+        }
         println!("stream {streamed:.1} GB/s of checkpoint, {:.0} % of the bus", 100.0 * streamed / up);
     }
     Ok(())
@@ -187,6 +190,25 @@ fn low_rank_rate(gpu: &Gpu, scale: &Scale) -> Result<f64, GpuError> {
         threads.into_iter().try_for_each(|thread| thread.join().expect("no thread panics"))
     })?;
     Ok((n_jobs * bytes.len()) as f64 / began.elapsed().as_secs_f64() / 1e9)
+}
+
+/// A LoRA adapter of every projection of the 8B checkpoint, as PEFT leaves it: what `on_device.sh` merges.
+fn write_lora(scale: &Scale, folder: &Path, rank: usize) -> Result<(), Box<dyn std::error::Error>> {
+    std::fs::create_dir_all(folder)?;
+    let config = format!("{{\"peft_type\":\"LORA\",\"r\":{rank},\"lora_alpha\":{}}}", 2 * rank);
+    std::fs::write(folder.join("adapter_config.json"), config)?;
+    let mut writer = TensorFileWriter::create(&folder.join("adapter_model.safetensors"), Existing::Replace)?;
+    for layer in 0..LAYERS.div_ceil(scale.rows_divisor) {
+        for (name, d_out, d_in) in PROJECTIONS {
+            let module = format!("base_model.model.model.layers.{layer}.{name}");
+            for (factor, n_rows, n_columns) in [("A", rank, d_in), ("B", d_out / scale.rows_divisor, rank)] {
+                let id = writer.add_tensor(format!("{module}.lora_{factor}.weight"), Dtype::BF16);
+                writer.append(id, &weights(Dtype::BF16, n_rows * n_columns))?;
+                writer.finish_tensor(id, vec![n_rows as u64, n_columns as u64]);
+            }
+        }
+    }
+    Ok(writer.finish(&Context::default(), &Default::default())?)
 }
 
 /// GB/s of checkpoint that a mask of k = 1 is chosen at, from the page cache; makes an 8B checkpoint in `folder`.

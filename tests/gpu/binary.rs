@@ -24,7 +24,7 @@ pub(crate) struct Place {
 }
 
 /// What the fake driver counted.
-pub(crate) struct Stats(String);
+pub(crate) struct Stats(pub(crate) String);
 
 impl Stats {
     pub(crate) fn get(&self, name: &str) -> u64 {

@@ -1,11 +1,16 @@
 //! Every kernel equals its judge, with `==`.
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    backend::{ColumnNorms, Layer, Score, ScoredRows, merged_values, topk_rows, union_columns},
+    backend::{
+        ColumnNorms, Layer, PatchCounts, Score, ScoredRows, add_low_rank, merge_sums, merged_values, topk_rows,
+        union_columns,
+    },
     gpu::{
-        DeviceMatrix, DevicePatch, DeviceTerms, Factor, GpuError, LowRank, LowRankFactors, Queue, RowRanker,
-        merged_low_rank,
+        DeviceMatrix, DevicePatch, DeviceTerms, Factor, GpuError, LowRank, LowRankCounts, LowRankFactors, Queue,
+        RowRanker, merged_low_rank,
     },
     tensor::{Dtype, RowBlock, RowColumns},
 };
@@ -275,8 +280,47 @@ fn low_rank_merges_equal_the_plain_loop() {
             let b: Vec<f32> = (0..n_rows * rank).map(|i| bell(7 + i as u64) as f32).collect();
             let a: Vec<f32> = (0..rank * d_in).map(|i| bell(99 + i as u64) as f32).collect();
             let factors = LowRankFactors { b: &b, a: &a, rank, scale: 0.25 };
-            let merged = merger.merge(block, &factors).unwrap();
+            let (merged, counts) = merger.merge(block, &factors).unwrap();
             assert!(merged == merged_low_rank(block, &factors), "{dtype:?} {n_rows} {d_in} {rank}");
+            assert!((merged, counts) == on_the_cpu(block, &factors), "{dtype:?} {n_rows} {d_in} {rank}: {counts:?}");
+        }
+    }
+}
+
+/// What a merge on the CPU makes of rows, and counts.
+fn on_the_cpu(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> (Vec<u8>, LowRankCounts) {
+    let LowRankFactors { b, a, rank, scale } = *factors;
+    let mut sums = vec![0.0; rows.n_rows() * rows.d_in()];
+    add_low_rank(b, a, rank, rows.d_in(), &mut sums);
+    let mut bytes = rows.bytes().to_vec();
+    let PatchCounts { nonzero, absorbed, changed, overflowed, .. } = merge_sums(rows.dtype(), &mut bytes, &sums, scale);
+    (bytes, LowRankCounts { nonzero, absorbed, changed, overflowed })
+}
+
+#[test]
+fn low_rank_merges_count_what_the_cpu_counts() {
+    let Some(queue) = queue() else { return };
+    let mut merger = LowRank::new(queue.gpu(), 10_000).unwrap();
+    // Rows that hurt, with deltas that vanish, are swallowed, overflow, or are no numbers; the same factor twice, and another.
+    for (dtype, d_in) in DTYPES.into_iter().flat_map(|dtype| [64, 200].map(|d_in| (dtype, d_in))) {
+        let mut bytes = rows(dtype, d_in, 3);
+        let nan = if dtype == Dtype::F32 { &[1, 0, 0x80, 0xff][..] } else { &[1, 0xff] };
+        bytes[..nan.len()].copy_from_slice(nan);
+        let block = RowBlock::new(&bytes, dtype, N_ROWS, d_in);
+        let b: Vec<f32> = (0..N_ROWS).map(|row| [1.0, 0.0, 1e-5, 3e38, f32::NAN, -60_000.0][row % 6]).collect();
+        for values in [0.5, -1.0] {
+            let a: Vec<f32> = (0..d_in).map(|i| if i % 3 == 0 { 0.0 } else { values }).collect();
+            let factors = LowRankFactors { b: &b, a: &a, rank: 1, scale: 1.5 };
+            let expected = on_the_cpu(block, &factors);
+            let LowRankCounts { nonzero, absorbed, changed, overflowed } = expected.1;
+            assert!(nonzero > 0 && absorbed > 0 && changed > 0 && overflowed > 0, "{:?}", expected.1);
+            assert!(merger.merge(block, &factors).unwrap() == expected, "{dtype:?} {d_in}");
+            let shared = Arc::new(a);
+            for _ in 0..2 {
+                let mut merged = bytes.clone();
+                let counts = merger.merge_in_place(dtype, &mut merged, (&b, &shared, 1), 1.5).unwrap();
+                assert!((merged, counts) == expected, "{dtype:?} {d_in}: in place");
+            }
         }
     }
 }
@@ -301,5 +345,5 @@ fn memory_that_cannot_hold_one_row_is_said() {
     }
     let factors = LowRankFactors { b: &[1.0], a: &[1.0; 100], rank: 1, scale: 1.0 };
     let error = LowRank::new(queue.gpu(), 100).unwrap().merge(rows, &factors).unwrap_err();
-    assert!(error.to_string().contains("merging one row needs 404 bytes"), "{error}");
+    assert!(error.to_string().contains("merging one row needs 1272 bytes"), "{error}");
 }

@@ -11,6 +11,7 @@ mod binary;
 mod conformance;
 mod driver;
 mod kernels;
+mod merges;
 mod operations;
 mod products;
 mod samples;

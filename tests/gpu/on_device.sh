@@ -6,7 +6,7 @@
 #                   FOLDER/on_device.sh rehearse            the same on the fake driver in FOLDER, small: where no GPU is
 #
 # Needs bash and the NVIDIA driver; the trainer needs cuBLASLt (python3 with torch has it). compute-sanitizer, and python3 with torch,
-# transformers and peft, are used where they are found. 36 GB of disk are used for 8B checkpoints (CHECKPOINT_FOLDER, by default a
+# transformers and peft, are used where they are found. 44 GB of disk are used for 8B checkpoints (CHECKPOINT_FOLDER, by default a
 # temporary folder). SMOLLM2, a folder with SmolLM2-135M, and COMMONSENSE, one with commonsense_15k_train.json and
 # commonsense_15k_validation.jsonl, are trained and judged where they are given. The exit code is 0 where every check passed.
 set -uo pipefail
@@ -83,6 +83,24 @@ large_masks() {
     echo "masks of the large checkpoint are the CPU's, byte for byte"
 }
 
+# LoRA merges of the large checkpoint in $1, on both; dry runs compute the same and write nothing.
+large_merges() {
+    local ckpt=$here/neuroada-ckpt rank device line
+    local TIMEFORMAT="%R s"
+    for rank in 16 256; do
+        for device in cpu cuda; do
+            line="merge $1/8b.safetensors --adapter $1/8b-lora-r$rank --device $device --no-ledger --max-memory 4G --gpu-memory 4G -v"
+            echo "rank $rank, $device, computing alone:"
+            time "$ckpt" $line -o "$1/none.safetensors" --dry-run >/dev/null || return 1
+            echo "rank $rank, $device:"
+            time "$ckpt" $line -o "$1/merged-$device.safetensors" --force >/dev/null || return 1
+        done
+        cmp "$1/merged-cpu.safetensors" "$1/merged-cuda.safetensors" || return 1
+        rm -f "$1/merged-cpu.safetensors" "$1/merged-cuda.safetensors"
+    done
+    echo "merges into the large checkpoint are the CPU's, byte for byte"
+}
+
 # Three epochs of the published recipe, and how many held-out answers are right before and after.
 smollm2() {
     local ckpt=$here/neuroada-ckpt k
@@ -118,6 +136,7 @@ run() {
     fi
     check bench "$here/gpu-bench" $small "$folder"
     check large-masks large_masks "$folder/8b.safetensors"
+    check large-merges large_merges "$folder"
     if [ -z "$small" ] && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
         check torch python3 "$here/torch_topk.py" "$results/bench.txt"
     else

@@ -1,7 +1,9 @@
-// W += scale * B A.      Judge: gpu::low_rank::plain
+// W += scale * B A.      Judge: gpu::merged_low_rank; of the counts, backend::merge_sums
 //   weights  (n_rows, d_in)  in place
 //   b        (n_rows, rank)  f32
 //   a        (rank, d_in)    f32
+//   counts   (4)             added to: deltas that are not zero, those that changed nothing, changed weights, finite weights
+//                            that are finite no more
 // Each product is summed in f32 over the rank, ascending, with fused steps; then one product with the scale, one sum with the weight
 // and one rounding to the weight's type. A weight that is a NaN keeps its bits.
 #include "common.cuh"
@@ -13,7 +15,7 @@
 // Launch: 256 threads, a block for each 64 columns (x) and each 64 rows (y); shared memory: 2 * 16 * 64 floats.
 template <class T>
 __device__ __forceinline__ void low_rank(typename T::Bits* weights, const float* b, const float* a, float scale, u32 n_rows,
-                                         u32 d_in, u32 rank) {
+                                         u32 d_in, u32 rank, u64* counts) {
     SHARED_BYTES(shared);
     float* b_tile = (float*)shared;         // (DEPTH, TILE): the rank first
     float* a_tile = b_tile + DEPTH * TILE;  // (DEPTH, TILE)
@@ -42,6 +44,8 @@ __device__ __forceinline__ void low_rank(typename T::Bits* weights, const float*
         }
         __syncthreads();
     }
+    // Two counts in a word: of a block's 4096 elements each fits 16 bits.
+    u32 deltas = 0, changes = 0;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
 #pragma unroll
@@ -49,16 +53,35 @@ __device__ __forceinline__ void low_rank(typename T::Bits* weights, const float*
             u64 row = first_row + y + 16 * i, column = first_column + x + 16 * j;
             if (row >= n_rows || column >= d_in) continue;
             typename T::Bits* at = weights + row * d_in + column;
-            if ((*at & T::MASK) > T::INF) continue;
-            *at = T::round(__fadd_rn(T::widen(*at), __fmul_rn(sums[i][j], scale)));
+            float delta = __fmul_rn(sums[i][j], scale);
+            u32 is_nonzero = delta != 0.0f, old = *at;
+            deltas += is_nonzero;
+            if ((old & T::MASK) > T::INF) continue;
+            u32 value = T::round(__fadd_rn(T::widen(old), delta));
+            *at = value;
+            deltas += (is_nonzero & (value == old)) << 16;
+            changes += (value != old) + ((u32)((old & T::MASK) < T::INF && (value & T::MASK) >= T::INF) << 16);
         }
     }
+    for (u32 distance = 16; distance > 0; distance /= 2) {
+        deltas += __shfl_xor_sync(ALL_LANES, deltas, distance);
+        changes += __shfl_xor_sync(ALL_LANES, changes, distance);
+    }
+    // The tiles were read for the last time before the last barrier.
+    u32* of_warps = (u32*)shared;
+    if (thread % 32 == 0) of_warps[thread / 32] = deltas, of_warps[8 + thread / 32] = changes;
+    __syncthreads();
+    if (thread >= 4) return;
+    u32 sum = 0;
+    for (u32 warp = 0; warp < 8; warp++) sum += of_warps[thread / 2 * 8 + warp] >> thread % 2 * 16 & 0xffff;
+    if (sum > 0) atomicAdd(counts + thread, (u64)sum);
 }
 
 #define LOW_RANK(T, NAME)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) low_rank_##NAME(T::Bits* weights, const float* b, const float* a,    \
-                                                                      float scale, u32 n_rows, u32 d_in, u32 rank) {       \
-        low_rank<T>(weights, b, a, scale, n_rows, d_in, rank);                                                             \
+                                                                      float scale, u32 n_rows, u32 d_in, u32 rank,         \
+                                                                      u64* counts) {                                       \
+        low_rank<T>(weights, b, a, scale, n_rows, d_in, rank, counts);                                                     \
     }
 
 LOW_RANK(Bf16, bf16)

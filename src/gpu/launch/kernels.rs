@@ -260,25 +260,29 @@ impl Queue {
         unsafe { self.launch("patch", name, (blocks_for(n), 1), 0, args) }
     }
 
-    /// `weights += scale * b a`, of `[n_rows, d_in]`, `[n_rows, rank]` and `[rank, d_in]`.
+    /// `weights += scale * b a`, of `[n_rows, d_in]`, `[n_rows, rank]` and `[rank, d_in]`; `counts` are added to.
     pub(in crate::gpu) fn low_rank(
         &self,
         (weights, dtype): (&mut DeviceVec<u8>, Dtype),
         (b, a): (&DeviceVec<f32>, &DeviceVec<f32>),
         scale: f32,
         (n_rows, d_in, rank): (usize, usize, usize),
+        counts: &mut DeviceVec<u64>,
     ) -> Result<(), GpuError> {
         self.owns(weights);
         self.owns(b);
         self.owns(a);
+        self.owns(counts);
+        assert!(counts.len == 4, "four counts");
         assert!(n_rows * d_in * bytes_of(dtype) <= weights.len, "all rows are there");
         assert!(n_rows * rank <= b.len && rank * d_in <= a.len, "both factors are there");
         let (x, y) = ((d_in as u32).div_ceil(TILE), (n_rows as u32).div_ceil(TILE));
         assert!(y <= MOST_GRID_Y, "at most {} rows at once", MOST_GRID_Y * TILE);
         let name = ["low_rank_bf16", "low_rank_f16", "low_rank_f32"][type_code(dtype) as usize];
         let (n_rows, d_in, rank) = (small(n_rows), small(d_in), small(rank));
-        let args = &mut [memory(weights), memory(b), memory(a), Arg::F32(scale), n_rows, d_in, rank];
-        // SAFETY: low_rank.cu takes these in this order and touches whole rows: the lengths asserted above.
+        let args = &mut [memory(weights), memory(b), memory(a), Arg::F32(scale), n_rows, d_in, rank, memory(counts)];
+        // SAFETY: low_rank.cu takes these in this order and touches whole rows and four counts: the lengths
+        // asserted above.
         unsafe { self.launch("low_rank", name, (x, y), 4 * 2 * 16 * TILE, args) }
     }
 }

@@ -1,14 +1,18 @@
 //! A block of merged rows, from the originals.
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
     factors::read_f32,
-    plan::{Magnitude, Product, Step, Target},
+    plan::{Magnitude, Plan, Product, Step, Target},
 };
+#[cfg(feature = "cuda")]
+use crate::tensor::Dtype;
 use crate::{
     adapter::DeltaRows,
-    backend::{PatchCounts, add_low_rank, merge_sums},
+    backend::{Merger, PatchCounts, add_low_rank, merge_sums},
     checkpoint::{CheckpointError, Context},
     merge::MergeError,
     tensor::{Accumulator, Float, with_float},
@@ -30,19 +34,21 @@ pub(super) fn row_blocks(
 }
 
 /// Makes the originals in `bytes`, the `rows` of `target`, into merged weights; `factors` are those of the columns, where the
-/// target has magnitudes of columns.
+/// target has magnitudes of columns. `computer` is the job's.
 ///
 /// Memory: about four times `bytes` for 16-bit weights, and factors of about a window.
 pub(super) fn merge_rows(
     ctx: &Context<'_>,
+    computer: &Computer<'_>,
     target: &Target<'_>,
     factors: Option<&[f32]>,
     rows: &Range<u64>,
     bytes: &mut [u8],
 ) -> Result<PatchCounts, MergeError> {
     if target.is_simple {
-        return merge_products(ctx, target, rows, bytes);
+        return merge_products(ctx, computer, target, rows, bytes);
     }
+    computer.merger.left((rows.end - rows.start) * target.n_columns);
     with_float!(target.tensor.info.dtype, T => {
         Block::<T>::new(ctx, target, rows.clone(), bytes)?.merge(ctx, factors, bytes)
     }, else unreachable!("targets are floats"))
@@ -51,6 +57,7 @@ pub(super) fn merge_rows(
 /// The same where each row gets one product at most.
 fn merge_products(
     ctx: &Context<'_>,
+    computer: &Computer<'_>,
     target: &Target<'_>,
     rows: &Range<u64>,
     bytes: &mut [u8],
@@ -60,11 +67,80 @@ fn merge_products(
     for step in &target.steps {
         let Step::LowRank(product) = step else { unreachable!("a simple target has products alone") };
         let Some(shared) = intersection(rows, &product.rows()) else { continue };
-        let sums = sums_of(ctx, product, &shared, target.n_columns)?;
         let part = (shared.start - rows.start) as usize * row_bytes..(shared.end - rows.start) as usize * row_bytes;
-        counts.add(merge_sums(target.tensor.info.dtype, &mut bytes[part], &sums, product.scale));
+        let (dtype, bytes) = (target.tensor.info.dtype, &mut bytes[part]);
+        #[cfg(feature = "cuda")]
+        if let Some(merged) = computer.merge(ctx, product, &shared, target.n_columns, (dtype, bytes))? {
+            counts.add(merged);
+            continue;
+        }
+        computer.merger.left((shared.end - shared.start) * target.n_columns);
+        let sums = sums_of(ctx, product, &shared, target.n_columns)?;
+        counts.add(merge_sums(dtype, bytes, &sums, product.scale));
     }
     Ok(counts)
+}
+
+/// Who computes, for the length of one plan.
+pub(super) struct Computer<'a> {
+    merger: Merger<'a>,
+    /// The second factors that a GPU was given last, and the place of their product in the plan.
+    #[cfg(feature = "cuda")]
+    held: Mutex<Vec<(usize, Arc<Vec<f32>>)>>,
+}
+
+/// How many second factors are held: threads that finish a tensor, and threads that begin the next.
+#[cfg(feature = "cuda")]
+const MOST_HELD: usize = 2;
+
+impl<'a> Computer<'a> {
+    /// For `plan`, which stays where it is.
+    pub(super) fn new(_plan: &'a Plan<'_>, merger: Merger<'a>) -> Self {
+        Self {
+            merger,
+            #[cfg(feature = "cuda")]
+            held: Mutex::default(),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Computer<'_> {
+    /// Merges on a GPU, or leaves all as it was: where there is none, it does not take the type, or the factors are too large for the
+    /// memory of either.
+    fn merge(
+        &self,
+        ctx: &Context<'_>,
+        product: &Product<'_>,
+        rows: &Range<u64>,
+        n_columns: u64,
+        (dtype, bytes): (Dtype, &mut [u8]),
+    ) -> Result<Option<PatchCounts>, MergeError> {
+        let (rank, n_rows) = (product.rank, rows.end - rows.start);
+        let fits = 4 * rank * n_rows <= ctx.window_bytes() && 4 * rank * n_columns <= ctx.max_memory / 16;
+        if !fits || rank == 0 || !self.merger.takes(dtype) {
+            return Ok(None);
+        }
+        ctx.check()?;
+        let v = self.second_factor(product, n_columns)?;
+        let u = product.u.read(rows.start - product.first_row..rows.end - product.first_row, 0..rank)?;
+        Ok(self.merger.merge(dtype, bytes, (&u, &v, rank as usize), product.scale)?)
+    }
+
+    fn second_factor(&self, product: &Product<'_>, n_columns: u64) -> Result<Arc<Vec<f32>>, CheckpointError> {
+        let place = std::ptr::from_ref(product).addr();
+        // Read under the lock: the other threads want the same.
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, v)) = held.iter().find(|(of, _)| *of == place) {
+            return Ok(Arc::clone(v));
+        }
+        if held.len() == MOST_HELD {
+            held.remove(0);
+        }
+        let v = Arc::new(product.v.read(0..product.rank, 0..n_columns)?);
+        held.push((place, Arc::clone(&v)));
+        Ok(v)
+    }
 }
 
 fn intersection(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {

@@ -12,6 +12,9 @@
 //! the scale of the merge, rounded once to float32. With magnitudes (DoRA): `value = round((m / norm) * (original + sum * s))`,
 //! where `norm` is that of the row of `original + sum * s`, its squares summed in float64. A tensor that the adapter holds in full
 //! stands in for the original.
+//!
+//! On a GPU, the same bytes: where one product and nothing else is added to bf16, f16 or f32 weights ([`crate::backend::Merger`]). What
+//! adds more to a weight (several adapters, sparse deltas, biases), magnitudes and tensors in full are the CPU's work.
 
 mod compute;
 mod factors;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     LowRankOptions,
-    compute::row_blocks,
+    compute::{Computer, row_blocks},
     plan::{Plan, Target},
     record::{LowRankRecord, RecordFolder, RowsHasher, record_of},
     sources::Source,
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     adapter::AdapterId,
+    backend::Merger,
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered},
     merge::{MergeError, MergeReport, Which, verify::open_base},
     tensor::dtype_name,
@@ -55,6 +56,7 @@ pub fn undo_low_rank(
         originals: &originals,
         sources: &sources,
         plan: &plan,
+        computer: Computer::new(&plan, Merger::cpu()),
         base: record.base.clone(),
         reading: record.reading,
     };

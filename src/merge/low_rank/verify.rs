@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use super::{
-    compute::{merge_rows, row_blocks},
+    compute::{Computer, merge_rows, row_blocks},
     norms::column_factors,
     record::record_of,
     sources::Source,
     undo::{check_originals, hash_of, open_originals, open_recorded, restoring_plan},
 };
 use crate::{
+    backend::Merger,
     checkpoint::{Checkpoint, Context, Printable, for_each_ordered},
     merge::{AnchorReport, MergeError, VerifyReport, verify::compare_other_tensors},
 };
@@ -47,6 +48,7 @@ pub fn verify_low_rank(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> R
         let plan = restoring_plan(&merged, &originals, &sources, &record)?;
         n_tensors.clone_from(&plan.n_tensors);
         let factors = column_factors(ctx, &originals, &plan)?;
+        let computer = Computer::new(&plan, Merger::cpu());
         ctx.observer.begin("computing again", record.n_original_bytes());
         for (target, factors) in plan.targets.iter().zip(&factors) {
             let name = target.name();
@@ -61,7 +63,7 @@ pub fn verify_low_rank(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> R
                     let window = original.window(ctx, range.clone())?;
                     let mut expected = window.to_vec();
                     original.shard.confirm(&window)?;
-                    merge_rows(ctx, target, factors.as_deref(), rows, &mut expected)?;
+                    merge_rows(ctx, &computer, target, factors.as_deref(), rows, &mut expected)?;
                     let window = target.tensor.window(ctx, range)?;
                     let differ = |(a, b): &(&[u8], &[u8])| a != b;
                     let n = window.chunks_exact(width).zip(expected.chunks_exact(width)).filter(differ).count();

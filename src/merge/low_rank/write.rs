@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
 use super::{
     KeptOriginals, LowRankOptions, LowRankReading,
-    compute::{merge_rows, row_blocks},
+    compute::{Computer, merge_rows, row_blocks},
     norms::column_factors,
     plan::{Plan, Step, Target},
     record::{LowRankRecord, RecordFolder, RecordedTarget, RowsHasher},
     sources::Source,
 };
 use crate::{
-    backend::{PatchCounts, gather},
+    backend::{Merger, PatchCounts, gather},
     checkpoint::{
         Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Printable, Shard, TensorFileWriter, TensorId,
         check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
@@ -32,6 +32,8 @@ use crate::{
 /// `mod.rs`), the same bytes for every number of threads and any memory. Everything about the adapters is checked before the
 /// first byte is written; a sparse adapter's anchors are judged before the output gets its name.
 ///
+/// `merger` says who computes where one product and nothing else is added to weights; the rest is the CPU's.
+///
 /// Memory: a few blocks of rows per thread, within `ctx.max_memory`. Disk: the checkpoint's size and copies of the adapters, and, with
 /// [`KeptOriginals::All`], the touched tensors' once more.
 ///
@@ -42,6 +44,7 @@ pub fn merge_low_rank(
     base: &Path,
     adapters: &[MergeInput],
     reading: LowRankReading,
+    merger: Merger<'_>,
     options: &LowRankOptions,
 ) -> Result<MergeReport, MergeError> {
     if adapters.is_empty() {
@@ -55,6 +58,7 @@ pub fn merge_low_rank(
         originals: &checkpoint,
         sources: &sources,
         plan: &plan,
+        computer: Computer::new(&plan, merger),
         base: checkpoint.name(),
         reading,
     };
@@ -71,6 +75,7 @@ pub(super) struct Job<'a> {
     pub(super) originals: &'a Checkpoint,
     pub(super) sources: &'a [Source],
     pub(super) plan: &'a Plan<'a>,
+    pub(super) computer: Computer<'a>,
     /// What the base is called.
     pub(super) base: String,
     pub(super) reading: LowRankReading,
@@ -283,7 +288,7 @@ impl Job<'_> {
             }
         }
         let originals = if keeps { bytes.to_vec() } else { Vec::new() };
-        let counts = merge_rows(ctx, target, factors, rows, bytes)?;
+        let counts = merge_rows(ctx, &self.computer, target, factors, rows, bytes)?;
         let merged = RowsHasher::groups(bytes, target.row_bytes());
         Ok(BlockResult { counts, base, merged, anchored, originals })
     }
