@@ -77,7 +77,7 @@ impl Mma {
 }
 
 fn is_aligned<T>(memory: &DeviceVec<T>) -> bool {
-    memory.at % 16 == 0
+    memory.at.is_multiple_of(16)
 }
 
 /// Causal attention inside each of several examples, which lie end to end.
