@@ -128,15 +128,14 @@ fn help_lists_commands_options_and_exit_codes() {
           --device <DEVICE>
               Where the work is done: auto, cpu, cuda or cuda:N
               
-              `mask` chooses on a GPU where it is asked for one; all else is done on the CPU, and so is
-              everything with auto. Results are the same bytes. `inspect --devices` tells what there is.
+              Where they are asked for a GPU, `mask` chooses and `merge` adds LoRA adapters on it, with
+              the same bytes for a result, and `train` and `eval` work there. All else is done on the
+              CPU, and so is everything with auto. `inspect --devices` tells what there is.
               
               [default: auto]
 
           --gpu-memory <SIZE>
-              Memory of the GPU to stay within
-              
-              [default: 1G]
+              Memory of the GPU to stay within [default: 1G; for models, what is free]
 
           --json
               Print the report as one JSON document
