@@ -3,7 +3,8 @@
 // Fibers switch only where the kernel waits for others: at barriers and at exchanges between the lanes of a warp. The shim aborts
 // with words where a barrier is reached by some threads of a block only, where lanes of a warp wait for different things, or
 // where nobody can go on. Shared memory is filled with nonsense before each block. `order` turns round who runs first: a
-// kernel whose result depends on that has a race. What it cannot show: the memory model, alignment, real concurrency.
+// kernel whose result depends on that has a race. Asynchronous copies come only when their thread waits for them. What it cannot show:
+// the memory model, alignment but of those copies and of matrices, real concurrency.
 #pragma once
 #include <cmath>
 #include <cstdint>
