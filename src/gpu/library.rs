@@ -61,20 +61,21 @@ fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<
     if let Some(folder) = variable(FOLDER_VARIABLE).map(PathBuf::from) {
         return vec![Place { name: format!("{FOLDER_VARIABLE}={}", folder.display()), files: inside(&folder) }];
     }
+    // Nothing is loaded from where the program happens to stand.
+    let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|folder| folder.is_absolute());
     let mut places = vec![
         Place { name: format!("{FOLDER_VARIABLE} (not set)"), files: Vec::new() },
         Place { name: "the loader's path".to_owned(), files: names.iter().map(PathBuf::from).collect() },
     ];
     let mut add = |folder: PathBuf| places.push(Place { name: folder.display().to_string(), files: inside(&folder) });
-    add(variable("CUDA_HOME").map_or_else(|| "$CUDA_HOME/lib64".into(), |home| Path::new(&home).join("lib64")));
+    add(absolute("CUDA_HOME").map_or_else(|| "$CUDA_HOME/lib64".into(), |home| home.join("lib64")));
     add("/usr/local/cuda/lib64".into());
-    if let Some(prefix) = variable("CONDA_PREFIX") {
-        add(Path::new(&prefix).join("lib"));
+    if let Some(prefix) = absolute("CONDA_PREFIX") {
+        add(prefix.join("lib"));
     }
-    let mut prefixes: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(&variable).map(Into::into).collect();
+    let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(absolute).collect();
     prefixes.extend(variable("PATH").map(|path| prefixes_of_python(&path)).unwrap_or_default());
-    prefixes.extend(variable("HOME").map(|home| Path::new(&home).join(".local")));
+    prefixes.extend(absolute("HOME").map(|home| home.join(".local")));
     let mut seen = Vec::new();
     for prefix in prefixes {
         if !seen.contains(&prefix) {
@@ -88,8 +89,8 @@ fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<
 
 /// What the `python3` on `path` has packages under: the folder it stands in, what that links to, and Debian's place for added ones.
 fn prefixes_of_python(path: &OsString) -> Vec<PathBuf> {
-    let Some(python) = std::env::split_paths(path).map(|folder| folder.join("python3")).find(|file| file.is_file())
-    else {
+    let folders = std::env::split_paths(path).filter(|folder| folder.is_absolute());
+    let Some(python) = folders.map(|folder| folder.join("python3")).find(|file| file.is_file()) else {
         return Vec::new();
     };
     let prefix_of = |program: &Path| Some(program.parent()?.parent()?.to_owned());
@@ -125,6 +126,17 @@ mod tests {
         let found = places(&names(), |name| (name == FOLDER_VARIABLE).then(|| "/nowhere".into()));
         assert!(found.len() == 1 && found[0].files.is_empty());
         assert_eq!(found[0].name, "NEUROADA_CUDA_LIB=/nowhere");
+    }
+
+    #[test]
+    fn folders_that_depend_on_where_one_stands_are_left_out() {
+        let found = places(&names(), |name| match name {
+            "PATH" => Some("bin:.".into()),
+            FOLDER_VARIABLE => None,
+            _ => Some("here".into()),
+        });
+        assert!(found.iter().all(|place| !place.name.contains("here")), "{:?}", found.len());
+        assert_eq!(found.len(), 4);
     }
 
     #[test]
