@@ -144,14 +144,15 @@ fn a_run_goes_on_on_another_device() {
     child.kill().unwrap();
     child.wait().unwrap();
     if place.path("a.state.safetensors").exists() {
-        let n_done = place.losses("a").len();
         place.done(&format!("{run} --device cuda -o a.safetensors --resume"));
         let all = place.losses("a");
-        assert_eq!(all.len(), 8, "{n_done} steps were done before");
+        assert_eq!(all.len(), 8);
         assert!(place.stats().get("adamw") > 0, "the rest was done on the GPU");
         for (step, (a, b)) in all.iter().zip(&whole).enumerate() {
             assert_near(&format!("step {step}"), *a, *b);
         }
+    } else {
+        eprintln!("skipped: the run was over before it could be killed");
     }
 
     // A GPU that fails: what was saved before stays, and goes on on the CPU.
