@@ -12,6 +12,8 @@ use std::{collections::BTreeMap, ops::Range, path::Path};
 use super::{CheckpointError, json::malformed, raw_header::RawHeader};
 use crate::tensor::{Dtype, checked_bytes, dtype_name};
 
+/// The metadata key of this program's own files: masks, adapters, ledgers.
+pub const DOCUMENT_KEY: &str = "neuroada";
 /// Headers larger than this are refused, here and by the safetensors crate.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// More tensors than this in one file are refused: forty times the largest published shard.

@@ -31,7 +31,7 @@ pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gather::{BaseValues, gather_rows};
-pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
+pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
 pub(crate) use json::{malformed, open_regular, read_whole};
 pub use lock::{CheckpointLock, in_place_hazards};

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, fmt, path::Path};
 
 use super::{MaskError, Partition};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Header, Printable, Shard},
+    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Header, Printable, Shard},
     tensor::{Dtype, dtype_name, parse_dtype},
 };
 use serde::{
@@ -20,8 +20,6 @@ use serde::{
     de::{self, MapAccess, SeqAccess, Visitor},
 };
 
-/// The metadata key that holds the document.
-pub const DOCUMENT_KEY: &str = "neuroada";
 /// The format version that this program writes, and the newest it reads.
 pub const FORMAT_VERSION: u64 = 1;
 /// Documents larger than this are refused: twice that of an adapter for every expert of the largest published model.

@@ -31,6 +31,6 @@ pub use targets::{LLAMA_PROJECTIONS, Selection, SkippedTensor, select_targets};
 
 pub use crate::backend::ScoreKind;
 
-pub(crate) use document::{DOCUMENT_KEY, FORMAT_VERSION, TargetEntries, parse_document, parse_header};
+pub(crate) use document::{FORMAT_VERSION, TargetEntries, parse_document, parse_header};
 pub(crate) use sparse::{Part, SparseFile, check_targets};
 pub(crate) use sparse_writer::SparseWriter;

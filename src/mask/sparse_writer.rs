@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::{
-    document::{DOCUMENT_KEY, TargetEntries, TargetEntry},
+    document::{TargetEntries, TargetEntry},
     sparse::{MOST_U16, Part, SparseFile, TargetInfo, target_layout},
 };
 use crate::{
-    checkpoint::{CheckpointError, Context, Existing, TensorFileWriter, TensorId},
+    checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, TensorId},
     tensor::{Dtype, RowColumns, RowLayout},
 };
 

@@ -22,14 +22,13 @@ use serde::{Deserialize, Serialize};
 use super::MergeError;
 use crate::{
     adapter::AdapterId,
-    checkpoint::{CheckpointError, Context, Existing, Shard, TensorFileWriter, TensorId},
+    checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Existing, Shard, TensorFileWriter, TensorId},
     tensor::{Dtype, RowColumns, RowLayout, dtype_name, parse_dtype},
 };
 
 /// Rows between two entries of `group_offsets`; blocks of rows begin at multiples of it.
 pub(super) const GROUP_ROWS: u64 = 64;
 
-const DOCUMENT_KEY: &str = "neuroada";
 const CHECKSUM_KEY: &str = "neuroada.blake3";
 
 /// The ledger's JSON document.

@@ -3,10 +3,7 @@
 use std::path::Path;
 
 use super::{PEFT_CONFIG, PeftConfig, PeftError, PeftType};
-use crate::checkpoint::Shard;
-
-/// The metadata key of this program's own files.
-const DOCUMENT_KEY: &str = "neuroada";
+use crate::checkpoint::{DOCUMENT_KEY, Shard};
 
 /// What a path given as an adapter is, told from its config or header alone.
 #[derive(Clone, PartialEq, Eq, Debug)]

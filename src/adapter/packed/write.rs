@@ -22,10 +22,10 @@ use crate::{
     },
     backend::{Layer, merged_values},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, Existing, TensorFileWriter, for_each_ordered, gather_rows,
+        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_rows,
         tensor_file_header,
     },
-    mask::{DOCUMENT_KEY, FORMAT_VERSION, Part, TargetInfo},
+    mask::{FORMAT_VERSION, Part, TargetInfo},
     tensor::{Dtype, RowColumns},
 };
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, anyhow, bail};
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Printable, folder_of},
+    checkpoint::{Checkpoint, DOCUMENT_KEY, Printable, folder_of},
     convert::{self, Checksum, Encoding, WeightSyncOptions, WeightSyncReport},
     merge::{self, MergeInput, MergeOptions},
 };
@@ -64,7 +64,7 @@ fn is_checkpoint(args: &ConvertArgs) -> bool {
         return ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| args.input.join(name).exists());
     }
     let opened = neuroada_ckpt::checkpoint::Shard::open(&args.input);
-    opened.is_ok_and(|shard| !shard.header().metadata().contains_key("neuroada"))
+    opened.is_ok_and(|shard| !shard.header().metadata().contains_key(DOCUMENT_KEY))
 }
 
 /// The version that the output's name says.

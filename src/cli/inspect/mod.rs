@@ -13,7 +13,7 @@ use clap::Args;
 use globset::{Glob, GlobMatcher};
 use neuroada_ckpt::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef},
+    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef},
     mask::{FileKind, MaskFile},
     merge::{ActiveAdapter, LedgerSummary, MergeError, ledger_summary},
     tensor::{dtype_name, projection_kind},
@@ -430,7 +430,7 @@ fn shared_metadata(shards: &[ShardFacts]) -> Vec<(&'static str, String)> {
     let Some((first, others)) = shards.split_first() else { return Vec::new() };
     let is_shared =
         |(key, value): &(&String, &String)| others.iter().all(|shard| shard.metadata.get(*key) == Some(*value));
-    let is_foreign = |(key, _): &(&String, &String)| key.as_str() != "neuroada" && !key.starts_with("neuroada.");
+    let is_foreign = |(key, _): &(&String, &String)| key.as_str() != DOCUMENT_KEY && !key.starts_with("neuroada.");
     let words = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MOST_ROWS);
     words.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
 }
