@@ -74,15 +74,12 @@ __device__ __forceinline__ void attention(const typename T::Bits* qkv, const u32
     if (past && n_keys > capacity) return;
     const typename T::Bits* k = keys.k + kv_head * d_head;
     stage<T>(q, qkv + (u64)token * width + head * d_head, d_head);
-    float sums[MOST_DIMS] = {}, largest = -__uint_as_float(0x7f800000), sum = 0.0f;
+    float sums[MOST_DIMS] = {}, largest = -INFINITE, sum = 0.0f;
     for (u32 from = 0; from < n_keys; from += 32) {
         u32 n_here = n_keys - from < 32 ? n_keys - from : 32;
-        float score = -__uint_as_float(0x7f800000);
+        float score = -INFINITE;
         if (lane < n_here) score = product_with<T>(q, k + (u64)(from + lane) * keys.stride, d_head) * scale;
-        float most = score;
-#pragma unroll
-        for (u32 distance = 16; distance > 0; distance /= 2) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, distance));
-        most = fmaxf(most, largest);
+        float most = fmaxf(warp_max(score), largest);
         float share = lane < n_here ? expf(score - most) : 0.0f, before = expf(largest - most);
         largest = most;
         sum = fmaf(sum, before, share);

@@ -98,7 +98,7 @@ template <u32 M, u32 N> __device__ __forceinline__ void hide_later(float (&s)[M]
 #pragma unroll
         for (u32 i = 0; i < N / 2; i++) {
             u32 key = from + i / 4 * 8 + lane % 4 * 2 + i % 2, query = position + 16 * m + lane / 4 + i / 2 % 2 * 8;
-            if (key > query) s[m][i / 4][i % 4] = -__uint_as_float(0x7f800000);
+            if (key > query) s[m][i / 4][i % 4] = -INFINITE;
         }
     }
 }
@@ -159,7 +159,7 @@ __device__ __forceinline__ void attention_mma(const u16* qkv, const u32* starts,
     u32 position = keys.before + first + warp * 16 * M; // of this warp's first query
     float scale_2 = scale * LOG2_E, sums[M][D / 8][4] = {}, most[M][2], total[M][2] = {};
 #pragma unroll
-    for (u32 m = 0; m < M; m++) most[m][0] = most[m][1] = -__uint_as_float(0x7f800000);
+    for (u32 m = 0; m < M; m++) most[m][0] = most[m][1] = -INFINITE;
     for (u32 tile = 0; tile < n_tiles; tile++) {
         copies_done();
         __syncthreads(); // the tile is there, and nobody reads the one before it
@@ -342,7 +342,7 @@ __device__ __forceinline__ void attention_dkv_mma(const u16* qkv, const u16* dou
 #pragma unroll
             for (u32 i = 0; i < N / 2; i++) {
                 u32 query = from + i / 4 * 8 + lane % 4 * 2 + i % 2, key = own + lane / 4 + i / 2 % 2 * 8;
-                if (key > query) s[0][i / 4][i % 4] = -__uint_as_float(0x7f800000);
+                if (key > query) s[0][i / 4][i % 4] = -INFINITE;
             }
         }
 #pragma unroll

@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 #endif
 
 #define ALL_LANES 0xffffffffu
+#define INFINITE __uint_as_float(0x7f800000)
 
 // Each float type: its bits, the bits of its magnitude, the largest magnitude of a number, exact widening, and rounding to
 // nearest even, where every NaN becomes the one quiet NaN with a clear sign.
@@ -65,6 +66,8 @@ struct F32 {
         return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : bits;
     }
 };
+
+template <class T> __device__ __forceinline__ bool is_nan(typename T::Bits bits) { return (bits & T::MASK) > T::INF; }
 
 // Leaves the first place of a NaN: the smallest row, and of that the smallest column.
 __device__ __forceinline__ void report_nan(u64* first_nan, u64 row, u32 column) {

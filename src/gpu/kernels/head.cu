@@ -2,8 +2,6 @@
 //   logits  (n, n_vocab)  f32; a block of 256 threads for each row; shared memory: 8 floats, or 8 u64
 #include "rows.cuh"
 
-#define INFINITE __uint_as_float(0x7f800000)
-
 // losses[row] = log(sum(exp(logits))) - logits[label], and the gradient of grad_scale * loss by the logits:
 //   labels    (n)            a label beyond the vocabulary gives a NaN
 //   losses    (n)

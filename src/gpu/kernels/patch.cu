@@ -10,8 +10,6 @@
 // its bits.
 #include "common.cuh"
 
-template <class T> __device__ __forceinline__ bool is_nan(typename T::Bits bits) { return (bits & T::MASK) > T::INF; }
-
 template <class T>
 __device__ __forceinline__ void patch_rows(typename T::Bits* weights, const u32* columns, const float* values, float scale,
                                            const typename T::Bits* originals, u32 d_in, u32 k, u64 n) {

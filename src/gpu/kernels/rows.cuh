@@ -31,37 +31,35 @@ template <class T> struct Width {
     static const u32 OF = 16 / sizeof(typename T::Bits);
 };
 
-// The sum over the 256 threads of a block, the same for all of them; `room` holds 8 numbers. Always in the same order.
-template <class F> __device__ __forceinline__ F block_sum(F x, F* room) {
+// The sum over a warp, and the largest of it, the same for all lanes. Always in the same order.
+template <class F> __device__ __forceinline__ F warp_sum(F x) {
 #pragma unroll
     for (u32 distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (u32 distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+
+// Shows what each warp has to all 256 threads of a block: every lane gets that of the warp of its number, modulo 8; `room` holds 8.
+template <class F> __device__ __forceinline__ F of_warps(F x, F* room) {
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
     __syncthreads();
     x = room[threadIdx.x % 8];
-#pragma unroll
-    for (u32 distance = 4; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     __syncthreads(); // the room can be used again
     return x;
 }
 
-// The same for the largest.
-__device__ __forceinline__ float block_max(float x, float* room) {
+// The same over the 256 threads of a block.
+template <class F> __device__ __forceinline__ F block_sum(F x, F* room) {
+    x = of_warps(warp_sum(x), room);
 #pragma unroll
-    for (u32 distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
-    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = room[threadIdx.x % 8];
-#pragma unroll
-    for (u32 distance = 4; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
-    __syncthreads();
+    for (u32 distance = 4; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     return x;
 }
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (u32 distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
-    return x;
-}
+__device__ __forceinline__ float block_max(float x, float* room) { return warp_max(of_warps(warp_max(x), room)); }
 
 // The three types of a kernel that is declared with KERNEL(T, name).
 #define FOR_FLOATS(KERNEL) KERNEL(Bf16, bf16) KERNEL(F16, f16) KERNEL(F32, f32)

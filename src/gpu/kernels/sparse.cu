@@ -135,8 +135,7 @@ __device__ __forceinline__ void patch_entries(typename T::Bits* weights, const u
         for (u32 entry = offsets[row]; entry < offsets[row + 1] && entry < nnz; entry++) {
             if (columns[entry] >= d_in) continue;
             typename T::Bits original = originals[entry];
-            bool is_nan = (original & T::MASK) > T::INF;
-            weights[row * d_in + columns[entry]] = is_nan ? original : T::round(T::widen(original) + theta[entry]);
+            weights[row * d_in + columns[entry]] = is_nan<T>(original) ? original : T::round(T::widen(original) + theta[entry]);
         }
     }
 }

@@ -111,6 +111,18 @@ template <class Word> struct Best {
 
 __device__ __forceinline__ bool is_aligned(const void* at) { return ((u64)at & 15) == 0; }
 
+// Up to four loads of a warp, from a column on: all are on their way before the first is looked at. How many fit the row.
+template <class Key>
+__device__ __forceinline__ u32 load_some(const Key* keys, u32 column, u32 d_in, u32 lane, uint4 (&loads)[4]) {
+    const u32 STEP = 32 * Pack<Key>::PER_LOAD;
+    u32 n_loads = min_of((d_in - column) / STEP, 4u);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        if (i < n_loads) loads[i] = *(const uint4*)(keys + column + i * STEP + lane * Pack<Key>::PER_LOAD);
+    }
+    return n_loads;
+}
+
 // k <= 32: one warp per row. Most groups of columns hold nothing above the bound, which one maximum tells.
 // Launch: 256 threads, 8 rows per block; shared memory: 64 words for each warp.
 template <class Key>
@@ -128,13 +140,8 @@ __device__ __forceinline__ void topk_warp(const Key* rows, u32 n_rows, u32 d_in,
     u32 column = 0;
     if (is_aligned(keys)) {
         while (column + STEP <= d_in) {
-            // Four loads are on their way before the first is looked at.
-            u32 n_loads = min_of((d_in - column) / STEP, 4u);
             uint4 loads[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                if (i < n_loads) loads[i] = *(const uint4*)(keys + column + i * STEP + lane * P::PER_LOAD);
-            }
+            u32 n_loads = load_some(keys, column, d_in, lane, loads);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 if (i >= n_loads) break;
@@ -186,12 +193,8 @@ __device__ __forceinline__ void top1_warp(const Key* rows, u32 n_rows, u32 d_in,
     u32 column = 0;
     if (is_aligned(keys)) {
         while (column + STEP <= d_in) {
-            u32 n_loads = min_of((d_in - column) / STEP, 4u);
             uint4 loads[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                if (i < n_loads) loads[i] = *(const uint4*)(keys + column + i * STEP + lane * P::PER_LOAD);
-            }
+            u32 n_loads = load_some(keys, column, d_in, lane, loads);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 if (i >= n_loads) break;
