@@ -10,7 +10,7 @@ use crate::{
         Checkpoint, CheckpointError, Context, Existing, Printable, Shard, TensorInfo, TensorRef, gather_rows,
     },
     mask::{BaseInfo, MaskFile, TargetInfo},
-    tensor::{Accumulator, Dtype, Float, RowColumns, dtype_name, is_float, with_float},
+    tensor::{Dtype, RowColumns, dtype_name, is_float, widened},
 };
 
 /// Positions and rows that are taken in one piece.
@@ -198,9 +198,7 @@ fn read_values(
     let info: &TensorInfo = values.header().tensor(&name).expect("matched before");
     let width = info.dtype.bitsize() as u64 / 8;
     let bytes = values.window(ctx, info, first * width..(first + columns.nnz() as u64) * width)?;
-    let deltas: Vec<f32> = with_float!(info.dtype, T => {
-        bytes.chunks_exact(T::BYTES).map(|le| T::from_le(le).widen().to_f64() as f32).collect()
-    }, else unreachable!("matched before"));
+    let deltas = widened(info.dtype, &bytes);
     // An f64 beyond f32 is infinite here; what overflows the stored type is found when it is rounded.
     match deltas.iter().position(|delta| !delta.is_finite()) {
         None => Ok(deltas),

@@ -150,12 +150,19 @@ impl Env {
         Ok(self.args.gpu_memory.map_or(free, |most| most.min(free)))
     }
 
-    /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
+    /// The same for what streams through it, and bytes of its memory to stay within.
     #[cfg(feature = "cuda")]
-    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
+    fn streaming_gpu(&self) -> anyhow::Result<Option<(Gpu, u64)>> {
         let Some(gpu) = self.gpu()? else { return Ok(None) };
         let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
         self.detail(&format!("{gpu:?}, {} MiB of its memory", gpu_memory >> 20));
+        Ok(Some((gpu, gpu_memory)))
+    }
+
+    /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
+        let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         // Windows and results take up to half of the memory.
         let pinned_bytes = self.args.max_memory / 8;
         let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), gpu_memory, pinned_bytes);
@@ -165,9 +172,7 @@ impl Env {
     /// Who merges low-rank products, where a GPU was asked for.
     #[cfg(feature = "cuda")]
     pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<GpuMerger>> {
-        let Some(gpu) = self.gpu()? else { return Ok(None) };
-        let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
-        self.detail(&format!("{gpu:?}, {} MiB of its memory", gpu_memory >> 20));
+        let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         Ok(Some(GpuMerger::new(&gpu, rayon::current_num_threads(), gpu_memory)))
     }
 

@@ -17,6 +17,7 @@ use neuroada_ckpt::{
 #[cfg(feature = "cuda")]
 use neuroada_ckpt::{
     gpu::{Gpu, GpuError},
+    tensor::Dtype,
     train::{CudaDevice, Keep},
 };
 use serde::Serialize;
@@ -278,7 +279,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
 /// Where a run takes place.
 struct Place {
     #[cfg(feature = "cuda")]
-    gpu: Option<Gpu>,
+    gpu: Option<(Gpu, Dtype)>,
     /// Bytes of the GPU's memory that can be had.
     free: Option<u64>,
     memory: MemoryEstimate,
@@ -288,8 +289,8 @@ impl Place {
     fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> anyhow::Result<Self> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = env.gpu()? {
-            CudaDevice::dtype_of(base).hint("--device cpu takes them")?;
-            let memory = MemoryEstimate::on_gpu(config, base, size);
+            let dtype = CudaDevice::dtype_of(base).hint("--device cpu takes them")?;
+            let memory = MemoryEstimate::on_gpu(config, base, dtype, size);
             let most = env.memory_of(&gpu)?;
             if memory.total > most {
                 let keeps = size.keep == Keep::All;
@@ -299,7 +300,7 @@ impl Place {
                 let error = GpuError::OutOfMemory { ordinal, what: "the run", needed, available: most };
                 return Err(error).hint(&format!("{less} takes less"));
             }
-            return Ok(Self { gpu: Some(gpu), free: Some(most), memory });
+            return Ok(Self { gpu: Some((gpu, dtype)), free: Some(most), memory });
         }
         let _everywhere = env;
         Ok(Self {
@@ -313,7 +314,7 @@ impl Place {
     /// As `--device` takes it.
     fn name(&self) -> String {
         #[cfg(feature = "cuda")]
-        if let Some(gpu) = &self.gpu {
+        if let Some((gpu, _)) = &self.gpu {
             return format!("cuda:{}", gpu.ordinal());
         }
         "cpu".to_owned()
@@ -321,9 +322,8 @@ impl Place {
 
     fn train(&self, ctx: &Context<'_>, job: &TrainJob<'_>, watcher: &dyn Watcher) -> anyhow::Result<TrainReport> {
         #[cfg(feature = "cuda")]
-        if let Some(gpu) = &self.gpu {
-            let dtype = CudaDevice::dtype_of(job.base).hint("--device cpu takes them")?;
-            return train_on(ctx, &CudaDevice::new(gpu, dtype)?, job, watcher);
+        if let Some((gpu, dtype)) = &self.gpu {
+            return train_on(ctx, &CudaDevice::new(gpu, *dtype)?, job, watcher);
         }
         train_on(ctx, &CpuDevice::new(), job, watcher)
     }

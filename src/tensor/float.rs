@@ -217,6 +217,16 @@ macro_rules! __with_float {
 }
 pub use __with_float as with_float;
 
+/// Elements as they are stored, little-endian, in float32: exactly, but for F64.
+///
+/// # Panics
+/// Where `dtype` is no float.
+pub fn widened(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    with_float!(dtype, T => {
+        bytes.chunks_exact(T::BYTES).map(|le| T::from_le(le).widen().to_f64() as f32).collect()
+    }, else panic!("{dtype:?} is no float"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

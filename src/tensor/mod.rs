@@ -10,7 +10,7 @@ mod layout;
 mod names;
 mod rows;
 
-pub use float::{Accumulator, Float, is_float, with_float};
+pub use float::{Accumulator, Float, is_float, widened, with_float};
 pub use float8::{F8E4M3, F8E5M2};
 pub use layout::RowLayout;
 pub use names::{module_of, projection_kind};

@@ -124,6 +124,11 @@ impl Rope {
 }
 
 impl ModelConfig {
+    /// Rows of all matrices inside of layers.
+    pub(super) fn n_rows(&self) -> usize {
+        (self.heads.d_qkv() + 2 * self.d_ff + 2 * self.d_model) * self.n_layers
+    }
+
     /// Reads the configuration of `checkpoint`, in the form that transformers 5 writes (`rope_parameters`) or in the older one
     /// (`rope_theta`, `rope_scaling`).
     ///

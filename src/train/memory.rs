@@ -47,10 +47,10 @@ impl MemoryEstimate {
         Self::of(config, base, run, 4, scratch)
     }
 
-    /// What training on a GPU takes of its memory, beside what its driver takes.
+    /// What training on a GPU takes of its memory, beside what its driver takes; `dtype` is the type of activations, that of
+    /// [`CudaDevice::dtype_of`](super::CudaDevice::dtype_of).
     #[cfg(feature = "cuda")]
-    pub fn on_gpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
-        let dtype = if width(base) < 4 { Dtype::BF16 } else { Dtype::F32 };
+    pub fn on_gpu(config: &ModelConfig, base: &Checkpoint, dtype: Dtype, run: RunSize) -> Self {
         let scratch = super::CudaDevice::scratch_bytes(config, dtype, run);
         Self::of(config, base, run, dtype.bitsize() / 8, scratch)
     }
@@ -59,11 +59,9 @@ impl MemoryEstimate {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
         let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();
-        let heads = config.heads;
         let activations = Workspace::<CpuDevice>::n_bytes(config, run.most_tokens, run.keep, act_bytes) + scratch;
         // Theta, gradient, mean, variance, column, and the original.
-        let n_rows = (heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let n_offsets = n_rows as u64 + run.n_biases;
+        let n_offsets = config.n_rows() as u64 + run.n_biases;
         let state = (run.n_entries + run.n_biases) * (5 * 4 + width(base)) + n_offsets * 4;
         Self { weights, activations, state, total: weights + activations + state }
     }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef},
-    tensor::{Dtype, Float, dtype_name, with_float},
+    tensor::{Dtype, dtype_name, widened},
 };
 
 /// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
@@ -353,12 +353,7 @@ impl<D: Device> Loader<'_, D> {
     fn numbers(&self, name: &str) -> Result<Vec<f32>, TrainError> {
         let tensor = self.tensor(name);
         let bytes = tensor.window(self.ctx, 0..tensor.info.n_bytes())?;
-        Ok(with_float!(tensor.info.dtype, T => {
-            bytes.chunks_exact(T::BYTES).map(|le| {
-                let wide = T::from_le(le).widen();
-                crate::tensor::Accumulator::to_f64(wide) as f32
-            }).collect()
-        }, else unreachable!("types were checked")))
+        Ok(widened(tensor.info.dtype, &bytes))
     }
 
     fn upload(&self, values: &[f32]) -> Result<D::F32, TrainError> {

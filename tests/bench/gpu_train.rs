@@ -183,7 +183,7 @@ fn measure(
         most_supervised: plan.most_supervised,
         keep,
     };
-    let estimate = MemoryEstimate::on_gpu(&ModelConfig::of(base)?, base, size).total;
+    let estimate = MemoryEstimate::on_gpu(&ModelConfig::of(base)?, base, Dtype::BF16, size).total;
     let (before, _) = gpu.memory()?;
     let device = CudaDevice::new(gpu, Dtype::BF16)?;
     let mut model = Model::load(&ctx, &device, base)?;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::{
     checkpoint::{CheckpointError, Shard, TensorInfo},
-    tensor::{Float, with_float},
+    tensor::{Float, widened},
 };
 
 /// A pass over a file reads at most this many bytes at once.
@@ -120,12 +120,10 @@ impl Buffer<'_> {
 
 /// Reads the elements `range` of a tensor, widened exactly as far as float32 goes.
 pub(super) fn read_f32(shard: &Shard, info: &TensorInfo, range: Range<u64>) -> Result<Vec<f32>, CheckpointError> {
-    with_float!(info.dtype, T => {
-        let mut bytes = vec![0; (range.end - range.start) as usize * T::BYTES];
-        shard.read_at(&mut bytes, shard.file_range(info).start + range.start * T::BYTES as u64)?;
-        let widen = |element: &[u8]| crate::tensor::Accumulator::to_f64(T::from_le(element).widen()) as f32;
-        Ok(bytes.chunks_exact(T::BYTES).map(widen).collect())
-    }, else unreachable!("factors are floats"))
+    let width = info.dtype.bitsize() as u64 / 8;
+    let mut bytes = vec![0; ((range.end - range.start) * width) as usize];
+    shard.read_at(&mut bytes, shard.file_range(info).start + range.start * width)?;
+    Ok(widened(info.dtype, &bytes))
 }
 
 #[cfg(test)]

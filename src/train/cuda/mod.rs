@@ -15,7 +15,7 @@ use super::{
 use crate::{
     checkpoint::{Checkpoint, Printable},
     gpu::{Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue},
-    tensor::{Dtype, dtype_name},
+    tensor::{Accumulator, Dtype, Float, dtype_name, widened, with_float},
 };
 
 /// Bytes that pass between host and device at a time; there are two such buffers.
@@ -114,8 +114,7 @@ impl CudaDevice {
     pub fn scratch_bytes(config: &ModelConfig, dtype: Dtype, run: RunSize) -> u64 {
         let logits = at_once(config.n_vocab).min(run.most_supervised) * config.n_vocab;
         // Of the largest matrix, as if all matrices had their share.
-        let n_rows = (config.heads.d_qkv() + 2 * config.d_ff + 2 * config.d_model) * config.n_layers;
-        let k = run.n_entries.div_ceil(n_rows.max(1) as u64) as usize;
+        let k = run.n_entries.div_ceil(config.n_rows().max(1) as u64) as usize;
         let most_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
         let partial = Queue::gather_room(run.most_tokens, most_entries);
         let delta = run.most_tokens * config.heads.n_q;
@@ -240,23 +239,15 @@ impl Device for CudaDevice {
     fn write_act(&self, from: &[f32], to: &mut DeviceVec<u8>) -> Done {
         let (dtype, width) = (self.dtype, self.act_size());
         self.put(width * from.len(), to, 0, |first, to| {
-            for (le, value) in to.chunks_exact_mut(width).zip(&from[first / width..]) {
-                match dtype {
-                    Dtype::BF16 => le.copy_from_slice(&half::bf16::from_f32(*value).to_le_bytes()),
-                    Dtype::F16 => le.copy_from_slice(&half::f16::from_f32(*value).to_le_bytes()),
-                    _ => le.copy_from_slice(&value.to_le_bytes()),
-                }
-            }
+            let elements = to.chunks_exact_mut(width).zip(&from[first / width..]);
+            with_float!(dtype, T => {
+                elements.for_each(|(le, value)| T::from_acc(Accumulator::from_f64(f64::from(*value))).write_le(le));
+            }, else unreachable!("seen when the device was made"));
         })
     }
     fn read_act(&self, from: &DeviceVec<u8>, n: usize) -> Result<Vec<f32>, DeviceError> {
         let bytes = self.queue.download_first(from, n * self.act_size())?;
-        let widen = |le: &[u8]| match self.dtype {
-            Dtype::BF16 => half::bf16::from_le_bytes([le[0], le[1]]).to_f32(),
-            Dtype::F16 => half::f16::from_le_bytes([le[0], le[1]]).to_f32(),
-            _ => f32::from_le_bytes([le[0], le[1], le[2], le[3]]),
-        };
-        Ok(bytes.chunks_exact(self.act_size()).map(widen).collect())
+        Ok(widened(self.dtype, &bytes))
     }
     fn copy(&self, from: &DeviceVec<u8>, from_at: usize, to: &mut DeviceVec<u8>, to_at: usize, n: usize) -> Done {
         let bytes = |n: usize| n * self.act_size();
