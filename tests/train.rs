@@ -34,41 +34,9 @@ fn logits_loss_and_gradients_are_those_of_transformers() {
     // worst gradients that were measured, of the largest of their tensor, lie a factor of 60 below the bound: llama and mistral 1.7e-6
     // (queries and keys, where the gradient is the difference of shares); llama3 1.0e-6 (angles of its scaled frequencies are
     // rounded alike); qwen2 1.3e-6 (biases add nothing to it); qwen3 1.2e-6 (two norms more, over 16 numbers each).
-    const MOST: f64 = 1e-4;
-    let folder = tempfile::tempdir().unwrap();
-    let ctx = Context::default();
-    for name in ["llama", "llama3", "mistral", "qwen2", "qwen3"] {
-        let (base, expected) = model(folder.path(), name);
-        let of = |tensor: &str| numbers(&expected, tensor);
-        let batch = packed(&of("input_ids"), &of("labels"), Some(&of("attention_mask")), 24);
-        let mask = mask(&base, 3, &folder.path().join("mask.safetensors"));
-        for keep in [Keep::All, Keep::Inputs] {
-            let device = CpuDevice::new();
-            let mut model = Model::load(&ctx, &device, &base).unwrap();
-            model.attach(&ctx, &device, &base, &mask).unwrap();
-            let on_device = DeviceBatch::new(&device, &model.config, &batch).unwrap();
-            let mut work = Workspace::new(&device, &model.config, batch.n_tokens(), keep).unwrap();
-            forward(&device, &model, &on_device, &mut work).unwrap();
-            let rows: Vec<u32> = (0..batch.n_tokens() as u32).collect();
-            let logits = logits(&device, &model, &rows, &mut work).unwrap();
-            let off = difference(&logits, &of("logits"));
-            assert!(off < MOST, "{name}: logits differ by {off}");
-            let n = on_device.n_supervised;
-            let losses = losses(&device, &model, &on_device, &mut work, Some(1.0 / n as f32)).unwrap();
-            let loss = losses.iter().sum::<f32>() / n as f32;
-            let off = difference(&[loss], &of("loss"));
-            assert!(off < MOST, "{name}: the loss is {loss}, not {}", of("loss")[0]);
-            backward(&device, &mut model, &on_device, &mut work).unwrap();
-            for linear in model.linears() {
-                let deltas = linear.deltas.as_ref().unwrap();
-                let grad = device.read(&deltas.grad, deltas.nnz).unwrap();
-                for part in &linear.parts {
-                    let off = difference(&grad[part.entries.clone()], &of(&format!("{}.grad", part.name)));
-                    assert!(off < MOST, "{name}: gradients of {} differ by {off}", part.name);
-                }
-            }
-        }
-    }
+    let device = CpuDevice::new();
+    assert_like_transformers(&device, Keep::All, 1e-4);
+    assert_like_transformers(&device, Keep::Inputs, 1e-4);
 }
 
 /// The loss of one example, after its first tokens, by the plain forward pass.

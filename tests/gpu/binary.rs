@@ -61,6 +61,13 @@ impl Place {
         Stats(fs::read_to_string(self.path("stats")).expect("the fake driver was there"))
     }
 
+    /// What `inspect --devices` says after the CPU.
+    fn devices(&self, variables: &[(&str, &str)]) -> String {
+        let output = self.run("inspect --devices", variables);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
+    }
+
     /// Runs `mask` on both, and compares the files.
     fn same_mask(&self, line: &str, variables: &[(&str, &str)]) {
         let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
@@ -75,6 +82,10 @@ impl Place {
     }
 }
 
+#[track_caller]
+fn line(output: &str, expected: &str) {
+    assert!(output.contains(expected), "{output}");
+}
 pub(crate) fn code(output: &Output) -> i32 {
     output.status.code().expect("no signal ended it")
 }
@@ -220,12 +231,7 @@ fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
 #[test]
 fn a_machine_says_why_its_gpu_cannot_be_used() {
     let Some(place) = Place::new() else { return };
-    let told = |variables: &[(&str, &str)]| {
-        let output = place.run("inspect --devices", variables);
-        assert_eq!(code(&output), 0, "{}", stderr(&output));
-        stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
-    };
-    let line = |output: &str, expected: &str| assert!(output.contains(expected), "{output}");
+    let told = |variables: &[(&str, &str)]| place.devices(variables);
     line(&told(&[]), "cuda:0  Fake GPU 0  compute capability 9.0  1.07 GB  can be used");
     line(&told(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
     line(&told(&[("FAKE_CUDA_VERSION", "11080")]), "the driver speaks CUDA 11.8; 12.0 (driver 525) or newer is needed");
@@ -259,12 +265,7 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
 #[test]
 fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
     let Some(place) = Place::new() else { return };
-    let told = |variables: &[(&str, &str)]| {
-        let output = place.run("inspect --devices", variables);
-        assert_eq!(code(&output), 0, "{}", stderr(&output));
-        stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
-    };
-    let line = |output: &str, expected: &str| assert!(output.contains(expected), "{output}");
+    let told = |variables: &[(&str, &str)]| place.devices(variables);
     let fake = place.driver.join("libcublasLt.so.12");
     // Beside the driver, where the loader looks.
     line(&told(&[]), &format!("cuBLASLt       12.8.4, {}\n", fake.display()));

@@ -4,49 +4,19 @@ use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Context, Shard},
     tensor::Dtype,
-    train::{CudaDevice, Device, DeviceBatch, Keep, Model, TrainOptions, Workspace, backward, forward, logits, losses},
+    train::{CudaDevice, Keep, TrainOptions},
 };
 
 use crate::{
     driver::{is_real, queue},
-    reference::{World, difference, llama_as, mask, model, numbers, packed, reference, reference_options},
+    reference::{World, assert_like_transformers, difference, llama_as, numbers, reference, reference_options},
 };
 
 #[test]
 fn logits_loss_and_gradients_are_those_of_transformers() {
     // Float32 on both sides, added up in another order. The bound is that of the CPU's test, which says what was measured.
-    const MOST: f64 = 1e-4;
     let Some(queue) = queue() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let ctx = Context::default();
-    for name in ["llama", "llama3", "mistral", "qwen2", "qwen3"] {
-        let (base, expected) = model(folder.path(), name);
-        let of = |tensor: &str| numbers(&expected, tensor);
-        let batch = packed(&of("input_ids"), &of("labels"), Some(&of("attention_mask")), 24);
-        let mask = mask(&base, 3, &folder.path().join("mask.safetensors"));
-        let device = CudaDevice::new(queue.gpu(), Dtype::F32).unwrap();
-        let mut model = Model::load(&ctx, &device, &base).unwrap();
-        model.attach(&ctx, &device, &base, &mask).unwrap();
-        let on_device = DeviceBatch::new(&device, &model.config, &batch).unwrap();
-        let mut work = Workspace::new(&device, &model.config, batch.n_tokens(), Keep::All).unwrap();
-        forward(&device, &model, &on_device, &mut work).unwrap();
-        let rows: Vec<u32> = (0..batch.n_tokens() as u32).collect();
-        let off = difference(&logits(&device, &model, &rows, &mut work).unwrap(), &of("logits"));
-        assert!(off < MOST, "{name}: logits differ by {off}");
-        let n = on_device.n_supervised;
-        let losses = losses(&device, &model, &on_device, &mut work, Some(1.0 / n as f32)).unwrap();
-        let loss = losses.iter().sum::<f32>() / n as f32;
-        assert!(difference(&[loss], &of("loss")) < MOST, "{name}: the loss is {loss}, not {}", of("loss")[0]);
-        backward(&device, &mut model, &on_device, &mut work).unwrap();
-        for linear in model.linears() {
-            let deltas = linear.deltas.as_ref().unwrap();
-            let grad = device.read(&deltas.grad, deltas.nnz).unwrap();
-            for part in &linear.parts {
-                let off = difference(&grad[part.entries.clone()], &of(&format!("{}.grad", part.name)));
-                assert!(off < MOST, "{name}: gradients of {} differ by {off}", part.name);
-            }
-        }
-    }
+    assert_like_transformers(&CudaDevice::new(queue.gpu(), Dtype::F32).unwrap(), Keep::All, 1e-4);
 }
 
 #[test]

@@ -15,8 +15,8 @@ use neuroada_ckpt::{
     mask::{MaskFile, MaskOptions, create_mask},
     tensor::Dtype,
     train::{
-        CpuDevice, Device, EvalRecord, Model, StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup,
-        Watcher, train,
+        CpuDevice, Device, DeviceBatch, EvalRecord, Keep, Model, StepRecord, TrainError, TrainJob, TrainOptions,
+        TrainReport, Warmup, Watcher, Workspace, backward, forward, logits, losses, train,
     },
 };
 
@@ -223,5 +223,40 @@ pub(crate) fn llama_with(dtype: Dtype, more: Vec<(String, Vec<f64>)>) -> impl Fn
         }
         file.finish(&Context::default(), &BTreeMap::new()).unwrap();
         Checkpoint::open(&copy).unwrap()
+    }
+}
+
+/// Asserts that logits, losses and the deltas' gradients of every reference model are those of transformers, by `most` of the
+/// largest number of their tensor.
+pub(crate) fn assert_like_transformers<D: Device>(device: &D, keep: Keep, most: f64) {
+    let folder = tempfile::tempdir().unwrap();
+    let ctx = Context::default();
+    for name in ["llama", "llama3", "mistral", "qwen2", "qwen3"] {
+        let (base, expected) = model(folder.path(), name);
+        let of = |tensor: &str| numbers(&expected, tensor);
+        let batch = packed(&of("input_ids"), &of("labels"), Some(&of("attention_mask")), 24);
+        let mask = mask(&base, 3, &folder.path().join("mask.safetensors"));
+        let mut model = Model::load(&ctx, device, &base).unwrap();
+        model.attach(&ctx, device, &base, &mask).unwrap();
+        let on_device = DeviceBatch::new(device, &model.config, &batch).unwrap();
+        let mut work = Workspace::new(device, &model.config, batch.n_tokens(), keep).unwrap();
+        forward(device, &model, &on_device, &mut work).unwrap();
+        let rows: Vec<u32> = (0..batch.n_tokens() as u32).collect();
+        let off = difference(&logits(device, &model, &rows, &mut work).unwrap(), &of("logits"));
+        assert!(off < most, "{name}: logits differ by {off}");
+        let n = on_device.n_supervised;
+        let losses = losses(device, &model, &on_device, &mut work, Some(1.0 / n as f32)).unwrap();
+        let loss = losses.iter().sum::<f32>() / n as f32;
+        let off = difference(&[loss], &of("loss"));
+        assert!(off < most, "{name}: the loss is {loss}, not {}", of("loss")[0]);
+        backward(device, &mut model, &on_device, &mut work).unwrap();
+        for linear in model.linears() {
+            let deltas = linear.deltas.as_ref().unwrap();
+            let grad = device.read(&deltas.grad, deltas.nnz).unwrap();
+            for part in &linear.parts {
+                let off = difference(&grad[part.entries.clone()], &of(&format!("{}.grad", part.name)));
+                assert!(off < most, "{name}: gradients of {} differ by {off}", part.name);
+            }
+        }
     }
 }
