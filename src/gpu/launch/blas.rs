@@ -16,7 +16,6 @@ use std::{
     fmt,
     ops::Range,
     sync::{Mutex, PoisonError},
-    time::Instant,
 };
 
 use super::{
@@ -53,12 +52,12 @@ pub struct BlasWeight<'a> {
 
 /// Multiplies matrices on a device, as work of one queue.
 ///
-/// Buffers may be longer than a product needs. Nothing is waited for, except where algorithms are timed.
+/// Buffers may be longer than a product needs. Nothing is waited for. Of the algorithms that the library proposes the
+/// first is taken: timing them would let chance decide the last bits of results.
 pub struct Blas {
     library: &'static Library,
     state: Mutex<State>,
     workspace: DeviceVec<u8>,
-    is_tuned: bool,
     queue: Queue,
 }
 
@@ -173,18 +172,9 @@ impl Blas {
         // SAFETY: writes one handle, for the device that this thread was just bound to.
         let status = unsafe { (library.functions.create)(&mut handle) };
         let state = Mutex::new(State { handle, plans: BTreeMap::new(), clock: 0 });
-        let blas = Self { library, state, workspace, is_tuned: false, queue };
+        let blas = Self { library, state, workspace, queue };
         blas.check(status, "starting")?;
         Ok(blas)
-    }
-
-    /// Has the algorithms that the library proposes for a product timed when it first comes, and the fastest taken.
-    ///
-    /// Timing decides, so that another process may take another algorithm: results may then differ in their last bits.
-    #[must_use]
-    pub fn tuned(mut self) -> Self {
-        self.is_tuned = true;
-        self
     }
 
     /// `y = x w^T`, or that added to `y`; `x` is `[n, d_in]` from row `first_row` on, `y` `[n, d_out]`.
@@ -321,17 +311,17 @@ impl Blas {
                 let oldest = plans.iter().min_by_key(|(_, plan)| plan.last_used).map(|(key, _)| *key);
                 oldest.and_then(|key| plans.remove(&key));
             }
-            plans.insert(key, self.plan(*handle, &key, operands)?);
+            plans.insert(key, self.plan(*handle, &key)?);
         }
         let plan = plans.get_mut(&key).expect("it was just put there");
         plan.last_used = *clock;
         // SAFETY: the caller vouches for the operands, and the plan was made for the key.
-        let status = unsafe { self.start(*handle, plan, &plan.chosen, operands, adds) };
+        let status = unsafe { self.start(*handle, plan, operands, adds) };
         self.check(status, key)
     }
 
     /// Asks the library how the product may be done.
-    fn plan(&self, handle: Opaque, key: &Key, operands: Operands) -> Result<Plan, GpuError> {
+    fn plan(&self, handle: Opaque, key: &Key) -> Result<Plan, GpuError> {
         let Functions { desc_create, desc_set, desc_destroy, preference_create, preference_destroy, propose, .. } =
             self.library.functions;
         let (in_width, out_width) = key.widths();
@@ -373,15 +363,10 @@ impl Blas {
         self.check(status, key)?;
         let n_proposals = usize::try_from(n_proposals).unwrap_or(0).min(MOST_PROPOSALS);
         let fits = |proposal: &&Proposal| proposal.status == 0 && proposal.workspace_bytes <= self.workspace.len;
-        let usable: Vec<Proposal> = proposals[..n_proposals].iter().filter(fits).copied().collect();
-        let Some(&chosen) = usable.first() else {
+        let Some(&chosen) = proposals[..n_proposals].iter().find(fits) else {
             return Err(self.refused(key, "it knows no way to do it".to_owned()));
         };
-        let mut plan = Plan { product, layouts, chosen, last_used: 0 };
-        if self.is_tuned && usable.len() > 1 {
-            plan.chosen = self.fastest(handle, key, &plan, &usable, operands)?;
-        }
-        Ok(plan)
+        Ok(Plan { product, layouts, chosen, last_used: 0 })
     }
 
     fn prefer(&self, key: &Key, preference: &Description) -> Result<(), GpuError> {
@@ -399,47 +384,9 @@ impl Blas {
         Ok(())
     }
 
-    /// The proposal that takes the least time, with an output that nobody reads; the first where there is no memory for that.
-    fn fastest(
-        &self,
-        handle: Opaque,
-        key: &Key,
-        plan: &Plan,
-        usable: &[Proposal],
-        Operands([w, input, _]): Operands,
-    ) -> Result<Proposal, GpuError> {
-        let n_columns = if key.kind == Kind::Outer { key.d_out } else { key.n };
-        let n_bytes = n_columns * key.widths().1 * bytes_of(key.out_type());
-        let scratch = match self.queue.alloc::<u8>(n_bytes, "timing matrix products") {
-            Err(GpuError::OutOfMemory { .. }) => return Ok(plan.chosen),
-            scratch => scratch?,
-        };
-        let operands = Operands([w, input, scratch.at]);
-        let mut best = (f64::INFINITY, plan.chosen);
-        for proposal in usable {
-            // The first run pays for what the library loads.
-            let mut seconds = f64::INFINITY;
-            for n_runs in [1, 3, 3] {
-                self.queue.wait()?;
-                let start = Instant::now();
-                // SAFETY: the operands that the plan was made for, and an output as long; memory of the device is at least as aligned
-                // as any that the plan may be for.
-                let run = |_| unsafe { self.start(handle, plan, proposal, operands, false) };
-                let is_done = (0..n_runs).map(run).all(|status| status == 0);
-                self.queue.wait()?;
-                seconds = if is_done { start.elapsed().as_secs_f64() / f64::from(n_runs) } else { f64::INFINITY };
-            }
-            if seconds < best.0 {
-                best = (seconds, *proposal);
-            }
-        }
-        Ok(best.1)
-    }
-
     /// # Safety
-    /// The operands are as long and as aligned as the product that the plan was made for needs, and belong to this queue; the
-    /// proposal is one of those made for the plan.
-    unsafe fn start(&self, handle: Opaque, plan: &Plan, proposal: &Proposal, operands: Operands, adds: bool) -> Status {
+    /// The operands are as long and as aligned as the product that the plan was made for needs, and belong to this queue.
+    unsafe fn start(&self, handle: Opaque, plan: &Plan, operands: Operands, adds: bool) -> Status {
         let (one, beta) = (1.0_f32, if adds { 1.0_f32 } else { 0.0 });
         let [w, input, output] = operands.0.map(|at| at as *mut c_void);
         let [of_w, of_input, of_output] = plan.layouts.each_ref().map(|layout| layout.at);
@@ -461,7 +408,7 @@ impl Blas {
                 of_output,
                 output,
                 of_output,
-                &proposal.algorithm,
+                &plan.chosen.algorithm,
                 workspace.at as *mut c_void,
                 workspace.len,
                 queue.stream.cu_stream().cast(),
