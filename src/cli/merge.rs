@@ -9,7 +9,7 @@ use neuroada_ckpt::{
     checkpoint::Existing,
     merge::{
         self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
-        MergeInput, MergeOptions, MergeOutput, MergeReport,
+        MergeInput, MergeOptions, MergeOutput, MergeReport, Undecided,
     },
 };
 
@@ -187,10 +187,12 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
         }
         Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint the adapter was made from")?,
-        Err(e @ MergeError::Refused { .. }) => match advice(&e.to_string()) {
-            Some(hint) => Err(e).hint(hint)?,
-            None => Err(e)?,
-        },
+        Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
+        Err(e @ MergeError::Undecided { open, .. }) => Err(e).hint(match open {
+            Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT",
+            Undecided::ExpertAxes => "--expert-axes out-in or in-out says it",
+            Undecided::TiedHead => "--tied-head merges it all the same; or give the model a head of its own first",
+        })?,
         merged => merged?,
     };
     tell(&report, env)?;
@@ -216,18 +218,6 @@ fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
                      --gpu-memory and --max-memory have room for";
         env.note(&format!("note: weights merged on the CPU: {which}; {takes}"));
     }
-}
-
-/// What the user can say where the files of a low-rank adapter leave something open.
-fn advice(refusal: &str) -> Option<&'static str> {
-    [
-        ("as some trainers had it", "--expert-order rank-first for an adapter trained with PEFT"),
-        ("its experts are square", "--expert-axes out-in or in-out says it"),
-        ("would change the", "--tied-head merges it all the same; or give the model a head of its own first"),
-        ("holds a low-rank merge", "merge all adapters at once into the base"),
-    ]
-    .into_iter()
-    .find_map(|(words, hint)| refusal.contains(words).then_some(hint))
 }
 
 /// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.

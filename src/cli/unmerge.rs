@@ -46,7 +46,7 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
         let options = args.output.low_rank_options(&args.path, KeptOriginals::Hashes)?;
         let undone = merge::undo_low_rank(&env.context(), &args.path, &which, args.base.as_deref(), &options);
         match undone {
-            Err(e @ MergeError::Refused { .. }) if args.base.is_none() => Err(e).hint("--base names it")?,
+            Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
             undone => undone?,
         }
     } else {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{CombineError, run::CombineInput};
 use crate::{
-    adapter::DeltaRows,
+    adapter::{AdapterError, DeltaRows},
     checkpoint::{Checkpoint, Context, Printable, for_each_ordered, gather_rows},
     mask::TargetInfo,
     tensor::RowColumns,
@@ -280,12 +280,7 @@ fn check_bases(
     if let Some(base) = base {
         for (&i, found) in target.members.iter().zip(anchors) {
             if found.finalize() != anchor(i) {
-                let made_from = Printable(&inputs[i].adapter.base().name);
-                let what = format!(
-                    "it was made from {made_from}, {} has other values at its positions",
-                    Printable(&base.name())
-                );
-                return Err(CombineError::OtherBase { path: path(i), tensor: name.clone(), what });
+                return Err(AdapterError::other_base("it", &path(i), name, inputs[i].adapter.base(), base).into());
             }
         }
         return Ok(());

@@ -210,8 +210,7 @@ fn apply(
     let checkpoint = Checkpoint::open(path)?;
     let state = StateFolder::of(&checkpoint)?;
     if low_rank::record_of(&checkpoint)?.is_some() {
-        let what = "holds a low-rank merge, which is undone, or merged anew with others, from its base".to_owned();
-        return Err(MergeError::Refused { path: path.to_owned(), what });
+        return Err(MergeError::HoldsLowRank { path: path.to_owned() });
     }
     let open_stacks = || {
         let before = Stack::open(ctx, &state)?;

@@ -9,6 +9,17 @@ use crate::{
     peft::PeftError,
 };
 
+/// What a low-rank adapter may leave open, by the field of [`super::LowRankReading`] that says it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Undecided {
+    /// `expert_order`
+    ExpertOrder,
+    /// `expert_axes`
+    ExpertAxes,
+    /// `tied_head`
+    TiedHead,
+}
+
 /// What can go wrong while merging, unmerging, verifying or recovering.
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
@@ -87,6 +98,36 @@ pub enum MergeError {
         /// Why.
         what: String,
     },
+    /// The files leave something open that their owner knows.
+    #[error("{}: \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
+    Undecided {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is open.
+        open: Undecided,
+        /// Why the files do not say it.
+        what: String,
+    },
+    /// The checkpoint holds a low-rank merge, on which nothing else can be merged.
+    #[error("{}: holds a low-rank merge, which is undone, or merged anew with others, from its base", Printable::path(.path))]
+    HoldsLowRank {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A low-rank merge kept no originals.
+    #[error(
+        "{}: a low-rank merge changed every weight it touched and kept no originals; its base {} is needed",
+        Printable::path(.path),
+        Printable(.base)
+    )]
+    NeedsBase {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The name of the base.
+        base: String,
+    },
     /// The ledger or the journal is not what was written.
     #[error("{}: {what}", Printable::path(.path))]
     BadLedger {
@@ -129,7 +170,10 @@ impl MergeError {
             | Self::AlreadyMerged { .. }
             | Self::Tampered { .. }
             | Self::Linked { .. }
-            | Self::Refused { .. } => ErrorKind::Refused,
+            | Self::Refused { .. }
+            | Self::Undecided { .. }
+            | Self::HoldsLowRank { .. }
+            | Self::NeedsBase { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
             Self::Interrupted { .. } | Self::RollbackFailed { .. } => ErrorKind::Interrupted,
         }

@@ -27,7 +27,7 @@ mod summary;
 mod verify;
 
 pub use apply::{MergeInput, MergeOptions, MergeOutput, Which, merge, unmerge};
-pub use error::MergeError;
+pub use error::{MergeError, Undecided};
 pub use journal::Journal;
 pub use ledger::{ActiveAdapter, LedgerDocument, LedgerTarget};
 pub use low_rank::{

@@ -61,6 +61,8 @@ fn a_lora_is_merged_proven_and_taken_out_again() {
     assert!(place.run("verify out").starts_with("exit: 0"));
     let alone = place.run("unmerge out -o undone");
     assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base names it"), "{alone}");
+    let other = place.run("unmerge out -o undone --adapter b3:0000000000000000 --base [FIXTURES]/tiny-llama");
+    assert!(!other.starts_with("exit: 0") && !other.contains("--base names it"), "{other}");
     let in_place = place.run("unmerge out --base [FIXTURES]/tiny-llama");
     assert!(in_place.starts_with("exit: 4") && in_place.contains("--output writes a new checkpoint"), "{in_place}");
     place.stdout("unmerge out --base [FIXTURES]/tiny-llama -o undone");

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Printable, TensorRef},
-    merge::MergeError,
+    merge::{MergeError, Undecided},
     peft::{FullTensor, LoraAdapter, LoraModule, LoraShape, ModuleNames, Place},
     tensor::{Dtype, dtype_name, projection_kind},
 };
@@ -62,6 +62,11 @@ impl<'a> Planner<'a> {
 
     pub(super) fn refused(&self, what: impl Into<String>) -> MergeError {
         MergeError::Refused { path: self.checkpoint.root().to_owned(), what: what.into() }
+    }
+
+    pub(super) fn undecided(&self, tensor: &str, open: Undecided, what: impl Into<String>) -> MergeError {
+        let path = self.checkpoint.root().to_owned();
+        MergeError::Undecided { path, tensor: tensor.to_owned(), open, what: what.into() }
     }
 
     /// The target of a tensor, as a matrix of `n_columns` columns.
@@ -273,11 +278,9 @@ impl<'a> Planner<'a> {
             (Some(places), Some(_), Some(ExpertAxes::OutIn)) => (ExpertAxes::OutIn, places),
             (Some(_), Some(places), Some(ExpertAxes::InOut)) => (ExpertAxes::InOut, places),
             (Some(_), Some(_), None) => {
-                let name = Printable(&name);
-                return Err(self.refused(format!(
-                    "\"{name}\": its experts are square, and whether they are stored as [d_out, d_in] or as [d_in, d_out] \
-                     cannot be told from the files; it depends on the model and on the version of PEFT"
-                )));
+                let what = "its experts are square, and whether they are stored as [d_out, d_in] or as [d_in, d_out] cannot be told \
+                            from the files; it depends on the model and on the version of PEFT";
+                return Err(self.undecided(&name, Undecided::ExpertAxes, what));
             }
             _ => {
                 let what = self.what_is_there(&name, &format!("{n_experts} experts of [{d_out}, {d_in}]"));
@@ -292,11 +295,11 @@ impl<'a> Planner<'a> {
             // Both orders are the same.
             None if n_experts == 1 || rank == 1 => (rank * n_experts, 1, 1),
             None => {
-                let name = Printable(&name);
-                return Err(self.refused(format!(
-                    "\"{name}\": the second factor of its {n_experts} experts may be [d_out, r, E], as PEFT has it, or [d_out, E, r], \
-                     as some trainers had it; the file looks the same, and the wrong one gives a broken model"
-                )));
+                let what = format!(
+                    "the second factor of its {n_experts} experts may be [d_out, r, E], as PEFT has it, or [d_out, E, r], as some \
+                     trainers had it; the file looks the same, and the wrong one gives a broken model"
+                );
+                return Err(self.undecided(&name, Undecided::ExpertOrder, what));
             }
         };
         let a = Matrix::rows(lora.shard(), lora.tensor(&module.a), d_in);

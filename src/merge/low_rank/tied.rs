@@ -3,7 +3,7 @@
 use super::{factors::Matrix, planner::Planner};
 use crate::{
     checkpoint::{Printable, TensorRef},
-    merge::MergeError,
+    merge::{MergeError, Undecided},
     peft::{LoraAdapter, LoraModule, LoraShape},
     tensor::projection_kind,
 };
@@ -54,11 +54,11 @@ impl<'a> Planner<'a> {
         }
         if !self.reading.tied_head {
             let (this, other) = if is_head { ("head", "embedding") } else { ("embedding", "head") };
-            return Err(self.refused(format!(
-                "\"{}\": the head is the embedding, one tensor, and the adapter was trained on the {this} alone: merged, it would \
-                 change the {other} too",
-                Printable(name)
-            )));
+            let what = format!(
+                "the head is the embedding, one tensor, and the adapter was trained on the {this} alone: merged, it would change the \
+                 {other} too"
+            );
+            return Err(self.undecided(name, Undecided::TiedHead, what));
         }
         let note = format!("{} is head and embedding: what is merged into one changes the other", Printable(name));
         if !self.notes.contains(&note) {

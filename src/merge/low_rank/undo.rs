@@ -79,13 +79,7 @@ pub(super) fn open_originals(
     match base {
         Some(base) => open_base(base),
         None if record.has_originals => Ok(Checkpoint::open(&folder.originals())?),
-        None => {
-            let base = Printable(&record.base).to_string();
-            let what = format!(
-                "a low-rank merge changed every weight it touched and kept no originals; its base {base} is needed"
-            );
-            Err(MergeError::Refused { path: path.to_owned(), what })
-        }
+        None => Err(MergeError::NeedsBase { path: path.to_owned(), base: record.base.clone() }),
     }
 }
 
