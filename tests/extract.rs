@@ -175,7 +175,7 @@ fn what_no_delta_can_do_is_refused_all_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, tiny: f32, nan: f32, zero: f32, dense: f32| {
         let tensors = [
-            ("bias", Dtype::BF16, &[2u64][..], bf16s(&[1.0, dense])),
+            ("box", Dtype::BF16, &[1u64, 1, 1, 2][..], bf16s(&[1.0, dense])),
             ("cancelled", Dtype::F32, &[2, 2], bytes_of(&[1.0f32, 1.0, 1.0, tiny])),
             ("dense", Dtype::BF16, &[2, 2], bf16s(&[dense, dense, 7.0, dense])),
             ("ids", Dtype::I64, &[1], (dense as i64).to_le_bytes().to_vec()),
@@ -193,7 +193,7 @@ fn what_no_delta_can_do_is_refused_all_at_once() {
     let words = error.to_string();
     let lines: Vec<_> = words.lines().skip(1).map(str::trim).collect();
     let expected = [
-        "\"bias\": changed, and shape [2] is no matrix and no stack of matrices",
+        "\"box\": changed, and shape [1, 1, 1, 2] is no vector, no matrix and no stack of matrices",
         "\"cancelled\": no F32 delta gives 1 of its elements exactly, the first in row 1, column 1, from 1e0 to 1.000000013351432e-10",
         "\"dense\": 75.000 % of 4 elements would get a delta, at most 50.000 % may",
         "\"ids\": changed, and elements are I64; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed",
@@ -211,6 +211,39 @@ fn what_no_delta_can_do_is_refused_all_at_once() {
     fs::write(&merged_file, merged).unwrap();
     let (merged, fine) = (Checkpoint::open(&merged_file).unwrap(), bf16s(&[1.0, 1.0, 2.0, 1.0]));
     assert_eq!(*merged.tensor("fine").unwrap().window(&Context::default(), 0..8).unwrap(), fine[..]);
+}
+
+#[test]
+fn vectors_take_part_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, x: f32| {
+        let tensors = [
+            ("bias", Dtype::F32, &[3u64][..], bytes_of(&[x, 2.0 * x, 3.0])),
+            ("norm", Dtype::BF16, &[2], bf16s(&[x, -x])),
+            ("w", Dtype::BF16, &[2, 4], bf16s(&[x, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])),
+        ];
+        write(&dir.path().join(name), &tensors)
+    };
+    let (a, b) = (file("a.safetensors", 1.0), file("b.safetensors", 1.25));
+    // The highest density is that of matrices.
+    let options = ExtractOptions { max_density: 0.125, ..all() };
+    let (report, merged) = there_and_back(&a, &b, &options).unwrap();
+    assert!(report.exact && merged == fs::read(b.root()).unwrap());
+    let deltas: Vec<_> = report.tensors.iter().map(|tensor| (tensor.tensor.as_str(), tensor.n_deltas)).collect();
+    assert_eq!(deltas, [("bias", 2), ("norm", 2), ("w", 1)]);
+
+    let options = ExtractOptions { targets: vec!["*a*".to_owned(), "norm".to_owned()], ..options };
+    let (report, _) = there_and_back(&a, &b, &options).unwrap();
+    assert_eq!((report.total.n_deltas, report.left_out.len()), (4, 1), "{report:?}");
+
+    // Nothing is chosen among one element, and what is not finite is refused as in a matrix.
+    let (report, _) = there_and_back(&a, &b, &ExtractOptions { k: Some(1), ..all() }).unwrap();
+    let left_out: Vec<_> = report.left_out.iter().map(|left| left.why.as_str()).collect();
+    let expected =
+        ["shape [3] is no matrix and no stack of matrices", "shape [2] is no matrix and no stack of matrices"];
+    assert_eq!((report.total.n_deltas, &left_out[..]), (1, &expected[..]));
+    let error = there_and_back(&a, &file("c.safetensors", f32::INFINITY), &all()).unwrap_err().to_string();
+    assert!(error.contains("\"norm\": 2 changed elements are NaN or infinite, the first in row 0"), "{error}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::{
     index::Bounds,
     json::{malformed, read_whole},
 };
-use crate::tensor::{RowLayout, is_float};
+use crate::tensor::RowLayout;
 
 /// The name of a checkpoint's only shard, and of `config.json` beside it.
 const SINGLE_FILE: &str = "model.safetensors";
@@ -61,16 +61,10 @@ impl TensorRef<'_> {
     /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns.
     pub fn rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
         let bad = |what: String| CheckpointError::bad_tensor(self.shard.path(), &self.info.name, what);
-        if !is_float(self.info.dtype) {
-            let dtype = crate::tensor::dtype_name(self.info.dtype);
-            return Err(bad(format!("elements are {dtype}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed")));
-        }
+        let layout = RowLayout::of(self.info.dtype, &self.info.shape, transposed).map_err(bad)?;
         // Vectors (biases, gains) are rows for whoever names them; nothing is chosen among one element.
-        let layout = RowLayout::new(&self.info.shape, transposed)
-            .filter(|_| self.info.shape.len() > 1)
-            .ok_or_else(|| bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)))?;
-        if layout.d_in > u64::from(u32::MAX) {
-            return Err(bad(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX)));
+        if self.info.shape.len() == 1 {
+            return Err(bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)));
         }
         Ok(layout)
     }

@@ -18,9 +18,9 @@ use super::{
 /// Make an adapter of what changed between two checkpoints
 ///
 /// Exact by default: merging the adapter into BASE gives TUNED byte for byte, and every merged value is computed and compared
-/// before the adapter appears. What no delta can do is refused, with a list: norms and biases that changed (they are no
-/// matrices), tensors of which too much changed, NaN and infinities, and changes so much larger than their result that the
-/// sum rounds past it. With -k the adapter holds the largest changes of each row instead, and the report says how much
+/// before the adapter appears. Biases and norms take part whole. What no delta can do is refused, with a list: tensors
+/// that are no floats, matrices of which too much changed, NaN and infinities, and changes so much larger than their result that the
+/// sum rounds past it. With -k the adapter holds the largest changes of each row of the matrices instead, and the report says how much
 /// of the change is lost.
 #[derive(Args)]
 pub(super) struct ExtractArgs {
@@ -37,10 +37,10 @@ pub(super) struct ExtractArgs {
     /// The type that deltas are stored in; auto: for each tensor the first of bf16, f16 and f32 that is exact
     #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
     dtype: DtypeChoice,
-    /// The largest share of a tensor that may get a delta
+    /// The largest share of a matrix that may get a delta
     #[arg(long, value_name = "SHARE", default_value = "25%", value_parser = parse_share)]
     max_density: f64,
-    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: every matrix]
+    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: all]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     targets: Vec<String>,
     /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)

@@ -27,7 +27,7 @@ pub struct ExtractOptions {
     /// The type that deltas are stored in: F32, BF16 or F16; without it, for each tensor, the first of BF16, F16 and F32 that
     /// is exact (F32 where none is).
     pub dtype: Option<Dtype>,
-    /// The largest share of a tensor's elements that may get a delta, 0 to 1.
+    /// The largest share of a matrix's elements that may get a delta, 0 to 1.
     pub max_density: f64,
     /// Patterns of tensors that take part; all that can where empty.
     pub targets: Vec<String>,
@@ -55,8 +55,9 @@ impl Default for ExtractOptions {
 /// Without [`ExtractOptions::k`] the result is exact: for each element whose bits differ there is a delta with
 /// `round(original + delta) == tuned`, so that merging the adapter gives `tuned` byte for byte. Every merged value is computed
 /// and compared before the adapter appears. What no delta can do is refused with a list of tensors: elements that are NaN or infinite,
-/// a change so much larger than its result that the sum rounds past it, tensors that are no matrices, tensors of which more than
-/// [`ExtractOptions::max_density`] changed. With a `k` the adapter has the `k` largest changes of each row (ties to the lower column).
+/// a change so much larger than its result that the sum rounds past it, tensors that are neither matrices nor vectors, matrices of
+/// which more than [`ExtractOptions::max_density`] changed. With a `k` the adapter has the `k` largest changes of each row of the
+/// matrices (ties to the lower column).
 ///
 /// Reads both checkpoints once, and what changed once more. Memory: a few windows per thread.
 ///
@@ -206,7 +207,8 @@ impl Job<'_> {
             return Some(format!("{} changed elements are NaN or infinite, {why}", survey.n_not_finite));
         }
         let density = survey.n_chosen as f64 / n_elements as f64;
-        if density > self.options.max_density {
+        let is_vector = pair.base.info.shape.len() == 1;
+        if density > self.options.max_density && !is_vector {
             let (percent, most) = (density * 100.0, self.options.max_density * 100.0);
             return Some(format!("{percent:.3} % of {n_elements} elements would get a delta, at most {most:.3} % may"));
         }

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, ops::Range, path::Path};
 use super::document::{TargetEntries, TargetEntry};
 use crate::{
     checkpoint::{CheckpointError, Context, Header, Printable, Shard, TensorInfo},
-    tensor::{Dtype, RowColumns, RowLayout, checked_bytes, dtype_name, is_float},
+    tensor::{Dtype, RowColumns, RowLayout, dtype_name},
 };
 
 /// The most elements in a row whose columns fit in 16 bits.
@@ -313,7 +313,7 @@ fn check_target(
     with_values: bool,
 ) -> Result<TargetInfo, (String, String)> {
     let TargetEntry { dtype, shape, anchor, blake3, transposed } = entry;
-    let layout = match target_layout(dtype, &shape, transposed) {
+    let layout = match RowLayout::of(dtype, &shape, transposed) {
         Ok(layout) => layout,
         Err(what) => return Err((name, format!("as a target: {what}"))),
     };
@@ -371,22 +371,4 @@ fn check_target(
     }
     let nnz = columns.n_elements();
     Ok(TargetInfo { name, dtype, shape, transposed, layout, anchor, blake3, nnz, uniform_k })
-}
-
-/// How a target is read as rows, or why it cannot be one.
-pub(crate) fn target_layout(dtype: Dtype, shape: &[u64], transposed: bool) -> Result<RowLayout, String> {
-    if !is_float(dtype) {
-        let found = dtype_name(dtype);
-        return Err(format!("elements are {found}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed"));
-    }
-    let n_elements = shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size));
-    if n_elements.and_then(|n| checked_bytes(dtype, n)).is_none() {
-        return Err(format!("shape {shape:?} overflows 64 bits"));
-    }
-    let layout = RowLayout::new(shape, transposed)
-        .ok_or_else(|| format!("shape {shape:?} is no vector, no matrix and no stack of matrices"))?;
-    if layout.d_in > u64::from(u32::MAX) {
-        return Err(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX));
-    }
-    Ok(layout)
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     document::{TargetEntries, TargetEntry},
-    sparse::{MOST_U16, Part, SparseFile, TargetInfo, target_layout},
+    sparse::{MOST_U16, Part, SparseFile, TargetInfo},
 };
 use crate::{
     checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, TensorId},
@@ -61,7 +61,7 @@ impl SparseWriter {
     ) -> Result<(), CheckpointError> {
         assert!(self.open.is_none(), "one target at a time");
         let bad = |what: String| Err(CheckpointError::bad_tensor(&self.path, name, what));
-        let layout = match target_layout(dtype, shape, transposed) {
+        let layout = match RowLayout::of(dtype, shape, transposed) {
             Ok(layout) => layout,
             Err(what) => return bad(what),
         };

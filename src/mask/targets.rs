@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::MaskError;
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Printable, RowScan, TensorRef},
-    tensor::{Dtype, dtype_name, is_float, projection_kind},
+    tensor::{Dtype, RowLayout, dtype_name, is_float, projection_kind},
 };
 
 /// The seven projections of a Llama layer: what takes part where nothing else is asked for.
@@ -123,6 +123,16 @@ pub fn select_targets<'a>(
     patterns: &[String],
     transposed: &[String],
 ) -> Result<Selection<'a>, MaskError> {
+    select_rows(checkpoint, patterns, transposed, TensorRef::rows)
+}
+
+/// The same for what else can be read as rows.
+pub(crate) fn select_rows<'a>(
+    checkpoint: &'a Checkpoint,
+    patterns: &[String],
+    transposed: &[String],
+    read: impl Fn(&TensorRef<'a>, bool) -> Result<RowLayout, CheckpointError>,
+) -> Result<Selection<'a>, MaskError> {
     let defaults: Vec<String> = LLAMA_PROJECTIONS.map(str::to_owned).into();
     let given = if patterns.is_empty() { &defaults } else { patterns };
     let parsed = given.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
@@ -135,8 +145,9 @@ pub fn select_targets<'a>(
             continue;
         }
         let is_transposed = parsed_transposed.iter().any(|pattern| pattern.matches(&tensor));
-        match rows_of(checkpoint, tensor, is_transposed) {
-            Ok(scan) => selection.targets.push(scan),
+        let layout = read(&tensor, is_transposed).map_err(MaskError::from);
+        match layout.and_then(|layout| scaled_floats(checkpoint, tensor).map_or(Ok(layout), Err)) {
+            Ok(layout) => selection.targets.push(RowScan { tensor, layout }),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
             Err(MaskError::Checkpoint(CheckpointError::BadTensor { what, .. })) => {
                 selection.skipped.push(SkippedTensor { tensor: tensor.info.name.clone(), why: what });
@@ -166,22 +177,20 @@ pub fn select_targets<'a>(
     Err(MaskError::NoMatch { path: checkpoint.root().to_owned(), patterns: unmatched, kinds: kinds(checkpoint) })
 }
 
-fn rows_of<'a>(checkpoint: &Checkpoint, tensor: TensorRef<'a>, transposed: bool) -> Result<RowScan<'a>, MaskError> {
-    let layout = tensor.rows(transposed)?;
-    let name = &tensor.info.name;
-    if matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
-        let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
-        if let Some(scale) = scales.iter().find(|scale| checkpoint.tensor(scale).is_some()) {
-            let path = checkpoint.root().to_owned();
-            let scale = Printable(scale);
-            let what = format!(
-                "\"{}\" has block scales in \"{scale}\": scaled 8-bit floats are not supported yet",
-                Printable(name)
-            );
-            return Err(CheckpointError::Refused { path, what }.into());
-        }
+/// Why 8-bit floats with scales beside them cannot take part.
+fn scaled_floats(checkpoint: &Checkpoint, tensor: TensorRef<'_>) -> Option<MaskError> {
+    if !matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
+        return None;
     }
-    Ok(RowScan { tensor, layout })
+    let name = &tensor.info.name;
+    let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
+    let scale = scales.iter().find(|scale| checkpoint.tensor(scale).is_some())?;
+    let what = format!(
+        "\"{}\" has block scales in \"{}\": scaled 8-bit floats are not supported yet",
+        Printable(name),
+        Printable(scale)
+    );
+    Some(CheckpointError::Refused { path: checkpoint.root().to_owned(), what }.into())
 }
 
 /// One line for each kind of tensor that the checkpoint has.

@@ -1,5 +1,7 @@
 //! How a stored tensor is read as rows.
 
+use super::{Dtype, checked_bytes, dtype_name, is_float};
+
 /// A stored tensor seen as rows of neurons.
 ///
 /// `[d_out, d_in]` has `d_out` rows; a stack of experts `[E, d_out, d_in]` has `E * d_out`. With `transposed` the stored
@@ -32,6 +34,24 @@ impl RowLayout {
         }
         let (d_out, d_in) = if transposed { (second, first) } else { (first, second) };
         Some(Self { n_stacks, d_out, d_in, transposed })
+    }
+
+    /// Reads a tensor of floats as rows whose columns 32 bits can tell; else says why it cannot be read so.
+    pub fn of(dtype: Dtype, shape: &[u64], transposed: bool) -> Result<Self, String> {
+        if !is_float(dtype) {
+            let found = dtype_name(dtype);
+            return Err(format!("elements are {found}; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed"));
+        }
+        let n_elements = shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size));
+        if n_elements.and_then(|n| checked_bytes(dtype, n)).is_none() {
+            return Err(format!("shape {shape:?} overflows 64 bits"));
+        }
+        let layout = Self::new(shape, transposed)
+            .ok_or_else(|| format!("shape {shape:?} is no vector, no matrix and no stack of matrices"))?;
+        if layout.d_in > u64::from(u32::MAX) {
+            return Err(format!("rows have {} elements, at most {} are supported", layout.d_in, u32::MAX));
+        }
+        Ok(layout)
     }
 
     /// Rows in all: `n_stacks * d_out`.

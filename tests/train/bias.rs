@@ -2,6 +2,7 @@
 
 use neuroada_ckpt::{
     adapter::{ColumnsKind, PackOptions, pack_adapter},
+    extract::{ExtractOptions, extract},
     merge::{Which, unmerge},
 };
 
@@ -129,6 +130,16 @@ fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
         let merged = world.path("merged-1");
         let bytes = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
         assert_ne!(bytes(&merged), bytes(world.base.root()));
+
+        // What changed is an adapter again, biases included.
+        let tuned = Checkpoint::open(&merged).unwrap();
+        let (again, delta) = (world.path("again"), world.path("delta.safetensors"));
+        let found =
+            extract(&ctx, &world.base, &tuned, &ExtractOptions::default(), Some((&delta, Existing::Keep))).unwrap();
+        assert!(found.exact && found.tensors.iter().any(|tensor| tensor.tensor.ends_with(".bias")));
+        let input = MergeInput { adapter: delta, scale: None };
+        merge(&ctx, world.base.root(), &[input], &MergeOptions::new_checkpoint(&again)).unwrap();
+        assert_eq!(bytes(&again), bytes(&merged));
         unmerge(&ctx, &merged, &Which::All, &MergeOptions::in_place()).unwrap();
         assert_eq!(bytes(&merged), bytes(world.base.root()));
     }
