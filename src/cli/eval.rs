@@ -21,9 +21,11 @@ use super::{
 /// Measure a model on a file of rows: loss, and how many answers are right
 ///
 /// The mean loss is that of the responses, per token. Of a commonsense file (instructions that end with "Answer format: a/b/…") the
-/// answers are ranked too: an answer is right where "the correct answer is …" with it is the likeliest of those named. With
+/// answers are ranked too: an answer is right where "the correct answer is …" with it is the likeliest of those named. A
+/// --template file that writes the answer itself, in {% generation %}, is asked for each of them, and what it writes is ranked. With
 /// --generate the model writes its answers itself, the likeliest token each time, and they are judged by the published rules
-/// of commonsense and arithmetic tasks. With --adapter the weights are those that a merge would write; nothing is written.
+/// of commonsense and arithmetic tasks, or compared with what such a template writes. With --adapter the weights are those that a
+/// merge would write; nothing is written.
 #[derive(Args)]
 pub(super) struct EvalArgs {
     /// Directory or .safetensors file of the checkpoint; its tokenizer lies beside it
@@ -84,7 +86,7 @@ struct EvalReport {
     task: &'static str,
     loss: f64,
     perplexity: f64,
-    ranked: Option<Score>,
+    ranked: Option<Ranked>,
     generated: Option<Score>,
     answers: Option<Vec<AnswerReport>>,
 }
@@ -109,6 +111,59 @@ impl Score {
         let n_questions = right.len() as u64;
         let n_right = right.filter(|&right| right).count() as u64;
         Self { n_questions, n_right, accuracy: n_right as f64 / n_questions as f64 }
+    }
+}
+
+/// How many of the likeliest answers are right.
+#[derive(Serialize)]
+struct Ranked {
+    #[serde(flatten)]
+    score: Score,
+    /// The accuracy that guessing has: the mean of one in so many answers.
+    chance: f64,
+    /// The same by the answers to choose from, in the order in which they come; empty where they are too many kinds for a table.
+    kinds: Vec<RankedKind>,
+}
+
+#[derive(Serialize)]
+struct RankedKind {
+    /// What there was to choose from, as `a/b/…`.
+    answers: String,
+    #[serde(flatten)]
+    score: Score,
+    chance: f64,
+}
+
+impl Ranked {
+    /// Kinds of questions that a table tells apart.
+    const MOST_KINDS: usize = 20;
+
+    fn of(questions: &[Question], chosen: &[&str]) -> Self {
+        let mut kinds: Vec<(String, usize, Vec<bool>)> = Vec::new();
+        let (mut right, mut chances) = (Vec::new(), 0.0);
+        for (question, chosen) in questions.iter().zip(chosen) {
+            let is_right = question.answer == *chosen;
+            right.push(is_right);
+            chances += 1.0 / question.candidates.len() as f64;
+            let names: Vec<&str> = question.candidates.iter().map(|(name, _)| name.as_str()).collect();
+            let answers = names.join("/");
+            match kinds.iter().position(|(kind, ..)| *kind == answers) {
+                Some(kind) => kinds[kind].2.push(is_right),
+                // One too many says that there are too many.
+                None if kinds.len() <= Self::MOST_KINDS => kinds.push((answers, names.len(), vec![is_right])),
+                None => {}
+            }
+        }
+        if kinds.len() > Self::MOST_KINDS {
+            kinds.clear();
+        }
+        let kind = |(answers, n, right): (String, usize, Vec<bool>)| RankedKind {
+            answers,
+            score: Score::of(right.into_iter()),
+            chance: 1.0 / n as f64,
+        };
+        let chance = chances / questions.len() as f64;
+        Self { score: Score::of(right.into_iter()), chance, kinds: kinds.into_iter().map(kind).collect() }
     }
 }
 
@@ -146,7 +201,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
     let (dataset, data) = super::data::read(env, &args.data, &tokenizer, &options)?;
     let asks = task.filter(|&task| args.generate || task == Task::Commonsense);
     let questions = match asks {
-        Some(task) => data::read_questions(&ctx, &args.data, &tokenizer, task, &options.template, args.limit)?,
+        Some(task) => data::read_questions(&ctx, &args.data, &tokenizer, task, &options)?,
         None => Vec::new(),
     };
 
@@ -167,7 +222,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
     let Measured { loss, chosen, written } = wanted.measure_somewhere(env)?;
 
     let is_right = |i: usize, question: &Question| match (&written, &chosen, task) {
-        (Some(written), _, Some(task)) => task.is_right(&written[i], &question.answer),
+        (Some(written), _, Some(task)) => question.is_right(task, &written[i]),
         (_, Some(chosen), _) => *chosen[i] == question.answer,
         _ => false,
     };
@@ -180,8 +235,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
         };
         questions.iter().enumerate().map(report).collect()
     });
-    let ranked =
-        chosen.as_ref().map(|chosen| Score::of(questions.iter().zip(chosen).map(|(q, chosen)| q.answer == *chosen)));
+    let ranked = chosen.as_ref().map(|chosen| Ranked::of(&questions, chosen));
     let generated = written.as_ref().map(|_| Score::of(questions.iter().enumerate().map(|(i, q)| is_right(i, q))));
     let report = EvalReport {
         base: base.name(),
@@ -379,10 +433,24 @@ fn print(report: &EvalReport, page: &mut Page) {
         format!("{} right: {} of {}", percent(right, all), count(right), count(all))
     };
     if let Some(ranked) = &report.ranked {
-        facts.push(("ranked", score(ranked)));
+        facts.push(("ranked", format!("{}; guessing {}", score(&ranked.score), share(ranked.chance))));
     }
     if let Some(generated) = &report.generated {
         facts.push(("generated", score(generated)));
     }
     page.facts(&facts);
+    let kinds = report.ranked.as_ref().map_or(&[][..], |ranked| &ranked.kinds);
+    if kinds.len() > 1 {
+        let mut table = Table::new(["answers", "questions>", "right>", "guessing>"]);
+        for RankedKind { answers, score, chance } in kinds {
+            let right = percent(score.n_right, score.n_questions);
+            table.row([answers.clone(), count(score.n_questions), right, share(*chance)]);
+        }
+        page.blank();
+        page.table(&table);
+    }
+}
+
+fn share(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
 }

@@ -97,6 +97,11 @@ impl Form {
         matches!(self, Self::Chat(_) | Self::File { .. })
     }
 
+    /// Whether rows go through a template that writes answers itself, and marks them.
+    pub(super) fn writes_answers(&self) -> bool {
+        matches!(self, Self::File { jinja, .. } if jinja.has_generation)
+    }
+
     /// Its name in reports.
     pub(super) fn name(&self) -> &'static str {
         match self {

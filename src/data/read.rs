@@ -5,9 +5,9 @@ use std::{ops::Range, path::Path};
 use rayon::prelude::*;
 
 use super::{
-    Clock, DataError, Dataset, Template, Tokenizer,
+    Clock, DataError, Dataset, Place, Template, Tokenizer,
     form::{Form, Text},
-    jinja::STACK_BYTES,
+    jinja::{Rendered, STACK_BYTES},
     rows::{Row, Rows},
 };
 use crate::checkpoint::{CheckpointError, Context};
@@ -102,13 +102,7 @@ pub fn read_dataset(
             chunk.map(|form, row| encode(tokenizer, form.text(&row.fields, options.loss)?, options));
         for (row, encoded) in chunk.rows.iter().zip(encoded) {
             report.n_rows += 1;
-            match encoded {
-                Ok(encoded) => report.add(encoded, &mut dataset),
-                Err(Failed::Row(what)) => {
-                    return Err(DataError::BadRow { path: path.to_owned(), place: row.place, what });
-                }
-                Err(Failed::Tokenizer(error)) => return Err(error),
-            }
+            report.add(encoded.map_err(|failed| failed.at(path, row.place))?, &mut dataset);
         }
     }
     report.blake3 = reader.digest()?.to_hex().to_string();
@@ -254,9 +248,19 @@ struct Encoded {
 }
 
 /// Why a row could not be encoded.
-enum Failed {
+pub(super) enum Failed {
     Row(String),
     Tokenizer(DataError),
+}
+
+impl Failed {
+    /// The error of a row of a file.
+    pub(super) fn at(self, path: &Path, place: Place) -> DataError {
+        match self {
+            Self::Row(what) => DataError::BadRow { path: path.to_owned(), place, what },
+            Self::Tokenizer(error) => error,
+        }
+    }
 }
 
 impl From<String> for Failed {
@@ -285,10 +289,7 @@ fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<En
             Encoded { tokens, spans: vec![learned], is_apart, ..Encoded::default() }
         }
         Text::Marked(rendered) => {
-            let (tokens, places) = tokenizer.encode_with_places(&rendered.text)?;
-            // Where a token reaches across the begin of a span it belongs to what comes before.
-            let index = |byte: usize| places.partition_point(|place| place.start < byte);
-            let spans: Vec<_> = rendered.spans.iter().map(|span| index(span.start)..index(span.end)).collect();
+            let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
             let is_empty = options.loss == Loss::Response && rendered.spans.iter().all(Range::is_empty);
             Encoded { tokens, spans, is_empty, ..Encoded::default() }
         }
@@ -300,6 +301,18 @@ fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<En
     encoded.n_cut = encoded.tokens.len().saturating_sub(options.max_length);
     encoded.tokens.truncate(options.max_length);
     Ok(encoded)
+}
+
+/// Encodes a text that is complete; of its spans, which tokens they are.
+pub(super) fn encode_marked(
+    tokenizer: &Tokenizer,
+    rendered: &Rendered,
+) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
+    let (tokens, places) = tokenizer.encode_with_places(&rendered.text)?;
+    // Where a token reaches across the begin of a span it belongs to what comes before.
+    let index = |byte: usize| places.partition_point(|place| place.start < byte);
+    let spans = rendered.spans.iter().map(|span| index(span.start)..index(span.end)).collect();
+    Ok((tokens, spans))
 }
 
 /// A prompt and what follows it as token ids.

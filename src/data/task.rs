@@ -5,9 +5,9 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 
 use super::{
-    Clock, DataError, Template, Tokenizer,
-    form::{COMMONSENSE_ANSWER, Form, field, text_or_number},
-    read::{FormReader, encode_pair},
+    DataError, Loss, ReadOptions, Template, Tokenizer,
+    form::{COMMONSENSE_ANSWER, Form, Text, field, text_or_number},
+    read::{Failed, FormReader, encode_marked, encode_pair},
 };
 use crate::checkpoint::Context;
 
@@ -47,9 +47,24 @@ pub struct Question {
     pub answer: String,
     /// For [`Task::Commonsense`] the answers to choose from, each with the token ids that follow the prompt.
     pub candidates: Vec<(String, Vec<u32>)>,
+    /// Where a template writes the answers to choose from: what it writes for the right one.
+    pub text: Option<String>,
 }
 
-/// Reads the questions of a file.
+impl Question {
+    /// Whether a generated text gives the right answer: by the task's rule, or by being what the template writes.
+    pub fn is_right(&self, task: Task, generated: &str) -> bool {
+        match &self.text {
+            Some(text) => generated.trim() == text.trim(),
+            None => task.is_right(generated, &self.answer),
+        }
+    }
+}
+
+/// Reads the questions of a file; prompts are whole, whatever the options' length.
+///
+/// What is ranked follows the prompt: `the correct answer is …`, or, of a template that writes answers itself
+/// (`{% generation %}`), what it writes for a row with that `answer`: the text of an option in place of its label, say.
 ///
 /// # Errors
 /// As [`super::read_dataset`]; [`DataError::BadRow`] also where the answer is none that the task knows.
@@ -58,21 +73,19 @@ pub fn read_questions(
     path: &Path,
     tokenizer: &Tokenizer,
     task: Task,
-    template: &Template,
-    limit: Option<u64>,
+    options: &ReadOptions,
 ) -> Result<Vec<Question>, DataError> {
-    let template = match (template, task) {
+    let template = match (&options.template, task) {
         (Template::Auto, Task::Commonsense) => &Template::Commonsense,
         (Template::Auto, Task::Math) => &Template::Alpaca,
         (other, _) => other,
     };
     let mut questions = Vec::new();
-    let mut reader = FormReader::open(ctx, path, tokenizer, template, Clock::new(0), limit)?;
+    let mut reader = FormReader::open(ctx, path, tokenizer, template, options.clock, options.limit)?;
     while let Some(chunk) = reader.next_chunk()? {
         let made = chunk.map(|form, row| question(tokenizer, form, task, &row.fields));
         for (row, question) in chunk.rows.iter().zip(made) {
-            let bad = |what| DataError::BadRow { path: path.to_owned(), place: row.place, what };
-            questions.push(question?.map_err(bad)?);
+            questions.push(question.map_err(|failed| failed.at(path, row.place))?);
         }
     }
     if questions.is_empty() {
@@ -81,49 +94,78 @@ pub fn read_questions(
     Ok(questions)
 }
 
-fn question(
+fn question(tokenizer: &Tokenizer, form: &Form, task: Task, row: &Map<String, Json>) -> Result<Question, Failed> {
+    let (answer, named) = answers(task, row)?;
+    let mut question = Question { prompt: Vec::new(), answer, candidates: Vec::new(), text: None };
+    if form.writes_answers() {
+        if named.is_empty() {
+            (question.prompt, _) = written(tokenizer, form, row, &question.answer)?;
+        }
+        for candidate in named {
+            let (prompt, tokens) = written(tokenizer, form, row, &candidate)?;
+            match question.candidates.first() {
+                Some((first, _)) if prompt != question.prompt => {
+                    let what = format!("its prompt for the answer \"{candidate}\" is not that for \"{first}\"");
+                    return Err(Failed::Row(what));
+                }
+                _ => question.prompt = prompt,
+            }
+            if candidate == question.answer {
+                question.text = Some(tokenizer.decode(&tokens)?);
+            }
+            question.candidates.push((candidate, tokens));
+        }
+    } else {
+        let prompt = form.prompt(row)?;
+        question.prompt = [tokenizer.prefix(), &tokenizer.encode(&prompt)?].concat();
+        for candidate in named {
+            let pair = encode_pair(tokenizer, &prompt, &format!("{COMMONSENSE_ANSWER}{candidate}"))?;
+            question.candidates.push((candidate, pair.tokens[pair.n_prompt..].to_vec()));
+        }
+    }
+    if question.prompt.is_empty() {
+        return Err(Failed::Row("its prompt has no token".to_owned()));
+    }
+    Ok(question)
+}
+
+/// A row's answer, and those that are ranked.
+fn answers(task: Task, row: &Map<String, Json>) -> Result<(String, Vec<String>), String> {
+    let answer = text_or_number(row, "answer")?;
+    if task == Task::Math {
+        if !is_letter(&answer) && number(&answer).is_none() {
+            return Err(format!("field \"answer\": \"{answer}\" is neither a number nor a letter from A to E"));
+        }
+        return Ok((answer, Vec::new()));
+    }
+    let named = candidates(field(row, "instruction")?);
+    let named = named.ok_or("field \"instruction\": no \"Answer format: a/b/…\" names the answers")?;
+    if !named.contains(&answer.as_str()) {
+        let named = named.join("/");
+        return Err(format!("field \"answer\": \"{answer}\" is none of those that its instruction names: {named}"));
+    }
+    Ok((answer, named.into_iter().map(str::to_owned).collect()))
+}
+
+/// The prompt, and what a template that writes answers itself writes for one: the tokens of its `{% generation %}` block.
+fn written(
     tokenizer: &Tokenizer,
     form: &Form,
-    task: Task,
     row: &Map<String, Json>,
-) -> Result<Result<Question, String>, DataError> {
-    let texts = || {
-        let (prompt, answer) = (form.prompt(row)?, text_or_number(row, "answer")?);
-        let candidates: Vec<String> = match task {
-            Task::Math => {
-                if !is_letter(&answer) && number(&answer).is_none() {
-                    return Err(format!("field \"answer\": \"{answer}\" is neither a number nor a letter from A to E"));
-                }
-                Vec::new()
-            }
-            Task::Commonsense => {
-                let named = candidates(field(row, "instruction")?);
-                let named = named.ok_or("field \"instruction\": no \"Answer format: a/b/…\" names the answers")?;
-                if !named.contains(&answer.as_str()) {
-                    let named = named.join("/");
-                    return Err(format!(
-                        "field \"answer\": \"{answer}\" is none of those that its instruction names: {named}"
-                    ));
-                }
-                named.into_iter().map(str::to_owned).collect()
-            }
-        };
-        Ok((prompt, answer, candidates))
-    };
-    let (prompt, answer, candidates) = match texts() {
-        Ok(texts) => texts,
-        Err(what) => return Ok(Err(what)),
-    };
-    let mut question = Question { prompt: tokenizer.prefix().to_vec(), answer, candidates: Vec::new() };
-    question.prompt.extend(tokenizer.encode(&prompt)?);
-    if question.prompt.is_empty() {
-        return Ok(Err("its prompt has no token".to_owned()));
+    answer: &str,
+) -> Result<(Vec<u32>, Vec<u32>), Failed> {
+    let mut row = row.clone();
+    row.insert("answer".to_owned(), answer.into());
+    row.insert("output".to_owned(), format!("{COMMONSENSE_ANSWER}{answer}").into());
+    let Text::Marked(rendered) = form.text(&row, Loss::Response)? else { unreachable!("it marks what it writes") };
+    let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
+    match &spans[..] {
+        [span] if span.is_empty() => {
+            Err(Failed::Row(format!("its template writes nothing for the answer \"{answer}\"")))
+        }
+        [span] => Ok((tokens[..span.start].to_vec(), tokens[span.clone()].to_vec())),
+        spans => Err(Failed::Row(format!("its template marks {} answers; one can be ranked", spans.len()))),
     }
-    for candidate in candidates {
-        let pair = encode_pair(tokenizer, &prompt, &format!("{COMMONSENSE_ANSWER}{candidate}"))?;
-        question.candidates.push((candidate, pair.tokens[pair.n_prompt..].to_vec()));
-    }
-    Ok(Ok(question))
 }
 
 /// The task that a file's first row looks like: none where it has no answer that a task knows.

@@ -346,8 +346,7 @@ fn real_rows_become_questions() {
     let tokenizer = place.tokenizer();
     let path = fixtures().join("data/commonsense.jsonl");
     assert_eq!(task_of(&path).expect("rows"), Some(Task::Commonsense));
-    let questions =
-        read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &Template::Auto, None).expect("good rows");
+    let questions = read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &options()).expect("good rows");
     assert_eq!(questions.len(), 18);
     let candidates: usize = questions.iter().map(|question| question.candidates.len()).sum();
     assert_eq!(candidates, 3 * (2 + 4 + 2 + 2 + 3 + 4));
@@ -358,9 +357,102 @@ fn real_rows_become_questions() {
 
     let path = fixtures().join("data/math.json");
     assert_eq!(task_of(&path).expect("rows"), Some(Task::Math));
-    let questions = read_questions(&ctx, &path, &tokenizer, Task::Math, &Template::Auto, Some(7)).expect("good rows");
+    let questions = read_questions(&ctx, &path, &tokenizer, Task::Math, &ReadOptions { limit: Some(7), ..options() });
+    let questions = questions.expect("good rows");
     assert_eq!((questions.len(), questions[1].answer.as_str()), (7, "120.0"));
     assert!(tokenizer.decode(&questions[0].prompt).expect("text").ends_with("\n\n### Response:\n"));
+}
+
+#[test]
+fn what_a_template_writes_for_each_answer_is_ranked() {
+    let (place, ctx) = (Place::new(), Context::default());
+    let (tokenizer, data) = (place.tokenizer(), fixtures().join("data"));
+    let template = Template::File(data.join("commonsense-options.jinja"));
+    let (path, options) = (data.join("commonsense.jsonl"), ReadOptions { template, ..options() });
+    let questions = read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &options).expect("good rows");
+    let text = |tokens: &[u32]| tokenizer.decode_all(tokens).expect("text");
+    let shown = |kind: &str| {
+        let question = questions.iter().find(|question| question.candidates[0].0 == kind).expect("a row");
+        let mut out = text(&question.prompt);
+        for (name, tokens) in &question.candidates {
+            out += &format!("\n{name}{}[{}]", if *name == question.answer { "*" } else { "" }, text(tokens));
+        }
+        out
+    };
+    for (kind, expected) in [
+        ("true", "Question: is a game of thrones the first book?\nAnswer:\ntrue*[ yes</s>]\nfalse[ no</s>]"),
+        (
+            "solution1",
+            "Question: How to drive in a school zone?\nAnswer:\nsolution1*[ One should drive slowly and carefully.</s>]\n\
+             solution2[ One should drive fast so that they can pass the school zone quickly.</s>]",
+        ),
+        (
+            "option1",
+            "Betty reads what Monica writes all the time, because\noption1*[ Betty is a fast and great reader.</s>]\n\
+             option2[ Monica is a fast and great reader.</s>]",
+        ),
+        (
+            "answer1",
+            "Question: From smallest to largest, the levels of organization in living things are\nAnswer:\n\
+             answer1[ tissues, cells, organs, organ systems.</s>]\nanswer2[ tissues, cells, organ systems, organs.</s>]\n\
+             answer3*[ cells, tissues, organs, organ systems.</s>]\nanswer4[ cells, tissues, organ systems, organs.</s>]",
+        ),
+        (
+            "ending1",
+            "Roof shingle removal: Some windows of a house are covered with planks. men\n\
+             ending1[ are moving the floorboards of the house.</s>]\n\
+             ending2[ are shown inside a house, and then are discussing.</s>]\n\
+             ending3*[ are remodeling the roof of the house.</s>]\nending4[ are cleaning them with rag.</s>]",
+        ),
+    ] {
+        assert_eq!(shown(kind), expected);
+    }
+    // What is ranked for the right answer is what is learned.
+    let (dataset, _) = read_dataset(&ctx, &path, &tokenizer, &options).expect("good rows");
+    for (example, question) in dataset.iter().zip(&questions) {
+        let (_, right) = question.candidates.iter().find(|(name, _)| *name == question.answer).expect("it is named");
+        assert_eq!(example.tokens, [&question.prompt[..], right].concat());
+        let text = tokenizer.decode(right).expect("text");
+        assert!(question.is_right(Task::Commonsense, &format!("{} ", text.trim())), "{text}");
+        assert!(!question.is_right(Task::Commonsense, &format!("the correct answer is {}", question.answer)));
+        assert_eq!(example.spans, [(question.prompt.len() as u32, example.tokens.len() as u32)]);
+    }
+}
+
+#[test]
+fn templates_that_cannot_be_ranked_are_named() {
+    let (place, ctx) = (Place::new(), Context::default());
+    let read = |source: &str, row: &str, task| {
+        let template = Template::File(place.write("my.jinja", source));
+        let path = place.write("rows", row);
+        let options = ReadOptions { template, ..options() };
+        read_questions(&ctx, &path, &place.tokenizer(), task, &options).map_err(|e| place.words(&e))
+    };
+    let row = r#"{"instruction":"Q\n\nAnswer format: a/b","answer":"b"}"#;
+    for (source, expected) in [
+        (
+            "{{ answer }}{% generation %}{{ answer }}{% endgeneration %}",
+            "its prompt for the answer \"b\" is not that for \"a\"",
+        ),
+        (
+            "Q{% generation %}{{ 'yes' if answer == 'a' }}{% endgeneration %}",
+            "its template writes nothing for the answer \"b\"",
+        ),
+        (
+            "Q{% generation %}{{ answer }}{% endgeneration %}.{% generation %}{{ answer }}{% endgeneration %}",
+            "its template marks 2 answers; one can be ranked",
+        ),
+        ("{% generation %}{{ answer }}{% endgeneration %}", "its prompt has no token"),
+        ("Q{% generation %}{{ 1 // 0 }}{% endgeneration %}", "template line 1: unable to calculate 1 // 0"),
+    ] {
+        let error = read(source, row, Task::Commonsense).expect_err("it cannot be ranked");
+        assert!(error.starts_with(&format!("rows: line 1: {expected}")), "{error}");
+    }
+    // Nothing of arithmetic is ranked; the prompt is what comes before the answer.
+    let row = r#"{"instruction":"Q","answer":7}"#;
+    let source = "{{ instruction }} is{% generation %} {{ answer }}{% endgeneration %}";
+    let questions = read(source, row, Task::Math).expect("a good row");
+    assert_eq!((questions[0].prompt.len(), questions[0].candidates.len()), ("Q is".len(), 0));
 }
 
 #[test]
@@ -382,7 +474,7 @@ fn questions_that_cannot_be_judged_are_named() {
     let (place, ctx) = (Place::new(), Context::default());
     let read = |row: &str, task| {
         let path = place.write("rows", row);
-        let questions = read_questions(&ctx, &path, &place.tokenizer(), task, &Template::Auto, None);
+        let questions = read_questions(&ctx, &path, &place.tokenizer(), task, &options());
         place.words(&questions.map(|_| ()).expect_err("a bad row"))
     };
     for (row, task, expected) in [

@@ -21,8 +21,41 @@ fn loss_and_ranked_answers_are_told() {
         (&report["generated"], &report["answers"], &report["adapter"]),
         (&Value::Null, &Value::Null, &Value::Null)
     );
+    let ranked = &report["ranked"];
+    // Three questions with two options, two with four, one with two.
+    assert_eq!(ranked["chance"], (4.0 / 2.0 + 2.0 / 4.0) / 6.0);
+    let of =
+        |field: &str| ranked["kinds"].as_array().unwrap().iter().map(|kind| kind[field].clone()).collect::<Vec<_>>();
+    assert_eq!(of("answers"), ["option1/option2", "answer1/answer2/answer3/answer4", "solution1/solution2"]);
+    assert_eq!(of("n_questions"), [3, 2, 1]);
+    assert_eq!(of("chance"), [0.5, 0.25, 0.5]);
+    let n_right: u64 = of("n_right").iter().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(ranked["n_right"], n_right);
     let text = String::from_utf8(place.stdout(COMMONSENSE)).unwrap();
+    let table = text.rsplit_once("\n\n").unwrap().1;
+    assert!(table.starts_with("answers ") && table.lines().count() == 4 && table.contains(" 25.0 %"), "{text}");
     assert!(text.starts_with("model   tiny-llama\nrows    6 of commonsense.jsonl, as commonsense\ntokens  "), "{text}");
+}
+
+#[test]
+fn a_template_that_writes_the_answer_is_asked_for_each() {
+    let place = Place::new();
+    // An untrained model finds every token as likely as any other: what is shortest is the likeliest.
+    let source = "{{ instruction }}\n{% generation %}{{ answer if answer[-1:] in '2e' and answer != 'true' else answer * 9 }}{% endgeneration %}";
+    place.write("shortest.jinja", source);
+    let report = place.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
+    let ranked = report["answers"].as_array().unwrap().iter().map(|answer| answer["ranked"].as_str().unwrap());
+    let expected = ["option2", "answer2", "option2", "solution2", "answer2", "option2"];
+    assert_eq!(ranked.collect::<Vec<_>>(), expected);
+    assert_eq!(report["data"]["form"], "file");
+
+    place.write("shortest.jinja", "{{ instruction }}{% generation %}same{% endgeneration %}{{ answer }}");
+    let report = place.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
+    assert_eq!(report["answers"][0]["ranked"], "option1", "of equals the first");
+    place.write("shortest.jinja", "{{ answer }}{% generation %}same{% endgeneration %}");
+    let refused = place.run(&format!("{COMMONSENSE} --template shortest.jinja"));
+    let line = "commonsense.jsonl: line 1: its prompt for the answer \"option2\" is not that for \"option1\"";
+    assert!(refused.starts_with("exit: 3") && refused.contains(line), "{refused}");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pack() {
     cp "$(executable cargo bench --locked --bench gpu --no-run)" "$to/gpu-bench"
     cp "$(executable cargo bench --locked --bench gpu_train --no-run)" "$to/gpu-train-bench"
     cp tests/gpu/on_device.sh tests/gpu/torch_*.py "$to/"
-    cp -r fixtures/tiny-llama fixtures/reference "$to/fixtures/"
+    cp -r fixtures/tiny-llama fixtures/reference fixtures/data/commonsense-options.jinja "$to/fixtures/"
     # For the rehearsal: the driver that the tests build.
     c++ -std=c++17 -O2 -fPIC -shared -ffp-contract=off -Wno-unknown-pragmas -Wl,-soname,libcuda.so -o "$to/fake/libcuda.so" \
         tests/gpu/fake_driver.cpp || echo "no C++ compiler: no rehearsal"
@@ -101,16 +101,18 @@ large_merges() {
     echo "merges into the large checkpoint are the CPU's, byte for byte"
 }
 
-# Three epochs of the published recipe, and how many held-out answers are right before and after.
+# Three epochs, and how many held-out answers are right before and after: labels, as the paper has it, and the options' texts.
 smollm2() {
-    local ckpt=$here/neuroada-ckpt k
-    for k in 1 8; do
-        "$ckpt" train "$SMOLLM2" --k $k --lr "$([ $k = 1 ] && echo 8e-3 || echo 3e-3)" --data "$COMMONSENSE/commonsense_15k_train.json" \
-            --eval-data "$COMMONSENSE/commonsense_15k_validation.jsonl" --eval-limit 200 --seed 1 --force -o "$results/smollm2-k$k" \
-            --device cuda || return 1
-        "$ckpt" eval "$SMOLLM2" -a "$results/smollm2-k$k" --data "$COMMONSENSE/commonsense_15k_validation.jsonl" --device cuda || return 1
+    local ckpt=$here/neuroada-ckpt k template data=$COMMONSENSE/commonsense_15k held_out
+    for template in commonsense "$here/fixtures/commonsense-options.jinja"; do
+        held_out=(--data "${data}_validation.jsonl" --template "$template" --device cuda)
+        "$ckpt" eval "$SMOLLM2" "${held_out[@]}" || return 1
+        for k in 1 8; do
+            "$ckpt" train "$SMOLLM2" --k $k --lr "$([ $k = 1 ] && echo 2e-2 || echo 5e-3)" --data "${data}_train.json" --template "$template" \
+                --eval-data "${data}_validation.jsonl" --eval-limit 200 --seed 1 --force -o "$results/smollm2-k$k" --device cuda || return 1
+            "$ckpt" eval "$SMOLLM2" -a "$results/smollm2-k$k" "${held_out[@]}" || return 1
+        done
     done
-    "$ckpt" eval "$SMOLLM2" --data "$COMMONSENSE/commonsense_15k_validation.jsonl" --device cuda
 }
 
 run() {

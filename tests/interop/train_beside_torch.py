@@ -3,7 +3,7 @@
 
     python3 -m venv /tmp/venv && /tmp/venv/bin/pip install torch transformers safetensors
     cargo build --release
-    /tmp/venv/bin/python tests/interop/train_beside_torch.py target/release/neuroada-ckpt BASE DATA [MERGED] [--steps N]
+    /tmp/venv/bin/python tests/interop/train_beside_torch.py target/release/neuroada-ckpt BASE DATA [MERGED] [--steps N] [--template T]
 
 1. Loss: MERGED (or BASE) on the first 64 rows of DATA, by `eval` and by transformers in float32 with no padding; more than 1e-3 between
    them, relative, is exit code 1.
@@ -24,6 +24,7 @@ parser.add_argument("base")
 parser.add_argument("data")
 parser.add_argument("merged", nargs="?")
 parser.add_argument("--steps", type=int, default=3)
+parser.add_argument("--template", default="auto")
 parser.add_argument("--no-bypass", action="store_true")
 args = parser.parse_args()
 torch.manual_seed(0)
@@ -34,7 +35,7 @@ def run(*words):
 
 
 def examples(n):
-    shown = json.loads(run("eval", args.base, "--data", args.data, "--show", n, "--json", "-q"))["examples"]
+    shown = json.loads(run("eval", args.base, *of_data, "--show", n, "--json", "-q"))["examples"]
     return [(e["tokens"], e["learned"]) for e in shown]
 
 
@@ -45,9 +46,11 @@ def labels(tokens, learned):
     return wanted
 
 
+of_data = ["--data", args.data, "--template", args.template]
+
 # --- the loss
 checkpoint = args.merged or args.base
-found = json.loads(run("eval", checkpoint, "--data", args.data, "--limit", 64, "--task", "loss", "--json", "-q"))["loss"]
+found = json.loads(run("eval", checkpoint, *of_data, "--limit", 64, "--task", "loss", "--json", "-q"))["loss"]
 model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 total, n = 0.0, 0
 with torch.no_grad():
@@ -105,7 +108,7 @@ class Bypass(torch.nn.Module):
 
 with tempfile.TemporaryDirectory() as folder:
     log = os.path.join(folder, "a.log.jsonl")
-    run("train", args.base, "-k", 1, "--data", args.data, "--limit", len(rows), "--no-shuffle", "--max-steps", args.steps, "--batch-size", 16,
+    run("train", args.base, "-k", 1, *of_data, "--limit", len(rows), "--no-shuffle", "--max-steps", args.steps, "--batch-size", 16,
         "--batch-tokens", 1 << 20, "-o", os.path.join(folder, "a.safetensors"), "-q")
     paces = sorted(r["n_tokens"] / r["seconds"] for r in map(json.loads, open(log)) if "loss" in r)
     ours = paces[len(paces) // 2]
