@@ -60,13 +60,24 @@ impl TensorRef<'_> {
     /// # Errors
     /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns.
     pub fn rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
-        let bad = |what: String| CheckpointError::bad_tensor(self.shard.path(), &self.info.name, what);
-        let layout = RowLayout::of(self.info.dtype, &self.info.shape, transposed).map_err(bad)?;
-        // Vectors (biases, gains) are rows for whoever names them; nothing is chosen among one element.
+        let layout = self.any_rows(transposed)?;
+        // Nothing is chosen among one element.
         if self.info.shape.len() == 1 {
-            return Err(bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)));
+            return Err(self.bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)));
         }
         Ok(layout)
+    }
+
+    /// The tensor as rows, those of a vector (a bias, a gain) being its elements.
+    ///
+    /// # Errors
+    /// As [`Self::rows`], which refuses vectors.
+    pub fn any_rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
+        RowLayout::of(self.info.dtype, &self.info.shape, transposed).map_err(|what| self.bad(what))
+    }
+
+    fn bad(&self, what: String) -> CheckpointError {
+        CheckpointError::bad_tensor(self.shard.path(), &self.info.name, what)
     }
 }
 

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, ops::Range};
 use super::{ExtractError, ExtractOptions};
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef},
-    mask::select_rows,
-    tensor::{RowLayout, dtype_name},
+    mask::{Read, select_rows},
+    tensor::dtype_name,
 };
 
 /// A tensor of the base and the same of the tuned checkpoint.
@@ -67,13 +67,15 @@ pub(super) fn pairs<'a>(
     if !problems.is_empty() {
         return Err(ExtractError::Unlike { tuned: tuned.root().to_owned(), base: base.name(), problems });
     }
-    let wanted = wanted(base, options)?;
+    // An exact adapter takes vectors too; nothing of them can be chosen.
+    let read: Read<'a> = if options.k.is_some() { TensorRef::rows } else { TensorRef::any_rows };
+    let wanted = wanted(base, options, read)?;
     let pair = |(a, b): (TensorRef<'a>, TensorRef<'a>)| {
         let of_name = wanted.as_ref().map(|wanted| wanted.get(a.info.name.as_str()));
         let layout = match of_name {
             Some(Some(scan)) => Ok(scan.layout),
             Some(None) if !options.targets.is_empty() => Err("not among the targets".to_owned()),
-            _ => rows(&a, false, options).map_err(|e| match e {
+            _ => read(&a, false).map_err(|e| match e {
                 CheckpointError::BadTensor { what, .. } => what,
                 other => other.to_string(),
             }),
@@ -86,28 +88,17 @@ pub(super) fn pairs<'a>(
     Ok(matched.into_iter().map(pair).collect())
 }
 
-/// A tensor as rows. Vectors (biases, gains) have rows of one element, all of which an exact adapter takes; there is nothing
-/// to choose among them.
-fn rows(tensor: &TensorRef<'_>, transposed: bool, options: &ExtractOptions) -> Result<RowLayout, CheckpointError> {
-    let info = tensor.info;
-    if info.shape.len() != 1 || transposed || options.k.is_some() {
-        return tensor.rows(transposed);
-    }
-    RowLayout::of(info.dtype, &info.shape, false)
-        .map_err(|what| CheckpointError::bad_tensor(tensor.shard.path(), &info.name, what))
-}
-
 /// The tensors that patterns name, where there are patterns.
 fn wanted<'a>(
     base: &'a Checkpoint,
     options: &ExtractOptions,
+    read: Read<'a>,
 ) -> Result<Option<BTreeMap<&'a str, RowScan<'a>>>, ExtractError> {
     if options.targets.is_empty() && options.transposed.is_empty() {
         return Ok(None);
     }
     let every = ["*".to_owned()];
     let patterns = if options.targets.is_empty() { &every[..] } else { &options.targets };
-    let read = |tensor: &TensorRef<'a>, transposed| rows(tensor, transposed, options);
     let selection = select_rows(base, patterns, &options.transposed, read)?;
     Ok(Some(selection.targets.into_iter().map(|scan| (scan.tensor.info.name.as_str(), scan)).collect()))
 }

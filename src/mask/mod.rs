@@ -34,4 +34,4 @@ pub use crate::backend::ScoreKind;
 pub(crate) use document::{FORMAT_VERSION, TargetEntries, parse_document, parse_header};
 pub(crate) use sparse::{Part, SparseFile, check_targets};
 pub(crate) use sparse_writer::SparseWriter;
-pub(crate) use targets::select_rows;
+pub(crate) use targets::{Read, select_rows};

@@ -126,12 +126,15 @@ pub fn select_targets<'a>(
     select_rows(checkpoint, patterns, transposed, TensorRef::rows)
 }
 
-/// The same for what else can be read as rows.
+/// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] where vectors take part.
+pub(crate) type Read<'a> = fn(&TensorRef<'a>, bool) -> Result<RowLayout, CheckpointError>;
+
+/// The same, where more can be read as rows.
 pub(crate) fn select_rows<'a>(
     checkpoint: &'a Checkpoint,
     patterns: &[String],
     transposed: &[String],
-    read: impl Fn(&TensorRef<'a>, bool) -> Result<RowLayout, CheckpointError>,
+    read: Read<'a>,
 ) -> Result<Selection<'a>, MaskError> {
     let defaults: Vec<String> = LLAMA_PROJECTIONS.map(str::to_owned).into();
     let given = if patterns.is_empty() { &defaults } else { patterns };
@@ -145,9 +148,8 @@ pub(crate) fn select_rows<'a>(
             continue;
         }
         let is_transposed = parsed_transposed.iter().any(|pattern| pattern.matches(&tensor));
-        let layout = read(&tensor, is_transposed).map_err(MaskError::from);
-        match layout.and_then(|layout| scaled_floats(checkpoint, tensor).map_or(Ok(layout), Err)) {
-            Ok(layout) => selection.targets.push(RowScan { tensor, layout }),
+        match rows_of(checkpoint, tensor, is_transposed, read) {
+            Ok(scan) => selection.targets.push(scan),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
             Err(MaskError::Checkpoint(CheckpointError::BadTensor { what, .. })) => {
                 selection.skipped.push(SkippedTensor { tensor: tensor.info.name.clone(), why: what });
@@ -177,20 +179,27 @@ pub(crate) fn select_rows<'a>(
     Err(MaskError::NoMatch { path: checkpoint.root().to_owned(), patterns: unmatched, kinds: kinds(checkpoint) })
 }
 
-/// Why 8-bit floats with scales beside them cannot take part.
-fn scaled_floats(checkpoint: &Checkpoint, tensor: TensorRef<'_>) -> Option<MaskError> {
-    if !matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
-        return None;
-    }
+fn rows_of<'a>(
+    checkpoint: &Checkpoint,
+    tensor: TensorRef<'a>,
+    transposed: bool,
+    read: Read<'a>,
+) -> Result<RowScan<'a>, MaskError> {
+    let layout = read(&tensor, transposed)?;
     let name = &tensor.info.name;
-    let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
-    let scale = scales.iter().find(|scale| checkpoint.tensor(scale).is_some())?;
-    let what = format!(
-        "\"{}\" has block scales in \"{}\": scaled 8-bit floats are not supported yet",
-        Printable(name),
-        Printable(scale)
-    );
-    Some(CheckpointError::Refused { path: checkpoint.root().to_owned(), what }.into())
+    if matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
+        let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
+        if let Some(scale) = scales.iter().find(|scale| checkpoint.tensor(scale).is_some()) {
+            let path = checkpoint.root().to_owned();
+            let scale = Printable(scale);
+            let what = format!(
+                "\"{}\" has block scales in \"{scale}\": scaled 8-bit floats are not supported yet",
+                Printable(name)
+            );
+            return Err(CheckpointError::Refused { path, what }.into());
+        }
+    }
+    Ok(RowScan { tensor, layout })
 }
 
 /// One line for each kind of tensor that the checkpoint has.
