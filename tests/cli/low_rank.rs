@@ -80,6 +80,10 @@ fn kept_originals_undo_without_the_base() {
     assert_eq!((dry["dry_run"].as_bool(), dry["ledger_bytes"].as_u64()), (Some(true), Some(8192)));
     assert!(!place.path("out").exists());
     place.stdout(&format!("{MERGE} -o out --keep-originals"));
+    // No base would help.
+    let other = place.run(&format!("unmerge out -o undone --adapter {}", "0".repeat(64)));
+    assert!(other.starts_with("exit: 4") && other.contains("is not merged into it"), "{other}");
+    assert!(!other.contains("--base names it"), "{other}");
     assert!(place.json("verify out")["ok"].as_bool().unwrap());
     place.stdout("unmerge out -o undone");
     assert_eq!(content(&place.path("undone")), base());

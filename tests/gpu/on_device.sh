@@ -103,14 +103,15 @@ large_merges() {
 
 # Three epochs, and how many held-out answers are right before and after: labels, as the paper has it, and the options' texts.
 smollm2() {
-    local ckpt=$here/neuroada-ckpt k template data=$COMMONSENSE/commonsense_15k held_out
+    local ckpt=$here/neuroada-ckpt k template adapter data=$COMMONSENSE/commonsense_15k held_out
     for template in commonsense "$here/fixtures/commonsense-options.jinja"; do
         held_out=(--data "${data}_validation.jsonl" --template "$template" --device cuda)
         "$ckpt" eval "$SMOLLM2" "${held_out[@]}" || return 1
         for k in 1 8; do
+            adapter=$results/smollm2-k$k-$(basename "$template" .jinja)
             "$ckpt" train "$SMOLLM2" --k $k --lr "$([ $k = 1 ] && echo 2e-2 || echo 5e-3)" --data "${data}_train.json" --template "$template" \
-                --eval-data "${data}_validation.jsonl" --eval-limit 200 --seed 1 --force -o "$results/smollm2-k$k" --device cuda || return 1
-            "$ckpt" eval "$SMOLLM2" -a "$results/smollm2-k$k" "${held_out[@]}" || return 1
+                --eval-data "${data}_validation.jsonl" --eval-limit 200 --seed 1 --force -o "$adapter" --device cuda || return 1
+            "$ckpt" eval "$SMOLLM2" -a "$adapter" "${held_out[@]}" || return 1
         done
     done
 }
