@@ -15,7 +15,7 @@ use std::{fs, path::Path};
 
 use super::{
     MergeError, MergeReport,
-    apply::{judge, report},
+    apply::{judge_all, report},
     change::{Change, Touched, patch},
     journal::Journal,
     ledger::LedgerWriter,
@@ -46,13 +46,14 @@ pub(super) fn apply(
     state: &StateFolder,
     before: &Stack,
     after: Stack,
+    allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
     let files = open_for_writing(ctx, checkpoint, &touched)?;
     let mut writer = LedgerWriter::create(&state.ledger_new(), &after.entries())?;
     let findings = change.examine(ctx, &touched, Some(&mut writer))?;
-    judge(&change, &findings)?;
+    judge_all(&change, &findings, allow_overflow)?;
     checkpoint.unchanged()?;
     let mut report = report(&change, &touched, &findings);
 
