@@ -3,15 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, Existing, Observer, Silent},
-    merge::{self, MergeError, MergeOptions, MergeOutput, MergeReport},
+    adapter::{AdapterNotes, AdapterWriter},
+    checkpoint::{Checkpoint, Context, Existing, Observer, Silent, gather_rows},
+    mask::{BaseInfo, Recipe},
+    merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
+    tensor::{Dtype, RowColumns, RowLayout},
 };
 
 #[path = "support/world.rs"]
@@ -22,8 +25,9 @@ use world::{World, tree};
 
 const SHARD: &str = "model-00001-of-00002.safetensors";
 
-/// Stops at the n-th block of the pass that writes.
+/// Stops at the n-th block of a pass.
 struct StopAt {
+    pass: &'static str,
     block: u64,
     in_pass: AtomicU64,
     seen: AtomicU64,
@@ -31,7 +35,7 @@ struct StopAt {
 
 impl Observer for StopAt {
     fn begin(&self, what: &str, _bytes: u64) {
-        self.in_pass.store(u64::from(what == "merging"), Ordering::SeqCst);
+        self.in_pass.store(u64::from(what == self.pass), Ordering::SeqCst);
     }
     fn advance(&self, _bytes: u64) {
         self.seen.fetch_add(self.in_pass.load(Ordering::SeqCst), Ordering::SeqCst);
@@ -39,6 +43,10 @@ impl Observer for StopAt {
     fn is_cancelled(&self) -> bool {
         self.seen.load(Ordering::SeqCst) > self.block
     }
+}
+
+fn stop_at(pass: &'static str, block: u64) -> StopAt {
+    StopAt { pass, block, in_pass: AtomicU64::new(0), seen: AtomicU64::new(0) }
 }
 
 /// A world, what an undisturbed merge of its first adapter makes, and a merge of it that stopped in the second shard.
@@ -71,9 +79,7 @@ impl Stopped {
     }
 
     fn merge(&self, adapter: usize, observer: &dyn Observer) -> Result<MergeReport, MergeError> {
-        let output =
-            MergeOutput::New { path: self.out(), existing: Existing::Keep, ledger: true, link: false, resume: true };
-        let options = MergeOptions { output, dry_run: false, allow_overflow: false };
+        let options = resumable(&self.out(), false);
         let ctx = Context { observer, ..Context::default() };
         merge::merge(&ctx, &self.world.base(), &[self.world.input(adapter)], &options)
     }
@@ -81,8 +87,7 @@ impl Stopped {
     /// Stopped later and later, until it is in the second shard.
     fn stop(&self, adapter: usize) {
         let stopped = (0..).find(|&block| {
-            let stop_at = StopAt { block, in_pass: AtomicU64::new(0), seen: AtomicU64::new(0) };
-            self.merge(adapter, &stop_at).unwrap_err();
+            self.merge(adapter, &stop_at("merging", block)).unwrap_err();
             self.shard().exists()
         });
         assert!(stopped > Some(0), "pieces of the first shard come first");
@@ -186,4 +191,69 @@ fn what_else_lies_in_the_partial_folder_does_not_come_along() {
         fs::write(partial.join(name), b"left behind").unwrap();
     }
     assert!(stopped.go_on().is_empty());
+}
+
+fn resumable(path: &Path, link: bool) -> MergeOptions {
+    let output = MergeOutput::New { path: path.to_owned(), existing: Existing::Keep, ledger: true, link, resume: true };
+    MergeOptions { output, dry_run: false, allow_overflow: false }
+}
+
+#[test]
+fn shards_patched_after_they_were_copied_are_recorded_too() {
+    let world = World::new();
+    // Each of the two shards has a tensor whose rows are stored as columns.
+    let adapter = world.at("transposed.safetensors");
+    write_transposed(&world.base(), &adapter, &["w.F32", "w.BF16"]);
+    let input = MergeInput { adapter, scale: None };
+    let merge = |out: &Path, observer: &dyn Observer, options: &MergeOptions| {
+        let ctx = Context { observer, ..Context::default() };
+        merge::merge(&ctx, &world.base(), std::slice::from_ref(&input), options).map(|_| tree(out))
+    };
+    let plain = world.at("plain");
+    let expected = merge(&plain, &Silent, &MergeOptions::new_checkpoint(&plain)).unwrap();
+    let (out, partial) = (world.at("out"), world.at(".out.neuroada-partial"));
+    let options = resumable(&out, false);
+    let mut named = BTreeSet::new();
+    for block in 0.. {
+        if merge(&out, &stop_at("patching", block), &options).is_ok() {
+            break;
+        }
+        if partial.join(SHARD).exists() {
+            named.insert(inode(&partial.join(SHARD)));
+        }
+    }
+    assert_eq!(named.len(), 1, "the first shard was taken over, whatever stopped afterwards");
+    assert!(named.contains(&inode(&out.join(SHARD))) && tree(&out) == expected);
+}
+
+#[test]
+fn linked_shards_are_linked_again() {
+    let world = World::new();
+    let (out, plain) = (world.at("out"), world.at("plain"));
+    let merge = |observer: &dyn Observer, options: &MergeOptions| {
+        let ctx = Context { observer, ..Context::default() };
+        merge::merge(&ctx, &world.base(), &[world.input(2)], options)
+    };
+    merge(&Silent, &MergeOptions::new_checkpoint(&plain)).unwrap();
+    let options = resumable(&out, true);
+    merge(&stop_at("merging", 0), &options).unwrap_err();
+    assert!(merge(&Silent, &options).unwrap().notes.is_empty());
+    assert!(tree(&out) == tree(&plain));
+    assert_eq!(inode(&out.join(SHARD)), inode(&world.base().join(SHARD)));
+}
+
+/// An adapter of one delta on each column of some tensors.
+fn write_transposed(base: &Path, path: &Path, names: &[&str]) {
+    let (base, ctx) = (Checkpoint::open(base).unwrap(), Context::default());
+    let mut writer = AdapterWriter::create(path, Existing::Keep, Dtype::F32).unwrap();
+    for name in names {
+        let tensor = base.tensor(name).unwrap();
+        let layout = RowLayout::new(&tensor.info.shape, true).unwrap();
+        let columns = RowColumns::uniform(vec![7; layout.n_rows() as usize], 1);
+        let values = gather_rows(&ctx, tensor, layout, 0, &columns).unwrap();
+        writer.begin_target(name, tensor.info.dtype, &tensor.info.shape, true, Some(1)).unwrap();
+        writer.push_rows(&columns, &vec![0.25; columns.nnz()], &values).unwrap();
+        writer.end_target(None);
+    }
+    writer.finish(&ctx, 1.0, &Recipe::custom(), &BaseInfo::of(&base), &AdapterNotes::default()).unwrap();
 }

@@ -90,11 +90,11 @@ impl Implausible {
             let Worst { tensor, delta, original, n_tensors } = worst;
             let more = match n_tensors - 1 {
                 0 => String::new(),
-                n => format!("; {n} more of its tensors have such deltas"),
+                n => format!(" ({n} more of its tensors are like it)"),
             };
             format!(
-                "warning: adapter {}: tensor \"{}\": deltas of up to {delta:.1e} on weights of at most {original:.1e}: is the file \
-                 damaged, or the scale wrong?{more}",
+                "warning: adapter {}: tensor \"{}\": deltas of up to {delta:.1e} on weights of at most {original:.1e}{more}: is the \
+                 file damaged, or the scale wrong?",
                 name(adapter),
                 Printable(tensor),
             )
@@ -121,7 +121,7 @@ mod tests {
         let notes = found.notes(|adapter| format!("number {adapter}"));
         assert_eq!(notes.len(), 2);
         assert!(notes[0].starts_with("warning: adapter number 0: tensor \"a\": deltas of up to NaN"), "{notes:?}");
-        assert!(notes[0].ends_with("; 2 more of its tensors have such deltas"), "{notes:?}");
+        assert!(notes[0].contains(" (2 more of its tensors are like it)"), "{notes:?}");
         assert!(notes[1].contains("tensor \"d\": deltas of up to 1.0e36 on weights of at most 2.5e-1"), "{notes:?}");
     }
 
