@@ -285,7 +285,13 @@ fn a_merge_without_a_ledger_is_verified_from_base_and_adapters() {
     let output =
         MergeOutput::New { path: out.clone(), existing: Existing::Keep, ledger: false, link: true, resume: false };
     let inputs = [world.input(2)];
-    merge::merge(&Context::default(), &world.base(), &inputs, &MergeOptions { output, dry_run: false }).unwrap();
+    merge::merge(
+        &Context::default(),
+        &world.base(),
+        &inputs,
+        &MergeOptions { output, dry_run: false, allow_overflow: false },
+    )
+    .unwrap();
     assert!(!out.join(".neuroada").exists());
     let ask = |adapters: &[MergeInput]| {
         let options = VerifyOptions { base: Some(world.base()), adapters: adapters.to_vec() };
@@ -390,43 +396,6 @@ fn a_cancelled_change_is_rolled_back() {
     merge::merge(&ctx, &world.base(), &[world.input(0)], &MergeOptions::new_checkpoint(&out)).unwrap_err();
     let left: Vec<_> = fs::read_dir(world.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left.len(), 6, "{left:?}");
-}
-
-#[test]
-fn a_resumed_merge_takes_over_finished_shards_of_the_same_plan_alone() {
-    let world = World::new();
-    let expected = tree(&merge_new(&world, &[0], "expected"));
-    let out = world.at("out");
-    let output =
-        MergeOutput::New { path: out.clone(), existing: Existing::Keep, ledger: true, link: false, resume: true };
-    let options = MergeOptions { output, dry_run: false };
-    let merge_with = |adapter: usize, observer: &dyn Observer| {
-        let ctx = Context { observer, ..Context::default() };
-        merge::merge(&ctx, &world.base(), &[world.input(adapter)], &options)
-    };
-    let partial = world.at(".out.neuroada-partial");
-    let finished = partial.join("model-00001-of-00002.safetensors");
-    // Stopped later and later, until it is in the second shard.
-    let stop_in_the_second_shard = |adapter: usize| {
-        let stopped = (0..).find(|&block| {
-            merge_with(adapter, &stop_at("merging", block, false)).unwrap_err();
-            finished.exists()
-        });
-        assert!(stopped > Some(0), "pieces of the first shard come first");
-    };
-    stop_in_the_second_shard(0);
-    assert!(!out.exists() && finished.exists() && !partial.join("model-00002-of-00002.safetensors").exists());
-    use std::os::unix::fs::MetadataExt;
-    let inode = fs::metadata(&finished).unwrap().ino();
-    merge_with(0, &neuroada_ckpt::checkpoint::Silent).unwrap();
-    assert_eq!(fs::metadata(out.join("model-00001-of-00002.safetensors")).unwrap().ino(), inode);
-    assert!(tree(&out) == expected && !partial.exists());
-
-    // Another adapter is another plan: nothing of the first is taken over.
-    fs::remove_dir_all(&out).unwrap();
-    stop_in_the_second_shard(3);
-    merge_with(0, &neuroada_ckpt::checkpoint::Silent).unwrap();
-    assert!(tree(&out) == expected);
 }
 
 /// What the next test runs in a process of its own.

@@ -1,6 +1,12 @@
 //! Adapter files: deltas on chosen columns.
 
-use std::{collections::BTreeMap, ops::Range, os::unix::fs::FileExt, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -80,6 +86,8 @@ pub struct Adapter {
     recipe: Recipe,
     base: BaseInfo,
     notes: AdapterNotes,
+    /// Per target, the largest magnitude of its deltas, once they were all read.
+    largest: OnceLock<Arc<[f32]>>,
 }
 
 /// Where columns and values lie.
@@ -139,7 +147,7 @@ impl Adapter {
         if !scale.is_finite() {
             return Err(CheckpointError::bad_file(path, format!("scale {scale} is not a finite number")).into());
         }
-        Ok(Self { store: Arc::new(store), scale, recipe, base, notes })
+        Ok(Self { store: Arc::new(store), scale, recipe, base, notes, largest: OnceLock::new() })
     }
 
     /// The file.
@@ -310,23 +318,37 @@ impl Adapter {
         Ok((columns, values))
     }
 
+    /// The largest magnitude among a target's deltas, unscaled; none until [`Self::id`] has read them.
+    ///
+    /// # Panics
+    /// Where the target is not this adapter's.
+    pub fn largest_delta(&self, target: &TargetInfo) -> Option<f32> {
+        let at = self.targets().binary_search_by(|own| own.name.cmp(&target.name));
+        Some(self.largest.get()?[at.expect("the target is this adapter's")])
+    }
+
     /// Computes the adapter's id, reading and proving all of it. Memory: a run of rows.
     ///
     /// # Errors
     /// A column or value that may not be, naming tensor and row.
     pub fn id(&self, ctx: &Context<'_>) -> Result<AdapterId, AdapterError> {
         let mut hasher = IdHasher::new(self.scale);
+        let mut largest = Vec::with_capacity(self.targets().len());
         for target in self.targets() {
             let mut rows = RowHasher::default();
+            let mut largest_of_target = 0.0f32;
             for range in self.row_ranges(ctx, target, RUN)? {
                 let (columns, stored) = self.read_stored(ctx, target, range.clone())?;
-                self.widen_finite(target, range.start, &columns, &stored)?;
+                let values = self.widen_finite(target, range.start, &columns, &stored)?;
+                largest_of_target = values.iter().fold(largest_of_target, |largest, value| largest.max(value.abs()));
                 rows.rows(&columns, &stored);
             }
             hasher.target(target, self.values_dtype(target), &rows);
+            largest.push(largest_of_target);
         }
         let id = hasher.finish();
         self.expect_id(id)?;
+        self.largest.get_or_init(|| largest.into());
         Ok(id)
     }
 

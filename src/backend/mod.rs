@@ -8,6 +8,7 @@
 //! low-rank products. What is chosen becomes what a merge changes in `patch`.
 
 mod chooser;
+mod finite;
 mod keys;
 mod low_rank;
 mod merger;
@@ -20,6 +21,7 @@ use crate::tensor::{RowBlock, RowColumns};
 pub use chooser::{ChooseError, Chooser};
 #[cfg(feature = "cuda")]
 pub use chooser::{ChosenRows, GpuChooser};
+pub use finite::{largest_finite, largest_magnitude, overflow_margin, overflows};
 pub use keys::{Digit, KeySpace};
 pub use low_rank::{add_low_rank, merge_sums};
 pub use merger::Merger;

@@ -41,6 +41,9 @@ pub(super) struct MergeArgs {
     /// Write no ledger: the merge cannot be undone
     #[arg(long, requires = "output")]
     no_ledger: bool,
+    /// Merge even where finite weights become infinite or NaN, and report how many
+    #[arg(long)]
+    allow_overflow: bool,
     #[command(flatten)]
     low_rank: LowRankArgs,
 }
@@ -136,7 +139,7 @@ impl OutputArgs {
             }
             None => MergeOutput::InPlace { through_links: self.break_links },
         };
-        MergeOptions { output, dry_run: self.dry_run }
+        MergeOptions { output, dry_run: self.dry_run, allow_overflow: false }
     }
 
     /// The same for a low-rank merge of `path`, or for undoing one.
@@ -152,7 +155,7 @@ impl OutputArgs {
             bail!("--resume is not there for low-rank adapters");
         }
         let existing = if self.force { Existing::Replace } else { Existing::Keep };
-        Ok(LowRankOptions { output, existing, keep, link: self.link, dry_run: self.dry_run })
+        Ok(LowRankOptions { output, existing, keep, link: self.link, dry_run: self.dry_run, allow_overflow: false })
     }
 }
 
@@ -185,10 +188,11 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
             (false, false) => KeptOriginals::Hashes,
         };
         let options = args.output.low_rank_options(&args.base, keep)?;
+        let options = LowRankOptions { allow_overflow: args.allow_overflow, ..options };
         let reading = args.low_rank.reading();
         merge::merge_low_rank(&env.context(), &args.base, &inputs, reading, merger, &options)
     } else {
-        let options = args.output.options(!args.no_ledger);
+        let options = MergeOptions { allow_overflow: args.allow_overflow, ..args.output.options(!args.no_ledger) };
         merge::merge(&env.context(), &args.base, &inputs, &options)
     };
     let report = match merged {
@@ -196,6 +200,9 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
         }
         Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint the adapter was made from")?,
+        Err(e @ MergeError::Overflow { .. }) => {
+            Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
+        }
         Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
         Err(e @ MergeError::Undecided { open, .. }) => Err(e).hint(match open {
             Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT",

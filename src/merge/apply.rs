@@ -56,6 +56,8 @@ pub struct MergeOptions {
     pub output: MergeOutput,
     /// Check everything, write nothing.
     pub dry_run: bool,
+    /// Whether a merge may make finite weights infinite or NaN, which the report counts. Taking adapters out may do it always.
+    pub allow_overflow: bool,
 }
 
 impl MergeOptions {
@@ -63,11 +65,11 @@ impl MergeOptions {
     pub fn new_checkpoint(path: impl Into<PathBuf>) -> Self {
         let output =
             MergeOutput::New { path: path.into(), existing: Existing::Keep, ledger: true, link: false, resume: false };
-        Self { output, dry_run: false }
+        Self { output, dry_run: false, allow_overflow: false }
     }
     /// Into the checkpoint itself.
     pub fn in_place() -> Self {
-        Self { output: MergeOutput::InPlace { through_links: false }, dry_run: false }
+        Self { output: MergeOutput::InPlace { through_links: false }, dry_run: false, allow_overflow: false }
     }
 }
 
@@ -75,7 +77,8 @@ impl MergeOptions {
 ///
 /// Every weight becomes `round(original + delta_1 * scale_1 + …)` over all active adapters, in ascending order of id, whatever
 /// the order they came in. Everything is checked before the first byte is written: all tensors of all adapters match,
-/// the base's values at their positions are those they were made from, nothing was changed since the last merge.
+/// the base's values at their positions are those they were made from, nothing was changed since the last merge, and, unless
+/// [`MergeOptions::allow_overflow`] says otherwise, no finite weight becomes infinite or NaN.
 ///
 /// Memory: a few blocks of rows per thread, within `ctx.max_memory`. Disk: out of place, the checkpoint's size; the ledger
 /// takes the bytes of one weight for each touched position, plus copies of the adapters.
@@ -176,7 +179,8 @@ pub fn unmerge(
         }
         Ok(active)
     };
-    apply(ctx, path, options, to_after)
+    // What was let in must come out.
+    apply(ctx, path, &MergeOptions { allow_overflow: true, ..options.clone() }, to_after)
 }
 
 /// The active adapters of a stack once more.
@@ -248,22 +252,22 @@ fn apply(
                 return apply(ctx, path, options, to_after);
             }
             let (before, after) = open_stacks()?;
-            if *through_links && in_place::break_links(ctx, &checkpoint, &before, &after)? {
+            if *through_links && in_place::break_links(ctx, &checkpoint, &before, &after, options.allow_overflow)? {
                 // What is open are the files that others see.
                 drop((lock, before, after, checkpoint));
                 return apply(ctx, path, options, to_after);
             }
-            in_place::apply(ctx, &checkpoint, &state, &before, after)
+            in_place::apply(ctx, &checkpoint, &state, &before, after, options.allow_overflow)
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } if !options.dry_run => {
             let (before, after) = open_stacks()?;
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
             let target = out_of_place::Target { path: output, existing, keep_ledger, link, resume };
-            out_of_place::apply(ctx, &checkpoint, &before, after, &target)
+            out_of_place::apply(ctx, &checkpoint, &before, after, &target, options.allow_overflow)
         }
         _ => {
             let (before, after) = open_stacks()?;
-            dry_run(ctx, &checkpoint, &before, &after, &options.output)
+            dry_run(ctx, &checkpoint, &before, &after, options)
         }
     }
 }
@@ -274,26 +278,38 @@ fn dry_run(
     checkpoint: &Checkpoint,
     before: &Stack,
     after: &Stack,
-    output: &MergeOutput,
+    options: &MergeOptions,
 ) -> Result<MergeReport, MergeError> {
-    if let MergeOutput::New { path, existing, .. } = output {
+    if let MergeOutput::New { path, existing, .. } = &options.output {
         let kind = if checkpoint.layout() == Layout::File { OutputKind::Checkpoint } else { OutputKind::Folder };
         check_output(path, kind, *existing)?;
     }
     let change = Change { checkpoint, before, after };
     let touched = change.touched()?;
     let findings = change.examine(ctx, &touched, None)?;
-    judge(&change, &findings)?;
+    judge_all(&change, &findings, options.allow_overflow)?;
     checkpoint.unchanged()?;
     let mut report = report(&change, &touched, &findings);
     report.dry_run = true;
-    if let MergeOutput::New { .. } = output {
+    if let MergeOutput::New { .. } = options.output {
         report.bytes_written = checkpoint.n_bytes();
     }
     Ok(report)
 }
 
-/// Fails where what was found forbids the change.
+/// Fails where what was found forbids the change, or, unless that is allowed, where finite weights would become infinite.
+///
+/// # Errors
+/// Those of [`judge`], and [`MergeError::Overflow`].
+pub(super) fn judge_all(change: &Change<'_>, findings: &Findings, allow_overflow: bool) -> Result<(), MergeError> {
+    judge(change, findings)?;
+    match allow_overflow {
+        true => Ok(()),
+        false => findings.overflows.refuse(change.checkpoint.root()),
+    }
+}
+
+/// Fails where what was found says that the adapters or the checkpoint are not what they should be.
 ///
 /// # Errors
 /// [`MergeError::Tampered`] or [`MergeError::WrongBase`].
@@ -354,6 +370,6 @@ pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Fi
         bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
         bytes_written: findings.n_touched * touched.iter().map(width).max().unwrap_or(0),
         ledger_bytes: 0,
-        notes: Vec::new(),
+        notes: findings.implausible.notes(|index| change.after.active[index].id.short()),
     }
 }

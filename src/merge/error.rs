@@ -110,6 +110,25 @@ pub enum MergeError {
         /// Why the files do not say it.
         what: String,
     },
+    /// The merge would make finite weights infinite or NaN.
+    #[error(
+        "{}: \"{}\" [{row}, {column}]: the merge would make this finite weight infinite or NaN{}",
+        Printable::path(.path),
+        Printable(.tensor),
+        match .n_overflowed { 0 | 1 => String::new(), n => format!(", and {} more", n - 1) }
+    )]
+    Overflow {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The first tensor with such a weight, by name.
+        tensor: String,
+        /// The row of the first such weight of that tensor.
+        row: u64,
+        /// Its column.
+        column: u64,
+        /// How many there are in all tensors.
+        n_overflowed: u64,
+    },
     /// The checkpoint holds a low-rank merge, on which nothing else can be merged.
     #[error("{}: holds a low-rank merge, which is undone, or merged anew with others, from its base", Printable::path(.path))]
     HoldsLowRank {
@@ -166,6 +185,7 @@ impl MergeError {
             | Self::Linked { .. }
             | Self::Refused { .. }
             | Self::Undecided { .. }
+            | Self::Overflow { .. }
             | Self::HoldsLowRank { .. }
             | Self::NeedsBase { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,

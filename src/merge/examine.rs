@@ -10,9 +10,11 @@ use super::{
     MergeError,
     change::{Change, Touched, hex, positions, put, row_blocks, touched_by_either},
     ledger::LedgerWriter,
+    plausible::{Implausible, Overflows, needs_originals},
+    stack::Active,
 };
 use crate::{
-    backend::{PatchCounts, merged_values, pick},
+    backend::{PatchCounts, largest_magnitude, merged_values, overflows, pick},
     checkpoint::{CheckpointError, Context, Printable, for_each_ordered, gather_rows},
     tensor::RowColumns,
 };
@@ -33,6 +35,10 @@ pub(super) struct Findings {
     pub(super) changed: Vec<String>,
     /// Per adapter of `after`: how many of its tensors' anchors match, and the first that does not.
     pub(super) anchors: Vec<Anchors>,
+    /// Weights that are finite before the change and not after it.
+    pub(super) overflows: Overflows,
+    /// Per adapter of `after` that `before` does not have: deltas of no plausible size.
+    pub(super) implausible: Implausible,
 }
 
 /// How an adapter's anchors compare with the originals.
@@ -48,6 +54,8 @@ pub(super) struct BlockFindings {
     n_touched: u64,
     n_changed: u64,
     changed: Vec<String>,
+    /// Weights that are finite before the change and not after it: how many, and the row and column of the first.
+    overflowed: Option<(u64, (u64, u64))>,
     /// The positions and originals of `after`.
     after: Option<(RowColumns, Vec<u8>)>,
     /// Per adapter of `after` with this target: originals at its columns.
@@ -135,6 +143,7 @@ impl Change<'_> {
             n_touched: all.nnz() as u64,
             n_changed: 0,
             changed: Vec::new(),
+            overflowed: None,
             after: None,
             anchored: Vec::new(),
         };
@@ -170,6 +179,11 @@ impl Change<'_> {
                 })
                 .collect();
             put(&all, &mut values, width, &after.touched, &merged);
+            if counts.overflowed > 0 {
+                let lost = overflows(dtype, &found, &values);
+                let place = |at: usize| (rows.start + all.row_of(at) as u64, u64::from(all.columns()[at]));
+                block.overflowed = lost.first().map(|&first| (lost.len() as u64, place(first)));
+            }
             block.after = Some((after.touched.clone(), originals));
         }
         Ok((block, Values { positions: all, bytes: values }))
@@ -184,13 +198,16 @@ pub(super) struct Examination<'a, 'l> {
     /// Of the current tensor: what is counted, and per adapter the originals at its positions.
     counts: PatchCounts,
     hashers: Vec<blake3::Hasher>,
+    /// Per adapter, the largest original at its positions, where its deltas are so large that they are compared with it.
+    largest: Vec<Option<f64>>,
 }
 
 impl<'a, 'l> Examination<'a, 'l> {
     pub(super) fn new(change: &'a Change<'a>, ledger: Option<&'l mut LedgerWriter>) -> Self {
         let n = change.after.active.len();
         let findings = Findings { anchors: vec![Anchors::default(); n], ..Findings::default() };
-        Self { change, ledger, findings, counts: PatchCounts::default(), hashers: vec![blake3::Hasher::new(); n] }
+        let hashers = vec![blake3::Hasher::new(); n];
+        Self { change, ledger, findings, counts: PatchCounts::default(), hashers, largest: vec![None; n] }
     }
 
     /// Examines a whole tensor at its touched positions.
@@ -217,6 +234,8 @@ impl<'a, 'l> Examination<'a, 'l> {
         if rows.start == 0 {
             self.counts = PatchCounts::default();
             self.hashers.fill(blake3::Hasher::new());
+            let change = self.change;
+            self.largest = change.after.active.iter().map(|active| to_compare(change, active, target.name)).collect();
             if let Some(ledger) = ledger.as_deref_mut() {
                 let info = target.tensor.info;
                 ledger.begin_target(target.name, info.dtype, &info.shape, target.layout.transposed)?;
@@ -227,8 +246,15 @@ impl<'a, 'l> Examination<'a, 'l> {
         self.findings.n_changed += block.n_changed;
         let room = MOST_EXAMPLES.saturating_sub(self.findings.changed.len());
         self.findings.changed.extend(block.changed.into_iter().take(room));
-        for (hasher, originals) in self.hashers.iter_mut().zip(&block.anchored) {
-            hasher.update(originals.as_deref().unwrap_or_default());
+        if let Some((n, first)) = block.overflowed {
+            self.findings.overflows.add(target.name, n, first);
+        }
+        for ((hasher, largest), originals) in self.hashers.iter_mut().zip(&mut self.largest).zip(&block.anchored) {
+            let originals = originals.as_deref().unwrap_or_default();
+            hasher.update(originals);
+            if let Some(largest) = largest {
+                *largest = largest.max(largest_magnitude(target.tensor.info.dtype, originals));
+            }
         }
         if let (Some(ledger), Some((columns, originals))) = (ledger.as_deref_mut(), &block.after) {
             ledger.push_rows(columns, originals)?;
@@ -241,6 +267,7 @@ impl<'a, 'l> Examination<'a, 'l> {
                 self.findings.counts.insert(target.name.to_owned(), self.counts);
             }
             self.compare_anchors(target.name);
+            self.compare_sizes(target.name);
         }
         Ok(())
     }
@@ -257,8 +284,22 @@ impl<'a, 'l> Examination<'a, 'l> {
         }
     }
 
+    fn compare_sizes(&mut self, name: &str) {
+        for (index, (active, original)) in self.change.after.active.iter().zip(&self.largest).enumerate() {
+            if let (Some(delta), Some(original)) = (active.largest_delta(name), original) {
+                self.findings.implausible.compare(index, name, delta, *original);
+            }
+        }
+    }
+
     /// What was found in all tensors.
     pub(super) fn findings(self) -> Findings {
         self.findings
     }
+}
+
+/// Zero, to be raised, where an adapter that is added has deltas on the tensor `name` that have to be compared with the originals.
+fn to_compare(change: &Change<'_>, active: &Active, name: &str) -> Option<f64> {
+    let is_added = !change.before.active.iter().any(|before| before.id == active.id);
+    (is_added && needs_originals(active.largest_delta(name)?)).then_some(0.0)
 }

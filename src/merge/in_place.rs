@@ -14,7 +14,7 @@
 
 use super::{
     MergeError, MergeReport,
-    apply::{judge, report},
+    apply::{judge_all, report},
     change::{Change, Touched, patch},
     journal::Journal,
     ledger::{Ledger, LedgerWriter},
@@ -44,6 +44,7 @@ pub(super) fn break_links(
     checkpoint: &Checkpoint,
     before: &Stack,
     after: &Stack,
+    allow_overflow: bool,
 ) -> Result<bool, MergeError> {
     let change = Change { checkpoint, before, after };
     let touched = change.touched()?;
@@ -57,7 +58,7 @@ pub(super) fn break_links(
         return Ok(false);
     }
     let findings = change.examine(ctx, &touched, None)?;
-    judge(&change, &findings)?;
+    judge_all(&change, &findings, allow_overflow)?;
     let n_bytes = shared.iter().map(|shard| shard.file_bytes()).sum();
     check_free_space(folder_of(shared[0].path()), n_bytes)?;
     ctx.observer.begin("copying shared files", n_bytes);
@@ -72,13 +73,14 @@ pub(super) fn apply(
     state: &StateFolder,
     before: &Stack,
     after: Stack,
+    allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
     let files = open_for_writing(ctx, checkpoint, &touched)?;
     let mut writer = LedgerWriter::create(state, StateFolder::LEDGER_NEW, &after.entries())?;
     let findings = change.examine(ctx, &touched, Some(&mut writer))?;
-    judge(&change, &findings)?;
+    judge_all(&change, &findings, allow_overflow)?;
     checkpoint.unchanged()?;
     let mut report = report(&change, &touched, &findings);
 

@@ -9,16 +9,17 @@ use std::{
 
 use super::{
     MergeError, MergeReport,
-    apply::{judge, report},
+    apply::{judge_all, report},
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
     ledger::LedgerWriter,
+    plausible::can_overflow,
+    resume::{Piece, Resume},
     stack::{Stack, copy_name},
 };
 use crate::checkpoint::{
     AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent,
-    SingleFile, StateFolder, check_free_space, copy_file, folder_of, probe, rewrite_shard, share_file, sync_folder,
-    windows,
+    SingleFile, StateFolder, check_free_space, copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -39,15 +40,20 @@ pub(super) fn apply(
     before: &Stack,
     after: Stack,
     target: &Target<'_>,
+    allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
-    refuse_wrong_base(ctx, &change, &touched)?;
+    refuse_early(ctx, &change, &touched, allow_overflow)?;
     let is_file = checkpoint.layout() == Layout::File;
     let output = Output::create(target, is_file, || plan(&change))?;
     check_free_space(folder_of(target.path), checkpoint.n_bytes() + state_bytes(&after, &touched))?;
     output.check_replaced(checkpoint, target.keep_ledger)?;
     let root = output.root();
+    let resume = match target.resume && !is_file {
+        true => Some(Resume::begin(ctx, &root, &plan(&change), checkpoint)?),
+        false => None,
+    };
     let state = StateFolder::at(&root, checkpoint.layout())?;
     state.create()?;
     let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
@@ -55,35 +61,37 @@ pub(super) fn apply(
     let mut writer = LedgerWriter::create(&state, StateFolder::LEDGER, &after.entries())?;
     let mut examination = Examination::new(&change, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
-    let mut patched_later = Vec::new();
+    let mut waiting = Vec::new();
     for (index, shard) in checkpoint.shards().iter().enumerate() {
         let mut of_shard: Vec<Touched<'_>> =
             touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
         let path = shard_path(shard.file_name());
-        // Shards get their names when they are finished: what has one was finished by an earlier run of the same plan.
-        if probe::is_present(&path)? {
+        if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
             of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
             continue;
         }
         let part = path.with_extension("part");
-        remove_if_there(&part)?;
         let mode = if target.link && of_shard.is_empty() { CopyMode::Link } else { CopyMode::Auto };
-        let later = match share_file(shard.path(), &part, mode)? {
-            Some(_) => {
-                of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
-                of_shard
-            }
-            None => rewrite(ctx, &change, shard, &of_shard, &part, &mut examination)?,
-        };
-        if later.is_empty() {
-            give_name(&part, &path)?;
-        } else {
-            patched_later.push((index, later, part, path));
+        if share_file(shard.path(), &part, mode)?.is_some() {
+            of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+            // Sharing once more costs less than proving: there is no record, and no name before the end.
+            waiting.push(Waiting { index, later: of_shard, part, path, is_recorded: false });
+            continue;
         }
+        let mut pieces = resume.as_ref().map(|_| Vec::new());
+        let later = rewrite(ctx, &change, shard, &of_shard, &part, &mut examination, &mut pieces)?;
+        if !later.is_empty() {
+            waiting.push(Waiting { index, later, part, path, is_recorded: true });
+            continue;
+        }
+        if let Some((resume, pieces)) = resume.as_ref().zip(pieces) {
+            resume.record(&shard.file_name(), pieces)?;
+        }
+        give_name(&part, &path)?;
     }
     let findings = examination.findings();
-    if let Err(e) = judge(&change, &findings) {
+    if let Err(e) = judge_all(&change, &findings, allow_overflow) {
         output.discard();
         return Err(e);
     }
@@ -93,10 +101,15 @@ pub(super) fn apply(
     }
     let ledger_bytes = writer.finish(ctx)?.n_bytes();
     let after = Stack::open(ctx, &state)?;
-    for (index, later, part, path) in patched_later {
-        let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
-        files[index] = Some(Patcher::open(ctx, &part)?);
-        patch(ctx, &later, &files, before, &after)?;
+    for Waiting { index, later, part, path, is_recorded } in waiting {
+        if !later.is_empty() {
+            let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
+            files[index] = Some(Patcher::open(ctx, &part)?);
+            patch(ctx, &later, &files, before, &after)?;
+        }
+        if let Some(resume) = resume.as_ref().filter(|_| is_recorded) {
+            resume.record_file(ctx, &checkpoint.shards()[index].file_name(), &part)?;
+        }
         give_name(&part, &path)?;
     }
     copy_side_files(ctx, checkpoint, &root)?;
@@ -111,11 +124,26 @@ pub(super) fn apply(
         drop(after);
         state.folder().remove_all()?;
     }
+    if let Some(resume) = resume {
+        report.notes.extend(resume.finish()?);
+    }
     output.commit()?;
     Ok(report)
 }
 
+/// A shard that gets its name when all were judged.
+struct Waiting<'a> {
+    index: usize,
+    /// What is still to be patched.
+    later: Vec<Touched<'a>>,
+    part: PathBuf,
+    path: PathBuf,
+    /// Whether a run that is cut short leaves a record of it.
+    is_recorded: bool,
+}
+
 /// Copies a shard, patching and examining on the way the tensors whose rows lie in one piece; returns the others, examined.
+/// `written` gets the hashes of what was written, where they are wanted.
 fn rewrite<'a>(
     ctx: &Context<'_>,
     change: &Change<'_>,
@@ -123,20 +151,30 @@ fn rewrite<'a>(
     of_shard: &[Touched<'a>],
     part: &Path,
     examination: &mut Examination<'_, '_>,
+    written: &mut Option<Vec<Piece>>,
 ) -> Result<Vec<Touched<'a>>, MergeError> {
+    let hashes = written.is_some();
     let (later, at_once): (Vec<_>, Vec<_>) = of_shard.iter().partition(|target| target.layout.transposed);
     rewrite_shard(
         ctx,
         shard,
         part,
-        pieces(ctx, change, shard, &at_once),
-        |rows, bytes| match rows {
-            Some((target, rows)) => change.examine_and_patch(ctx, target, rows, bytes).map(Some),
-            None => Ok(None),
+        pieces(ctx, change, shard, &at_once).map(|(range, rows)| (range.clone(), (range.end, rows))),
+        |(_, rows), bytes| {
+            let block = match rows {
+                Some((target, rows)) => Some(change.examine_and_patch(ctx, target, rows, bytes)?),
+                None => None,
+            };
+            Ok((block, hashes.then(|| blake3::hash(bytes))))
         },
-        |rows, block| match (rows, block) {
-            (Some((target, rows)), Some(block)) => examination.push(target, &rows, block),
-            _ => Ok(()),
+        |(end, rows), (block, hash)| {
+            if let (Some(written), Some(hash)) = (&mut *written, hash) {
+                written.push(Piece::new(end, hash));
+            }
+            match (rows, block) {
+                (Some((target, rows)), Some(block)) => examination.push(target, &rows, block),
+                _ => Ok(()),
+            }
         },
     )?;
     later.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
@@ -168,14 +206,26 @@ fn pieces<'t>(
     })
 }
 
-/// Fails before anything is written where the smallest tensor shows that the base is another.
-fn refuse_wrong_base(ctx: &Context<'_>, change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
+/// Fails before anything is written where the smallest tensor shows that the base is another, or where a finite weight would become
+/// infinite: tensors whose deltas are large enough for that are examined, which are none in most merges.
+fn refuse_early(
+    ctx: &Context<'_>,
+    change: &Change<'_>,
+    touched: &[Touched<'_>],
+    allow_overflow: bool,
+) -> Result<(), MergeError> {
     let Some(smallest) = touched.iter().min_by_key(|target| target.tensor.info.n_bytes()) else { return Ok(()) };
+    let can_overflow = |target: &&Touched<'_>| {
+        !allow_overflow && can_overflow(target.tensor.info.dtype, change.after.largest_sum(target.name))
+    };
+    let first: Vec<Touched<'_>> =
+        touched.iter().filter(|target| target.name == smallest.name || can_overflow(target)).copied().collect();
     let quiet = Context { observer: &Silent, ..*ctx };
-    match judge(change, &change.examine(&quiet, std::slice::from_ref(smallest), None)?) {
+    let observed = if first.len() == 1 { &quiet } else { ctx };
+    match judge_all(change, &change.examine(observed, &first, None)?, allow_overflow) {
         Ok(()) => Ok(()),
         // Told with all that is wrong.
-        Err(_) => judge(change, &change.examine(ctx, touched, None)?),
+        Err(_) => judge_all(change, &change.examine(ctx, touched, None)?, allow_overflow),
     }
 }
 

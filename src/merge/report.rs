@@ -72,7 +72,8 @@ pub struct MergeReport {
     pub bytes_written: u64,
     /// Bytes of the ledger without the adapters' copies; 0 where there is none.
     pub ledger_bytes: u64,
-    /// What had to be decided on the way, in words: tensors found under other names, tied heads. None for sparse adapters.
+    /// What had to be decided on the way, in words: tensors found under other names, tied heads, shards that `resume` could not take
+    /// over; and warnings, which begin with `warning:`, of deltas of no plausible size.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }

@@ -19,6 +19,22 @@ pub(super) struct Active {
     pub(super) adapter: Adapter,
 }
 
+impl Active {
+    /// The largest magnitude of a scaled delta on the tensor `name`; infinite before the adapter was read, none where it has no such
+    /// target.
+    pub(super) fn largest_delta(&self, name: &str) -> Option<f64> {
+        let target = self.adapter.target(name)?;
+        let largest = self.adapter.largest_delta(target).map_or(f64::INFINITY, f64::from);
+        let scale = self.scale.abs();
+        Some(match scale {
+            0.0 => 0.0,
+            // As the arithmetic has it, which may turn a delta of zero into a NaN.
+            _ if (scale as f32).is_infinite() => f64::INFINITY,
+            _ => largest * scale,
+        })
+    }
+}
+
 /// Active adapters in ascending order of id, and the ledger that keeps their originals.
 #[derive(Debug, Default)]
 pub(super) struct Stack {
@@ -126,6 +142,11 @@ impl Stack {
             }
         }
         Ok(targets)
+    }
+
+    /// What the magnitudes of the scaled deltas on one weight of the tensor `name` sum up to at most.
+    pub(super) fn largest_sum(&self, name: &str) -> f64 {
+        self.active.iter().filter_map(|active| active.largest_delta(name)).sum()
     }
 
     /// Ids and scales of the active adapters.

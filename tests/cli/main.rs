@@ -20,6 +20,7 @@ mod manners;
 mod mask;
 mod mask_join;
 mod merge;
+mod overflow;
 mod pack;
 mod signals;
 #[cfg(feature = "train")]

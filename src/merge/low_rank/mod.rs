@@ -2,7 +2,7 @@
 //!
 //! [`plan`] brings the adapters together with the checkpoint: for each touched tensor, what is added to which of its rows, in
 //! ascending order of the adapters' ids. [`compute`] makes the merged rows of a block from the originals, reading
-//! [`factors`] as far as the block needs them. [`write`] copies shards and computes on the way; [`record`] is what the result
+//! [`factors`] as far as the block needs them; [`bounds`] says before that whether a weight could overflow. [`write`] copies shards and computes on the way; [`record`] is what the result
 //! remembers: hashes of the originals and of the merged tensors, and, where the user allows their size, the originals.
 //! Taking an adapter out is computing again from the originals with the others, as everywhere ([`undo`]); [`verify`] computes
 //! again and compares.
@@ -16,6 +16,7 @@
 //! On a GPU, the same bytes: where one product and nothing else is added to bf16, f16 or f32 weights ([`crate::backend::Merger`]). What
 //! adds more to a weight (several adapters, sparse deltas, biases), magnitudes and tensors in full are the CPU's work.
 
+mod bounds;
 mod compute;
 mod factors;
 mod norms;
@@ -108,12 +109,14 @@ pub struct LowRankOptions {
     pub link: bool,
     /// Check everything, write nothing.
     pub dry_run: bool,
+    /// Whether a merge may make finite weights infinite or NaN, which the report counts. Taking adapters out may do it always.
+    pub allow_overflow: bool,
 }
 
 impl LowRankOptions {
     /// A new checkpoint at `output`, which must not exist, that keeps hashes.
     pub fn new(output: impl Into<PathBuf>) -> Self {
         let (existing, keep) = (Existing::Keep, KeptOriginals::Hashes);
-        Self { output: output.into(), existing, keep, link: false, dry_run: false }
+        Self { output: output.into(), existing, keep, link: false, dry_run: false, allow_overflow: false }
     }
 }

@@ -35,10 +35,22 @@ pub(super) struct Target<'a> {
     pub(super) n_columns: u64,
     /// What stands in for the originals.
     pub(super) full: Option<(&'a Shard, &'a TensorInfo)>,
+    /// The index of the adapter that this is from.
+    pub(super) full_source: Option<usize>,
     /// What is added, in ascending order of the adapters' ids.
     pub(super) steps: Vec<Step<'a>>,
+    /// Per step the index of its adapter.
+    pub(super) step_sources: Vec<usize>,
     /// Whether every row gets at most one product and nothing else.
     pub(super) is_simple: bool,
+}
+
+impl<'a> Target<'a> {
+    /// A tensor to which nothing is added.
+    pub(super) fn untouched(tensor: TensorRef<'a>, n_rows: u64, n_columns: u64) -> Self {
+        let (full, steps) = (None, Vec::new());
+        Self { tensor, n_rows, n_columns, full, full_source: None, steps, step_sources: Vec::new(), is_simple: false }
+    }
 }
 
 impl Target<'_> {

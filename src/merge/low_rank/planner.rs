@@ -85,7 +85,7 @@ impl<'a> Planner<'a> {
         }
         let n_rows = n_elements / n_columns;
         let new = || {
-            let target = Target { tensor, n_rows, n_columns, full: None, steps: Vec::new(), is_simple: false };
+            let target = Target::untouched(tensor, n_rows, n_columns);
             Building { target, step_sources: Vec::new(), full_source: None }
         };
         let building = self.targets.entry(&tensor.info.name).or_insert_with(new);
@@ -430,7 +430,7 @@ impl<'a> Planner<'a> {
             let is_product = |step: &Step<'_>| matches!(step, Step::LowRank(product) if product.magnitude.is_none());
             // Products of one adapter lie on different rows.
             let is_simple = target.full.is_none() && sources.len() <= 1 && target.steps.iter().all(is_product);
-            targets.push(Target { is_simple, ..target });
+            targets.push(Target { is_simple, step_sources, full_source, ..target });
         }
         Ok(Plan { targets, notes: self.notes, n_tensors })
     }

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     LowRankOptions,
+    bounds::Bound,
     compute::{Computer, row_blocks},
     plan::{Plan, Target},
     record::{LowRankRecord, RecordFolder, RowsHasher, record_of},
@@ -57,6 +58,9 @@ pub fn undo_low_rank(
         sources: &sources,
         plan: &plan,
         computer: Computer::new(&plan, Merger::cpu()),
+        bounds: vec![Bound::default(); plan.targets.len()],
+        // What was let in must come out.
+        allow_overflow: true,
         base: record.base.clone(),
         reading: record.reading,
     };
@@ -173,7 +177,7 @@ pub(super) fn restoring_plan<'a>(
         };
         let n_columns = recorded.n_columns;
         let n_rows = tensor.info.n_elements() / n_columns;
-        let target = Target { tensor, n_rows, n_columns, full: None, steps: Vec::new(), is_simple: true };
+        let target = Target { is_simple: true, ..Target::untouched(tensor, n_rows, n_columns) };
         targets.insert(name.clone(), target);
     }
     plan.targets = targets.into_values().collect();

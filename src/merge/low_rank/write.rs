@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use super::{
     KeptOriginals, LowRankOptions, LowRankReading,
+    bounds::{Bound, bounds},
     compute::{Computer, merge_rows, row_blocks},
     norms::column_factors,
     plan::{Plan, Step, Target},
@@ -11,7 +12,7 @@ use super::{
     sources::Source,
 };
 use crate::{
-    backend::{Merger, PatchCounts, gather},
+    backend::{Merger, PatchCounts, gather, largest_magnitude, overflows},
     checkpoint::{
         Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
         check_free_space, check_output, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
@@ -19,6 +20,7 @@ use crate::{
     merge::{
         MergeError, MergeInput, MergeReport,
         out_of_place::{Output, Target as OutputTarget, copy_side_files},
+        plausible::{Implausible, Overflows},
         report::kind_reports_of,
         verify::open_base,
     },
@@ -29,7 +31,8 @@ use crate::{
 ///
 /// Every weight becomes `round(original + sum_1 * s_1 + …)` in ascending order of the adapters' ids (see this folder's
 /// `mod.rs`), the same bytes for every number of threads and any memory. Everything about the adapters is checked before the
-/// first byte is written; a sparse adapter's anchors are judged before the output gets its name.
+/// first byte is written, and so is, unless [`LowRankOptions::allow_overflow`] says otherwise, that no finite weight becomes
+/// infinite or NaN; a sparse adapter's anchors are judged before the output gets its name.
 ///
 /// `merger` says who computes where one product and nothing else is added to weights; the rest is the CPU's.
 ///
@@ -58,6 +61,8 @@ pub fn merge_low_rank(
         sources: &sources,
         plan: &plan,
         computer: Computer::new(&plan, merger),
+        bounds: bounds(ctx, &plan)?,
+        allow_overflow: options.allow_overflow,
         base: checkpoint.name(),
         reading,
     };
@@ -75,6 +80,9 @@ pub(super) struct Job<'a> {
     pub(super) sources: &'a [Source],
     pub(super) plan: &'a Plan<'a>,
     pub(super) computer: Computer<'a>,
+    /// Of every target; empty ones where nothing is added.
+    pub(super) bounds: Vec<Bound>,
+    pub(super) allow_overflow: bool,
     /// What the base is called.
     pub(super) base: String,
     pub(super) reading: LowRankReading,
@@ -88,6 +96,10 @@ struct BlockResult {
     /// Per sparse step of the target: the originals at its columns.
     anchored: Vec<Vec<u8>>,
     originals: Vec<u8>,
+    /// The largest magnitude of an original, where it is needed.
+    largest: f64,
+    /// Finite weights that became infinite or NaN: how many, and the row and column of the first.
+    overflowed: Option<(u64, (u64, u64))>,
 }
 
 /// A block of rows of one of the plan's targets, or bytes that stay as they are.
@@ -102,11 +114,16 @@ impl Job<'_> {
         let factors = column_factors(ctx, self.originals, self.plan)?;
         let mut gathering = Gathering::new(self);
         if options.dry_run {
-            self.examine(ctx, &factors, &mut gathering)?;
+            self.examine(ctx, &factors, |_| true, &mut gathering)?;
             gathering.judge()?;
             self.unchanged()?;
             let n_originals = if options.keep == KeptOriginals::All { self.touched_bytes() } else { 0 };
             return Ok(MergeReport { dry_run: true, ..self.report(&gathering, n_originals) });
+        }
+        if !self.allow_overflow && self.bounds.iter().any(|bound| bound.can_overflow) {
+            let mut gathering = Gathering::new(self);
+            self.examine(ctx, &factors, |target| self.bounds[target].can_overflow, &mut gathering)?;
+            gathering.judge()?;
         }
         let target = OutputTarget {
             path: &options.output,
@@ -156,22 +173,24 @@ impl Job<'_> {
         Ok(self.report(&gathering, n_originals))
     }
 
-    /// Computes and hashes every touched tensor without writing.
+    /// Computes and hashes touched tensors, those that `is_wanted` by index, without writing.
     fn examine(
         &self,
         ctx: &Context<'_>,
         factors: &[Option<Vec<f32>>],
+        is_wanted: impl Fn(usize) -> bool,
         gathering: &mut Gathering<'_>,
     ) -> Result<(), MergeError> {
-        ctx.observer.begin("checking", self.touched_bytes());
-        for (index, target) in self.plan.targets.iter().enumerate() {
+        let wanted = || self.plan.targets.iter().enumerate().filter(|(index, _)| is_wanted(*index));
+        ctx.observer.begin("checking", wanted().map(|(_, target)| target.tensor.info.n_bytes()).sum());
+        for (index, target) in wanted() {
             for_each_ordered(
                 ctx,
                 row_blocks(ctx, target.n_rows, target.n_columns),
                 |rows| {
                     let mut bytes = self.original_rows(ctx, target, rows)?;
                     ctx.observer.advance(bytes.len() as u64);
-                    self.merge_block(ctx, (target, rows), factors[index].as_deref(), &mut bytes, false)
+                    self.merge_block(ctx, (index, rows), factors[index].as_deref(), &mut bytes, false)
                 },
                 |rows, block| gathering.push(index, &rows, block),
             )?;
@@ -212,7 +231,7 @@ impl Job<'_> {
                 if !own {
                     bytes.copy_from_slice(&self.original_rows(ctx, target, rows)?);
                 }
-                self.merge_block(ctx, (target, rows), factors[*index].as_deref(), bytes, keeps).map(Some)
+                self.merge_block(ctx, (*index, rows), factors[*index].as_deref(), bytes, keeps).map(Some)
             },
             |piece, block| match (piece, block) {
                 (Some((index, rows)), Some(block)) => gathering.push(index, &rows, block),
@@ -265,25 +284,34 @@ impl Job<'_> {
     fn merge_block(
         &self,
         ctx: &Context<'_>,
-        (target, rows): (&Target<'_>, &Range<u64>),
+        (index, rows): (usize, &Range<u64>),
         factors: Option<&[f32]>,
         bytes: &mut [u8],
         keeps: bool,
     ) -> Result<BlockResult, MergeError> {
+        let target = &self.plan.targets[index];
+        let dtype = target.tensor.info.dtype;
         let base = RowsHasher::groups(bytes, target.row_bytes());
         let mut anchored = Vec::new();
         for step in &target.steps {
             if let Step::Sparse { adapter, target: info, .. } = step {
                 let columns = adapter.read_rows(ctx, info, rows.clone())?.columns;
                 let n_rows = (rows.end - rows.start) as usize;
-                let block = RowBlock::new(bytes, target.tensor.info.dtype, n_rows, target.n_columns as usize);
+                let block = RowBlock::new(bytes, dtype, n_rows, target.n_columns as usize);
                 anchored.push(gather(block, &columns));
             }
         }
         let originals = if keeps { bytes.to_vec() } else { Vec::new() };
+        let largest = if self.bounds[index].needs_originals() { largest_magnitude(dtype, bytes) } else { 0.0 };
         let counts = merge_rows(ctx, &self.computer, target, factors, rows, bytes)?;
+        let mut overflowed = None;
+        if counts.overflowed > 0 {
+            let lost = overflows(dtype, &self.original_rows(ctx, target, rows)?, bytes);
+            let place = |at: usize| (rows.start + at as u64 / target.n_columns, at as u64 % target.n_columns);
+            overflowed = lost.first().map(|&first| (lost.len() as u64, place(first)));
+        }
         let merged = RowsHasher::groups(bytes, target.row_bytes());
-        Ok(BlockResult { counts, base, merged, anchored, originals })
+        Ok(BlockResult { counts, base, merged, anchored, originals, largest, overflowed })
     }
 
     fn touched_bytes(&self) -> u64 {
@@ -310,6 +338,7 @@ impl Job<'_> {
         let mut shards: Vec<usize> = self.plan.targets.iter().map(|target| self.copied_shard(target)).collect();
         shards.sort_unstable();
         shards.dedup();
+        let id = |source: usize| self.sources[source].id.short();
         let entry = |(source, &n_tensors): (&Source, &usize)| source.entry(n_tensors);
         MergeReport {
             base: self.base.clone(),
@@ -325,7 +354,7 @@ impl Job<'_> {
             bytes_checked: self.touched_bytes(),
             bytes_written: self.copied.n_bytes(),
             ledger_bytes,
-            notes: self.plan.notes.clone(),
+            notes: self.plan.notes.iter().cloned().chain(gathering.implausible.notes(id)).collect(),
         }
     }
 }
@@ -333,6 +362,9 @@ impl Job<'_> {
 /// What blocks contribute, one tensor after the other, each in order.
 pub(super) struct Gathering<'a> {
     plan: &'a Plan<'a>,
+    bounds: &'a [Bound],
+    /// Where finite weights may not become infinite: the checkpoint.
+    keeps_finite: Option<&'a Path>,
     sources: &'a [Source],
     base_name: String,
     /// What goes to the file of originals, where there is one.
@@ -341,29 +373,37 @@ pub(super) struct Gathering<'a> {
     recorded: BTreeMap<String, RecordedTarget>,
     /// Sparse targets whose base values are others than they were made from: source and tensor.
     mismatches: Vec<(usize, String)>,
+    overflows: Overflows,
+    implausible: Implausible,
     // Of the current tensor.
     current: PatchCounts,
     base: RowsHasher,
     merged: RowsHasher,
     anchors: Vec<blake3::Hasher>,
     original_id: Option<TensorId>,
+    largest: f64,
 }
 
 impl<'a> Gathering<'a> {
     fn new(job: &'a Job<'_>) -> Self {
         Self {
             plan: job.plan,
+            bounds: &job.bounds,
+            keeps_finite: (!job.allow_overflow).then(|| job.copied.root()),
             sources: job.sources,
             base_name: job.copied.name(),
             originals: None,
             counts: BTreeMap::new(),
             recorded: BTreeMap::new(),
             mismatches: Vec::new(),
+            overflows: Overflows::default(),
+            implausible: Implausible::default(),
             current: PatchCounts::default(),
             base: RowsHasher::default(),
             merged: RowsHasher::default(),
             anchors: Vec::new(),
             original_id: None,
+            largest: 0.0,
         }
     }
 
@@ -373,10 +413,15 @@ impl<'a> Gathering<'a> {
         let info = target.tensor.info;
         if rows.start == 0 {
             self.current = PatchCounts::default();
+            self.largest = 0.0;
             self.anchors = vec![blake3::Hasher::new(); block.anchored.len()];
             self.original_id = self.originals.as_mut().map(|writer| writer.add_tensor(info.name.clone(), info.dtype));
         }
         self.current.add(block.counts);
+        self.largest = self.largest.max(block.largest);
+        if let Some((n, first)) = block.overflowed {
+            self.overflows.add(&info.name, n, first);
+        }
         self.base.push(&block.base);
         self.merged.push(&block.merged);
         for (hasher, originals) in self.anchors.iter_mut().zip(&block.anchored) {
@@ -400,6 +445,9 @@ impl<'a> Gathering<'a> {
                 self.mismatches.push((source, info.name.clone()));
             }
         }
+        for (&source, &delta) in &self.bounds[index].by_source {
+            self.implausible.compare(source, &info.name, delta, self.largest);
+        }
         let recorded = RecordedTarget {
             dtype: dtype_name(info.dtype),
             shape: info.shape.clone(),
@@ -412,10 +460,12 @@ impl<'a> Gathering<'a> {
         Ok(())
     }
 
-    /// Fails where a sparse adapter was made for other values.
+    /// Fails where a sparse adapter was made for other values, or where finite weights became infinite and may not.
     fn judge(&mut self) -> Result<(), MergeError> {
         self.mismatches.sort();
-        let Some((source, tensor)) = self.mismatches.first() else { return Ok(()) };
+        let Some((source, tensor)) = self.mismatches.first() else {
+            return self.keeps_finite.map_or(Ok(()), |checkpoint| self.overflows.refuse(checkpoint));
+        };
         let what = format!("this is {}; its values at the adapter's positions are others", Printable(&self.base_name));
         Err(MergeError::WrongBase { adapter: self.sources[*source].path().to_owned(), tensor: tensor.clone(), what })
     }

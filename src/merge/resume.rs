@@ -1,0 +1,278 @@
+//! Going on after a merge that was cut short: shards that an earlier run finished are proven before this one takes them over.
+//!
+//! Beside each finished shard `NAME` lies its record, `.NAME.record`: two lines of text, a JSON document and the BLAKE3 of that
+//! document in hexadecimal. The document names the plan (see [`super::out_of_place`]), the shard's bytes, and the BLAKE3 of each run
+//! of them, taken while they were written. The order on disk is: the shard's bytes under a temporary name, its record, its name; each
+//! durable before the next. Whatever a kill or a power loss leaves is therefore a shard with its record, or something that is removed.
+
+use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::MergeError;
+use crate::checkpoint::{
+    AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, OwnFolder, Printable, STATE_FOLDER, Shard,
+    for_each_ordered, windows,
+};
+
+/// Records larger than this are not read; a piece takes about 90 bytes.
+const MAX_RECORD_BYTES: u64 = 256 << 20;
+/// A file is hashed this many bytes at a time.
+const READ_BYTES: u64 = 1 << 20;
+
+/// A run of a shard's bytes: where it ends, and its BLAKE3.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(super) struct Piece(u64, String);
+
+impl Piece {
+    pub(super) fn new(end: u64, hash: blake3::Hash) -> Self {
+        Self(end, hash.to_hex().to_string())
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ShardRecord {
+    version: u32,
+    /// BLAKE3 of the plan.
+    plan: String,
+    n_bytes: u64,
+    /// Ascending; together they are the whole file.
+    pieces: Vec<Piece>,
+}
+
+impl ShardRecord {
+    fn to_bytes(&self) -> Vec<u8> {
+        let document = serde_json::to_string(self).expect("strings and numbers serialise");
+        format!("{document}\n{}\n", blake3::hash(document.as_bytes()).to_hex()).into_bytes()
+    }
+
+    /// Parses the two lines; none where a bit of them is not as written.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (document, rest) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
+        if rest != format!("{}\n", blake3::hash(document.as_bytes()).to_hex()) {
+            return None;
+        }
+        serde_json::from_str(document).ok().filter(|record: &Self| record.version == 1)
+    }
+
+    /// The pieces with their ranges; none where they are not the whole file.
+    fn ranges(&self) -> Option<Vec<(Range<u64>, &str)>> {
+        let starts = std::iter::once(0).chain(self.pieces.iter().map(|piece| piece.0));
+        let ranges: Vec<_> = starts.zip(&self.pieces).map(|(start, Piece(end, hash))| (start..*end, &**hash)).collect();
+        let ascends = ranges.iter().all(|(range, _)| range.start < range.end);
+        let end = ranges.last().map_or(0, |(range, _)| range.end);
+        (ascends && end == self.n_bytes).then_some(ranges)
+    }
+}
+
+/// An output folder that an earlier run may have begun.
+pub(super) struct Resume {
+    root: OwnFolder,
+    plan: String,
+    /// Names of shards that were taken over.
+    proven: BTreeSet<String>,
+    notes: Vec<String>,
+}
+
+impl Resume {
+    /// Proves the shards that lie in `root`, reading all of them, and removes everything else that this program leaves there: shards
+    /// that are not what their records say, shards and records without each other, unfinished files, a ledger.
+    ///
+    /// # Errors
+    /// What cannot be read or removed.
+    pub(super) fn begin(
+        ctx: &Context<'_>,
+        root: &Path,
+        plan: &str,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, MergeError> {
+        let plan = blake3::hash(plan.as_bytes()).to_hex().to_string();
+        let mut resume = Self { root: OwnFolder::at(root)?, plan, proven: BTreeSet::new(), notes: Vec::new() };
+        ctx.observer.begin("proving finished shards", resume.bytes_to_prove(checkpoint)?);
+        for shard in checkpoint.shards() {
+            let name = shard.file_name();
+            let Some(file) = resume.open_shard(&name)? else { continue };
+            match resume.prove(ctx, file, shard)? {
+                Ok(()) => _ = resume.proven.insert(name),
+                Err(what) => {
+                    let name = Printable(&name);
+                    resume.notes.push(format!("{name}: left by an earlier run, {what}: it was written anew"));
+                }
+            }
+        }
+        resume.remove_unproven()?;
+        Ok(resume)
+    }
+
+    /// Whether an earlier run finished this shard.
+    pub(super) fn has(&self, shard: &Shard) -> bool {
+        self.proven.contains(&shard.file_name())
+    }
+
+    /// Records a shard, durably, before it gets its name.
+    pub(super) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), MergeError> {
+        let n_bytes = pieces.last().map_or(0, |piece| piece.0);
+        let record = ShardRecord { version: 1, plan: self.plan.clone(), n_bytes, pieces };
+        let file = AtomicFile::create_own(&self.root, &record_name(name))?;
+        let written = file.file().write_all_at(&record.to_bytes(), 0);
+        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
+        Ok(file.commit()?)
+    }
+
+    /// The same for a shard whose bytes are those of the finished file at `path`.
+    pub(super) fn record_file(&self, ctx: &Context<'_>, name: &str, path: &Path) -> Result<(), MergeError> {
+        let io = |e| CheckpointError::io("read", path, e);
+        let file = File::open(path).map_err(io)?;
+        let n_bytes = file.metadata().map_err(io)?.len();
+        let mut pieces = Vec::new();
+        for_each_ordered(
+            ctx,
+            windows(ctx, 0..n_bytes),
+            |range| hash_range(ctx, &file, path, range),
+            |range, hash| {
+                pieces.push(Piece::new(range.end, hash));
+                Ok::<_, MergeError>(())
+            },
+        )?;
+        self.record(name, pieces)
+    }
+
+    /// Removes all records: what is in the folder now becomes a checkpoint. Returns what there is to tell.
+    pub(super) fn finish(self) -> Result<Vec<String>, MergeError> {
+        for name in self.names()? {
+            if is_record(&name) {
+                self.remove(&name)?;
+            }
+        }
+        Ok(self.notes)
+    }
+
+    fn names(&self) -> Result<Vec<String>, MergeError> {
+        let entries = self.root.entries()?;
+        Ok(entries.into_iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect())
+    }
+
+    fn bytes_to_prove(&self, checkpoint: &Checkpoint) -> Result<u64, MergeError> {
+        let names: BTreeSet<String> = self.names()?.into_iter().collect();
+        let there = checkpoint.shards().iter().filter(|shard| names.contains(&shard.file_name()));
+        Ok(there.map(Shard::file_bytes).sum())
+    }
+
+    /// A shard's file; none where there is none, or something else: that is not proven, and removed with what else is not.
+    fn open_shard(&self, name: &str) -> Result<Option<File>, MergeError> {
+        match self.root.kind_of(name)? {
+            Some(EntryKind::File) => Ok(self.root.open_file(name)?.map(|(file, _)| file)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Proves that a file is what its record says; else what is wrong.
+    fn prove(&self, ctx: &Context<'_>, file: File, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
+        let name = shard.file_name();
+        let path = self.root.path().join(&name);
+        let meta = file.metadata().map_err(|e| CheckpointError::io("read", &path, e))?;
+        let record = match self.root.read(&record_name(&name), MAX_RECORD_BYTES) {
+            Ok(None) => return Ok(Err("has no record")),
+            Ok(Some(bytes)) => ShardRecord::parse(&bytes),
+            Err(e) if matches!(e.kind(), ErrorKind::BadInput | ErrorKind::Refused) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let Some(record) = record.filter(|record| record.plan == self.plan) else {
+            return Ok(Err("has a damaged record"));
+        };
+        let Some(ranges) = record.ranges() else { return Ok(Err("has a damaged record")) };
+        if meta.len() != record.n_bytes || meta.len() != shard.file_bytes() {
+            return Ok(Err("does not have the recorded length"));
+        }
+        let mut is_same = true;
+        for_each_ordered(
+            ctx,
+            ranges,
+            |(range, hash)| Ok(hash_range(ctx, &file, &path, range)?.to_hex().as_str() == *hash),
+            |_, equal| {
+                is_same &= equal;
+                Ok::<_, MergeError>(())
+            },
+        )?;
+        Ok(if is_same { Ok(()) } else { Err("does not have the recorded bytes") })
+    }
+
+    fn remove_unproven(&self) -> Result<(), MergeError> {
+        for name in self.names()? {
+            // Not what a merge leaves here: the plan itself, above all.
+            let is_foreign =
+                name.starts_with('.') && name != STATE_FOLDER && !is_record(&name) && !name.ends_with(".neuroada-tmp");
+            let is_proven = self.proven.contains(&name) || self.proven.iter().any(|shard| name == record_name(shard));
+            if !is_foreign && !is_proven {
+                self.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a file, a link or a folder.
+    fn remove(&self, name: &str) -> Result<(), MergeError> {
+        Ok(match self.root.kind_of(name)? {
+            Some(EntryKind::Folder) => self.root.inside(name).remove_all()?,
+            _ => self.root.remove(name)?,
+        })
+    }
+}
+
+fn record_name(shard: &str) -> String {
+    format!(".{shard}.record")
+}
+
+fn is_record(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".record")
+}
+
+/// The BLAKE3 of a run of a file.
+fn hash_range(ctx: &Context<'_>, file: &File, path: &Path, range: &Range<u64>) -> Result<blake3::Hash, MergeError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; READ_BYTES.min(range.end - range.start) as usize];
+    let mut at = range.start;
+    while at < range.end {
+        ctx.check()?;
+        let n = READ_BYTES.min(range.end - at) as usize;
+        file.read_exact_at(&mut buffer[..n], at).map_err(|e| CheckpointError::io("read", path, e))?;
+        hasher.update(&buffer[..n]);
+        at += n as u64;
+    }
+    ctx.observer.advance(range.end - range.start);
+    Ok(hasher.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flipped_bit_of_a_shard_record_is_found() {
+        let pieces = vec![Piece::new(8, blake3::hash(b"a")), Piece::new(20, blake3::hash(b"b"))];
+        let record = ShardRecord { version: 1, plan: "00".to_owned(), n_bytes: 20, pieces };
+        let bytes = record.to_bytes();
+        assert_eq!(ShardRecord::parse(&bytes).as_ref(), Some(&record));
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(ShardRecord::parse(&flipped), None, "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            assert_eq!(ShardRecord::parse(&bytes[..len]), None, "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn pieces_that_are_not_the_whole_file_prove_nothing() {
+        let with = |ends: &[u64], n_bytes| {
+            let pieces = ends.iter().map(|&end| Piece(end, String::new())).collect();
+            ShardRecord { version: 1, plan: String::new(), n_bytes, pieces }
+        };
+        assert_eq!(with(&[3, 9], 9).ranges().map(|ranges| ranges[1].0.clone()), Some(3..9));
+        for (ends, n_bytes) in [(&[3, 9][..], 10), (&[9, 3], 3), (&[3, 3], 3), (&[], 5), (&[0, 4], 4)] {
+            assert!(with(ends, n_bytes).ranges().is_none(), "{ends:?} of {n_bytes}");
+        }
+    }
+}
