@@ -11,6 +11,8 @@ mod copy;
 mod direct;
 mod error;
 mod gather;
+#[cfg(feature = "train")]
+mod guard;
 mod header;
 mod index;
 mod json;
@@ -31,6 +33,8 @@ pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gather::{BaseValues, gather_rows};
+#[cfg(feature = "train")]
+pub(crate) use guard::guarded;
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
 pub(crate) use json::{malformed, open_regular, read_whole};
