@@ -16,6 +16,8 @@ mod direct;
 mod error;
 mod gate;
 mod gather;
+#[cfg(feature = "train")]
+mod guard;
 mod header;
 mod in_use;
 mod index;
@@ -43,6 +45,8 @@ pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gate::{OutputKind, check_output};
 pub use gather::{BaseValues, gather_rows};
+#[cfg(feature = "train")]
+pub(crate) use guard::guarded;
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use in_use::InUse;
 pub use index::{INDEX_FILE, Index};

@@ -7,10 +7,16 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
-use neuroada_ckpt::checkpoint::probe;
-use neuroada_ckpt::data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer};
+use neuroada_ckpt::{
+    checkpoint::{CheckpointError, probe},
+    data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer},
+};
 
-use super::{env::Env, page::count};
+use super::{
+    env::Env,
+    failure::Hint,
+    page::{bytes, count},
+};
 
 /// How rows of a file become examples.
 #[derive(Args)]
@@ -80,15 +86,29 @@ pub(super) fn read(
         env.note(&format!("{name}: {n} cut to {} tokens, {tokens} tokens are lost (--max-length)", options.max_length));
     }
     if report.n_empty > 0 {
-        env.note(&format!("{name}: {} left out: the response is empty", rows(report.n_empty)));
+        env.note(&format!(
+            "{name}: {} left out: the response is empty, or a weight of 0 rules it out",
+            rows(report.n_empty)
+        ));
     }
     if report.n_unsupervised > 0 {
         let n = rows(report.n_unsupervised);
         env.note(&format!("{name}: {n} left out: no response within {} tokens (--max-length)", options.max_length));
+    }
+    if report.n_without_stop == report.n_examples {
+        env.note(&format!("{name}: warning: no row teaches the model to stop: no token that ends a text is learned"));
     }
     if report.n_apart > 0 {
         let n = rows(report.n_apart);
         env.detail(&format!("{name}: {n} encoded in two parts: a token would reach from the prompt into the response"));
     }
     Ok((dataset, report))
+}
+
+/// Refuses work on the processor that needs more memory than `--max-memory` says. Without the option a model takes what it needs.
+pub(super) fn check_memory(env: &Env, base: &Path, what: &str, needed: u64) -> anyhow::Result<()> {
+    let Some(limit) = env.given_memory().filter(|limit| needed > *limit) else { return Ok(()) };
+    let what = format!("{what} needs {} of memory, --max-memory allows {}", bytes(needed), bytes(limit));
+    let refused = Err(CheckpointError::Refused { path: base.to_owned(), what });
+    refused.hint(&format!("--max-memory {}M is enough; a smaller --batch-tokens takes less", needed.div_ceil(1 << 20)))
 }

@@ -26,6 +26,8 @@ use super::{
 
 /// Less than this is not enough for one thread's windows and the buffers of an output.
 const LEAST_MEMORY: u64 = 16 << 20;
+/// Where `--max-memory` is not given.
+const DEFAULT_MEMORY: u64 = 1 << 30;
 /// Memory of a GPU that streams of rows stay within.
 #[cfg(feature = "cuda")]
 const GPU_MEMORY: u64 = 1 << 30;
@@ -37,11 +39,11 @@ pub(super) struct GlobalArgs {
     /// Threads to use [default: all cores]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Resident memory to stay within, mapped pages counted
+    /// Resident memory to stay within, mapped pages counted [default: 1G; for models, what they need]
     ///
     /// A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
-    #[arg(long, global = true, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
-    max_memory: u64,
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
+    max_memory: Option<u64>,
     /// How tensors are read
     #[arg(long, global = true, value_enum, default_value_t = IoChoice::Auto)]
     io: IoChoice,
@@ -131,10 +133,21 @@ impl Env {
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",
             rayon::current_num_threads(),
-            env.args.max_memory >> 20,
+            env.max_memory() >> 20,
             thread::available_parallelism().map_or(1, std::num::NonZero::get),
         ));
         Ok(env)
+    }
+
+    /// Bytes of resident memory to stay within.
+    fn max_memory(&self) -> u64 {
+        self.args.max_memory.unwrap_or(DEFAULT_MEMORY)
+    }
+
+    /// `--max-memory` where it was given.
+    #[cfg(feature = "train")]
+    pub(super) fn given_memory(&self) -> Option<u64> {
+        self.args.max_memory
     }
 
     /// What library functions are given.
@@ -145,7 +158,7 @@ impl Env {
             IoChoice::Direct => Io::Direct,
             IoChoice::Read => Io::Read,
         };
-        Context { max_memory: self.args.max_memory, io, observer: &self.progress }
+        Context { max_memory: self.max_memory(), io, observer: &self.progress }
     }
 
     /// The GPU that was asked for.
@@ -177,7 +190,7 @@ impl Env {
     pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         // Windows and results take up to half of the memory.
-        let pinned_bytes = self.args.max_memory / 8;
+        let pinned_bytes = self.max_memory() / 8;
         let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), gpu_memory, pinned_bytes);
         Ok(Some(GpuChooser::new(ranker, check)))
     }

@@ -5,7 +5,7 @@ use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Printable},
     data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
-    train::{self, CpuDevice, Device, GenerateOptions, Keep, Model, Workspace},
+    train::{self, CpuDevice, Device, EvalSize, GenerateOptions, Keep, MemoryEstimate, Model, Workspace},
 };
 use serde::Serialize;
 
@@ -296,7 +296,44 @@ impl<'a> Wanted<'a> {
             let dtype = train::CudaDevice::dtype_of(self.base).hint("--device cpu takes them")?;
             return self.measure(env, &train::CudaDevice::new(&gpu, dtype)?);
         }
+        super::data::check_memory(env, self.base.root(), "evaluation", self.memory()?.total)?;
         self.measure(env, &CpuDevice::new())
+    }
+
+    /// What evaluation takes on the processor.
+    fn memory(&self) -> anyhow::Result<MemoryEstimate> {
+        let config = train::check_model(self.base)?;
+        let batches = Batches::in_order(self.dataset, self.limits());
+        let supervised = |i| batches.examples(i).iter().map(|&i| self.dataset.example(i as usize).n_supervised()).sum();
+        let mut size = EvalSize {
+            most_tokens: batches.most_tokens(),
+            most_supervised: (0..batches.len()).map(supervised).max().unwrap_or(0),
+            n_cached: 0,
+        };
+        if self.task == Some(Task::Commonsense) {
+            size = size.max(EvalSize::of_ranking(&self.asked(), self.max_tokens));
+        }
+        if let Some(options) = self.generate.as_ref().filter(|_| self.task.is_some()) {
+            size = size.max(EvalSize::of_answers(&self.prompts(), options));
+        }
+        Ok(MemoryEstimate::of_eval(&config, self.base, size))
+    }
+
+    fn limits(&self) -> BatchLimits {
+        BatchLimits { max_tokens: self.max_tokens, max_examples: usize::MAX }
+    }
+
+    /// Questions as token ids.
+    fn asked(&self) -> Vec<train::Question> {
+        let tokens = |question: &Question| train::Question {
+            prompt: question.prompt.clone(),
+            candidates: question.candidates.iter().map(|(_, tokens)| tokens.clone()).collect(),
+        };
+        self.questions.iter().map(tokens).collect()
+    }
+
+    fn prompts(&self) -> Vec<Vec<u32>> {
+        self.questions.iter().map(|question| question.prompt.clone()).collect()
     }
 
     fn measure<D: Device>(&self, env: &Env, device: &D) -> anyhow::Result<Measured<'a>> {
@@ -316,8 +353,7 @@ impl<'a> Wanted<'a> {
 
     fn loss<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<f64> {
         let ctx = env.context();
-        let limits = BatchLimits { max_tokens: self.max_tokens, max_examples: usize::MAX };
-        let batches = Batches::in_order(self.dataset, limits);
+        let batches = Batches::in_order(self.dataset, self.limits());
         let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
         ctx.observer.begin_count("loss", "tokens", self.dataset.n_tokens());
         Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
@@ -326,13 +362,8 @@ impl<'a> Wanted<'a> {
     /// The likeliest candidate of each question; the first of those that are equally likely.
     fn rank<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<Vec<&'a str>> {
         let ctx = env.context();
-        let tokens = |question: &Question| train::Question {
-            prompt: question.prompt.clone(),
-            candidates: question.candidates.iter().map(|(_, tokens)| tokens.clone()).collect(),
-        };
-        let asked: Vec<train::Question> = self.questions.iter().map(tokens).collect();
         ctx.observer.begin_count("ranking", "questions", self.questions.len() as u64);
-        let ranked = train::rank(&ctx, device, model, &asked, self.max_tokens)?;
+        let ranked = train::rank(&ctx, device, model, &self.asked(), self.max_tokens)?;
         let likeliest = |(question, ranked): (&'a Question, Vec<f64>)| {
             let mut best = 0;
             for i in 1..ranked.len() {
@@ -353,9 +384,8 @@ impl<'a> Wanted<'a> {
         options: &GenerateOptions,
     ) -> anyhow::Result<Vec<String>> {
         let ctx = env.context();
-        let prompts: Vec<Vec<u32>> = self.questions.iter().map(|question| question.prompt.clone()).collect();
         ctx.observer.begin_count("answering", "questions", self.questions.len() as u64);
-        let written = train::generate(&ctx, device, model, &prompts, options)?;
+        let written = train::generate(&ctx, device, model, &self.prompts(), options)?;
         Ok(written.iter().map(|tokens| self.tokenizer.decode(tokens)).collect::<Result<_, _>>()?)
     }
 }

@@ -26,7 +26,7 @@ use serde_json::json;
 use super::{
     Answer,
     about::NotesArgs,
-    data::{DataArgs, read},
+    data::{DataArgs, check_memory, read},
     env::Env,
     failure::Hint,
     page::{Page, bytes, count, duration, number, percent},
@@ -302,12 +302,13 @@ impl Place {
             }
             return Ok(Self { gpu: Some((gpu, dtype)), free: Some(most), memory });
         }
-        let _everywhere = env;
+        let memory = MemoryEstimate::on_cpu(config, base, size);
+        check_memory(env, base.root(), "training", memory.total)?;
         Ok(Self {
             #[cfg(feature = "cuda")]
             gpu: None,
             free: None,
-            memory: MemoryEstimate::on_cpu(config, base, size),
+            memory,
         })
     }
 

@@ -1,6 +1,9 @@
 //! What can go wrong between a file of rows and token ids.
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
 
@@ -59,5 +62,41 @@ impl DataError {
             Self::BadRow { .. } | Self::Empty { .. } => ErrorKind::BadInput,
             Self::Usage(_) => ErrorKind::Usage,
         }
+    }
+}
+
+/// Why nothing could be made of a row.
+pub(super) enum Failed {
+    /// The row is not what it should be.
+    Row(String),
+    /// The fault lies elsewhere, or the user stopped the command.
+    Other(DataError),
+}
+
+impl Failed {
+    /// The error of a row of a file.
+    pub(super) fn at(self, path: &Path, place: Place) -> DataError {
+        match self {
+            Self::Row(what) => DataError::BadRow { path: path.to_owned(), place, what },
+            Self::Other(error) => error,
+        }
+    }
+}
+
+impl From<String> for Failed {
+    fn from(what: String) -> Self {
+        Self::Row(what)
+    }
+}
+
+impl From<DataError> for Failed {
+    fn from(error: DataError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<CheckpointError> for Failed {
+    fn from(error: CheckpointError) -> Self {
+        Self::Other(error.into())
     }
 }

@@ -8,10 +8,11 @@ use serde_json::{Map, Value as Json};
 use super::{
     Clock, DataError, Loss, Tokenizer,
     chat::ChatTemplate,
+    error::Failed,
     jinja::{Jinja, Rendered, value},
     rows::kind,
 };
-use crate::checkpoint::{CheckpointError, read_whole};
+use crate::checkpoint::{CheckpointError, Context, read_whole};
 
 /// A template written by a person.
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
@@ -57,6 +58,7 @@ pub(super) enum Form {
 impl Form {
     /// The form of a file, by its first row.
     pub(super) fn of(
+        ctx: &Context<'_>,
         template: &Template,
         first: &Map<String, Json>,
         tokenizer: &Tokenizer,
@@ -67,13 +69,13 @@ impl Form {
             Template::Alpaca => Self::Alpaca,
             Template::Commonsense => Self::Commonsense,
             Template::File(path) => {
-                let bad = |what: String| CheckpointError::bad_file(path, what);
-                let source = String::from_utf8(read_whole(path, MAX_TEMPLATE_BYTES)?)
-                    .map_err(|e| bad(format!("not UTF-8, at byte {}", e.utf8_error().valid_up_to())))?;
+                let source = String::from_utf8(read_whole(path, MAX_TEMPLATE_BYTES)?).map_err(|e| {
+                    CheckpointError::bad_file(path, format!("not UTF-8, at byte {}", e.utf8_error().valid_up_to()))
+                })?;
                 let specials = tokenizer.specials().to_vec();
-                Self::File { jinja: Jinja::new(&source, clock).map_err(bad)?, specials }
+                Self::File { jinja: Jinja::new(ctx, path, &source, clock)?, specials }
             }
-            Template::Auto if has("messages") => Self::Chat(ChatTemplate::of(tokenizer, clock)?),
+            Template::Auto if has("messages") => Self::Chat(ChatTemplate::of(ctx, tokenizer, clock)?),
             Template::Auto if has("prompt") && has("completion") => Self::Pair,
             Template::Auto if has("instruction") => {
                 let answer = text_or_number(first, "answer").unwrap_or_default();
@@ -90,11 +92,6 @@ impl Form {
                 )));
             }
         }))
-    }
-
-    /// Whether rows go through a template that somebody wrote.
-    pub(super) fn has_template(&self) -> bool {
-        matches!(self, Self::Chat(_) | Self::File { .. })
     }
 
     /// Whether rows go through a template that writes answers itself, and marks them.
@@ -115,11 +112,16 @@ impl Form {
     }
 
     /// The text of a row; the error names the field.
-    pub(super) fn text(&self, row: &Map<String, Json>, loss: Loss) -> Result<Text, String> {
+    pub(super) fn text(&self, ctx: &Context<'_>, row: &Map<String, Json>, loss: Loss) -> Result<Text, Failed> {
         let response = match self {
-            Self::Chat(template) => return Ok(Text::Marked(template.render(row, loss)?)),
+            Self::Chat(template) => return Ok(Text::Marked(template.render(ctx, row, loss)?)),
             Self::File { jinja, specials } if jinja.has_generation => {
-                return Ok(Text::Marked(jinja.render(values(row, specials))?));
+                let mut rendered = jinja.render(ctx, values(row, specials))?;
+                if loss == Loss::All {
+                    let all = 0..rendered.text.len();
+                    rendered.spans = vec![all];
+                }
+                return Ok(Text::Marked(rendered));
             }
             Self::Alpaca => field(row, "output")?.to_owned(),
             Self::Commonsense => format!("{COMMONSENSE_ANSWER}{}", text_or_number(row, "answer")?),
@@ -128,21 +130,23 @@ impl Form {
             Self::File { .. } if row.contains_key("completion") => field(row, "completion")?.to_owned(),
             Self::File { .. } => field(row, "output")?.to_owned(),
         };
-        Ok(Text::Pair { prompt: self.prompt(row)?, response })
+        Ok(Text::Pair { prompt: self.prompt(ctx, row)?, response })
     }
 
     /// The prompt of a row alone, for a model to go on from.
-    pub(super) fn prompt(&self, row: &Map<String, Json>) -> Result<String, String> {
+    pub(super) fn prompt(&self, ctx: &Context<'_>, row: &Map<String, Json>) -> Result<String, Failed> {
         Ok(match self {
             Self::Alpaca => alpaca(field(row, "instruction")?, optional(row, "input")?),
             Self::Commonsense => match optional(row, "input")? {
                 "" => format!("{}\n", field(row, "instruction")?),
-                _ => return Err("field \"input\": the commonsense template has no place for it".to_owned()),
+                _ => return Err("field \"input\": the commonsense template has no place for it".to_owned().into()),
             },
             Self::Pair => field(row, "prompt")?.to_owned(),
             Self::Plain => String::new(),
-            Self::File { jinja, specials } if !jinja.has_generation => jinja.render(values(row, specials))?.text,
-            Self::Chat(_) | Self::File { .. } => return Err("this form of rows has no prompt of its own".to_owned()),
+            Self::File { jinja, specials } if !jinja.has_generation => jinja.render(ctx, values(row, specials))?.text,
+            Self::Chat(_) | Self::File { .. } => {
+                return Err("this form of rows has no prompt of its own".to_owned().into());
+            }
         })
     }
 }

@@ -1,6 +1,11 @@
 //! Jinja as Hugging Face renders chat templates with it.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use minijinja::{
     Environment, Error, ErrorKind,
@@ -9,18 +14,25 @@ use minijinja::{
 };
 use serde_json::Value as Json;
 
-use super::clock::Clock;
+use super::{
+    DataError,
+    clock::Clock,
+    error::Failed,
+    watch::{Abandoned, Limits, Watched},
+};
+use crate::checkpoint::{CheckpointError, Context};
 
 /// Work that one rendering may do, in minijinja's measure: about an instruction or 64 bytes each. A conversation of a
-/// hundred turns needs a hundredth of it; a template that would loop forever stops within a second.
+/// hundred turns needs a hundredth of it; a template that would loop forever stops within a second. It bounds instructions and most
+/// of what they make; [`LIMITS`] bound what a single instruction can still do.
 const FUEL: u64 = 1_000_000;
 
 /// Templates of models in use have at most 30 kB.
 const MAX_SOURCE_BYTES: usize = 128 << 10;
 
-/// Stack for what a template of that size nests, and for values as deep as that fuel can make them: each level takes some
-/// hundred bytes to compile, to print and to drop. Only what is used of it is ever memory.
-pub(super) const STACK_BYTES: usize = 256 << 20;
+/// What compiling a template, or rendering one row with it, may take. Templates of models in use take milliseconds and less than a
+/// megabyte.
+const LIMITS: Limits = Limits { time: Duration::from_secs(10), n_bytes: 512 << 20 };
 
 /// Lists and objects that a template prints: a list that holds another twice, and so on, is small in memory and endless on
 /// paper.
@@ -34,7 +46,11 @@ const END: char = '\u{fdd1}';
 
 /// A compiled template.
 pub(super) struct Jinja {
-    env: Environment<'static>,
+    /// The file that it comes from.
+    path: PathBuf,
+    env: Arc<Environment<'static>>,
+    watched: Watched,
+    limits: Limits,
     /// Whether it says itself what is learned, in `{% generation %}` blocks.
     pub has_generation: bool,
 }
@@ -49,60 +65,88 @@ pub(super) struct Rendered {
 }
 
 impl Jinja {
-    /// Compiles a template; `clock` is what its `strftime_now` tells.
-    pub(super) fn new(source: &str, clock: Clock) -> Result<Self, String> {
+    /// Compiles a template of a file; `clock` is what its `strftime_now` tells.
+    pub(super) fn new(ctx: &Context<'_>, path: &Path, source: &str, clock: Clock) -> Result<Self, DataError> {
+        Self::within(LIMITS, ctx, path, source, clock)
+    }
+
+    fn within(limits: Limits, ctx: &Context<'_>, path: &Path, source: &str, clock: Clock) -> Result<Self, DataError> {
+        let bad = |what: String| DataError::from(CheckpointError::bad_file(path, what));
         if source.len() > MAX_SOURCE_BYTES {
-            return Err(format!("a template of {} bytes, at most {MAX_SOURCE_BYTES} are accepted", source.len()));
+            return Err(bad(format!("a template of {} bytes, at most {MAX_SOURCE_BYTES} are accepted", source.len())));
         }
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
-            let compiling = thread.spawn_scoped(scope, || Self::compile(source, clock));
-            let compiled = compiling.map_err(|e| format!("cannot start a thread: {e}"))?.join();
-            compiled.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        let watched = Watched::new(limits)?;
+        let source = source.to_owned();
+        let compiled = watched.run(ctx, move || compile(&source, clock));
+        let compiled = compiled.map_err(|why| abandoned(path, limits, why))?;
+        let (env, has_generation) = compiled.map_err(bad)?;
+        Ok(Self { path: path.to_owned(), env: Arc::new(env), watched, limits, has_generation })
     }
 
-    fn compile(source: &str, clock: Clock) -> Result<Self, String> {
-        let mut env = Environment::new();
-        let mut syntax = SyntaxConfig::builder();
-        syntax.trim_blocks(true).lstrip_blocks(true);
-        env.set_syntax(syntax.build().map_err(words)?);
-        env.set_fuel(Some(FUEL));
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.set_formatter(|out, state, value| {
-            let mut left = MAX_PRINTED;
-            measure(value, 0, &mut left)?;
-            minijinja::escape_formatter(out, state, value)
-        });
-        env.add_filter("tojson", to_json);
-        env.add_filter("generation", |text: String| format!("{BEGIN}{text}{END}"));
-        env.add_function("raise_exception", |message: String| -> Result<String, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        env.add_function("strftime_now", move |format: String| clock.format(&format));
-        let (source, has_generation) = generation_as_filter(source);
-        env.add_template_owned("template", source).map_err(words)?;
-        Ok(Self { env, has_generation })
+    /// Renders a row's values, within [`LIMITS`].
+    ///
+    /// # Errors
+    /// [`Failed::Row`] for what the template finds wrong with the row; else the template is at fault, or the user stopped the command.
+    pub(super) fn render(&self, ctx: &Context<'_>, values: Value) -> Result<Rendered, Failed> {
+        let env = Arc::clone(&self.env);
+        let rendered = self.watched.run(ctx, move || render(&env, values));
+        Ok(rendered.map_err(|why| abandoned(&self.path, self.limits, why))??)
     }
+}
 
-    /// Renders a row's values.
-    pub(super) fn render(&self, values: Value) -> Result<Rendered, String> {
-        let template = self.env.get_template("template").map_err(words)?;
-        let marked = template.render(values).map_err(words)?;
-        let (mut text, mut spans, mut begin) = (String::with_capacity(marked.len()), Vec::new(), None);
-        for c in marked.chars() {
-            match (c, begin) {
-                (BEGIN, None) => begin = Some(text.len()),
-                (END, Some(start)) => {
-                    spans.push(start..text.len());
-                    begin = None;
-                }
-                (BEGIN | END, _) => return Err("a generation block within another, or U+FDD0 in the text".to_owned()),
-                _ => text.push(c),
+/// The error for a template whose work was abandoned.
+fn abandoned(path: &Path, limits: Limits, why: Abandoned) -> DataError {
+    let what = match why {
+        Abandoned::Cancelled => return CheckpointError::Cancelled.into(),
+        Abandoned::TooLong => format!("the template takes longer than {} s for one row", limits.time.as_secs_f64()),
+        Abandoned::TooLarge => {
+            format!("the template takes more than {} MiB of memory for one row", limits.n_bytes >> 20)
+        }
+        Abandoned::Panicked => "the template engine fails on this template".to_owned(),
+    };
+    CheckpointError::bad_file(path, what).into()
+}
+
+/// The compiled template, and whether it has `{% generation %}` blocks.
+fn compile(source: &str, clock: Clock) -> Result<(Environment<'static>, bool), String> {
+    let mut env = Environment::new();
+    let mut syntax = SyntaxConfig::builder();
+    syntax.trim_blocks(true).lstrip_blocks(true);
+    env.set_syntax(syntax.build().map_err(words)?);
+    env.set_fuel(Some(FUEL));
+    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_formatter(|out, state, value| {
+        let mut left = MAX_PRINTED;
+        measure(value, 0, &mut left)?;
+        minijinja::escape_formatter(out, state, value)
+    });
+    env.add_filter("tojson", to_json);
+    env.add_filter("generation", |text: String| format!("{BEGIN}{text}{END}"));
+    env.add_function("raise_exception", |message: String| -> Result<String, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_function("strftime_now", move |format: String| clock.format(&format));
+    let (source, has_generation) = generation_as_filter(source);
+    env.add_template_owned("template", source).map_err(words)?;
+    Ok((env, has_generation))
+}
+
+fn render(env: &Environment<'static>, values: Value) -> Result<Rendered, String> {
+    let template = env.get_template("template").map_err(words)?;
+    let marked = template.render(values).map_err(words)?;
+    let (mut text, mut spans, mut begin) = (String::with_capacity(marked.len()), Vec::new(), None);
+    for c in marked.chars() {
+        match (c, begin) {
+            (BEGIN, None) => begin = Some(text.len()),
+            (END, Some(start)) => {
+                spans.push(start..text.len());
+                begin = None;
             }
+            (BEGIN | END, _) => return Err("a generation block within another, or U+FDD0 in the text".to_owned()),
+            _ => text.push(c),
         }
-        Ok(Rendered { text, spans })
     }
+    Ok(Rendered { text, spans })
 }
 
 /// Proves that a value is small enough to be printed.
@@ -311,7 +355,13 @@ mod tests {
     use super::*;
 
     fn render(source: &str, json: Json) -> Result<Rendered, String> {
-        Jinja::new(source, Clock::new(0))?.render(value(&json))
+        let ctx = Context::default();
+        let words = |e: DataError| e.to_string().replace("my.jinja: ", "");
+        let template = Jinja::new(&ctx, Path::new("my.jinja"), source, Clock::new(0)).map_err(words)?;
+        template.render(&ctx, value(&json)).map_err(|failed| match failed {
+            Failed::Row(what) => what,
+            Failed::Other(error) => words(error),
+        })
     }
 
     fn text(source: &str, json: Json) -> String {
@@ -366,7 +416,7 @@ mod tests {
         assert_eq!(rendered.text, "<u>hé<a>yes!\n<a>!\n");
         let learned: Vec<&str> = rendered.spans.iter().map(|span| &rendered.text[span.clone()]).collect();
         assert_eq!(learned, ["yes!", "!"]);
-        assert!(!Jinja::new("{% set generation = 1 %}{{ generation }}", Clock::new(0)).expect("good").has_generation);
+        assert!(!generation_as_filter("{% set generation = 1 %}{{ generation }}").1);
     }
 
     #[test]

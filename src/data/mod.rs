@@ -24,6 +24,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+mod watch;
 
 pub use batch::{Batch, BatchLimits, Batches, IGNORE};
 pub use clock::Clock;

@@ -5,12 +5,13 @@ use std::{ops::Range, path::Path};
 use rayon::prelude::*;
 
 use super::{
-    Clock, DataError, Dataset, Place, Template, Tokenizer,
+    Clock, DataError, Dataset, Template, Tokenizer,
+    error::Failed,
     form::{Form, Text},
-    jinja::{Rendered, STACK_BYTES},
+    jinja::Rendered,
     rows::{Row, Rows},
 };
-use crate::checkpoint::{CheckpointError, Context, probe};
+use crate::checkpoint::Context;
 
 /// Rows that are encoded at a time, and their bytes: what is in memory beside the dataset.
 const CHUNK_ROWS: usize = 1024;
@@ -64,12 +65,14 @@ pub struct DataReport {
     pub n_cut_rows: u64,
     /// Tokens cut.
     pub n_cut_tokens: u64,
-    /// Rows left out: their response is empty.
+    /// Rows left out: their response is empty, or their messages say that nothing of it is learned.
     pub n_empty: u64,
     /// Rows left out: nothing that is learned is left within the length.
     pub n_unsupervised: u64,
     /// Rows whose prompt would end within a token, had it been encoded with its response: the two were encoded apart.
     pub n_apart: u64,
+    /// Examples of which no token that ends a text is learned. Where that is every example, the model does not learn to stop.
+    pub n_without_stop: u64,
 }
 
 /// Reads a file of rows, a JSON array or JSON lines, as token ids.
@@ -77,7 +80,8 @@ pub struct DataReport {
 /// Prompt and response are encoded together, as transformers users expect. Where the tokens of the prompt alone are not
 /// how that begins, since a token would reach across, the two are encoded apart: a model that answers sees the prompt
 /// alone, and is to have learned from just these tokens. The begin token is added where the tokenizer's post-processor
-/// adds it, the end token always; a conversation is encoded as its chat template wrote it.
+/// adds it, the end token always. A conversation is encoded as its chat template wrote it; where no token that ends a text is
+/// learned of an answer, the stop token right behind it is learned too, or, at the end of the text, the end token is added.
 ///
 /// Memory: the dataset, and some megabytes of rows under way. Threads: those of the current rayon pool; the order of
 /// examples is the file's.
@@ -99,7 +103,7 @@ pub fn read_dataset(
         report.form = chunk.form.name();
         // Each row's own result, so that the first bad row of the file is told, whichever thread ended first.
         let encoded: Vec<Result<Encoded, Failed>> =
-            chunk.map(|form, row| encode(tokenizer, form.text(&row.fields, options.loss)?, options));
+            chunk.map(|form, row| encode(tokenizer, form.text(ctx, &row.fields, options.loss)?, options));
         for (row, encoded) in chunk.rows.iter().zip(encoded) {
             report.n_rows += 1;
             report.add(encoded.map_err(|failed| failed.at(path, row.place))?, &mut dataset);
@@ -115,7 +119,8 @@ pub fn read_dataset(
         let what = match report.n_rows {
             0 => "it holds no row".to_owned(),
             n => format!(
-                "nothing is left to learn from its {n} rows: {} have an empty response, {} have none within {} tokens",
+                "nothing is left to learn from its {n} rows: {} have an empty response or one that is ruled out, {} have none \
+                 within {} tokens",
                 report.n_empty, report.n_unsupervised, options.max_length
             ),
         };
@@ -136,6 +141,7 @@ impl DataReport {
         } else if encoded.spans.iter().all(|span| span.end.min(encoded.tokens.len()) <= span.start.max(1)) {
             self.n_unsupervised += 1;
         } else {
+            self.n_without_stop += u64::from(!encoded.has_stop);
             dataset.push_spans(&encoded.tokens, &encoded.spans);
         }
     }
@@ -145,8 +151,6 @@ impl DataReport {
 pub(super) struct Chunk<'r> {
     /// Their form.
     pub form: &'r Form,
-    /// Threads with more stack than usual, for templates.
-    pool: Option<&'r rayon::ThreadPool>,
     /// The rows.
     pub rows: Vec<Row>,
 }
@@ -154,11 +158,7 @@ pub(super) struct Chunk<'r> {
 impl Chunk<'_> {
     /// Makes something of each row, in their order.
     pub(super) fn map<T: Send>(&self, make: impl Fn(&Form, &Row) -> T + Send + Sync) -> Vec<T> {
-        let all = || self.rows.par_iter().map(|row| make(self.form, row)).collect();
-        match self.pool {
-            Some(pool) => pool.install(all),
-            None => all(),
-        }
+        self.rows.par_iter().map(|row| make(self.form, row)).collect()
     }
 }
 
@@ -172,7 +172,6 @@ pub(super) struct FormReader<'a> {
     tokenizer: &'a Tokenizer,
     clock: Clock,
     form: Option<Form>,
-    pool: Option<rayon::ThreadPool>,
     n_told: u64,
 }
 
@@ -186,20 +185,8 @@ impl<'a> FormReader<'a> {
         limit: Option<u64>,
     ) -> Result<Self, DataError> {
         let rows = Rows::open(path)?;
-        let n_bytes = probe::metadata(path)?.map_or(0, |meta| meta.len());
-        ctx.observer.begin("read data", n_bytes);
-        Ok(Self {
-            ctx,
-            path,
-            rows,
-            left: limit.unwrap_or(u64::MAX),
-            template,
-            tokenizer,
-            clock,
-            form: None,
-            pool: None,
-            n_told: 0,
-        })
+        ctx.observer.begin("read data", rows.n_bytes());
+        Ok(Self { ctx, path, rows, left: limit.unwrap_or(u64::MAX), template, tokenizer, clock, form: None, n_told: 0 })
     }
 
     /// The next rows, at most [`CHUNK_ROWS`] and about [`CHUNK_BYTES`].
@@ -216,18 +203,11 @@ impl<'a> FormReader<'a> {
         self.n_told = self.rows.n_bytes_read();
         let Some(first) = chunk.first() else { return Ok(None) };
         if self.form.is_none() {
-            let form = Form::of(self.template, &first.fields, self.tokenizer, self.clock)?;
+            let form = Form::of(self.ctx, self.template, &first.fields, self.tokenizer, self.clock)?;
             let bad = |what| DataError::BadRow { path: self.path.to_owned(), place: first.place, what };
-            let form = form.map_err(bad)?;
-            if form.has_template() {
-                let n_threads = rayon::current_num_threads();
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).stack_size(STACK_BYTES).build();
-                let io = |e| CheckpointError::io("start threads to read", self.path, std::io::Error::other(e));
-                self.pool = Some(pool.map_err(io)?);
-            }
-            self.form = Some(form);
+            self.form = Some(form.map_err(bad)?);
         }
-        Ok(self.form.as_ref().map(|form| Chunk { form, pool: self.pool.as_ref(), rows: chunk }))
+        Ok(self.form.as_ref().map(|form| Chunk { form, rows: chunk }))
     }
 
     /// The BLAKE3 of the whole file, what a limit left unread included.
@@ -245,34 +225,8 @@ struct Encoded {
     n_cut: usize,
     is_apart: bool,
     is_empty: bool,
-}
-
-/// Why a row could not be encoded.
-pub(super) enum Failed {
-    Row(String),
-    Tokenizer(DataError),
-}
-
-impl Failed {
-    /// The error of a row of a file.
-    pub(super) fn at(self, path: &Path, place: Place) -> DataError {
-        match self {
-            Self::Row(what) => DataError::BadRow { path: path.to_owned(), place, what },
-            Self::Tokenizer(error) => error,
-        }
-    }
-}
-
-impl From<String> for Failed {
-    fn from(what: String) -> Self {
-        Self::Row(what)
-    }
-}
-
-impl From<DataError> for Failed {
-    fn from(error: DataError) -> Self {
-        Self::Tokenizer(error)
-    }
+    /// Whether a token that ends a text is learned.
+    has_stop: bool,
 }
 
 fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<Encoded, Failed> {
@@ -285,34 +239,61 @@ fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<En
             if !tokens.ends_with(tokenizer.ending()) {
                 tokens.extend_from_slice(tokenizer.ending());
             }
-            let learned = n_prompt..tokens.len();
+            let learned = if options.loss == Loss::All { 0..tokens.len() } else { n_prompt..tokens.len() };
             Encoded { tokens, spans: vec![learned], is_apart, ..Encoded::default() }
         }
         Text::Marked(rendered) => {
             let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
-            let is_empty = options.loss == Loss::Response && rendered.spans.iter().all(Range::is_empty);
+            let is_empty = rendered.spans.iter().all(Range::is_empty);
             Encoded { tokens, spans, is_empty, ..Encoded::default() }
         }
     };
-    if options.loss == Loss::All {
-        let all = 0..encoded.tokens.len();
-        encoded.spans = vec![all];
-    }
     encoded.n_cut = encoded.tokens.len().saturating_sub(options.max_length);
     encoded.tokens.truncate(options.max_length);
+    let learned = encoded.spans.iter().map(|span| span.start..span.end.min(encoded.tokens.len()));
+    encoded.has_stop = learned.filter(|span| !span.is_empty()).any(|span| has_stop(tokenizer, &encoded.tokens[span]));
     Ok(encoded)
 }
 
-/// Encodes a text that is complete; of its spans, which tokens they are.
+/// Encodes a text that is complete; of its spans, which tokens they are, the end of an answer included (see [`learn_to_stop`]).
 pub(super) fn encode_marked(
     tokenizer: &Tokenizer,
     rendered: &Rendered,
 ) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
-    let (tokens, places) = tokenizer.encode_with_places(&rendered.text)?;
+    let (mut tokens, places) = tokenizer.encode_with_places(&rendered.text)?;
     // Where a token reaches across the begin of a span it belongs to what comes before.
     let index = |byte: usize| places.partition_point(|place| place.start < byte);
-    let spans = rendered.spans.iter().map(|span| index(span.start)..index(span.end)).collect();
+    let mut spans: Vec<Range<usize>> = rendered.spans.iter().map(|span| index(span.start)..index(span.end)).collect();
+    learn_to_stop(tokenizer, &mut tokens, &mut spans);
     Ok((tokens, spans))
+}
+
+/// Lets every answer end with a token that ends a text, where that can be.
+///
+/// Some templates mark an answer's content alone and write the end token behind it: it is learned too. Others write none, since the next
+/// turn's marker ends an answer: behind the last answer, where the text ends, the end token is added. Where anything else follows, the
+/// template means what it writes.
+fn learn_to_stop(tokenizer: &Tokenizer, tokens: &mut Vec<u32>, spans: &mut [Range<usize>]) {
+    for i in 0..spans.len() {
+        let Range { start, end } = spans[i];
+        let follows_at_once = spans.get(i + 1).is_some_and(|next| next.start <= end);
+        if start >= end || follows_at_once || has_stop(tokenizer, &tokens[start..end]) {
+            continue;
+        }
+        match tokens.get(end) {
+            Some(&next) if has_stop(tokenizer, &[next]) => spans[i].end += 1,
+            Some(_) => {}
+            None => {
+                tokens.extend_from_slice(tokenizer.ending());
+                spans[i].end = tokens.len();
+            }
+        }
+    }
+}
+
+/// Whether one of these tokens ends a text.
+fn has_stop(tokenizer: &Tokenizer, tokens: &[u32]) -> bool {
+    tokens.iter().any(|token| tokenizer.stops().contains(token) || tokenizer.ending().contains(token))
 }
 
 /// A prompt and what follows it as token ids.

@@ -33,6 +33,7 @@ pub struct Row {
 /// A byte order mark, CRLF line ends and empty lines are let through. Memory: one row, at most [`MAX_ROW_BYTES`] of it.
 pub struct Rows {
     path: PathBuf,
+    n_bytes: u64,
     bytes: Bytes,
     form: Form,
     n_rows: u64,
@@ -50,9 +51,10 @@ enum Form {
 impl Rows {
     /// Opens a file, and looks at its first byte that is no space.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let (file, _) = open_regular(path, "read")?;
+        let (file, meta) = open_regular(path, "read")?;
         let mut rows = Self {
             path: path.to_owned(),
+            n_bytes: meta.len(),
             bytes: Bytes::new(file),
             form: Form::Lines,
             n_rows: 0,
@@ -114,6 +116,11 @@ impl Rows {
             self.bytes.at = self.bytes.end;
         }
         Ok(())
+    }
+
+    /// Bytes of the file when it was opened.
+    pub(super) fn n_bytes(&self) -> u64 {
+        self.n_bytes
     }
 
     /// Bytes read so far.

@@ -6,8 +6,9 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     DataError, Loss, ReadOptions, Template, Tokenizer,
+    error::Failed,
     form::{COMMONSENSE_ANSWER, Form, Text, field, text_or_number},
-    read::{Failed, FormReader, encode_marked, encode_pair},
+    read::{FormReader, encode_marked, encode_pair},
 };
 use crate::checkpoint::Context;
 
@@ -83,7 +84,7 @@ pub fn read_questions(
     let mut questions = Vec::new();
     let mut reader = FormReader::open(ctx, path, tokenizer, template, options.clock, options.limit)?;
     while let Some(chunk) = reader.next_chunk()? {
-        let made = chunk.map(|form, row| question(tokenizer, form, task, &row.fields));
+        let made = chunk.map(|form, row| question(ctx, tokenizer, form, task, &row.fields));
         for (row, question) in chunk.rows.iter().zip(made) {
             questions.push(question.map_err(|failed| failed.at(path, row.place))?);
         }
@@ -94,15 +95,21 @@ pub fn read_questions(
     Ok(questions)
 }
 
-fn question(tokenizer: &Tokenizer, form: &Form, task: Task, row: &Map<String, Json>) -> Result<Question, Failed> {
+fn question(
+    ctx: &Context<'_>,
+    tokenizer: &Tokenizer,
+    form: &Form,
+    task: Task,
+    row: &Map<String, Json>,
+) -> Result<Question, Failed> {
     let (answer, named) = answers(task, row)?;
     let mut question = Question { prompt: Vec::new(), answer, candidates: Vec::new(), text: None };
     if form.writes_answers() {
         if named.is_empty() {
-            (question.prompt, _) = written(tokenizer, form, row, &question.answer)?;
+            (question.prompt, _) = written(ctx, tokenizer, form, row, &question.answer)?;
         }
         for candidate in named {
-            let (prompt, tokens) = written(tokenizer, form, row, &candidate)?;
+            let (prompt, tokens) = written(ctx, tokenizer, form, row, &candidate)?;
             match question.candidates.first() {
                 Some((first, _)) if prompt != question.prompt => {
                     let what = format!("its prompt for the answer \"{candidate}\" is not that for \"{first}\"");
@@ -116,7 +123,7 @@ fn question(tokenizer: &Tokenizer, form: &Form, task: Task, row: &Map<String, Js
             question.candidates.push((candidate, tokens));
         }
     } else {
-        let prompt = form.prompt(row)?;
+        let prompt = form.prompt(ctx, row)?;
         question.prompt = [tokenizer.prefix(), &tokenizer.encode(&prompt)?].concat();
         for candidate in named {
             let pair = encode_pair(tokenizer, &prompt, &format!("{COMMONSENSE_ANSWER}{candidate}"))?;
@@ -149,6 +156,7 @@ fn answers(task: Task, row: &Map<String, Json>) -> Result<(String, Vec<String>),
 
 /// The prompt, and what a template that writes answers itself writes for one: the tokens of its `{% generation %}` block.
 fn written(
+    ctx: &Context<'_>,
     tokenizer: &Tokenizer,
     form: &Form,
     row: &Map<String, Json>,
@@ -157,7 +165,7 @@ fn written(
     let mut row = row.clone();
     row.insert("answer".to_owned(), answer.into());
     row.insert("output".to_owned(), format!("{COMMONSENSE_ANSWER}{answer}").into());
-    let Text::Marked(rendered) = form.text(&row, Loss::Response)? else { unreachable!("it marks what it writes") };
+    let Text::Marked(rendered) = form.text(ctx, &row, Loss::Response)? else { unreachable!("it marks what it writes") };
     let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
     match &spans[..] {
         [span] if span.is_empty() => {

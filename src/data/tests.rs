@@ -117,7 +117,7 @@ fn all_of_a_row_is_learned_where_that_is_asked_for() {
     assert_eq!(place.shown(r#"{"prompt":"a","completion":"b"}"#, &all).expect("good"), ["<s>[ab</s>]"]);
     place.write("chat_template.jinja", CHATML);
     let shown = place.shown(TALK, &all).expect("good").remove(0);
-    assert!(shown.starts_with("<[|im_start|>user\nh") && shown.ends_with("the end<|im_end|>\n]"), "{shown}");
+    assert!(shown.starts_with("<[|im_start|>user\nh") && shown.ends_with("the end<|im_end|>\n</s>]"), "{shown}");
 }
 
 #[test]
@@ -125,8 +125,89 @@ fn what_assistants_say_is_learned_of_a_conversation() {
     let place = Place::new();
     place.write("chat_template.jinja", CHATML);
     let expected = "<|im_start|>user\nhé?<|im_end|>\n<|im_start|>assistant\n[in<|im_end|>\n]<|im_start|>user\nso<|im_end|>\n\
-                    <|im_start|>assistant\n[the end<|im_end|>\n]";
+                    <|im_start|>assistant\n[the end<|im_end|>\n</s>]";
     assert_eq!(place.shown(TALK, &options()).expect("good"), [expected]);
+}
+
+/// Two answers, of which the first carries a field.
+fn weighed(field: &str) -> String {
+    TALK.replacen("\"content\":\"in\"", &format!("\"content\":\"in\",{field}"), 1)
+}
+
+#[test]
+fn a_message_that_is_ruled_out_is_not_learned() {
+    let place = Place::new();
+    let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
+                   {% else %}({{ m.content }}){% endif %}{% endfor %}";
+    for field in ["weight", "train", "loss_mask", "trainable"] {
+        for (value, is_learned) in
+            [("0", false), ("false", false), ("0.0", false), ("1", true), ("true", true), ("null", true)]
+        {
+            let row = weighed(&format!("\"{field}\":{value}"));
+            let answer = if is_learned { "[in<|im_end|>\n]" } else { "in<|im_end|>\n" };
+            place.write("chat_template.jinja", CHATML);
+            let shown = place.shown(&row, &options()).expect("good").remove(0);
+            assert!(shown.contains(&format!("assistant\n{answer}<|im_start|>")), "{field}: {value}: {shown}");
+            assert!(shown.ends_with("[the end<|im_end|>\n</s>]"), "{shown}");
+            place.write("chat_template.jinja", marking);
+            let answer = if is_learned { "[in</s>]" } else { "in</s>" };
+            let expected = format!("(hé?){answer}(so)[the end</s>]");
+            assert_eq!(place.shown(&row, &options()).expect("good"), [expected], "{field}: {value}");
+        }
+    }
+    place.write("chat_template.jinja", CHATML);
+    let all = ReadOptions { loss: Loss::All, ..options() };
+    let shown = place.shown(&weighed("\"weight\":0"), &all).expect("good").remove(0);
+    assert!(shown.contains("assistant\n]in<|im_end|>\n[<|im_start|>"), "of all, too: {shown}");
+    let (_, report) = place
+        .read(&format!("{TALK}\n{}", weighed("\"weight\":0").replace("\"the end\"", "\"x\",\"weight\":0")), &options())
+        .expect("good");
+    assert_eq!((report.n_rows, report.n_examples, report.n_empty), (2, 1, 1), "nothing is learned of the second row");
+}
+
+#[test]
+fn a_weight_that_means_nothing_clear_is_refused_by_name() {
+    let place = Place::new();
+    place.write("chat_template.jinja", CHATML);
+    for (field, expected) in [
+        ("\"weight\":0.5", "message 1: weight: expected 0 or 1, found 0.5"),
+        ("\"weight\":2", "message 1: weight: expected 0 or 1, found 2"),
+        ("\"train\":\"no\"", "message 1: train: expected 0 or 1, true or false, found a string"),
+        ("\"loss_mask\":[1]", "message 1: loss_mask: expected 0 or 1, true or false, found an array"),
+        ("\"weight\":1,\"trainable\":false", "message 1: trainable: it contradicts weight"),
+    ] {
+        let words = place.shown(&weighed(field), &options()).expect_err("unclear");
+        assert_eq!(words, format!("rows: line 1: field \"messages\": {expected}"));
+    }
+    let row = TALK.replacen("\"role\":\"user\"", "\"role\":\"user\",\"train\":true", 1);
+    let words = place.shown(&row, &options()).expect_err("not what is learned");
+    assert!(words.starts_with("rows: line 1: field \"messages\": message 0: train: it asks to learn"), "{words}");
+    assert!(place.shown(&row, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
+    place.write(
+        "chat_template.jinja",
+        "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
+    );
+    let words = place.shown(&weighed("\"weight\":0"), &options()).expect_err("which is it");
+    assert!(words.contains("marks 1 answers with {% generation %} where 2 assistant messages are"), "{words}");
+}
+
+#[test]
+fn an_answer_ends_with_the_token_that_ends_a_text() {
+    let place = Place::new();
+    let shown = |template: &str| {
+        place.write("chat_template.jinja", template);
+        let shown = place.shown(TALK, &options()).expect("good").remove(0);
+        (shown, place.read(TALK, &options()).expect("good").1.n_without_stop)
+    };
+    let marks_content = "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\
+                         {% else %}{{ m.content }}{% endif %}{{ eos_token }}\n{% endfor %}";
+    let expected = "u:hé?</s>\na:[in</s>]\nu:so</s>\na:[the end</s>]\n";
+    assert_eq!(shown(marks_content), (expected.to_owned(), 0), "the token right behind what is marked");
+    let roles_alone = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
+    let expected = "<u>hé?<a>[in]<u>so<a>[the end</s>]";
+    assert_eq!(shown(roles_alone), (expected.to_owned(), 0), "added where the text ends");
+    let no_end = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}";
+    assert_eq!(shown(no_end).1, 1, "what the template writes is believed, and reported");
 }
 
 #[test]
@@ -185,7 +266,7 @@ fn dates_are_those_of_the_clock() {
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}",
     );
     let row = r#"{"messages":[{"role":"assistant","content":"a"}]}"#;
-    assert_eq!(place.shown(row, &ReadOptions { loss: Loss::All, ..options() }).expect("good"), ["2[9 Feb 2024 a]"]);
+    assert_eq!(place.shown(row, &ReadOptions { loss: Loss::All, ..options() }).expect("good"), ["2[9 Feb 2024 a</s>]"]);
 }
 
 #[test]
@@ -213,7 +294,8 @@ fn long_rows_are_cut_and_counted() {
     let words = place.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
     assert_eq!(
         words,
-        "rows: nothing is left to learn from its 4 rows: 1 have an empty response, 3 have none within 2 tokens"
+        "rows: nothing is left to learn from its 4 rows: 1 have an empty response or one that is ruled out, 3 have none within 2 \
+         tokens"
     );
 }
 
@@ -288,6 +370,19 @@ fn what_is_no_tokenizer_is_said() {
 }
 
 #[test]
+fn a_tokenizer_that_makes_its_library_panic_is_a_bad_file() {
+    let place = Place::new();
+    let text = fs::read_to_string(place.path("tokenizer.json")).expect("there");
+    let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    json["decoder"] = serde_json::json!({"type": "DECODER"});
+    // A lone surrogate, which the library does not expect.
+    place.write("tokenizer.json", json.to_string().replace("DECODER", "\\ud800"));
+    let error = Tokenizer::open(place.0.path()).map(|_| ()).expect_err("broken");
+    assert_eq!(error.kind(), ErrorKind::BadInput);
+    assert!(place.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+}
+
+#[test]
 fn a_tokenizer_that_adds_what_it_does_not_define_is_refused() {
     let place = Place::new();
     let text = fs::read_to_string(place.path("tokenizer.json")).expect("there");
@@ -301,7 +396,8 @@ fn a_tokenizer_that_adds_what_it_does_not_define_is_refused() {
 #[test]
 fn hostile_templates_fail_in_words() {
     let place = Place::new();
-    let grown = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let grown =
+        "{% set ns = namespace(x=['x' * 1000]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
     let deep = "{% set ns = namespace(x=[1]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}";
     for (source, expected) in [
         (format!("{{{{ 1{} }}}}", "+1".repeat(60_000)), None),

@@ -8,7 +8,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::DataError;
-use crate::checkpoint::{CheckpointError, Printable, probe, read_whole};
+use crate::checkpoint::{CheckpointError, Printable, guarded, probe, read_whole};
 
 /// The largest tokenizer.json in use has 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -46,15 +46,10 @@ impl Tokenizer {
                 bad(format!("its post-processor adds \"{}\", which it does not define", Printable(&missing))).into()
             );
         }
-        let mut inner: tokenizers::Tokenizer = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| bad(format!("not a tokenizer: {}", Printable(&e.to_string()))))?;
+        let parsed = guarded(|| parse(&bytes))
+            .map_err(|_| bad("not a tokenizer: the tokenizers library fails on it".to_owned()))?;
+        let (inner, (prefix, suffix)) = parsed.map_err(bad)?;
         drop(bytes);
-        // What a file says of cutting and padding is a memory of its last use, not a property of the model.
-        inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
-        inner.with_padding(None);
-        let (prefix, suffix) = surroundings(&inner).map_err(bad)?;
-        // From here on texts are encoded without it: it would move offsets besides.
-        inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
 
         let config = Config::read(folder, "config.json")?;
         let generation = Config::read(folder, "generation_config.json")?;
@@ -93,14 +88,14 @@ impl Tokenizer {
     ///
     /// Special tokens that are written out in the text become themselves, as in transformers.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.unfit(&e))?;
+        let encoding = self.guarded(|inner| inner.encode_fast(text, false))?;
         self.within_vocabulary(encoding.get_ids())?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The same, and where in the text each token stands, in bytes.
     pub(super) fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
-        let encoding = self.inner.encode(text, false).map_err(|e| self.unfit(&e))?;
+        let encoding = self.guarded(|inner| inner.encode(text, false))?;
         self.within_vocabulary(encoding.get_ids())?;
         let places = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
         Ok((encoding.get_ids().to_vec(), places))
@@ -108,12 +103,12 @@ impl Tokenizer {
 
     /// The text of token ids, without special tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, DataError> {
-        self.inner.decode(tokens, true).map_err(|e| self.unfit(&e))
+        self.guarded(|inner| inner.decode(tokens, true))
     }
 
     /// The text of token ids, special tokens written out.
     pub fn decode_all(&self, tokens: &[u32]) -> Result<String, DataError> {
-        self.inner.decode(tokens, false).map_err(|e| self.unfit(&e))
+        self.guarded(|inner| inner.decode(tokens, false))
     }
 
     /// What the tokenizer puts before a text: the begin token, or nothing.
@@ -159,10 +154,31 @@ impl Tokenizer {
         Err(CheckpointError::bad_file(&self.path, what).into())
     }
 
-    fn unfit(&self, error: &tokenizers::Error) -> DataError {
-        CheckpointError::bad_file(&self.path, format!("a text cannot be encoded: {}", Printable(&error.to_string())))
-            .into()
+    /// Lets the tokenizers library work; what it fails at, in whatever way, is the file's fault.
+    fn guarded<T>(&self, work: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>) -> Result<T, DataError> {
+        let what = match guarded(|| work(&self.inner)) {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => Printable(&error.to_string()).to_string(),
+            Err(_) => "the tokenizers library fails on it".to_owned(),
+        };
+        Err(CheckpointError::bad_file(&self.path, format!("a text cannot be encoded: {what}")).into())
     }
+}
+
+/// What the post-processor puts before a text, and behind it.
+type Surroundings = (Vec<u32>, Vec<u32>);
+
+/// A tokenizer that encodes texts as they are, and what its file puts around them.
+fn parse(bytes: &[u8]) -> Result<(tokenizers::Tokenizer, Surroundings), String> {
+    let mut inner: tokenizers::Tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
+        .map_err(|e| format!("not a tokenizer: {}", Printable(&e.to_string())))?;
+    // What a file says of cutting and padding is a memory of its last use, not a property of the model.
+    inner.with_truncation(None).map_err(|e| e.to_string())?;
+    inner.with_padding(None);
+    let surroundings = surroundings(&inner)?;
+    // From here on texts are encoded without it: it would move offsets besides.
+    inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
+    Ok((inner, surroundings))
 }
 
 /// A token that a template of the post-processor adds and does not define; the crate would panic over it.
@@ -185,7 +201,7 @@ fn undefined_specials(template: &Value) -> Vec<String> {
 }
 
 /// What the post-processor puts before and behind a text.
-fn surroundings(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), String> {
+fn surroundings(inner: &tokenizers::Tokenizer) -> Result<Surroundings, String> {
     let ids = |with: bool| {
         let encoding = inner.encode_fast("a", with).map_err(|e| Printable(&e.to_string()).to_string())?;
         Ok::<_, String>(encoding.get_ids().to_vec())
@@ -200,6 +216,14 @@ fn find<'a>(specials: &'a [(String, String)], name: &str) -> Option<&'a str> {
     specials.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
 }
 
+/// A whole file, or nothing where there is none.
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, CheckpointError> {
+    match read_whole(path, MAX_CONFIG_BYTES) {
+        Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
 /// A JSON configuration; empty where there is no such file.
 struct Config {
     path: PathBuf,
@@ -209,10 +233,7 @@ struct Config {
 impl Config {
     fn read(folder: &Path, name: &str) -> Result<Self, DataError> {
         let path = folder.join(name);
-        if !probe::is_present(&path)? {
-            return Ok(Self { path, fields: Map::new() });
-        }
-        let bytes = read_whole(&path, MAX_CONFIG_BYTES)?;
+        let Some(bytes) = read_if_there(&path)? else { return Ok(Self { path, fields: Map::new() }) };
         let fields = serde_json::from_slice(&bytes).map_err(|e| {
             CheckpointError::bad_file(&path, format!("not a JSON object: {}", Printable(&e.to_string())))
         })?;
@@ -239,8 +260,8 @@ impl Config {
     /// `chat_template.jinja`, or the field: a text, or a list of named ones, of which `default` counts.
     fn chat_template(&self, folder: &Path) -> Result<Option<(PathBuf, String)>, DataError> {
         let path = folder.join("chat_template.jinja");
-        if probe::is_present(&path)? {
-            let source = String::from_utf8(read_whole(&path, MAX_CONFIG_BYTES)?).map_err(|e| {
+        if let Some(bytes) = read_if_there(&path)? {
+            let source = String::from_utf8(bytes).map_err(|e| {
                 CheckpointError::bad_file(&path, format!("not UTF-8, at byte {}", e.utf8_error().valid_up_to()))
             })?;
             return Ok(Some((path, source)));

@@ -148,21 +148,30 @@ impl ModelConfig {
         let fields = Fields(config);
         let (d_model, n_q) = (fields.size("hidden_size")?, fields.size("num_attention_heads")?);
         let n_kv = fields.size_or("num_key_value_heads", n_q)?;
+        if fields.present("head_dim").is_none() && d_model % n_q != 0 {
+            return Err(format!("`hidden_size` is {d_model}, a multiple of `num_attention_heads` ({n_q}) is needed"));
+        }
         let d_head = fields.size_or("head_dim", d_model / n_q)?;
         if n_q % n_kv != 0 {
-            return Err(format!("{n_q} attention heads cannot share {n_kv} key heads evenly"));
+            return Err(format!(
+                "`num_key_value_heads` is {n_kv}: {n_q} attention heads cannot share {n_kv} key heads evenly"
+            ));
         }
-        if d_head == 0 || d_head % 2 != 0 {
-            return Err(format!("heads are {d_head} wide, an even number is needed"));
+        if d_head % 2 != 0 {
+            return Err(format!("`head_dim` is {d_head}, an even number is needed"));
         }
         fields.is("hidden_act", "silu", &["silu", "swish"])?;
         let max_positions = fields.size_or("max_position_embeddings", MOST as usize)?;
         let window = match config.get("sliding_window") {
-            Some(Value::Number(window)) if fields.flag("use_sliding_window", model_type == "mistral")? => {
-                window.as_u64().ok_or("`sliding_window` is no size")? as usize
+            Some(Value::Number(_)) if fields.flag("use_sliding_window", model_type == "mistral")? => {
+                fields.size("sliding_window")?
             }
             _ => usize::MAX,
         };
+        let rope = Rope::read(config)?;
+        if rope.frequencies(d_head).iter().any(|frequency| !frequency.is_finite()) {
+            return Err(format!("`rope_theta` is {}: some rotation frequencies are not finite", rope.theta));
+        }
         Ok(Self {
             model_type: model_type.to_owned(),
             d_model,
@@ -170,8 +179,8 @@ impl ModelConfig {
             n_layers: fields.size("num_hidden_layers")?,
             heads: Heads { n_q, n_kv, d_head },
             n_vocab: fields.size("vocab_size")?,
-            norm_eps: fields.number_or("rms_norm_eps", 1e-6)? as f32,
-            rope: Rope::read(config)?,
+            norm_eps: fields.positive_or("rms_norm_eps", 1e-6)? as f32,
+            rope,
             is_tied: fields.flag("tie_word_embeddings", false)?,
             has_head_norms: model_type == "qwen3",
             max_positions: max_positions.min(window),
@@ -193,12 +202,9 @@ impl Rope {
         let empty = Map::new();
         let fields = Fields(scaling.unwrap_or(&empty));
         let theta = match fields.0.contains_key("rope_theta") {
-            true => fields.number("rope_theta")?,
-            false => Fields(config).number_or("rope_theta", 10_000.0)?,
+            true => fields.positive("rope_theta")?,
+            false => Fields(config).positive_or("rope_theta", 10_000.0)?,
         };
-        if !(theta.is_finite() && theta > 0.0) {
-            return Err(format!("`rope_theta` is {theta}"));
-        }
         let partial = Fields(config).number_or("partial_rotary_factor", 1.0)?;
         if fields.number_or("partial_rotary_factor", partial)? != 1.0 {
             return Err("`partial_rotary_factor` is not 1: heads that are turned in part are not known".to_owned());
@@ -206,13 +212,16 @@ impl Rope {
         let kind = ["rope_type", "type"].iter().find_map(|name| fields.0.get(*name)?.as_str()).unwrap_or("default");
         let scaling = match kind {
             "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: fields.number("factor")? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: fields.number("factor")?,
-                low: fields.number("low_freq_factor")?,
-                high: fields.number("high_freq_factor")?,
-                original: fields.number("original_max_position_embeddings")?,
-            },
+            "linear" => RopeScaling::Linear { factor: fields.positive("factor")? },
+            "llama3" => {
+                let (low, high) = (fields.positive("low_freq_factor")?, fields.positive("high_freq_factor")?);
+                if high <= low {
+                    return Err(format!("`high_freq_factor` is {high}, more than `low_freq_factor` ({low}) is needed"));
+                }
+                let (factor, original) =
+                    (fields.positive("factor")?, fields.positive("original_max_position_embeddings")?);
+                RopeScaling::Llama3 { factor, low, high, original }
+            }
             other => {
                 let other = Printable(other);
                 return Err(format!("rope scaling `{other}` is not known: default, linear and llama3 are"));
@@ -247,6 +256,17 @@ impl Fields<'_> {
 
     fn number_or(&self, name: &str, default: f64) -> Result<f64, String> {
         if self.present(name).is_some() { self.number(name) } else { Ok(default) }
+    }
+
+    /// A number above zero, in float32 too: what the passes compute with.
+    fn positive(&self, name: &str) -> Result<f64, String> {
+        let number = self.number(name)?;
+        let is_positive = number as f32 > 0.0 && (number as f32).is_finite();
+        is_positive.then_some(number).ok_or_else(|| format!("`{name}` is {number}, a positive number is needed"))
+    }
+
+    fn positive_or(&self, name: &str, default: f64) -> Result<f64, String> {
+        if self.present(name).is_some() { self.positive(name) } else { Ok(default) }
     }
 
     fn flag(&self, name: &str, default: bool) -> Result<bool, String> {
@@ -328,8 +348,48 @@ mod tests {
         assert_eq!(said(json!({"rope_scaling": {"type": "linear"}})), "`factor` is missing");
         assert_eq!(said(json!({"vocab_size": null})), "`vocab_size` is missing");
         assert_eq!(said(json!({"vocab_size": 1.5})), "`vocab_size` is 1.5, a size up to 16777216 is needed");
-        assert_eq!(said(json!({"num_key_value_heads": 3})), "8 attention heads cannot share 3 key heads evenly");
+        assert_eq!(
+            said(json!({"num_key_value_heads": 3})),
+            "`num_key_value_heads` is 3: 8 attention heads cannot share 3 key heads evenly"
+        );
         assert!(said(json!({"partial_rotary_factor": 0.5})).contains("partial_rotary_factor"));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_key() {
+        let linear = |factor: Value| json!({"rope_scaling": {"type": "linear", "factor": factor}});
+        let llama3 = |name: &str, number: f64| {
+            let mut scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192});
+            scaling[name] = json!(number);
+            json!({"rope_parameters": scaling})
+        };
+        for (more, key) in [
+            (json!({"rms_norm_eps": -1.0}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": 0.0}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": 1e-60}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": 1e60}), "rms_norm_eps"),
+            (json!({"rms_norm_eps": "1e-5"}), "rms_norm_eps"),
+            (json!({"rope_theta": 0}), "rope_theta"),
+            (json!({"rope_theta": -10_000.0}), "rope_theta"),
+            (json!({"rope_parameters": {"rope_theta": 0}}), "rope_theta"),
+            (linear(json!(0)), "factor"),
+            (linear(json!(-2.0)), "factor"),
+            (llama3("factor", 0.0), "factor"),
+            (llama3("low_freq_factor", -1.0), "low_freq_factor"),
+            (llama3("high_freq_factor", 1.0), "high_freq_factor"),
+            (llama3("original_max_position_embeddings", 0.0), "original_max_position_embeddings"),
+            (json!({"num_attention_heads": 0}), "num_attention_heads"),
+            (json!({"num_key_value_heads": 0}), "num_key_value_heads"),
+            (json!({"num_attention_heads": 7, "num_key_value_heads": 7}), "hidden_size"),
+            (json!({"head_dim": 0}), "head_dim"),
+            (json!({"head_dim": 7}), "head_dim"),
+            (json!({"hidden_size": 0}), "hidden_size"),
+            (json!({"num_hidden_layers": 0}), "num_hidden_layers"),
+        ] {
+            let said = read(more.clone()).expect_err("it makes no sense");
+            assert!(said.starts_with(&format!("`{key}` is ")), "{more}: {said}");
+        }
     }
 
     #[test]

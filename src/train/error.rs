@@ -82,6 +82,16 @@ pub enum TrainError {
         /// Where the trouble begins.
         tensor: String,
     },
+    /// A model that computes no numbers: its weights or its configuration are broken.
+    #[error("the {what} is {found}; the first tensor that is not finite is {tensor}")]
+    NotANumber {
+        /// What was computed: a loss, a likelihood.
+        what: &'static str,
+        /// What it was.
+        found: f64,
+        /// Where the trouble begins.
+        tensor: String,
+    },
     /// The state of another run cannot be resumed.
     #[error("{}: cannot be resumed: {what}", Printable::path(.path))]
     OtherRun {
@@ -113,7 +123,7 @@ impl TrainError {
             Self::Mask(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
             Self::Device(_) => ErrorKind::Io,
-            Self::Config { .. } | Self::Tensors { .. } => ErrorKind::BadInput,
+            Self::Config { .. } | Self::Tensors { .. } | Self::NotANumber { .. } => ErrorKind::BadInput,
             Self::Architecture { .. } | Self::OtherRun { .. } | Self::NotFinite { .. } => ErrorKind::Refused,
             Self::Stopped { .. } => ErrorKind::Cancelled,
             Self::Usage(_) => ErrorKind::Usage,

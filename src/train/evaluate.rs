@@ -5,8 +5,9 @@
 use super::{
     TrainError,
     device::{Device, Spans},
+    memory::EvalSize,
     model::Model,
-    pass::{DeviceBatch, Keep, Workspace, forward, losses, losses_at, most_likely, run_layers},
+    pass::{DeviceBatch, Keep, Workspace, first_not_finite, forward, losses, losses_at, most_likely, run_layers},
 };
 use crate::{checkpoint::Context, data::Batch};
 
@@ -22,7 +23,8 @@ pub struct MeanLoss {
 /// The mean loss over batches, added up in their order in float64.
 ///
 /// # Errors
-/// The device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
+/// [`TrainError::NotANumber`] for the first batch whose loss is not finite; the device's, or
+/// [`crate::checkpoint::CheckpointError::Cancelled`].
 ///
 /// # Panics
 /// Where a batch has more tokens than the workspace has room for.
@@ -39,11 +41,29 @@ pub fn mean_loss<D: Device>(
         let batch = DeviceBatch::new(device, &model.config, &batch)?;
         forward(device, model, &batch, work)?;
         let losses = losses(device, model, &batch, work, None)?;
-        sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        let of_batch: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+        if !of_batch.is_finite() {
+            return Err(not_a_number(device, model, &batch, of_batch / losses.len() as f64)?);
+        }
+        sum += of_batch;
         n_supervised += losses.len() as u64;
         ctx.observer.advance(batch.spans.n_tokens() as u64);
     }
     Ok(MeanLoss { loss: sum / n_supervised as f64, n_supervised })
+}
+
+/// The error for a batch whose loss is not finite: the pass is repeated with all layers' inputs kept, to find where it begins.
+fn not_a_number<D: Device>(
+    device: &D,
+    model: &Model<D>,
+    batch: &DeviceBatch<D>,
+    found: f64,
+) -> Result<TrainError, TrainError> {
+    let n_tokens = batch.spans.n_tokens();
+    let mut work = Workspace::new(device, &model.config, n_tokens, Keep::Inputs)?;
+    forward(device, model, batch, &mut work)?;
+    let tensor = first_not_finite(device, model, n_tokens, &work)?;
+    Ok(TrainError::NotANumber { what: "loss", found, tensor })
 }
 
 /// Sequences that go on, and their keys and values.
@@ -109,6 +129,11 @@ pub struct Question {
 }
 
 impl Question {
+    /// Tokens of the prompt and of all candidates.
+    fn n_tokens(&self) -> usize {
+        self.prompt.len() + self.candidates.iter().map(Vec::len).sum::<usize>()
+    }
+
     /// How many tokens all candidates begin with alike; each keeps at least one of its own.
     fn n_shared(&self) -> usize {
         let Some((first, others)) = self.candidates.split_first() else { return 0 };
@@ -139,7 +164,7 @@ fn runs(sizes: &[usize], most: usize) -> Vec<std::ops::Range<usize>> {
 /// Memory: keys and values of about `most_tokens` tokens, once for the prompts and once for each candidate.
 ///
 /// # Errors
-/// The device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
+/// [`TrainError::NotANumber`] where a likelihood is not finite; the device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
 ///
 /// # Panics
 /// Where a prompt or a candidate is empty.
@@ -150,14 +175,18 @@ pub fn rank<D: Device>(
     questions: &[Question],
     most_tokens: usize,
 ) -> Result<Vec<Vec<f64>>, TrainError> {
-    let size = |question: &Question| question.prompt.len() + question.candidates.iter().map(Vec::len).sum::<usize>();
-    let sizes: Vec<usize> = questions.iter().map(size).collect();
+    let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
     let most = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
     let mut work = Workspace::new(device, &model.config, most, Keep::Nothing)?;
     let mut ranked = Vec::with_capacity(questions.len());
     for run in runs(&sizes, most_tokens) {
         ctx.check()?;
-        ranked.extend(rank_together(device, model, &questions[run.clone()], &mut work)?);
+        let likelihoods = rank_together(device, model, &questions[run.clone()], &mut work)?;
+        if let Some(&found) = likelihoods.iter().flatten().find(|likelihood| !likelihood.is_finite()) {
+            let tensor = "the logits (lm_head)".to_owned();
+            return Err(TrainError::NotANumber { what: "likelihood of an answer", found, tensor });
+        }
+        ranked.extend(likelihoods);
         ctx.observer.advance(run.len() as u64);
     }
     Ok(ranked)
@@ -214,6 +243,32 @@ fn rank_together<D: Device>(
         first += rest.len();
     }
     Ok(ranked)
+}
+
+/// What [`rank`] takes at a time.
+pub(super) fn size_of_ranking(questions: &[Question], most_tokens: usize) -> EvalSize {
+    let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
+    let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
+    let cached = |run: std::ops::Range<usize>| {
+        let run = &questions[run];
+        let longest = run.iter().map(|question| question.prompt.len() + question.n_shared()).max().unwrap_or(0);
+        let candidates = run.iter().flat_map(|question| &question.candidates);
+        let more = candidates.clone().map(Vec::len).max().unwrap_or(0);
+        run.len() * longest + candidates.count() * (longest + more)
+    };
+    let n_cached = runs(&sizes, most_tokens).into_iter().map(cached).max().unwrap_or(0);
+    EvalSize { most_tokens: most_tokens_of_all, most_supervised: most_tokens_of_all, n_cached }
+}
+
+/// What [`generate`] takes at a time.
+pub(super) fn size_of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> EvalSize {
+    let mut sizes: Vec<usize> = prompts.iter().map(Vec::len).collect();
+    sizes.sort_unstable();
+    let most_tokens = sizes.last().copied().unwrap_or(0).max(options.most_tokens);
+    let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.most_new);
+    let all = runs(&sizes, options.most_tokens);
+    let most_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
+    EvalSize { most_tokens, most_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
 }
 
 /// When a model stops writing.

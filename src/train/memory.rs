@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::{
     config::ModelConfig,
     cpu::CpuDevice,
+    evaluate::{self, GenerateOptions, Question},
     pass::{Keep, Workspace},
 };
 use crate::{checkpoint::Checkpoint, tensor::Dtype};
@@ -37,7 +38,49 @@ pub struct RunSize {
     pub keep: Keep,
 }
 
+/// How large the largest pass of an evaluation is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct EvalSize {
+    /// Tokens of the largest batch.
+    pub most_tokens: usize,
+    /// Tokens with a label, of the batch that has most.
+    pub most_supervised: usize,
+    /// Tokens whose keys and values are kept at a time.
+    pub n_cached: usize,
+}
+
+impl EvalSize {
+    /// That of [`rank`](super::rank).
+    pub fn of_ranking(questions: &[Question], most_tokens: usize) -> Self {
+        evaluate::size_of_ranking(questions, most_tokens)
+    }
+
+    /// That of [`generate`](super::generate).
+    pub fn of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> Self {
+        evaluate::size_of_answers(prompts, options)
+    }
+
+    /// The larger of each: what is enough for both, one after the other.
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            most_tokens: self.most_tokens.max(other.most_tokens),
+            most_supervised: self.most_supervised.max(other.most_supervised),
+            n_cached: self.n_cached.max(other.n_cached),
+        }
+    }
+}
+
 impl MemoryEstimate {
+    /// What evaluation on the processor takes; there is no state.
+    pub fn of_eval(config: &ModelConfig, base: &Checkpoint, size: EvalSize) -> Self {
+        let EvalSize { most_tokens, most_supervised, n_cached } = size;
+        let run = RunSize { n_entries: 0, n_biases: 0, most_tokens, most_supervised, keep: Keep::Nothing };
+        let Self { weights, activations, .. } = Self::on_cpu(config, base, run);
+        let cached = (n_cached * 2 * config.heads.d_kv() * config.n_layers) as u64 * 4;
+        let activations = activations + cached;
+        Self { weights, activations, state: 0, total: weights + activations }
+    }
+
     /// What training on the processor takes.
     pub fn on_cpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
         let is_narrow = width(base) < 4;

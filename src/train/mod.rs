@@ -33,7 +33,7 @@ pub use cuda::{CudaDevice, CudaWeight};
 pub use device::{AdamW, Deltas, Device, Done, Spans};
 pub use error::{DeviceError, TrainError};
 pub use evaluate::{GenerateOptions, MeanLoss, Question, generate, mean_loss, rank};
-pub use memory::{MemoryEstimate, RunSize};
+pub use memory::{EvalSize, MemoryEstimate, RunSize};
 pub use model::{Layer, Linear, Model, Part, check_model};
 pub use options::{Plan, Schedule, TrainOptions, Warmup};
 pub use pass::{DeviceBatch, Keep, Workspace, backward, first_not_finite, forward, logits, losses};

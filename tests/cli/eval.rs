@@ -1,5 +1,13 @@
+use std::{
+    fs,
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
+};
+
 use insta::assert_snapshot;
-use serde_json::Value;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 
 use super::{
     Place,
@@ -117,7 +125,7 @@ fn rows_can_be_looked_at() {
       <s>a\u{1b}[31m
       ⟦b</s>⟧
     --- stderr
-    rows.json: 1 row is left out: the response is empty
+    rows.json: 1 row is left out: the response is empty, or a weight of 0 rules it out
     ");
     let report = place.json("eval [FIXTURES]/tiny-llama --data rows.json --show 1 --max-length 9 -q");
     assert_eq!(report["examples"][0]["learned"], serde_json::json!([[8, 9]]));
@@ -180,4 +188,159 @@ fn what_cannot_be_evaluated_is_said() {
     error: cannot read `alone/tokenizer.json`: No such file or directory (os error 2)
     hint: eval reads the tokenizer beside the weights
     ");
+}
+
+/// Templates that are small and ask for more than there is. Fuel stops some; what a single instruction does is watched.
+const HOSTILE: [&str; 9] = [
+    // Lists: added to themselves, compared, joined, printed, counted.
+    "{% set ns = namespace(l=[1,2,3,4,5,6,7,8]) %}{% for i in range(40) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l|length }}",
+    "{% set ns = namespace(l=[1,2]) %}{% for i in range(30) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l ~ 'x' }}",
+    "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+    "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ [ns.a]|join('x') }}",
+    "{% set ns = namespace(l=[1]) %}{% for i in range(28) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l|tojson }}",
+    // Texts.
+    "{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{{ ('x' * 9000000).replace('x', 'y' * 9000000) }}",
+    // Loops and macros.
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+];
+
+#[test]
+fn a_hostile_template_ends_as_a_bad_file() {
+    let place = Place::new();
+    place.write("rows.jsonl", r#"{"output":"O"}"#);
+    thread::scope(|scope| {
+        for (i, source) in HOSTILE.into_iter().enumerate() {
+            let place = &place;
+            scope.spawn(move || {
+                place.write(&format!("{i}.jinja"), source);
+                let line = format!("eval [FIXTURES]/tiny-llama --data rows.jsonl --template {i}.jinja --show");
+                let told = place.run(&line);
+                assert!(told.starts_with("exit: 3\n--- stdout\n--- stderr\nerror: "), "{source}\n{told}");
+                assert!(!told.contains("panicked"), "{told}");
+            });
+        }
+    });
+}
+
+#[test]
+fn signals_stop_a_command_while_a_template_is_rendered() {
+    let place = Place::new();
+    place.write("rows.jsonl", r#"{"output":"O"}"#);
+    place.write("slow.jinja", HOSTILE[2]);
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut command = place.command("eval [FIXTURES]/tiny-llama --data rows.jsonl --template slow.jinja --show");
+        let child: Child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        thread::sleep(Duration::from_millis(1500));
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(place.told(&output), "exit: 130\n--- stdout\n--- stderr\nerror: stopped\n", "{signal:?}");
+    }
+}
+
+#[test]
+fn a_message_of_weight_0_is_context_alone() {
+    let place = Place::new();
+    place.copy_fixture("tiny-llama");
+    place.write("tiny-llama/chat_template.jinja", "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}");
+    let row = |weight: &str| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"p"}},{{"role":"assistant","content":"no","weight":{weight}}},
+            {{"role":"user","content":"q"}},{{"role":"assistant","content":"yes","weight":1}}]}}"#
+        )
+        .replace('\n', " ")
+    };
+    place.write("rows.jsonl", row("0"));
+    let told = place.run("eval tiny-llama --data rows.jsonl --show 1");
+    assert!(told.contains("u:p</s>a:no</s>u:q</s>a:⟦yes</s>⟧"), "{told}");
+    let loss = place.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].clone();
+    place.write("rows.jsonl", row("1"));
+    assert!(loss.as_u64() < place.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].as_u64());
+    place.write("rows.jsonl", row("0.5"));
+    for line in ["eval tiny-llama --data rows.jsonl", "train tiny-llama -k 1 --data rows.jsonl -o a.safetensors"] {
+        let expected = "error: rows.jsonl: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5\n";
+        assert_eq!(place.run(line), format!("exit: 3\n--- stdout\n--- stderr\n{expected}"));
+    }
+}
+
+#[test]
+fn rows_that_teach_no_model_to_stop_are_warned_about() {
+    let place = Place::new();
+    place.copy_fixture("tiny-llama");
+    place.write(
+        "tiny-llama/chat_template.jinja",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}",
+    );
+    place.write("rows.jsonl", r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"yes"}]}"#);
+    let warning = "rows.jsonl: warning: no row teaches the model to stop: no token that ends a text is learned\n";
+    assert!(place.run("eval tiny-llama --data rows.jsonl --show 1").contains(warning));
+}
+
+#[test]
+fn a_model_that_computes_no_numbers_is_no_success() {
+    let place = Place::new();
+    let shard = place.copy_fixture("tiny-llama").join("model-00001-of-00003.safetensors");
+    // All of the first shard's values become NaN.
+    let mut bytes = fs::read(&shard).unwrap();
+    let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header_bytes..].fill(0xff);
+    fs::write(&shard, bytes).unwrap();
+    let told = place.run("eval tiny-llama --data [FIXTURES]/data/commonsense.jsonl --limit 2");
+    assert!(
+        told.starts_with(
+            "exit: 3\n--- stdout\n--- stderr\nerror: the loss is NaN; the first tensor that is not finite is "
+        ),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_config_that_makes_no_sense_is_refused_by_file_and_key() {
+    let place = Place::new();
+    let path = place.copy_fixture("tiny-llama").join("config.json");
+    let config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [
+        ("rms_norm_eps", json!(-1)),
+        ("head_dim", json!(0)),
+        ("rope_parameters", json!({"rope_type": "linear", "factor": 0, "rope_theta": 10_000})),
+    ] {
+        let mut broken = config.clone();
+        broken[key] = value;
+        fs::write(&path, broken.to_string()).unwrap();
+        let named = if key == "rope_parameters" { "factor" } else { key };
+        for line in ["eval tiny-llama", "train tiny-llama -k 1 -o a.safetensors"] {
+            let told = place.run(&format!("{line} --data [FIXTURES]/data/commonsense.jsonl --limit 2 -q"));
+            assert!(
+                told.starts_with(&format!(
+                    "exit: 3\n--- stdout\n--- stderr\nerror: tiny-llama/config.json: `{named}` is "
+                )),
+                "{told}"
+            );
+        }
+    }
+}
+
+#[test]
+fn more_memory_than_was_given_is_refused() {
+    let place = Place::new();
+    let data = "--data [FIXTURES]/data/commonsense.jsonl --limit 4 -q";
+    let eval = format!("eval [FIXTURES]/tiny-llama {data}");
+    let told = place.run(&format!("{eval} --batch-tokens 60000 --max-memory 16M"));
+    assert!(
+        told.starts_with("exit: 4\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: evaluation needs "),
+        "{told}"
+    );
+    assert!(told.contains(" of memory, --max-memory allows 16.8 MB\nhint: --max-memory "), "{told}");
+    let enough = told.split("hint: --max-memory ").nth(1).unwrap().split(' ').next().unwrap();
+    assert!(place.run(&format!("{eval} --batch-tokens 60000 --max-memory {enough}")).starts_with("exit: 0\n"));
+    let train = "train [FIXTURES]/tiny-llama -k 1 --data [FIXTURES]/data/commonsense.jsonl --batch-tokens 100000 --batch-size 100 -q";
+    for more in ["--max-memory 16M", "--max-memory 16M --dry-run"] {
+        let told = place.run(&format!("{train} -o a.safetensors {more}"));
+        assert!(
+            told.starts_with("exit: 4\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: training needs "),
+            "{told}"
+        );
+    }
+    assert!(place.run(&format!("{train} -o a.safetensors --dry-run")).starts_with("exit: 0\n"));
 }
