@@ -95,6 +95,14 @@ pub enum CheckpointError {
         /// Bytes the file system has for us.
         free: u64,
     },
+    /// The limit on memory is too small for the rows at hand; nothing was written.
+    #[error("a memory limit of {limit} bytes is too small for this work: at least {} MiB are needed", .needed >> 20)]
+    MemoryLimit {
+        /// The smallest limit that would do, in bytes, whole MiB.
+        needed: u64,
+        /// The limit that was given, in bytes.
+        limit: u64,
+    },
     /// The user stopped the command.
     #[error("stopped")]
     Cancelled,
@@ -118,7 +126,7 @@ impl CheckpointError {
         match self {
             Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } => ErrorKind::Io,
             Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
-            Self::OutputExists { .. } | Self::Refused { .. } => ErrorKind::Refused,
+            Self::OutputExists { .. } | Self::Refused { .. } | Self::MemoryLimit { .. } => ErrorKind::Refused,
             Self::Cancelled => ErrorKind::Cancelled,
         }
     }

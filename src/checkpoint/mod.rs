@@ -26,11 +26,11 @@ mod scan;
 mod scatter;
 mod shard;
 
-pub use context::{Context, Io, Observer, Silent};
+pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
-pub use gather::{BaseValues, gather_rows};
+pub use gather::{BaseValues, gather_cost, gather_rows};
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use index::{INDEX_FILE, Index};
 pub(crate) use json::{malformed, open_regular, read_whole};
@@ -43,6 +43,6 @@ pub use output::{
 pub use output_dir::AtomicDir;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use rewrite::{rewrite_shard, windows};
-pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping};
+pub use scan::{Held, RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping, window_cost};
 pub use scatter::{Patcher, Place};
 pub use shard::Shard;

@@ -23,8 +23,6 @@ use super::{
     progress::Progress,
 };
 
-/// Less than this is not enough for one thread's windows and the buffers of an output.
-const LEAST_MEMORY: u64 = 16 << 20;
 /// Memory of a GPU that streams of rows stay within.
 #[cfg(feature = "cuda")]
 const GPU_MEMORY: u64 = 1 << 30;
@@ -91,8 +89,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
     };
     let number: u64 = number.parse().map_err(|_| "expected a size such as 256M, 4G or 1073741824".to_owned())?;
     let bytes = number.checked_mul(1 << shift).ok_or("that is more than 2^64 bytes")?;
-    if bytes < LEAST_MEMORY {
-        return Err(format!("at least {}M are needed", LEAST_MEMORY >> 20));
+    if bytes < MIN_MEMORY {
+        return Err(format!("at least {}M are needed", MIN_MEMORY >> 20));
     }
     Ok(bytes)
 }

@@ -11,7 +11,7 @@ use super::{
     apply::{judge, report},
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
-    ledger::LedgerWriter,
+    ledger::{GROUP_ROWS, LedgerWriter},
     stack::Stack,
     state::{StateFolder, remove_file},
 };
@@ -127,12 +127,16 @@ fn rewrite<'a>(
     part: &Path,
     examination: &mut Examination<'_, '_>,
 ) -> Result<Vec<Touched<'a>>, MergeError> {
-    let (later, at_once): (Vec<_>, Vec<_>) = of_shard.iter().partition(|target| target.layout.transposed);
+    // Blocks of very long rows would not fit into memory whole.
+    let is_long = |target: &Touched<'_>| ctx.pass_bytes() / 8 < GROUP_ROWS * row_bytes(target);
+    let (later, at_once): (Vec<_>, Vec<_>) =
+        of_shard.iter().partition(|target| target.layout.transposed || is_long(target));
     rewrite_shard(
         ctx,
         shard,
         part,
         pieces(ctx, change, shard, &at_once),
+        |rows| rows.as_ref().map_or(0, |(target, rows)| change.block_bytes(ctx, target, rows)),
         |rows, bytes| match rows {
             Some((target, rows)) => change.examine_and_patch(ctx, target, rows, bytes).map(Some),
             None => Ok(None),
@@ -144,6 +148,10 @@ fn rewrite<'a>(
     )?;
     later.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
     Ok(later)
+}
+
+fn row_bytes(target: &Touched<'_>) -> u64 {
+    target.tensor.info.n_bytes() / target.layout.n_rows()
 }
 
 /// A shard's bytes in order: blocks of rows of `targets`, which ascend, and windows of all that lies between.
@@ -160,9 +168,8 @@ fn pieces<'t>(
         let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), |t| shard.file_range(t.tensor.info));
         let between = windows(ctx, start..tensor.start).map(|range| (range, None));
         let blocks = target.into_iter().flat_map(move |target| {
-            let nnz = change.before.nnz(target.name) + change.after.nnz(target.name);
-            let row_bytes = target.tensor.info.n_bytes() / target.layout.n_rows();
-            row_blocks(ctx, target, nnz).map(move |rows| {
+            let row_bytes = row_bytes(target);
+            row_blocks(ctx, target, &[change.before, change.after]).map(move |rows| {
                 let place = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
                 (place, Some((target, rows)))
             })

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered, window_cost},
 };
 
 /// What to hold a merged checkpoint against.
@@ -239,6 +239,7 @@ fn compare_tensors(
     read_and_map_ordered(
         ctx,
         windows,
+        |(.., range)| 2 * window_cost(range.end - range.start),
         n_readers(ctx, &both),
         |(merged, original, range)| Ok((merged.window(ctx, range.clone())?, original.window(ctx, range.clone())?)),
         |(merged, original, range), (found, expected)| {

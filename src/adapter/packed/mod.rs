@@ -225,6 +225,17 @@ impl PackedFile {
         ranges
     }
 
+    /// The most positions that `rows` have: those of all blocks that hold some of them.
+    pub(super) fn n_positions(&self, target: &TargetInfo, rows: &Range<u64>) -> u64 {
+        let index = &self.index.targets[self.place(target)];
+        if rows.is_empty() {
+            return 0;
+        }
+        let (first, last) = (index.block_of(rows.start), index.block_of(rows.end - 1));
+        let in_blocks = (first..=last).map(|block| index.shape(target, block).n_positions).sum();
+        target.max_positions(rows.end - rows.start).min(in_blocks)
+    }
+
     /// Columns of `rows` and the values as the adapter stores them.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ use crate::{
     },
     backend::{Layer, merged_values},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_rows,
+        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost, gather_rows,
         tensor_file_header,
     },
     mask::{FORMAT_VERSION, Part, TargetInfo},
@@ -166,6 +166,7 @@ pub fn pack_adapter(
         for_each_ordered(
             ctx,
             adapter.row_ranges(ctx, target, BLOCK)?,
+            |rows| adapter.rows_bytes(ctx, target, rows) + block::CODE_BYTES,
             |rows| {
                 let (columns, stored) = adapter.read_stored(ctx, target, rows.clone())?;
                 let values = shorten(adapter, target, rows.start, &columns, stored, options.values)?;
@@ -355,6 +356,7 @@ impl Survey {
             for_each_ordered(
                 ctx,
                 adapter.row_ranges(ctx, target, BLOCK)?,
+                |rows| adapter.rows_bytes(ctx, target, rows) + block::CODE_BYTES + gather_cost(ctx),
                 |rows| {
                     ctx.observer.advance(rows.end - rows.start);
                     survey_block(ctx, adapter, target, rows.clone(), choice, base)

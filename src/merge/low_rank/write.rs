@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
 use super::{
     KeptOriginals, LowRankOptions, LowRankReading,
-    compute::{Computer, merge_rows, row_blocks},
+    compute::{Computer, merge_cost, merge_rows, row_blocks},
     norms::column_factors,
     plan::{Plan, Step, Target},
     record::{LowRankRecord, RecordFolder, RecordedTarget, RowsHasher},
@@ -14,7 +14,8 @@ use crate::{
     backend::{Merger, PatchCounts, gather},
     checkpoint::{
         Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Printable, Shard, TensorFileWriter, TensorId,
-        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
+        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, window_cost,
+        windows,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
@@ -175,6 +176,7 @@ impl Job<'_> {
             for_each_ordered(
                 ctx,
                 row_blocks(ctx, target.n_rows, target.n_columns),
+                |rows| 2 * window_cost((rows.end - rows.start) * target.row_bytes()) + merge_cost(ctx, target, rows),
                 |rows| {
                     let mut bytes = self.original_rows(ctx, target, rows)?;
                     ctx.observer.advance(bytes.len() as u64);
@@ -213,6 +215,13 @@ impl Job<'_> {
             shard,
             path,
             self.pieces(ctx, shard, &of_shard),
+            |piece: &Piece| {
+                let Some((index, rows)) = piece else { return 0 };
+                let target = &self.plan.targets[*index];
+                // Originals from elsewhere, in a window and copied; originals that are kept.
+                let n_copies = if own { 0 } else { 2 } + u64::from(keeps);
+                merge_cost(ctx, target, rows) + n_copies * window_cost((rows.end - rows.start) * target.row_bytes())
+            },
             |piece: &Piece, bytes| {
                 let Some((index, rows)) = piece else { return Ok(None) };
                 let target = &self.plan.targets[*index];
