@@ -7,7 +7,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use neuroada_ckpt::checkpoint::{Context, Io};
+use neuroada_ckpt::checkpoint::{Context, Io, MIN_MEMORY};
 #[cfg(feature = "cuda")]
 use neuroada_ckpt::{
     backend::{GpuChooser, GpuMerger},

@@ -19,6 +19,9 @@ pub(super) struct Input {
     file: File,
     n_bytes: u64,
     modified: (i64, i64),
+    /// Bytes that were read so far.
+    #[cfg(test)]
+    pub(super) n_read: std::sync::atomic::AtomicU64,
 }
 
 impl Input {
@@ -26,7 +29,15 @@ impl Input {
     pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
         let (file, meta) = open_regular(path, "open")?;
         let modified = (meta.mtime(), meta.mtime_nsec());
-        Ok(Self { path: path.to_owned(), file, n_bytes: meta.len(), modified })
+        let path = path.to_owned();
+        Ok(Self {
+            path,
+            file,
+            n_bytes: meta.len(),
+            modified,
+            #[cfg(test)]
+            n_read: std::sync::atomic::AtomicU64::new(0),
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -44,6 +55,8 @@ impl Input {
         if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.n_bytes) {
             return Err(self.bad(offset, format!("{} bytes are needed, the file ends before", buffer.len())));
         }
+        #[cfg(test)]
+        self.n_read.fetch_add(buffer.len() as u64, std::sync::atomic::Ordering::Relaxed);
         self.file.read_exact_at(buffer, offset).map_err(|e| CheckpointError::io("read", &self.path, e))
     }
 

@@ -55,9 +55,9 @@ pub(super) fn apply(
     let mut examination = Examination::new(&change, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut patched_later = Vec::new();
-    for (index, shard) in checkpoint.shards().iter().enumerate() {
-        let mut of_shard: Vec<Touched<'_>> =
-            touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
+    let mut by_shard: Vec<Vec<Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
+    touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(*target));
+    for (index, (shard, mut of_shard)) in checkpoint.shards().iter().zip(by_shard).enumerate() {
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
         let path = shard_path(shard.file_name());
         // Shards get their names when they are finished: what has one was finished by an earlier run of the same plan.

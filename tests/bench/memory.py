@@ -87,6 +87,7 @@ def prepare(program, base, at):
         once(at("a" + k), "init", base, "--mask", at("m" + k), "--values", at("v" + k), "-o", at("a" + k))
     once(at("merged"), "merge", base, "-a", at("a20"), "-o", at("merged"))
     once(at("packed"), "pack", at("a20"), "-o", at("packed"))
+    os.makedirs(at("delta"), exist_ok=True)
     once(at("delta") + "/weight_v000001", "convert", at("merged"), "--to", "weight-sync", "--base", base, "-o", at("delta") + "/weight_v000001")
     if not os.path.exists(at("place")):
         shutil.copytree(base, at("place"))

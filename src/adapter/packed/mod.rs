@@ -314,8 +314,10 @@ impl PackedFile {
 
 /// Bytes as a packed file keeps them: under zstd where that is shorter and not suspiciously so.
 fn keep(bytes: &[u8]) -> Vec<u8> {
+    // The highest level takes about a second for each MB, of which tens of thousands of targets make many.
+    let level = if bytes.len() <= 1 << 20 { 19 } else { 6 };
     let length = u32::try_from(bytes.len()).expect("headers and indices are short").to_le_bytes();
-    let zstd = zstd::bulk::compress(bytes, 19)
+    let zstd = zstd::bulk::compress(bytes, level)
         .ok()
         .filter(|zstd| zstd.len() < bytes.len() && bytes.len() as u64 <= MOST_RATIO * zstd.len() as u64);
     match zstd {
