@@ -1,5 +1,7 @@
 //! Commands stay within `--max-memory`, as the system counts it: mapped pages, buffers and all.
 
+#![allow(clippy::unwrap_used, reason = "all of this is a test")]
+
 use std::{
     fs::{self, File},
     io::Write,
@@ -48,12 +50,7 @@ fn run_within(limit_mib: u64, io: &str, args: &[&str]) {
     let (code, stderr, peak) = run(&format!("{limit_mib}M"), io, args);
     assert_eq!(code, Some(0), "{args:?} {io}: {stderr}");
     let peak = peak.expect("-v tells the peak");
-    assert!(
-        peak <= limit_mib * MIB + SLACK,
-        "{} at --max-memory {limit_mib}M, --io {io}: {} MiB",
-        args[0],
-        peak / MIB
-    );
+    assert!(peak <= limit_mib * MIB + SLACK, "{} at --max-memory {limit_mib}M, --io {io}: {} MiB", args[0], peak / MIB);
 }
 
 /// An adapter of ones on column 0 of every row.
@@ -65,8 +62,7 @@ fn adapter_of(base: &Path, folder: &Path, matrices: &[(&str, u64, u64)]) -> Path
     let (mut at, mut entries, mut data) = (0, Vec::new(), Vec::new());
     for (name, n_rows, _) in matrices {
         let end = at + 4 * n_rows;
-        entries
-            .push(format!(r#""{name}.values":{{"dtype":"F32","shape":[{n_rows},1],"data_offsets":[{at},{end}]}}"#));
+        entries.push(format!(r#""{name}.values":{{"dtype":"F32","shape":[{n_rows},1],"data_offsets":[{at},{end}]}}"#));
         (0..*n_rows).for_each(|_| data.extend(1f32.to_le_bytes()));
         at = end;
     }

@@ -13,8 +13,8 @@ use super::{
 use crate::{
     checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, Existing, Header, Shard, TensorInfo},
     mask::{
-        BaseInfo, FORMAT_VERSION, FileKind, POSITION_BYTES, Part, ROW_BYTES, Recipe, SparseFile, SparseWriter, TargetEntries, TargetInfo,
-        parse_document, parse_header,
+        BaseInfo, FORMAT_VERSION, FileKind, POSITION_BYTES, Part, ROW_BYTES, Recipe, SparseFile, SparseWriter,
+        TargetEntries, TargetInfo, parse_document, parse_header,
     },
     tensor::{Dtype, RowColumns},
 };

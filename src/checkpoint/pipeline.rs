@@ -110,12 +110,7 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    fn new(
-        ctx: &Context<'_>,
-        items: I,
-        n_readers: usize,
-        cost: &'c (dyn Fn(&I::Item) -> u64 + Sync + 'c),
-    ) -> Self {
+    fn new(ctx: &Context<'_>, items: I, n_readers: usize, cost: &'c (dyn Fn(&I::Item) -> u64 + Sync + 'c)) -> Self {
         let state = State {
             items,
             waiting: None,
@@ -430,7 +425,8 @@ mod tests {
     fn a_panic_reaches_the_caller() {
         for n_readers in [0, 2] {
             let map = |&i: &usize, ()| if i == 5 { panic!("item five") } else { Ok::<_, CheckpointError>(()) };
-            let run = || read_and_map_ordered(&Context::default(), 0..50, |_| 1, n_readers, |_| Ok(()), map, |_, ()| Ok(()));
+            let run =
+                || read_and_map_ordered(&Context::default(), 0..50, |_| 1, n_readers, |_| Ok(()), map, |_, ()| Ok(()));
             assert!(std::panic::catch_unwind(run).is_err());
         }
     }

@@ -185,12 +185,7 @@ fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineErro
 }
 
 /// Bytes of memory that a run of rows takes, with what is made of it.
-pub(super) fn members_bytes(
-    ctx: &Context<'_>,
-    inputs: &[CombineInput],
-    target: &Target<'_>,
-    rows: &Range<u64>,
-) -> u64 {
+pub(super) fn members_bytes(ctx: &Context<'_>, inputs: &[CombineInput], target: &Target<'_>, rows: &Range<u64>) -> u64 {
     let of_member = |&i: &usize| {
         let adapter = &inputs[i].adapter;
         adapter.rows_bytes(ctx, adapter.target(&target.info.name).expect("a member has the target"), rows)

@@ -115,13 +115,15 @@ pub fn diff_masks(ctx: &Context<'_>, a: &MaskFile, b: &MaskFile) -> Result<Adapt
     )
 }
 
+type ReadRows<'a> = &'a (dyn Fn(&TargetInfo, Range<u64>) -> Result<DeltaRows, DiffError> + Sync);
+
 /// One of the two.
 struct Side<'a> {
     /// By name.
     targets: &'a [TargetInfo],
     scale: f64,
     /// Reads rows.
-    read: &'a (dyn Fn(&TargetInfo, Range<u64>) -> Result<DeltaRows, DiffError> + Sync),
+    read: ReadRows<'a>,
     /// Bytes of memory that rows take.
     bytes: &'a (dyn Fn(&TargetInfo, &Range<u64>) -> u64 + Sync),
 }

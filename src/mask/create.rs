@@ -5,8 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde::Serialize;
 
 use super::{
-    Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Partition, Recipe, Scope,
-    SkippedTensor,
+    Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Partition, Recipe, Scope, SkippedTensor,
     cut::{Cut, find_cut},
     source::{Source, sources},
     sparse::{POSITION_BYTES, ROW_BYTES},

@@ -101,9 +101,8 @@ pub(super) fn patch(
     after: &Stack,
 ) -> Result<(), MergeError> {
     ctx.observer.begin("patching", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
-    let blocks = touched.iter().flat_map(|target| {
-        row_blocks(ctx, target, &[before, after]).map(move |rows| (target, rows))
-    });
+    let blocks =
+        touched.iter().flat_map(|target| row_blocks(ctx, target, &[before, after]).map(move |rows| (target, rows)));
     for_each_ordered(
         ctx,
         blocks,

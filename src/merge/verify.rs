@@ -24,7 +24,9 @@ use super::{
 };
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered, window_cost},
+    checkpoint::{
+        Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered, window_cost,
+    },
 };
 
 /// What to hold a merged checkpoint against.

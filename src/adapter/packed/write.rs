@@ -22,8 +22,8 @@ use crate::{
     },
     backend::{Layer, merged_values},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost, gather_rows,
-        tensor_file_header,
+        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost,
+        gather_rows, tensor_file_header,
     },
     mask::{FORMAT_VERSION, Part, TargetInfo},
     tensor::{Dtype, RowColumns},

@@ -14,8 +14,7 @@ use crate::{
     backend::{Merger, PatchCounts, gather},
     checkpoint::{
         Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Printable, Shard, TensorFileWriter, TensorId,
-        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, window_cost,
-        windows,
+        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, window_cost, windows,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
