@@ -36,8 +36,7 @@ pub(super) struct GlobalArgs {
     threads: Option<u16>,
     /// Resident memory to stay within, mapped pages and I/O buffers counted
     ///
-    /// Headers take up to three times their size besides, and the program itself up to 32 MiB. A limit that is too small for the work is
-    /// refused with the one that is needed. A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
+    /// A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
     #[arg(long, global = true, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     max_memory: u64,
     /// How tensors are read

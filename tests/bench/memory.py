@@ -136,8 +136,8 @@ def main():
     at = lambda name: os.path.join(given.work, name)
     prepare(given.program, given.checkpoint, at)
     limits = given.limits.split(",")
-    print("| command | " + " | ".join(f"{limit} {how}" for limit in limits for how in ("cold", "warm")) + " |")
-    print("| --- |" + " --- |" * (2 * len(limits)))
+    head = ["| command | " + " | ".join(f"{limit} {how}" for limit in limits for how in ("cold", "warm")) + " |"]
+    head.append("| --- |" + " --- |" * (2 * len(limits)))
     failed = []
     listed = [c for c in commands(given.checkpoint, at, given.lora) if given.only in c[0]]
     table = {name: [] for name, *_ in listed}
@@ -156,6 +156,8 @@ def main():
                 if peak is None or peak << 20 > allowed:
                     failed.append(f"{name}, {limit}, {how}: {peak} MiB, {allowed >> 20} allowed; {why}")
                 table[name].append("-" if peak is None else str(peak))
+                print(f"{limit} {how} {name}: {peak} MiB {why}", file=sys.stderr, flush=True)
+    print("\n".join(head))
     for name, peaks in table.items():
         print(f"| `{name}` | " + " | ".join(peaks) + " |")
     print("\n".join(failed), file=sys.stderr)
