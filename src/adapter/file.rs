@@ -22,8 +22,8 @@ use crate::{
         check_free_space, folder_of,
     },
     mask::{
-        BaseInfo, FORMAT_VERSION, FileKind, Part, Recipe, SparseFile, SparseWriter, TargetEntries, TargetInfo,
-        parse_document, parse_header,
+        BaseInfo, FORMAT_VERSION, FileKind, POSITION_BYTES, Part, ROW_BYTES, Recipe, SparseFile, SparseWriter,
+        TargetEntries, TargetInfo, parse_document, parse_header,
     },
     tensor::{Dtype, RowColumns},
 };
@@ -258,6 +258,15 @@ impl Adapter {
             Store::Plain(file) => Ok(file.row_ranges(ctx, target, most)?),
             Store::Packed(file) => Ok(file.row_ranges(target, most)),
         }
+    }
+
+    /// Bytes of memory that `rows` of a target take at most while they are worked on.
+    pub(crate) fn rows_bytes(&self, ctx: &Context<'_>, target: &TargetInfo, rows: &Range<u64>) -> u64 {
+        let n_positions = match &*self.store {
+            Store::Plain(file) => file.n_positions(ctx, target, rows),
+            Store::Packed(file) => file.n_positions(target, rows),
+        };
+        n_positions * POSITION_BYTES + (rows.end - rows.start) * ROW_BYTES
     }
 
     /// Reads the deltas of `rows` of a target, proven to be finite and on ascending columns inside the row.

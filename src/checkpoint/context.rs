@@ -2,6 +2,9 @@
 
 use super::CheckpointError;
 
+/// The smallest limit that is accepted, in bytes; a smaller one counts as this.
+pub const MIN_MEMORY: u64 = 16 << 20;
+
 /// How tensor data is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Io {
@@ -46,7 +49,7 @@ impl Observer for Silent {}
 /// Threads are those of the current rayon pool.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
-    /// Bytes of resident memory to stay within, mapped pages counted; 1 GiB by default.
+    /// Bytes of resident memory to stay within, mapped pages and I/O buffers counted; 1 GiB by default.
     pub max_memory: u64,
     /// How tensor data is read.
     pub io: Io,
@@ -66,11 +69,30 @@ impl Context<'_> {
         if self.observer.is_cancelled() { Err(CheckpointError::Cancelled) } else { Ok(()) }
     }
 
-    /// Bytes of one window, so that all threads' windows and what is made from them stay within `max_memory`.
+    /// Bytes that everything on its way through one pass may take together: windows of files, scratch and results that wait.
+    ///
+    /// Half of [`Self::max_memory`]: the rest is for what a command keeps between its passes. The passes of this folder see to it:
+    /// each item has a cost in bytes, and none begins before there is room for it.
+    pub fn pass_bytes(&self) -> u64 {
+        self.max_memory.max(MIN_MEMORY) / 2
+    }
+
+    /// Bytes of one window, small enough that each thread has several of them on their way within [`Self::pass_bytes`].
     pub fn window_bytes(&self) -> u64 {
-        // Each thread holds up to two windows (a base and its partner) and results of about their size.
-        let share = self.max_memory / (8 * rayon::current_num_threads() as u64);
+        let share = self.max_memory / 2 / (8 * rayon::current_num_threads() as u64);
         // Whole pages, and so whole elements of every type.
         share.clamp(64 << 10, 8 << 20) & !0xfff
+    }
+
+    /// Fails where an item of `cost` bytes can never have room.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MemoryLimit`] with the limit that would do.
+    pub fn check_fits(&self, cost: u64) -> Result<(), CheckpointError> {
+        if cost <= self.pass_bytes() {
+            return Ok(());
+        }
+        let needed = cost.saturating_mul(2).checked_next_multiple_of(1 << 20).unwrap_or(u64::MAX);
+        Err(CheckpointError::MemoryLimit { needed, limit: self.max_memory })
     }
 }

@@ -17,10 +17,14 @@ use rustix::fs::OFlags;
 /// Addresses, offsets and lengths of direct reads and writes are multiples of this, which suits every disk in use.
 pub(super) const ALIGNMENT: usize = 4096;
 
-/// Buffers that nobody uses at the moment; taking one again spares the system's clearing of fresh memory.
+/// The most bytes that a buffer takes beside those asked for: pages at both ends, and what aligns it.
+pub(crate) const SLACK: u64 = 3 * ALIGNMENT as u64;
+
+/// Buffers that nobody uses at the moment, the last used last; taking one again spares the system's clearing of fresh memory.
+///
+/// Buffers in use and spare ones together never take much more than the most that was ever in use at once: a buffer is taken again for
+/// about its own size alone, and where none fits, as many bytes of spare ones are freed as are allocated.
 static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-/// More are freed.
-const MOST_SPARE: usize = 32;
 
 /// A buffer whose first byte lies on an [`ALIGNMENT`] boundary.
 pub(super) struct AlignedBuffer {
@@ -32,12 +36,7 @@ pub(super) struct AlignedBuffer {
 impl AlignedBuffer {
     /// A buffer of `len` bytes of no meaning.
     pub(super) fn new(len: usize) -> Self {
-        let needed = len + ALIGNMENT;
-        let spare = SPARE.lock().ok().and_then(|mut spare| {
-            let fits = spare.iter().position(|memory| memory.len() >= needed)?;
-            Some(spare.swap_remove(fits))
-        });
-        let memory = spare.unwrap_or_else(|| vec![0; needed]);
+        let memory = spare_buffer(len + ALIGNMENT).unwrap_or_else(|| vec![0; len + ALIGNMENT]);
         let start = memory.as_ptr().align_offset(ALIGNMENT);
         assert!(start < ALIGNMENT, "bytes can be aligned");
         Self { memory, start, len }
@@ -57,12 +56,24 @@ impl Deref for AlignedBuffer {
 
 impl Drop for AlignedBuffer {
     fn drop(&mut self) {
-        if let Ok(mut spare) = SPARE.lock()
-            && spare.len() < MOST_SPARE
-        {
+        if let Ok(mut spare) = SPARE.lock() {
             spare.push(std::mem::take(&mut self.memory));
         }
     }
+}
+
+/// A spare buffer of at least `needed` bytes and at most an eighth more; where there is none, room is made for a fresh one.
+fn spare_buffer(needed: usize) -> Option<Vec<u8>> {
+    let mut spare = SPARE.lock().ok()?;
+    let fits = |memory: &Vec<u8>| (needed..=needed + needed / 8).contains(&memory.len());
+    if let Some(found) = spare.iter().rposition(fits) {
+        return Some(spare.remove(found));
+    }
+    let mut n_freed = 0;
+    while n_freed < needed && !spare.is_empty() {
+        n_freed += spare.remove(0).len();
+    }
+    None
 }
 
 /// Frees the buffers that nobody uses.

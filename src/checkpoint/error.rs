@@ -133,6 +133,14 @@ pub enum CheckpointError {
         /// Bytes the file system has for us.
         free: u64,
     },
+    /// The limit on memory is too small for the rows at hand; nothing was written.
+    #[error("a memory limit of {limit} bytes is too small for this work: at least {} MiB are needed", .needed >> 20)]
+    MemoryLimit {
+        /// The smallest limit that would do, in bytes, whole MiB.
+        needed: u64,
+        /// The limit that was given, in bytes.
+        limit: u64,
+    },
     /// The user stopped the command.
     #[error("stopped")]
     Cancelled,
@@ -181,7 +189,7 @@ impl CheckpointError {
             | Self::Interrupted { path }
             | Self::Refused { path, .. }
             | Self::NoSpace { path, .. } => Some(path),
-            Self::Cancelled => None,
+            Self::MemoryLimit { .. } | Self::Cancelled => None,
         }
     }
     /// Whether the work was done all the same.
@@ -196,7 +204,8 @@ impl CheckpointError {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
             | Self::ForeignEntries { .. }
-            | Self::Refused { .. } => ErrorKind::Refused,
+            | Self::Refused { .. }
+            | Self::MemoryLimit { .. } => ErrorKind::Refused,
             Self::Interrupted { .. } => ErrorKind::Interrupted,
             Self::Cancelled => ErrorKind::Cancelled,
         }

@@ -1,6 +1,6 @@
 //! The base's values at chosen positions, read with as few bytes as pay.
 
-use super::{Checkpoint, CheckpointError, Context, TensorRef, Window};
+use super::{Checkpoint, CheckpointError, Context, TensorRef, Window, window_cost};
 use crate::tensor::{RowColumns, RowLayout};
 
 /// Positions closer than this, in bytes, are read in one piece: a second read costs more than the bytes between.
@@ -44,7 +44,7 @@ impl BaseValues for Checkpoint {
 /// Row `i` of `columns` is row `first_row + i` of `layout`. The result holds the elements as stored, little-endian, row
 /// after row, in the order of the columns: `nnz` elements. Rows and pages that no column touches are skipped.
 ///
-/// Memory: the result, one window, and for transposed layouts 16 bytes per position; callers bound it by the number of
+/// Memory: the result, [`gather_cost`], and for transposed layouts 16 bytes per position; callers bound it by the number of
 /// rows they ask for. Transposed rows lie scattered over their whole matrix, so few large runs read less than many small.
 ///
 /// # Errors
@@ -77,6 +77,12 @@ pub fn gather_rows(
         piece.gather(positions, &mut gathered)?;
     }
     Ok(gathered)
+}
+
+/// Bytes of memory that [`gather_rows`] takes at most beside what it takes for each position.
+pub fn gather_cost(ctx: &Context<'_>) -> u64 {
+    // A window, and the positions in it.
+    2 * window_cost(ctx.window_bytes())
 }
 
 /// A run of positions close enough to be read together.

@@ -39,12 +39,12 @@ mod single_file;
 mod state_folder;
 
 pub use atomic_file::{AtomicFile, Existing, append_to_file, create_new_file, sync_folder, write_atomic};
-pub use context::{Context, Io, Observer, Silent};
+pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gate::{OutputKind, check_output};
-pub use gather::{BaseValues, gather_rows};
+pub use gather::{BaseValues, gather_cost, gather_rows};
 #[cfg(feature = "train")]
 pub(crate) use guard::guarded;
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
@@ -61,7 +61,7 @@ pub use own_folder::OwnFolder;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use probe::{EntryKind, FileId};
 pub use rewrite::{rewrite_shard, windows};
-pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping};
+pub use scan::{Held, RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping, window_cost};
 pub use scatter::{Patcher, Place};
 pub use shard::Shard;
 pub use single_file::{SingleFile, recover_single_file};

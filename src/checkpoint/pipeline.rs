@@ -9,14 +9,17 @@ use super::{CheckpointError, Context, direct::free_spare_buffers};
 
 /// Maps `items` on all threads and hands the results to `sink` in the items' order.
 ///
-/// A few results per thread wait for their turn at most, so that memory is bounded whatever the number of items. The
-/// first error in the items' order is returned, whichever thread met one first. `sink` runs on the calling thread.
+/// `cost` is the most bytes that an item takes at any time from being read to being handed to `sink`: windows, scratch, result.
+/// No item begins before all that are on their way fit into [`Context::pass_bytes`] with it, so memory is bounded whatever
+/// the items are. The first error in the items' order is returned, whichever thread met one first. `sink` runs on the calling thread.
 ///
 /// # Errors
-/// What `map` or `sink` return, or [`CheckpointError::Cancelled`].
+/// What `map` or `sink` return, [`CheckpointError::MemoryLimit`] where an item alone costs more than there is, or
+/// [`CheckpointError::Cancelled`].
 pub fn for_each_ordered<T, R, E>(
     ctx: &Context<'_>,
     items: impl IntoIterator<Item = T, IntoIter: Send>,
+    cost: impl Fn(&T) -> u64 + Sync,
     map: impl Fn(&T) -> Result<R, E> + Sync,
     sink: impl FnMut(T, R) -> Result<(), E>,
 ) -> Result<(), E>
@@ -25,7 +28,7 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    let line = Line::new(items.into_iter(), 0);
+    let line = Line::new(ctx, items.into_iter(), 0, &cost);
     line.run(ctx, &|_: &T| Ok(()), &|item: &T, ()| map(item), sink)
 }
 
@@ -36,10 +39,11 @@ where
 /// At most one piece per thread that was read waits for it.
 ///
 /// # Errors
-/// What `read`, `map` or `sink` return, or [`CheckpointError::Cancelled`].
+/// What `read`, `map` or `sink` return, and as [`for_each_ordered`].
 pub fn read_and_map_ordered<T, W, R, E>(
     ctx: &Context<'_>,
     items: impl IntoIterator<Item = T, IntoIter: Send>,
+    cost: impl Fn(&T) -> u64 + Sync,
     n_readers: usize,
     read: impl Fn(&T) -> Result<W, E> + Sync,
     map: impl Fn(&T, W) -> Result<R, E> + Sync,
@@ -51,11 +55,15 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    Line::new(items.into_iter(), n_readers).run(ctx, &read, &map, sink)
+    Line::new(ctx, items.into_iter(), n_readers, &cost).run(ctx, &read, &map, sink)
 }
 
 /// The items on their way from hand to hand.
-struct Line<I: Iterator, W, R, E> {
+struct Line<'c, I: Iterator, W, R, E> {
+    /// Bytes that an item takes.
+    cost: &'c (dyn Fn(&I::Item) -> u64 + Sync + 'c),
+    /// Copied for its limits alone.
+    limits: Context<'static>,
     state: Mutex<State<I, W, R, E>>,
     /// Told of every change that somebody may wait for.
     changed: Condvar,
@@ -66,9 +74,13 @@ struct Line<I: Iterator, W, R, E> {
 
 struct State<I: Iterator, W, R, E> {
     items: I,
+    /// The next item, where it had to wait for room.
+    waiting: Option<I::Item>,
     has_ended: bool,
     n_taken: usize,
     n_sunk: usize,
+    /// What the items cost that were taken and not sunk.
+    bytes_on_the_way: u64,
     /// Taken by readers and not yet taken by who maps.
     n_read_ahead: usize,
     read: VecDeque<(usize, I::Item, Result<W, E>)>,
@@ -90,7 +102,7 @@ enum Task<T, W, E> {
 type ReadFn<'a, T, W, E> = &'a (dyn Fn(&T) -> Result<W, E> + Sync + 'a);
 type MapFn<'a, T, W, R, E> = &'a (dyn Fn(&T, W) -> Result<R, E> + Sync + 'a);
 
-impl<I, W, R, E> Line<I, W, R, E>
+impl<'c, I, W, R, E> Line<'c, I, W, R, E>
 where
     I: Iterator + Send,
     I::Item: Send,
@@ -98,9 +110,11 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    fn new(items: I, n_readers: usize) -> Self {
+    fn new(ctx: &Context<'_>, items: I, n_readers: usize, cost: &'c (dyn Fn(&I::Item) -> u64 + Sync + 'c)) -> Self {
         let state = State {
             items,
+            waiting: None,
+            bytes_on_the_way: 0,
             has_ended: false,
             n_taken: 0,
             n_sunk: 0,
@@ -110,7 +124,8 @@ where
             is_stopped: false,
         };
         let most_on_the_way = 4 * rayon::current_num_threads() + 2 * n_readers;
-        Self { state: Mutex::new(state), changed: Condvar::new(), n_readers, most_on_the_way }
+        let limits = Context { max_memory: ctx.max_memory, ..Context::default() };
+        Self { cost, limits, state: Mutex::new(state), changed: Condvar::new(), n_readers, most_on_the_way }
     }
 
     fn run(
@@ -159,10 +174,12 @@ where
                 let (item, result) = state.results.pop_front().flatten().expect("the front was just seen");
                 state.n_sunk += 1;
                 drop(state);
-                self.changed.notify_all();
                 ctx.check()?;
+                let cost = (self.cost)(&item);
                 sink(item, result?)?;
                 state = self.lock();
+                state.bytes_on_the_way = state.bytes_on_the_way.saturating_sub(cost);
+                self.changed.notify_all();
                 continue;
             }
             if state.has_ended && state.n_sunk == state.n_taken {
@@ -241,16 +258,30 @@ where
         }
     }
 
-    /// The next item, where there is one and not too many are on the way; who has the first of those never waits.
+    /// The next item, where there is one and room for it; who has the first of those on the way never waits.
     fn take(&self, state: &mut State<I, W, R, E>) -> Option<(usize, I::Item)> {
         if state.has_ended || state.n_taken - state.n_sunk >= self.most_on_the_way {
             return None;
         }
-        let Some(item) = state.items.next() else {
+        let Some(item) = state.waiting.take().or_else(|| state.items.next()) else {
             state.has_ended = true;
             self.changed.notify_all();
             return None;
         };
+        let cost = (self.cost)(&item);
+        if let Err(e) = self.limits.check_fits(cost) {
+            // Told in its turn, as what comes before it is handed on.
+            state.n_taken += 1;
+            state.results.push_back(Some((item, Err(e.into()))));
+            state.has_ended = true;
+            self.changed.notify_all();
+            return None;
+        }
+        if state.bytes_on_the_way + cost > self.limits.pass_bytes() {
+            state.waiting = Some(item);
+            return None;
+        }
+        state.bytes_on_the_way += cost;
         state.n_taken += 1;
         state.results.push_back(None);
         Some((state.n_taken - 1, item))
@@ -278,7 +309,7 @@ where
     }
 }
 
-impl<I: Iterator, W, R, E> Line<I, W, R, E> {
+impl<I: Iterator, W, R, E> Line<'_, I, W, R, E> {
     fn stop(&self) {
         if let Ok(mut state) = self.state.lock() {
             state.is_stopped = true;
@@ -288,18 +319,18 @@ impl<I: Iterator, W, R, E> Line<I, W, R, E> {
 }
 
 /// Sends everybody home when the caller is done, well or not.
-struct StopOnDrop<'a, I: Iterator, W, R, E>(&'a Line<I, W, R, E>);
+struct StopOnDrop<'a, 'c, I: Iterator, W, R, E>(&'a Line<'c, I, W, R, E>);
 
-impl<I: Iterator, W, R, E> Drop for StopOnDrop<'_, I, W, R, E> {
+impl<I: Iterator, W, R, E> Drop for StopOnDrop<'_, '_, I, W, R, E> {
     fn drop(&mut self) {
         self.0.stop();
     }
 }
 
 /// Lets nobody wait for a thread that is no more.
-struct StopOnPanic<'a, I: Iterator, W, R, E>(&'a Line<I, W, R, E>);
+struct StopOnPanic<'a, 'c, I: Iterator, W, R, E>(&'a Line<'c, I, W, R, E>);
 
-impl<I: Iterator, W, R, E> Drop for StopOnPanic<'_, I, W, R, E> {
+impl<I: Iterator, W, R, E> Drop for StopOnPanic<'_, '_, I, W, R, E> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.stop();
@@ -309,7 +340,7 @@ impl<I: Iterator, W, R, E> Drop for StopOnPanic<'_, I, W, R, E> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 
     use super::*;
 
@@ -323,6 +354,7 @@ mod tests {
         read_and_map_ordered(
             &Context::default(),
             0..500usize,
+            |_| 1,
             n_readers,
             |&i| {
                 most.fetch_max(on_the_way.fetch_add(1, SeqCst), SeqCst);
@@ -371,6 +403,7 @@ mod tests {
             let done = read_and_map_ordered(
                 &Context::default(),
                 0..100,
+                |_| 1,
                 n_readers,
                 |_| Ok(()),
                 map,
@@ -392,8 +425,66 @@ mod tests {
     fn a_panic_reaches_the_caller() {
         for n_readers in [0, 2] {
             let map = |&i: &usize, ()| if i == 5 { panic!("item five") } else { Ok::<_, CheckpointError>(()) };
-            let run = || read_and_map_ordered(&Context::default(), 0..50, n_readers, |_| Ok(()), map, |_, ()| Ok(()));
+            let run =
+                || read_and_map_ordered(&Context::default(), 0..50, |_| 1, n_readers, |_| Ok(()), map, |_, ()| Ok(()));
             assert!(std::panic::catch_unwind(run).is_err());
+        }
+    }
+
+    /// Runs 200 items of unequal costs; returns the highest sum of the costs of those on their way.
+    fn most_on_the_way(n_readers: usize) -> u64 {
+        let ctx = Context { max_memory: 16 << 20, ..Context::default() };
+        let cost = |i: u64| 1 + (i * 7919) % (4 << 20);
+        let (on_the_way, most) = (AtomicU64::new(0), AtomicU64::new(0));
+        let mut seen = Vec::new();
+        read_and_map_ordered(
+            &ctx,
+            0..200u64,
+            |&i| cost(i),
+            n_readers,
+            |&i| {
+                most.fetch_max(on_the_way.fetch_add(cost(i), SeqCst) + cost(i), SeqCst);
+                Ok::<_, CheckpointError>(())
+            },
+            |_, ()| Ok(()),
+            |i, ()| {
+                seen.push(i);
+                on_the_way.fetch_sub(cost(i), SeqCst);
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(seen, (0..200).collect::<Vec<_>>());
+        most.into_inner()
+    }
+
+    #[test]
+    fn items_on_the_way_never_cost_more_than_a_pass_may_take() {
+        for n_threads in [1, 5] {
+            for n_readers in [0, 3] {
+                let most = in_pool(n_threads, || most_on_the_way(n_readers));
+                assert!(most <= 8 << 20, "{most} bytes with {n_threads} threads, {n_readers} readers");
+            }
+        }
+    }
+
+    #[test]
+    fn an_item_that_never_fits_is_refused_with_the_limit_it_needs() {
+        let ctx = Context { max_memory: 16 << 20, ..Context::default() };
+        let cost = |&i: &u64| if i == 7 { (20 << 20) + 1 } else { 1 };
+        for n_readers in [0, 2] {
+            let mut n_sunk = 0;
+            let sink = |_, ()| {
+                n_sunk += 1;
+                Ok(())
+            };
+            let done = read_and_map_ordered(&ctx, 0..20, cost, n_readers, |_| Ok(()), |_, ()| Ok(()), sink);
+            match done {
+                Err(CheckpointError::MemoryLimit { needed, limit }) => {
+                    assert_eq!((needed, limit, n_sunk), (41 << 20, 16 << 20, 7));
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 }

@@ -23,8 +23,9 @@ const LEAST_DIRECT: usize = 64 << 10;
 /// Copies `source` to the new file `target`, with its mode, synced, piece by piece: each of `pieces` is a run of the file,
 /// which `edit` may change before it is written; what it returns goes to `sink`, in the pieces' order.
 ///
-/// Pieces ascend and cover the file. What is not in memory is read past the page cache, and where the file system can,
-/// everything is written past it: reading, editing and writing overlap. Memory: a few pieces per thread.
+/// `held` is the most bytes that `edit` holds for a piece beside its bytes: scratch, the result. Pieces ascend and cover the file. What
+/// is not in memory is read past the page cache, and where the file system can, everything is written past it: reading, editing and
+/// writing overlap. Memory: pieces and what is held for them, within [`Context::pass_bytes`].
 ///
 /// # Errors
 /// What `edit` or `sink` return, a failure to read or write, [`CheckpointError::Changed`] where the source changed meanwhile,
@@ -37,6 +38,7 @@ pub fn rewrite_shard<T, R, E>(
     source: &Shard,
     target: &Path,
     pieces: impl IntoIterator<Item = (Range<u64>, T), IntoIter: Send>,
+    held: impl Fn(&T) -> u64 + Sync,
     edit: impl Fn(&T, &mut [u8]) -> Result<R, E> + Sync,
     mut sink: impl FnMut(T, R) -> Result<(), E>,
 ) -> Result<(), E>
@@ -54,6 +56,7 @@ where
     read_and_map_ordered(
         ctx,
         pieces,
+        |(range, tag)| range.end - range.start + direct::SLACK + held(tag),
         readers_for(ctx, tensors),
         |(range, _)| Ok(source.read_copy(ctx, range.clone())?),
         |(range, tag), mut bytes| {
@@ -166,7 +169,7 @@ mod tests {
                 n_seen += n_bytes;
                 Ok(())
             };
-            rewrite_shard(&ctx, &shard, &target, pieces, edit, sink).unwrap();
+            rewrite_shard(&ctx, &shard, &target, pieces, |_| 0, edit, sink).unwrap();
             assert_eq!(n_seen, n);
             assert!(std::fs::read(&target).unwrap() == expected, "{io:?}");
         }

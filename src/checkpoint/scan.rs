@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{CheckpointError, Context, Shard, TensorInfo, TensorRef, Window, read_and_map_ordered};
+use super::{CheckpointError, Context, Shard, TensorInfo, TensorRef, Window, direct, read_and_map_ordered};
 use crate::tensor::{Dtype, RowBlock, RowLayout};
 
 /// A tensor to scan by rows.
@@ -33,6 +33,17 @@ impl RowScan<'_> {
     /// Bytes of one row.
     pub fn row_bytes(&self) -> u64 {
         self.tensor.info.n_bytes() / self.layout.n_rows()
+    }
+
+    /// Bytes of memory that one row takes when it is read.
+    pub fn read_bytes(&self) -> u64 {
+        // Of a transposed tensor a strip is read for each stored row, an element for each row.
+        self.row_bytes() + if self.layout.transposed { self.row_bytes() / self.layout.d_in.max(1) } else { 0 }
+    }
+
+    /// What a span takes with its rows, where `held` is held beside them.
+    fn cost(&self, held: Held) -> Held {
+        Held { span: held.span + direct::SLACK, row: held.row + self.read_bytes() }
     }
 
     /// The run `rows` of rows, each in one piece: a window of the file, or a copy where the tensor is stored transposed.
@@ -83,6 +94,15 @@ impl RowScan<'_> {
     }
 }
 
+/// Bytes that who maps a span of rows holds beside the rows themselves, at most: what it reads, scratch, the result.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Held {
+    /// For the span, whatever its length.
+    pub span: u64,
+    /// For each of its rows.
+    pub row: u64,
+}
+
 /// A run of rows of one of the scanned tensors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RowSpan {
@@ -96,16 +116,17 @@ pub struct RowSpan {
 
 /// Reads all rows of `targets` once, in blocks of whole rows, and hands what `map` made of each block to `sink` in order.
 ///
-/// Memory: two windows per thread (see [`Context::window_bytes`]; a row longer than that is one window) and the results
-/// of a few blocks per thread.
+/// `held` says what `map` holds for spans of a target beside their rows. Memory: all of that within [`Context::pass_bytes`].
 ///
 /// # Errors
-/// What `map` or `sink` return, a failure to read, [`CheckpointError::Changed`] where a file changed since it was opened, or
+/// What `map` or `sink` return, [`CheckpointError::MemoryLimit`] before anything is read where a row is too long for the memory
+/// there is, a failure to read, [`CheckpointError::Changed`] where a file changed since it was opened, or
 /// [`CheckpointError::Cancelled`].
 pub fn scan_rows<R, E>(
     ctx: &Context<'_>,
     what: &str,
     targets: &[RowScan<'_>],
+    held: impl Fn(usize) -> Held,
     map: impl Fn(RowSpan, RowBlock<'_>) -> Result<R, E> + Sync,
     mut sink: impl FnMut(RowSpan, R) -> Result<(), E>,
 ) -> Result<(), E>
@@ -113,12 +134,12 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    scan_rows_keeping(ctx, what, targets, false, map, |span, result, _| sink(span, result))
+    scan_rows_keeping(ctx, what, targets, held, false, map, |span, result, _| sink(span, result))
 }
 
 /// As [`scan_rows`]; where the windows are to be kept, `sink` is handed each of them too, for work that must go in order.
 ///
-/// Memory: as for [`scan_rows`], and with `keep` the windows of the results that wait.
+/// Memory: as for [`scan_rows`].
 ///
 /// # Errors
 /// As [`scan_rows`].
@@ -126,6 +147,7 @@ pub fn scan_rows_keeping<R, E>(
     ctx: &Context<'_>,
     what: &str,
     targets: &[RowScan<'_>],
+    held: impl Fn(usize) -> Held,
     keep: bool,
     map: impl Fn(RowSpan, RowBlock<'_>) -> Result<R, E> + Sync,
     mut sink: impl FnMut(RowSpan, R, Option<&RowWindow>) -> Result<(), E>,
@@ -135,11 +157,14 @@ where
     E: From<CheckpointError> + Send,
 {
     ctx.observer.begin(what, targets.iter().map(|target| target.tensor.info.n_bytes()).sum());
-    let spans = (0..targets.len()).flat_map(|t| row_spans(ctx, t, &targets[t]));
+    let costs: Vec<Held> = targets.iter().enumerate().map(|(i, target)| target.cost(held(i))).collect();
+    costs.iter().try_for_each(|cost| ctx.check_fits(cost.span + cost.row))?;
+    let spans = (0..targets.len()).flat_map(|t| row_spans(ctx, t, &targets[t], costs[t]));
     let tensors: Vec<TensorRef<'_>> = targets.iter().map(|target| target.tensor).collect();
     read_and_map_ordered(
         ctx,
         spans,
+        |span| costs[span.target].span + span.n_rows as u64 * costs[span.target].row,
         n_readers(ctx, &tensors),
         |span| {
             let rows = span.first_row..span.first_row + span.n_rows as u64;
@@ -178,6 +203,11 @@ pub fn n_readers(ctx: &Context<'_>, tensors: &[TensorRef<'_>]) -> usize {
     readers_for(ctx, tensors.iter().map(|tensor| (tensor.shard, tensor.info)))
 }
 
+/// Bytes of memory that a window of `n_bytes` takes at most.
+pub fn window_cost(n_bytes: u64) -> u64 {
+    n_bytes + direct::SLACK
+}
+
 /// As [`n_readers`], for tensors of which no more is known than where they are.
 pub(super) fn readers_for<'a>(
     ctx: &Context<'_>,
@@ -191,10 +221,16 @@ pub(super) fn readers_for<'a>(
     if 2 * n_direct > sampled.len() { (4 * rayon::current_num_threads()).min(16) } else { 0 }
 }
 
-/// A tensor's rows in runs of about one window.
-fn row_spans(ctx: &Context<'_>, target: usize, scan: &RowScan<'_>) -> impl Iterator<Item = RowSpan> + use<> {
+/// A tensor's rows in runs of about one window; where much is held for them, of at most four with that.
+fn row_spans(
+    ctx: &Context<'_>,
+    target: usize,
+    scan: &RowScan<'_>,
+    cost: Held,
+) -> impl Iterator<Item = RowSpan> + use<> {
     let n_rows = scan.layout.n_rows();
-    let step = (ctx.window_bytes() / scan.row_bytes().max(1)).max(1);
+    let window = ctx.window_bytes();
+    let step = (window / scan.row_bytes().max(1)).min(4 * window / cost.row.max(1)).max(1);
     (0..n_rows).step_by(step as usize).map(move |first_row| RowSpan {
         target,
         first_row,

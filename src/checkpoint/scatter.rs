@@ -13,14 +13,15 @@ use super::{
     CheckpointError, Context, Io, Shard,
     direct::{self, ALIGNMENT},
     mmap::is_cached,
+    window_cost,
 };
 
 /// Bytes between two elements up to which, in memory, one longer write is cheaper than two calls.
 const CLOSE: u64 = 1024;
 /// The same on disk, where the page of each element would first be read, one after the other.
 const CLOSE_ON_DISK: u64 = 32 << 10;
-/// The longest write.
-const LONGEST: u64 = 4 << 20;
+/// The longest write, or a window where that is shorter.
+const MAX_WRITE: u64 = 4 << 20;
 /// Shorter runs go through the page cache.
 const LEAST_DIRECT: u64 = 64 << 10;
 
@@ -34,6 +35,8 @@ pub struct Patcher {
     /// Set when the file system refused them.
     refused: AtomicBool,
     io: Io,
+    /// The longest write.
+    max_write: u64,
 }
 
 /// Where an element goes: bytes from the start of the file, and its index among the elements.
@@ -62,13 +65,19 @@ impl Patcher {
             Io::Auto | Io::Direct => direct::open_for_rewriting(path, &file),
             Io::Mapped | Io::Read => None,
         };
-        Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io }
+        let max_write = MAX_WRITE.min(ctx.window_bytes());
+        Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io, max_write }
+    }
+
+    /// Bytes of memory that [`Self::write`] takes at most beside its arguments.
+    pub fn write_cost(&self) -> u64 {
+        window_cost(self.max_write)
     }
 
     /// Writes elements of `width` bytes at `places`, which ascend; `elements` holds them one after the other.
     ///
     /// Between the elements nothing changes. What lies in `own`, a run of the file, nobody else writes meanwhile: there, where
-    /// the file is not in memory, whole pages are read and written past the page cache. Memory: the longest write, 4 MiB.
+    /// the file is not in memory, whole pages are read and written past the page cache. Memory: [`Self::write_cost`].
     ///
     /// # Errors
     /// [`CheckpointError::Io`]; some of the elements may then be written.
@@ -83,7 +92,7 @@ impl Patcher {
         let page = ALIGNMENT as u64;
         let own = own.start.next_multiple_of(page)..own.end / page * page;
         let is_long = last.0 - first.0 >= LEAST_DIRECT && own.end.saturating_sub(own.start) >= LEAST_DIRECT;
-        let patch = Patch { places, elements, width };
+        let patch = Patch { places, elements, width, max_write: self.max_write };
         let written = match self.direct.as_ref().filter(|_| is_long && !self.refused.load(Relaxed)) {
             Some(direct) if self.is_cold(&own) => match patch.write_past_cache(&self.file, direct, &own) {
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
@@ -117,6 +126,7 @@ struct Patch<'a> {
     places: &'a [Place],
     elements: &'a [u8],
     width: usize,
+    max_write: u64,
 }
 
 impl<'a> Patch<'a> {
@@ -129,12 +139,12 @@ impl<'a> Patch<'a> {
         }
     }
 
-    /// Runs of places at most `gap` bytes apart, at most [`LONGEST`] long.
+    /// Runs of places at most `gap` bytes apart, at most `max_write` long.
     fn runs(self, gap: u64) -> impl Iterator<Item = Self> {
         let mut rest = self.places;
         std::iter::from_fn(move || {
             let first = rest.first()?.0;
-            let is_in = |pair: &&[Place]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < LONGEST;
+            let is_in = |pair: &&[Place]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < self.max_write;
             let n = 1 + rest.windows(2).take_while(is_in).count();
             let (run, others) = rest.split_at(n);
             rest = others;

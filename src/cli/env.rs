@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use neuroada_ckpt::checkpoint::{Context, InUse, Io};
+use neuroada_ckpt::checkpoint::{Context, InUse, Io, MIN_MEMORY};
 #[cfg(feature = "cuda")]
 use neuroada_ckpt::{
     backend::{GpuChooser, GpuMerger},
@@ -24,8 +24,6 @@ use super::{
     progress::Progress,
 };
 
-/// Less than this is not enough for one thread's windows and the buffers of an output.
-const LEAST_MEMORY: u64 = 16 << 20;
 /// Where `--max-memory` is not given.
 const DEFAULT_MEMORY: u64 = 1 << 30;
 /// Memory of a GPU that streams of rows stay within.
@@ -39,7 +37,7 @@ pub(super) struct GlobalArgs {
     /// Threads to use [default: all cores]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Resident memory to stay within, mapped pages counted [default: 1G; for models, what they need]
+    /// Resident memory to stay within, mapped pages and I/O buffers counted [default: 1G; for models, what they need]
     ///
     /// A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
     #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
@@ -94,8 +92,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
     };
     let number: u64 = number.parse().map_err(|_| "expected a size such as 256M, 4G or 1073741824".to_owned())?;
     let bytes = number.checked_mul(1 << shift).ok_or("that is more than 2^64 bytes")?;
-    if bytes < LEAST_MEMORY {
-        return Err(format!("at least {}M are needed", LEAST_MEMORY >> 20));
+    if bytes < MIN_MEMORY {
+        return Err(format!("at least {}M are needed", MIN_MEMORY >> 20));
     }
     Ok(bytes)
 }

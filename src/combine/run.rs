@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     CombineError, Method,
     method::Dice,
-    survey::{InputReport, PairReport, Survey, Target, for_each_position, read_members},
+    survey::{InputReport, PairReport, Survey, Target, for_each_position, members_bytes, read_members},
     trim::Cut,
 };
 use crate::{
@@ -220,6 +220,7 @@ impl Job<'_> {
         for_each_ordered(
             ctx,
             pieces,
+            |(_, rows)| members_bytes(ctx, inputs, target, rows),
             |(piece, rows)| {
                 let mut parts = read_members(ctx, inputs, target, rows)?;
                 if let Some(cuts) = cuts {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{CombineError, run::CombineInput};
 use crate::{
     adapter::{AdapterError, DeltaRows},
-    checkpoint::{Checkpoint, Context, Printable, for_each_ordered, gather_rows},
+    checkpoint::{Checkpoint, Context, Printable, for_each_ordered, gather_cost, gather_rows},
     mask::TargetInfo,
     tensor::RowColumns,
 };
@@ -105,6 +105,7 @@ impl<'a> Survey<'a> {
             for_each_ordered(
                 ctx,
                 target.pieces.clone(),
+                |rows| members_bytes(ctx, inputs, target, rows),
                 |rows| survey_rows(ctx, inputs, target, rows, base),
                 |_, (sums, alike, anchored): (Sums, bool, Vec<Vec<u8>>)| {
                     all.add(&sums);
@@ -181,6 +182,17 @@ fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineErro
         target.pieces = (0..n_rows).step_by(step as usize).map(|row| row..n_rows.min(row + step)).collect();
     }
     Ok(targets)
+}
+
+/// Bytes of memory that a run of rows takes, with what is made of it.
+pub(super) fn members_bytes(ctx: &Context<'_>, inputs: &[CombineInput], target: &Target<'_>, rows: &Range<u64>) -> u64 {
+    let of_member = |&i: &usize| {
+        let adapter = &inputs[i].adapter;
+        adapter.rows_bytes(ctx, adapter.target(&target.info.name).expect("a member has the target"), rows)
+    };
+    // Sums of pairs, and the base's values are read in windows.
+    let sums = 32 * (inputs.len() * inputs.len()) as u64;
+    target.members.iter().map(of_member).sum::<u64>() + gather_cost(ctx) + sums
 }
 
 /// The deltas of a run of rows of all adapters that have the target.

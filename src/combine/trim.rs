@@ -3,7 +3,7 @@
 use super::{
     CombineError,
     run::CombineInput,
-    survey::{Target, read_members},
+    survey::{Target, members_bytes, read_members},
 };
 use crate::checkpoint::{Context, for_each_ordered};
 
@@ -56,6 +56,7 @@ impl Cut {
             for_each_ordered(
                 ctx,
                 target.pieces.clone(),
+                |rows| members_bytes(ctx, inputs, target, rows),
                 |rows| {
                     let parts = read_members(ctx, inputs, target, rows)?;
                     let ties = parts
@@ -103,6 +104,7 @@ fn count(
         for_each_ordered(
             ctx,
             target.pieces.clone(),
+            |rows| members_bytes(ctx, inputs, target, rows),
             |rows| {
                 let parts = read_members(ctx, inputs, target, rows)?;
                 ctx.observer.advance(parts.iter().map(|part| part.values.len() as u64).sum());

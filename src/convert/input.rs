@@ -21,6 +21,9 @@ pub(super) struct Input {
     modified: (i64, i64),
     /// No output replaces the file meanwhile.
     _in_use: InUse,
+    /// Bytes that were read so far.
+    #[cfg(test)]
+    pub(super) n_read: std::sync::atomic::AtomicU64,
 }
 
 impl Input {
@@ -29,7 +32,15 @@ impl Input {
         let (file, meta) = open_regular(path, "open")?;
         let modified = (meta.mtime(), meta.mtime_nsec());
         let in_use = InUse::file(path, &meta);
-        Ok(Self { path: path.to_owned(), file, n_bytes: meta.len(), modified, _in_use: in_use })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            n_bytes: meta.len(),
+            modified,
+            _in_use: in_use,
+            #[cfg(test)]
+            n_read: std::sync::atomic::AtomicU64::new(0),
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -47,6 +58,8 @@ impl Input {
         if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.n_bytes) {
             return Err(self.bad(offset, format!("{} bytes are needed, the file ends before", buffer.len())));
         }
+        #[cfg(test)]
+        self.n_read.fetch_add(buffer.len() as u64, std::sync::atomic::Ordering::Relaxed);
         self.file.read_exact_at(buffer, offset).map_err(|e| CheckpointError::io("read", &self.path, e))
     }
 

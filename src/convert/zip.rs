@@ -221,7 +221,9 @@ fn locate(input: &Input, entry: Entry, header_at: u64, directory_at: u64) -> Res
     if header_at.checked_add(30).is_none_or(|end| end > directory_at) {
         return Err(outside());
     }
-    let mut cursor = Cursor::new(input, header_at..directory_at);
+    // No more is read than the header should have: there may be many, far apart.
+    let header_end = directory_at.min(header_at + 30 + entry.name.len() as u64);
+    let mut cursor = Cursor::new(input, header_at..header_end);
     if cursor.number::<4>()? != LOCAL {
         return Err(input.bad(header_at, format!("`{name}` has no header where the directory says")));
     }
@@ -406,6 +408,17 @@ mod tests {
         let (_dir, input) = test_input(&bytes);
         assert!(Zip::open(&input).unwrap().entries().iter().all(|entry| entry.data.start % ALIGNMENT == 0));
         assert_eq!(open(&zip(&[])), Ok(vec![]));
+    }
+
+    #[test]
+    fn many_small_entries_cost_no_more_reading_than_they_have_bytes() {
+        let names: Vec<String> = (0..3000).map(|i| format!("archive/data/{i}")).collect();
+        let entries: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b"12345678"[..])).collect();
+        let bytes = zip(&entries);
+        let (_dir, input) = test_input(&bytes);
+        assert_eq!(Zip::open(&input).unwrap().entries().len(), names.len());
+        let n_read = input.n_read.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(n_read < 2 * bytes.len() as u64, "{n_read} bytes of {}", bytes.len());
     }
 
     #[test]

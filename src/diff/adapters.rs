@@ -11,7 +11,7 @@ use super::{
 use crate::{
     adapter::{Adapter, DeltaRows},
     checkpoint::{Context, for_each_ordered},
-    mask::{MaskFile, TargetInfo},
+    mask::{MaskFile, ROW_BYTES, TargetInfo},
     tensor::RowColumns,
 };
 
@@ -72,8 +72,18 @@ pub fn diff_adapters(ctx: &Context<'_>, a: &Adapter, b: &Adapter) -> Result<Adap
     };
     compare(
         ctx,
-        (a.targets(), a.scale(), &|target, rows| side(a, target, rows)),
-        (b.targets(), b.scale(), &|target, rows| side(b, target, rows)),
+        Side {
+            targets: a.targets(),
+            scale: a.scale(),
+            read: &|target, rows| side(a, target, rows),
+            bytes: &|target, rows| a.rows_bytes(ctx, target, rows),
+        },
+        Side {
+            targets: b.targets(),
+            scale: b.scale(),
+            read: &|target, rows| side(b, target, rows),
+            bytes: &|target, rows| b.rows_bytes(ctx, target, rows),
+        },
         true,
     )
 }
@@ -89,25 +99,51 @@ pub fn diff_masks(ctx: &Context<'_>, a: &MaskFile, b: &MaskFile) -> Result<Adapt
     };
     compare(
         ctx,
-        (a.targets(), 1.0, &|target, rows| side(a, target, rows)),
-        (b.targets(), 1.0, &|target, rows| side(b, target, rows)),
+        Side {
+            targets: a.targets(),
+            scale: 1.0,
+            read: &|target, rows| side(a, target, rows),
+            bytes: &|target, rows| a.rows_bytes(ctx, target, rows),
+        },
+        Side {
+            targets: b.targets(),
+            scale: 1.0,
+            read: &|target, rows| side(b, target, rows),
+            bytes: &|target, rows| b.rows_bytes(ctx, target, rows),
+        },
         false,
     )
 }
 
-/// Targets, scale, and how rows are read.
-type Side<'a> = (&'a [TargetInfo], f64, &'a (dyn Fn(&TargetInfo, Range<u64>) -> Result<DeltaRows, DiffError> + Sync));
+type ReadRows<'a> = &'a (dyn Fn(&TargetInfo, Range<u64>) -> Result<DeltaRows, DiffError> + Sync);
+
+/// One of the two.
+struct Side<'a> {
+    /// By name.
+    targets: &'a [TargetInfo],
+    scale: f64,
+    /// Reads rows.
+    read: ReadRows<'a>,
+    /// Bytes of memory that rows take.
+    bytes: &'a (dyn Fn(&TargetInfo, &Range<u64>) -> u64 + Sync),
+}
+
+impl Side<'_> {
+    fn target(&self, name: &str) -> Option<&TargetInfo> {
+        let found = self.targets.binary_search_by(|target| target.name.as_str().cmp(name)).ok()?;
+        Some(&self.targets[found])
+    }
+}
 
 fn compare(ctx: &Context<'_>, a: Side<'_>, b: Side<'_>, with_values: bool) -> Result<AdapterDiff, DiffError> {
-    let find = |side: &Side<'_>, name: &str| side.0.iter().position(|target| target.name == name);
-    let mut names: Vec<&str> = a.0.iter().chain(b.0).map(|target| target.name.as_str()).collect();
+    let mut names: Vec<&str> = a.targets.iter().chain(b.targets).map(|target| target.name.as_str()).collect();
     names.sort_unstable();
     names.dedup();
-    ctx.observer.begin("comparing", a.0.iter().chain(b.0).map(|target| target.nnz).sum());
+    ctx.observer.begin("comparing", a.targets.iter().chain(b.targets).map(|target| target.nnz).sum());
     let mut diff = AdapterDiff { equal: true, tensors: Vec::new(), total: Overlap::default() };
     let mut all = Sums::default();
     for name in names {
-        let (in_a, in_b) = (find(&a, name).map(|i| &a.0[i]), find(&b, name).map(|i| &b.0[i]));
+        let (in_a, in_b) = (a.target(name), b.target(name));
         let status = match (in_a, in_b) {
             (Some(a), Some(b)) if is_alike(a, b) => "both",
             (Some(_), Some(_)) => "unlike",
@@ -130,13 +166,17 @@ fn compare(ctx: &Context<'_>, a: Side<'_>, b: Side<'_>, with_values: bool) -> Re
                 ctx,
                 runs,
                 |rows| {
+                    let bytes = |side: &Side<'_>, of: Option<&TargetInfo>| of.map_or(0, |of| (side.bytes)(of, rows));
+                    bytes(&a, in_a) + bytes(&b, in_b) + (rows.end - rows.start) * ROW_BYTES
+                },
+                |rows| {
                     let read = |side: &Side<'_>, target: Option<&TargetInfo>| match target {
-                        Some(target) => side.2(target, rows.clone()),
+                        Some(target) => (side.read)(target, rows.clone()),
                         None => Ok(empty_rows((rows.end - rows.start) as usize)),
                     };
                     let (rows_a, rows_b) = (read(&a, in_a)?, read(&b, in_b)?);
                     ctx.observer.advance((rows_a.columns.nnz() + rows_b.columns.nnz()) as u64);
-                    Ok::<_, DiffError>(compare_rows(&rows_a, a.1, &rows_b, b.1))
+                    Ok::<_, DiffError>(compare_rows(&rows_a, a.scale, &rows_b, b.scale))
                 },
                 |_, (of_run, sums_of_run)| {
                     overlap.count(&of_run);

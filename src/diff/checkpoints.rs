@@ -7,7 +7,7 @@ use super::{
     norms::{PIECE, Sums},
 };
 use crate::{
-    checkpoint::{Checkpoint, Context, TensorRef, n_readers, read_and_map_ordered},
+    checkpoint::{Checkpoint, Context, TensorRef, n_readers, read_and_map_ordered, window_cost},
     tensor::{Accumulator, Dtype, Float, dtype_name, with_float},
 };
 
@@ -118,6 +118,7 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
     read_and_map_ordered(
         ctx,
         windows,
+        |(_, range)| 2 * window_cost(range.end - range.start),
         n_readers(ctx, &both),
         |(i, range)| {
             let (a, b) = pairs[*i];

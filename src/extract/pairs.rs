@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, ops::Range};
 
 use super::{ExtractError, ExtractOptions};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef},
-    mask::{Read, select_rows},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef, window_cost},
+    mask::{ROW_BYTES, Read, select_rows},
     tensor::dtype_name,
 };
 
@@ -31,6 +31,17 @@ impl Pair<'_> {
             Err(_) => (self.base.info.n_bytes(), n_bytes.max(1)),
         };
         (0..end).step_by(step as usize).map(move |start| start..end.min(start + step))
+    }
+
+    /// Bytes of memory that a run of both takes, with scratch for one row.
+    pub(super) fn read_bytes(&self, run: &Range<u64>) -> u64 {
+        /// Of one change: its column, and both weights.
+        const CHANGE_BYTES: u64 = 24;
+        let n = run.end - run.start;
+        match &self.rows {
+            Ok((scan, _)) => 2 * window_cost(n * scan.read_bytes()) + scan.layout.d_in * CHANGE_BYTES + n * ROW_BYTES,
+            Err(_) => 2 * window_cost(n),
+        }
     }
 
     /// Whether a run of bytes of a tensor that takes no part is the same.

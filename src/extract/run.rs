@@ -12,7 +12,7 @@ use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
     backend::{Layer, merged_values},
     checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, for_each_ordered},
-    mask::{BaseInfo, Recipe},
+    mask::{BaseInfo, POSITION_BYTES, Recipe},
     tensor::{Dtype, dtype_name, projection_kind},
 };
 
@@ -148,6 +148,7 @@ impl Job<'_> {
         for_each_ordered(
             ctx,
             runs,
+            |(i, run)| pairs[*i].read_bytes(run),
             |(i, run)| {
                 let pair = &pairs[*i];
                 let found = match &pair.rows {
@@ -256,6 +257,7 @@ impl Job<'_> {
             for_each_ordered(
                 ctx,
                 pair.runs(n_bytes),
+                |run| pair.read_bytes(run) + (run.end - run.start) * a.layout.d_in * POSITION_BYTES,
                 |run| {
                     let (a, b) = (a.read(ctx, run.clone())?, b.read(ctx, run.clone())?);
                     ctx.observer.advance(a.block().bytes().len() as u64);

@@ -8,6 +8,7 @@ use super::{
     Amount, BaseInfo, MaskError, MaskOptions, MaskWriter, Partition, Recipe, Scope, SkippedTensor,
     cut::{Cut, find_cut},
     source::{Source, sources},
+    sparse::{POSITION_BYTES, ROW_BYTES},
     targets::{LLAMA_PROJECTIONS, select_targets},
 };
 use crate::{
@@ -17,6 +18,9 @@ use crate::{
     },
     tensor::{RowBlock, RowColumns, projection_kind},
 };
+
+/// Bytes that an entry takes while its block is chosen at a cut: its column, twice, the weight, whether it is a tie.
+const CUT_BYTES: u64 = 20;
 
 /// What was chosen in one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -226,10 +230,15 @@ impl Job<'_> {
         let scans: Vec<RowScan<'_>> = mine.iter().map(|&target| sources[target].scan).collect();
         let chooser = self.options.chooser;
         let mut progress = Progress::default();
+        let held = |target: usize| {
+            let source = &sources[mine[target]];
+            source.held(ROW_BYTES + k.min(source.scan.layout.d_in) * POSITION_BYTES / 2)
+        };
         scan_rows_keeping(
             ctx,
             "choosing",
             &scans,
+            held,
             self.options.hash,
             |span, block| {
                 let source = &sources[mine[span.target]];
@@ -266,10 +275,16 @@ impl Job<'_> {
         let Cut { key, mut n_ties } = find_cut(ctx, &competing, space, n)?;
         let most_ties = n_ties;
         let mut progress = Progress::default();
+        let held = |target: usize| {
+            let source = &sources[targets[target]];
+            // Chosen entries may all lie close together.
+            source.held(ROW_BYTES + n.min(source.scan.layout.d_in) * CUT_BYTES)
+        };
         scan_rows_keeping(
             ctx,
             "choosing",
             &scans,
+            held,
             self.options.hash,
             |span, block| {
                 let source = &sources[targets[span.target]];

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use super::{MaskError, source::Source};
 use crate::{
     backend::{Digit, KeySpace, count_keys, keys_from},
-    checkpoint::{Context, RowScan, scan_rows},
+    checkpoint::{Context, Held, RowScan, scan_rows},
 };
 
 /// The key of the last entry that is chosen.
@@ -25,6 +25,8 @@ pub(super) struct Cut {
 /// Reads them once, or once for every 16 bits of a key where the best do not fit into a quarter of the memory allowed.
 pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpace, n: u64) -> Result<Cut, MaskError> {
     let scans: Vec<RowScan<'_>> = sources.iter().map(|source| source.scan).collect();
+    // Counts, twice: a block's, and widened for a moment. Until enough keys were seen all of a block's are kept, and copied once.
+    let found_bytes = 12 * Digit::VALUES as u64;
     let mut digit = Digit::first(space);
     let mut left = n;
     loop {
@@ -37,6 +39,7 @@ pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpa
             ctx,
             "ranking",
             &scans,
+            |target| Held { span: found_bytes, ..sources[target].held(sources[target].scan.layout.d_in * 16) },
             |span, block| {
                 let mut found = Found::default();
                 let floor = floor.load(Relaxed);
@@ -96,6 +99,7 @@ impl Found {
         if let Some((value, _)) = reach(&counts, n) {
             let floor = digit.then(value).0;
             self.keys.retain(|&key| key >= floor);
+            self.keys.shrink_to_fit();
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{ops::Range, path::Path};
 
 use super::{
-    BaseInfo, MaskError, Recipe, SparseFile, SparseWriter, TargetInfo,
+    BaseInfo, MaskError, POSITION_BYTES, ROW_BYTES, Recipe, SparseFile, SparseWriter, TargetInfo,
     document::{FORMAT_VERSION, MaskDocument, parse_document},
 };
 use crate::{
@@ -68,6 +68,11 @@ impl MaskFile {
     /// Row offsets that do not ascend from 0 to the number of columns.
     pub fn row_ranges(&self, ctx: &Context<'_>, target: &TargetInfo, most: u64) -> Result<Vec<Range<u64>>, MaskError> {
         Ok(self.file.row_ranges(ctx, target, most)?)
+    }
+
+    /// Bytes of memory that `rows` of a target take at most while they are worked on.
+    pub(crate) fn rows_bytes(&self, ctx: &Context<'_>, target: &TargetInfo, rows: &Range<u64>) -> u64 {
+        self.file.n_positions(ctx, target, rows) * POSITION_BYTES + (rows.end - rows.start) * ROW_BYTES
     }
 
     /// Reads the columns of `rows` of a target, proven to ascend within their row and to lie inside it.

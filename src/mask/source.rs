@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{MaskError, MaskOptions, targets::Selection};
 use crate::{
     backend::{ChooseError, ColumnNorms, KeySpace, NotANumber, Score, ScoreKind, ScoredRows, mix},
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, RowSpan, TensorRef},
+    checkpoint::{Checkpoint, CheckpointError, Context, Held, Printable, RowScan, RowSpan, TensorRef},
     tensor::{RowBlock, dtype_name, is_float, module_of},
 };
 
@@ -110,6 +110,12 @@ impl Source<'_> {
     /// Whether all rows take part.
     pub(super) fn has_all_rows(&self) -> bool {
         self.rows.is_none()
+    }
+
+    /// What is held while rows are scored, where the caller holds `row_bytes` for each.
+    pub(super) fn held(&self, row_bytes: u64) -> Held {
+        let norms = self.activations.map_or(0, |tensor| tensor.info.n_bytes() + 8 * tensor.info.n_elements());
+        Held { span: norms, row: row_bytes + self.gradients.map_or(0, |scan| scan.read_bytes()) }
     }
 
     /// The space of this target's keys.

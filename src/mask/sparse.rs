@@ -16,6 +16,12 @@ use crate::{
 /// The most elements in a row whose columns fit in 16 bits.
 pub(crate) const MOST_U16: u64 = 1 << 16;
 
+/// Bytes of memory that a chosen position takes, at most, while rows of one mask or adapter are worked on: its column, its value as
+/// stored and widened, the weight there before and after, copies of those on their way.
+pub(crate) const POSITION_BYTES: u64 = 64;
+/// The same for a row: its place among the columns, in a few lists.
+pub(crate) const ROW_BYTES: u64 = 64;
+
 /// A target of a mask or adapter.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TargetInfo {
@@ -37,6 +43,13 @@ pub struct TargetInfo {
     pub nnz: u64,
     /// The number of columns of each row, where the file stores them as `[rows, k]`.
     pub uniform_k: Option<u64>,
+}
+
+impl TargetInfo {
+    /// The most positions that `n_rows` of its rows can have, judged by the header.
+    pub(crate) fn max_positions(&self, n_rows: u64) -> u64 {
+        n_rows.saturating_mul(self.uniform_k.unwrap_or(self.layout.d_in)).min(self.nnz)
+    }
 }
 
 /// The tensors that a target may have, by suffix.
@@ -134,6 +147,19 @@ impl SparseFile {
         match target.uniform_k {
             Some(k) => Ok(row * k),
             None => Ok(self.read_offsets(ctx, target, row..row)?[0]),
+        }
+    }
+
+    /// How many positions `rows` have; the most that they can have where that cannot be read, which is told when they are.
+    pub fn n_positions(&self, ctx: &Context<'_>, target: &TargetInfo, rows: &Range<u64>) -> u64 {
+        let most = target.max_positions(rows.end - rows.start);
+        if target.uniform_k.is_some() {
+            return most;
+        }
+        let before = |row| self.first_position(ctx, target, row);
+        match (before(rows.start), before(rows.end)) {
+            (Ok(start), Ok(end)) => end.checked_sub(start).map_or(most, |n| n.min(most)),
+            _ => most,
         }
     }
 

@@ -101,13 +101,15 @@ pub(super) fn patch(
     after: &Stack,
 ) -> Result<(), MergeError> {
     ctx.observer.begin("patching", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
-    let blocks = touched.iter().flat_map(|target| {
-        let nnz = before.nnz(target.name) + after.nnz(target.name);
-        row_blocks(ctx, target, nnz).map(move |rows| (target, rows))
-    });
+    let blocks =
+        touched.iter().flat_map(|target| row_blocks(ctx, target, &[before, after]).map(move |rows| (target, rows)));
     for_each_ordered(
         ctx,
         blocks,
+        |(target, rows)| {
+            let write = files[target.tensor.shard_index].as_ref().map_or(0, Patcher::write_cost);
+            before.rows_bytes(ctx, target.name, rows) + after.rows_bytes(ctx, target.name, rows) + write
+        },
         |(target, rows)| {
             let file = files[target.tensor.shard_index].as_ref().expect("touched shards are open for writing");
             patch_block(ctx, target, rows, file, before, after)
@@ -161,16 +163,20 @@ fn patch_block(
     Ok(())
 }
 
-/// A tensor's rows in blocks that begin at multiples of 64 and hold about [`BLOCK_COLUMNS`] of `nnz` touched positions.
+/// A tensor's rows in blocks that begin at multiples of 64 and hold about [`BLOCK_COLUMNS`] of the positions that `stacks` touch.
 pub(super) fn row_blocks(
     ctx: &Context<'_>,
     target: &Touched<'_>,
-    nnz: u64,
+    stacks: &[&Stack],
 ) -> impl Iterator<Item = Range<u64>> + Send + use<> {
     let n_rows = target.layout.n_rows();
+    let nnz: u64 = stacks.iter().map(|stack| stack.nnz(target.name)).sum();
     let by_columns = n_rows.saturating_mul(BLOCK_COLUMNS) / nnz.max(1);
+    // Should all of them lie close together, a few blocks still fit side by side.
+    let in_a_row: u64 = stacks.iter().map(|stack| stack.max_row_bytes(target.name)).sum();
+    let by_memory = ctx.pass_bytes() / 4 / in_a_row.max(1);
     let by_bytes = n_rows.saturating_mul(ctx.window_bytes()) / target.tensor.info.n_bytes().max(1);
-    let step = by_columns.min(by_bytes).next_multiple_of(GROUP_ROWS).max(GROUP_ROWS);
+    let step = by_columns.min(by_bytes).min(by_memory).next_multiple_of(GROUP_ROWS).max(GROUP_ROWS);
     (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
 }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     backend::{PatchCounts, largest_magnitude, merged_values, overflows, pick},
-    checkpoint::{CheckpointError, Context, Printable, for_each_ordered, gather_rows},
+    checkpoint::{CheckpointError, Context, Printable, for_each_ordered, gather_cost, gather_rows},
     tensor::RowColumns,
 };
 
@@ -84,6 +84,11 @@ impl Change<'_> {
             examination.examine_on_disk(ctx, target)?;
         }
         Ok(examination.findings())
+    }
+
+    /// Bytes of memory that looking at a block of rows takes at most, beside the rows.
+    pub(super) fn block_bytes(&self, ctx: &Context<'_>, target: &Touched<'_>, rows: &Range<u64>) -> u64 {
+        self.before.rows_bytes(ctx, target.name, rows) + self.after.rows_bytes(ctx, target.name, rows)
     }
 
     /// Looks at a block of rows on disk.
@@ -213,10 +218,10 @@ impl<'a, 'l> Examination<'a, 'l> {
     /// Examines a whole tensor at its touched positions.
     pub(super) fn examine_on_disk(&mut self, ctx: &Context<'_>, target: &Touched<'_>) -> Result<(), MergeError> {
         let change = self.change;
-        let nnz = change.before.nnz(target.name) + change.after.nnz(target.name);
         for_each_ordered(
             ctx,
-            row_blocks(ctx, target, nnz),
+            row_blocks(ctx, target, &[change.before, change.after]),
+            |rows| change.block_bytes(ctx, target, rows) + gather_cost(ctx),
             |rows| change.examine_block(ctx, target, rows),
             |rows, block| self.push(target, &rows, block),
         )

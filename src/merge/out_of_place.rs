@@ -12,7 +12,7 @@ use super::{
     apply::{judge_all, report},
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
-    ledger::LedgerWriter,
+    ledger::{GROUP_ROWS, LedgerWriter},
     plausible::can_overflow,
     resume::{Piece, Resume},
     stack::{Stack, copy_name},
@@ -62,9 +62,9 @@ pub(super) fn apply(
     let mut examination = Examination::new(&change, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut waiting = Vec::new();
-    for (index, shard) in checkpoint.shards().iter().enumerate() {
-        let mut of_shard: Vec<Touched<'_>> =
-            touched.iter().filter(|target| target.tensor.shard_index == index).copied().collect();
+    let mut by_shard: Vec<Vec<Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
+    touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(*target));
+    for (index, (shard, mut of_shard)) in checkpoint.shards().iter().zip(by_shard).enumerate() {
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
         let path = shard_path(shard.file_name());
         if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
@@ -154,12 +154,16 @@ fn rewrite<'a>(
     written: &mut Option<Vec<Piece>>,
 ) -> Result<Vec<Touched<'a>>, MergeError> {
     let hashes = written.is_some();
-    let (later, at_once): (Vec<_>, Vec<_>) = of_shard.iter().partition(|target| target.layout.transposed);
+    // Blocks of very long rows would not fit into memory whole.
+    let is_long = |target: &Touched<'_>| ctx.pass_bytes() / 8 < GROUP_ROWS * row_bytes(target);
+    let (later, at_once): (Vec<_>, Vec<_>) =
+        of_shard.iter().partition(|target| target.layout.transposed || is_long(target));
     rewrite_shard(
         ctx,
         shard,
         part,
         pieces(ctx, change, shard, &at_once).map(|(range, rows)| (range.clone(), (range.end, rows))),
+        |(_, rows)| rows.as_ref().map_or(0, |(target, rows)| change.block_bytes(ctx, target, rows)),
         |(_, rows), bytes| {
             let block = match rows {
                 Some((target, rows)) => Some(change.examine_and_patch(ctx, target, rows, bytes)?),
@@ -181,6 +185,10 @@ fn rewrite<'a>(
     Ok(later)
 }
 
+fn row_bytes(target: &Touched<'_>) -> u64 {
+    target.tensor.info.n_bytes() / target.layout.n_rows()
+}
+
 /// A shard's bytes in order: blocks of rows of `targets`, which ascend, and windows of all that lies between.
 fn pieces<'t>(
     ctx: &'t Context<'_>,
@@ -195,9 +203,8 @@ fn pieces<'t>(
         let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), |t| shard.file_range(t.tensor.info));
         let between = windows(ctx, start..tensor.start).map(|range| (range, None));
         let blocks = target.into_iter().flat_map(move |target| {
-            let nnz = change.before.nnz(target.name) + change.after.nnz(target.name);
-            let row_bytes = target.tensor.info.n_bytes() / target.layout.n_rows();
-            row_blocks(ctx, target, nnz).map(move |rows| {
+            let row_bytes = row_bytes(target);
+            row_blocks(ctx, target, &[change.before, change.after]).map(move |rows| {
                 let place = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
                 (place, Some((target, rows)))
             })

@@ -129,6 +129,7 @@ impl Resume {
         for_each_ordered(
             ctx,
             windows(ctx, 0..n_bytes),
+            |range| READ_BYTES.min(range.end - range.start),
             |range| hash_range(ctx, &file, path, range),
             |range, hash| {
                 pieces.push(Piece::new(range.end, hash));
@@ -189,6 +190,7 @@ impl Resume {
         for_each_ordered(
             ctx,
             ranges,
+            |(range, _)| READ_BYTES.min(range.end - range.start),
             |(range, hash)| Ok(hash_range(ctx, &file, &path, range)?.to_hex().as_str() == *hash),
             |_, equal| {
                 is_same &= equal;

@@ -7,7 +7,7 @@ use crate::{
     adapter::{Adapter, AdapterId, DeltaRows},
     backend::{Layer, union_columns},
     checkpoint::{Context, Printable, StateFolder},
-    mask::TargetInfo,
+    mask::{POSITION_BYTES, ROW_BYTES, TargetInfo},
     tensor::{RowColumns, dtype_name},
 };
 
@@ -165,6 +165,20 @@ impl Stack {
     /// Chosen columns per row of a tensor, over all adapters; for sizing blocks.
     pub(super) fn nnz(&self, name: &str) -> u64 {
         self.active.iter().filter_map(|active| active.adapter.target(name)).map(|target| target.nnz).sum()
+    }
+
+    fn with_target(&self, name: &str) -> impl Iterator<Item = (&Adapter, &TargetInfo)> {
+        self.active.iter().filter_map(move |active| Some((&active.adapter, active.adapter.target(name)?)))
+    }
+
+    /// Bytes of memory that `rows` of the tensor `name` take at most while they are worked on.
+    pub(super) fn rows_bytes(&self, ctx: &Context<'_>, name: &str, rows: &Range<u64>) -> u64 {
+        self.with_target(name).map(|(adapter, target)| adapter.rows_bytes(ctx, target, rows)).sum()
+    }
+
+    /// The same for one row, the longest that there may be.
+    pub(super) fn max_row_bytes(&self, name: &str) -> u64 {
+        self.with_target(name).map(|(_, target)| target.max_positions(1) * POSITION_BYTES + ROW_BYTES).sum()
     }
 
     /// The deltas on `rows` of the tensor `name`, or `None` where no adapter touches the tensor.

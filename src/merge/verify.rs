@@ -25,7 +25,7 @@ use crate::{
     adapter::Adapter,
     checkpoint::{
         Checkpoint, CheckpointError, Context, Layout, Printable, Shard, StateFolder, TensorRef, n_readers,
-        read_and_map_ordered,
+        read_and_map_ordered, window_cost,
     },
 };
 
@@ -236,6 +236,7 @@ fn compare_tensors(
     read_and_map_ordered(
         ctx,
         windows,
+        |(.., range)| 2 * window_cost(range.end - range.start),
         n_readers(ctx, &both),
         |(merged, original, range)| Ok((merged.window(ctx, range.clone())?, original.window(ctx, range.clone())?)),
         |(merged, original, range), (found, expected)| {

@@ -108,8 +108,8 @@ fn help_lists_commands_options_and_exit_codes() {
               Threads to use [default: all cores]
 
           --max-memory <SIZE>
-              Resident memory to stay within, mapped pages counted [default: 1G; for models, what they
-              need]
+              Resident memory to stay within, mapped pages and I/O buffers counted [default: 1G; for
+              models, what they need]
               
               A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
 

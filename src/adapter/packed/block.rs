@@ -20,6 +20,9 @@ pub(super) const MOST_PER_BYTE: u64 = 4096;
 /// The shortest code.
 pub(super) const LEAST_BYTES: u64 = 4;
 
+/// Bytes of memory that the odds of a block take while it is coded, at most, beside its positions.
+pub(super) const CODE_BYTES: u64 = 64 << 10;
+
 /// What is known of a block before its code is read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlockShape {

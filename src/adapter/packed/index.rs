@@ -53,6 +53,12 @@ impl TargetIndex {
         Self { kind, starts: vec![Start { byte: first_byte, ..Start::default() }] }
     }
 
+    /// Says where the first block's code lies, before there is a block.
+    pub(super) fn begin_at(&mut self, first_byte: u64) {
+        assert_eq!(self.n_blocks(), 0, "no block was added");
+        self.starts[0].byte = first_byte;
+    }
+
     /// Adds a block.
     pub(super) fn push(&mut self, n_rows: u64, n_positions: u64, n_bytes: u64) {
         let Start { row, position, byte } = self.starts[self.starts.len() - 1];

@@ -225,6 +225,17 @@ impl PackedFile {
         ranges
     }
 
+    /// The most positions that `rows` have: those of all blocks that hold some of them.
+    pub(super) fn n_positions(&self, target: &TargetInfo, rows: &Range<u64>) -> u64 {
+        let index = &self.index.targets[self.place(target)];
+        if rows.is_empty() {
+            return 0;
+        }
+        let (first, last) = (index.block_of(rows.start), index.block_of(rows.end - 1));
+        let in_blocks = (first..=last).map(|block| index.shape(target, block).n_positions).sum();
+        target.max_positions(rows.end - rows.start).min(in_blocks)
+    }
+
     /// Columns of `rows` and the values as the adapter stores them.
     ///
     /// # Errors
@@ -303,8 +314,10 @@ impl PackedFile {
 
 /// Bytes as a packed file keeps them: under zstd where that is shorter and not suspiciously so.
 fn keep(bytes: &[u8]) -> Vec<u8> {
+    // The highest level takes about a second for each MB, of which tens of thousands of targets make many.
+    let level = if bytes.len() <= 1 << 20 { 19 } else { 6 };
     let length = u32::try_from(bytes.len()).expect("headers and indices are short").to_le_bytes();
-    let zstd = zstd::bulk::compress(bytes, 19)
+    let zstd = zstd::bulk::compress(bytes, level)
         .ok()
         .filter(|zstd| zstd.len() < bytes.len() && bytes.len() as u64 <= MOST_RATIO * zstd.len() as u64);
     match zstd {

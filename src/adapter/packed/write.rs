@@ -1,6 +1,6 @@
 //! Packing: once over the adapter to learn the odds, once more to code it.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use serde::Serialize;
 
@@ -22,8 +22,8 @@ use crate::{
     },
     backend::{Layer, merged_values},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_rows,
-        tensor_file_header,
+        Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost,
+        gather_rows, tensor_file_header,
     },
     mask::{FORMAT_VERSION, Part, TargetInfo},
     tensor::{Dtype, RowColumns},
@@ -159,40 +159,44 @@ pub fn pack_adapter(
     let (mut at, mut columns_bytes) = (0, 0);
     ctx.observer.begin("packing", adapter.nnz());
     for target in adapter.targets() {
-        let dtype = adapter.values_dtype(target);
-        let kind = options.values.kind(dtype);
-        let mut of_target = TargetIndex::new(kind, at);
-        let odds = &index.odds[&kind];
-        for_each_ordered(
-            ctx,
-            adapter.row_ranges(ctx, target, BLOCK)?,
-            |rows| {
-                let (columns, stored) = adapter.read_stored(ctx, target, rows.clone())?;
-                let values = shorten(adapter, target, rows.start, &columns, stored, options.values)?;
-                let shape = BlockShape {
-                    n_rows: columns.n_rows(),
-                    n_positions: columns.nnz() as u64,
-                    uniform_k: target.uniform_k,
-                    d_in: target.layout.d_in,
-                    kind,
-                };
-                let values = match kind.quantised() {
-                    Some(_) => BlockValues::Quantised(&values.groups),
-                    None => BlockValues::Stored(&values.stored),
-                };
-                let code = block::encode(shape, &columns, derived.is_none(), &values, odds);
-                ctx.observer.advance(columns.nnz() as u64);
-                Ok::<_, AdapterError>((columns.nnz() as u64, code))
-            },
-            |rows, (n_positions, (code, n_column_bytes))| {
-                of_target.push(rows.end - rows.start, n_positions, code.len() as u64);
-                at += code.len() as u64;
-                columns_bytes += n_column_bytes as u64;
-                Ok(file.append(blocks, &code)?)
-            },
-        )?;
-        index.targets.push(of_target);
+        index.targets.push(TargetIndex::new(options.values.kind(adapter.values_dtype(target)), 0));
     }
+    let Index { odds, targets: of_targets } = &mut index;
+    for_each_ordered(
+        ctx,
+        all_blocks(ctx, adapter)?,
+        |(place, rows)| adapter.rows_bytes(ctx, &adapter.targets()[*place], rows) + block::CODE_BYTES,
+        |(place, rows)| {
+            let target = &adapter.targets()[*place];
+            let kind = options.values.kind(adapter.values_dtype(target));
+            let (columns, stored) = adapter.read_stored(ctx, target, rows.clone())?;
+            let values = shorten(adapter, target, rows.start, &columns, stored, options.values)?;
+            let shape = BlockShape {
+                n_rows: columns.n_rows(),
+                n_positions: columns.nnz() as u64,
+                uniform_k: target.uniform_k,
+                d_in: target.layout.d_in,
+                kind,
+            };
+            let values = match kind.quantised() {
+                Some(_) => BlockValues::Quantised(&values.groups),
+                None => BlockValues::Stored(&values.stored),
+            };
+            let code = block::encode(shape, &columns, derived.is_none(), &values, &odds[&kind]);
+            ctx.observer.advance(columns.nnz() as u64);
+            Ok::<_, AdapterError>((columns.nnz() as u64, code))
+        },
+        |(place, rows), (n_positions, (code, n_column_bytes))| {
+            let of_target = &mut of_targets[place];
+            if rows.start == 0 {
+                of_target.begin_at(at);
+            }
+            of_target.push(rows.end - rows.start, n_positions, code.len() as u64);
+            at += code.len() as u64;
+            columns_bytes += n_column_bytes as u64;
+            Ok(file.append(blocks, &code)?)
+        },
+    )?;
     adapter.shard().unchanged()?;
     file.finish_tensor(blocks, vec![at]);
 
@@ -237,6 +241,15 @@ pub fn pack_adapter(
         error: (options.values != ValuesChoice::Keep).then(|| survey.sums.deltas.lossy()),
         merged: survey.sums.merged.map(|merged| merged.merged()),
     })
+}
+
+/// All blocks of all targets, in order: the target's place, and rows of it.
+fn all_blocks(ctx: &Context<'_>, adapter: &Adapter) -> Result<Vec<(usize, Range<u64>)>, AdapterError> {
+    let mut blocks = Vec::new();
+    for (place, target) in adapter.targets().iter().enumerate() {
+        blocks.extend(adapter.row_ranges(ctx, target, BLOCK)?.into_iter().map(|rows| (place, rows)));
+    }
+    Ok(blocks)
 }
 
 /// Columns chosen again where they are the adapter's and that is wanted, or why not.
@@ -340,6 +353,17 @@ struct OfBlock {
     merged: Option<(Vec<u8>, Differences)>,
 }
 
+/// Of the target whose blocks are coming.
+#[derive(Default)]
+struct TargetHashers {
+    /// As the adapter is.
+    source: RowHasher,
+    /// As it will be.
+    packed: RowHasher,
+    /// The base's values.
+    anchor: blake3::Hasher,
+}
+
 impl Survey {
     fn of(ctx: &Context<'_>, adapter: &Adapter, options: &PackOptions<'_>) -> Result<Self, AdapterError> {
         let choice = options.values;
@@ -348,38 +372,45 @@ impl Survey {
         let (mut source_id, mut id) = (IdHasher::new(adapter.scale()), IdHasher::new(adapter.scale()));
         let mut sums = Sums { merged: base.map(|_| Differences::default()), ..Sums::default() };
         ctx.observer.begin("surveying", adapter.nnz());
-        for target in adapter.targets() {
-            let dtype = adapter.values_dtype(target);
-            let (mut source_rows, mut rows_hasher) = (RowHasher::default(), RowHasher::default());
-            let mut anchor = blake3::Hasher::new();
-            for_each_ordered(
-                ctx,
-                adapter.row_ranges(ctx, target, BLOCK)?,
-                |rows| {
-                    ctx.observer.advance(rows.end - rows.start);
-                    survey_block(ctx, adapter, target, rows.clone(), choice, base)
-                },
-                |_, block: OfBlock| {
-                    source_rows.rows(&block.columns, &block.source);
-                    rows_hasher.rows(&block.columns, &block.values.stored);
-                    sums.n_groups += block.values.groups.len() as u64;
-                    sums.column_bits += block.column_bits;
-                    sums.deltas.add(&block.deltas);
-                    if let (Some(sum), Some((base_values, merged))) = (&mut sums.merged, &block.merged) {
-                        anchor.update(base_values);
-                        sum.add(merged);
-                    }
-                    let kind = block.values.kind;
-                    sums.counts.entry(kind).or_insert_with(|| Counts::new(kind)).add(&block.counts);
-                    Ok(())
-                },
-            )?;
-            if let Some(base) = base.filter(|_| anchor.finalize() != target.anchor) {
-                return Err(AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base));
-            }
-            source_id.target(target, dtype, &source_rows);
-            id.target(target, choice.dtype(dtype), &rows_hasher);
-        }
+        let mut hashers = TargetHashers::default();
+        for_each_ordered(
+            ctx,
+            all_blocks(ctx, adapter)?,
+            |(place, rows)| {
+                adapter.rows_bytes(ctx, &adapter.targets()[*place], rows) + block::CODE_BYTES + gather_cost(ctx)
+            },
+            |(place, rows)| {
+                ctx.observer.advance(rows.end - rows.start);
+                survey_block(ctx, adapter, &adapter.targets()[*place], rows.clone(), choice, base)
+            },
+            |(place, rows), block: OfBlock| {
+                let target = &adapter.targets()[place];
+                if rows.start == 0 {
+                    hashers = TargetHashers::default();
+                }
+                hashers.source.rows(&block.columns, &block.source);
+                hashers.packed.rows(&block.columns, &block.values.stored);
+                sums.n_groups += block.values.groups.len() as u64;
+                sums.column_bits += block.column_bits;
+                sums.deltas.add(&block.deltas);
+                if let (Some(sum), Some((base_values, merged))) = (&mut sums.merged, &block.merged) {
+                    hashers.anchor.update(base_values);
+                    sum.add(merged);
+                }
+                let kind = block.values.kind;
+                sums.counts.entry(kind).or_insert_with(|| Counts::new(kind)).add(&block.counts);
+                if rows.end < target.layout.n_rows() {
+                    return Ok(());
+                }
+                if let Some(base) = base.filter(|_| hashers.anchor.finalize() != target.anchor) {
+                    return Err(AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base));
+                }
+                let dtype = adapter.values_dtype(target);
+                source_id.target(target, dtype, &hashers.source);
+                id.target(target, choice.dtype(dtype), &hashers.packed);
+                Ok(())
+            },
+        )?;
         let ids = (source_id.finish(), id.finish());
         adapter.expect_id(ids.0)?;
         Ok(Self { ids, sums })
@@ -398,7 +429,7 @@ fn survey_block(
     ctx: &Context<'_>,
     adapter: &Adapter,
     target: &TargetInfo,
-    rows: std::ops::Range<u64>,
+    rows: Range<u64>,
     choice: ValuesChoice,
     base: Option<&Checkpoint>,
 ) -> Result<OfBlock, AdapterError> {

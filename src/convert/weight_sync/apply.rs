@@ -48,9 +48,11 @@ pub fn apply_weight_sync(
     ctx.observer.begin("copying", base.n_bytes());
     let target = Target::create(base, output, existing)?;
     let mut tensors = Vec::new();
-    for shard in base.shards() {
+    let mut by_shard: Vec<Vec<&Pair<'_>>> = vec![Vec::new(); base.shards().len()];
+    pairs.iter().for_each(|pair| by_shard[pair.base.shard_index].push(pair));
+    for (shard, of_shard) in base.shards().iter().zip(by_shard) {
         let file = target.copy(ctx, shard)?;
-        for pair in pairs.iter().filter(|pair| pair.base.shard.path() == shard.path()) {
+        for pair in of_shard {
             tensors.push(pair.apply(ctx, &plan, &file, &delta)?);
         }
         file.sync_all().map_err(|e| CheckpointError::io("sync", output, e))?;

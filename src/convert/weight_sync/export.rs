@@ -9,7 +9,7 @@ use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncRepor
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, Existing, INDEX_FILE, Printable, TensorFileWriter, TensorId,
-        TensorRef, create_new_file, for_each_ordered,
+        TensorRef, create_new_file, for_each_ordered, window_cost,
     },
     convert::ConvertError,
     tensor::{Dtype, dtype_name},
@@ -192,6 +192,7 @@ impl Pair<'_> {
         for_each_ordered(
             ctx,
             self.windows(ctx),
+            |range| 2 * window_cost(range.end - range.start),
             |range| {
                 let (a, b) = (self.base.window(ctx, range.clone())?, self.tuned.window(ctx, range.clone())?);
                 ctx.observer.advance(range.end - range.start);

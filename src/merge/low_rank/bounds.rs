@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     backend::largest_finite,
-    checkpoint::{CheckpointError, Context, for_each_ordered},
+    checkpoint::{CheckpointError, Context, for_each_ordered, window_cost},
     merge::{
         MergeError,
         plausible::{can_overflow, needs_originals},
@@ -47,6 +47,7 @@ pub(super) fn bounds(ctx: &Context<'_>, plan: &Plan<'_>) -> Result<Vec<Bound>, M
     for_each_ordered(
         ctx,
         &plan.targets,
+        |_| 4 * window_cost(ctx.window_bytes()),
         |target| Ok(bound_of(ctx, target)?),
         |_, bound| {
             bounds.push(bound);

@@ -33,6 +33,26 @@ pub(super) fn row_blocks(
     (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
 }
 
+/// Bytes of memory that [`merge_rows`] takes at most beside `bytes`.
+pub(super) fn merge_cost(ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> u64 {
+    let n_elements = (rows.end - rows.start) * target.n_columns;
+    // Sums; and, where more than one product may meet, wider values, flags, and what stands in for the originals.
+    let element_bytes = if target.is_simple { 4 } else { 4 + 8 + 1 + 8 };
+    let sparse = target.steps.iter().map(|step| match step {
+        Step::Sparse { adapter, target, .. } => adapter.rows_bytes(ctx, target, rows),
+        _ => 0,
+    });
+    // Factors as they are stored and widened, of a part of the rank.
+    let rank = rank_step(ctx, rows.end - rows.start, target.n_columns);
+    let factors = 2 * 4 * rank * (rows.end - rows.start + target.n_columns);
+    n_elements * element_bytes + sparse.sum::<u64>() + factors
+}
+
+/// As much of a product's rank at once as makes factors of half a window.
+fn rank_step(ctx: &Context<'_>, n_rows: u64, n_columns: u64) -> u64 {
+    (ctx.window_bytes() / 8 / n_rows.max(n_columns)).max(1)
+}
+
 /// Makes the originals in `bytes`, the `rows` of `target`, into merged weights; `factors` are those of the columns, where the
 /// target has magnitudes of columns. `computer` is the job's.
 ///
@@ -158,8 +178,7 @@ pub(super) fn sums_of(
     let own = rows.start - product.first_row..rows.end - product.first_row;
     let n_rows = own.end - own.start;
     let mut sums = vec![0.0; (n_rows * n_columns) as usize];
-    // As much of the rank at once as makes factors of half a window.
-    let step = (ctx.window_bytes() / 8 / n_rows.max(n_columns)).clamp(1, product.rank);
+    let step = rank_step(ctx, n_rows, n_columns).min(product.rank);
     for first in (0..product.rank).step_by(step as usize) {
         ctx.check()?;
         let part = first..product.rank.min(first + step);

@@ -1,12 +1,12 @@
 //! Norms of columns, for magnitudes of weights that are stored the other way round: known only when all rows were seen.
 
 use super::{
-    compute::{Block, GROUP_ROWS, factor_of, row_blocks},
+    compute::{Block, GROUP_ROWS, factor_of, merge_cost, row_blocks},
     factors::read_f32,
     plan::{Magnitude, Plan, Product, Step, Target},
 };
 use crate::{
-    checkpoint::{Checkpoint, Context, for_each_ordered},
+    checkpoint::{Checkpoint, Context, for_each_ordered, window_cost},
     merge::MergeError,
     tensor::with_float,
 };
@@ -31,6 +31,11 @@ fn factors_of(ctx: &Context<'_>, originals: &Checkpoint, target: &Target<'_>) ->
     for_each_ordered(
         ctx,
         row_blocks(ctx, target.n_rows, target.n_columns),
+        |rows| {
+            let n_rows = rows.end - rows.start;
+            let sums = n_rows.div_ceil(GROUP_ROWS) * target.n_columns * 8;
+            window_cost(n_rows * target.row_bytes()) + merge_cost(ctx, target, rows) + sums
+        },
         |rows| {
             let bytes = tensor.window(ctx, rows.start * target.row_bytes()..rows.end * target.row_bytes())?;
             let groups = with_float!(tensor.info.dtype, T => {

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     adapter::AdapterId,
     backend::Merger,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered},
+    checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered, window_cost},
     merge::{MergeError, MergeReport, Which, verify::open_base},
     tensor::dtype_name,
 };
@@ -139,6 +139,7 @@ pub(super) fn hash_of(ctx: &Context<'_>, tensor: TensorRef<'_>, n_columns: u64) 
     for_each_ordered(
         ctx,
         row_blocks(ctx, n_rows, n_columns),
+        |rows| window_cost((rows.end - rows.start) * row_bytes),
         |rows| {
             let window = tensor.window(ctx, rows.start * row_bytes..rows.end * row_bytes)?;
             let groups = RowsHasher::groups(&window, row_bytes);

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{
-    compute::{Computer, merge_rows, row_blocks},
+    compute::{Computer, merge_cost, merge_rows, row_blocks},
     norms::column_factors,
     record::record_of,
     sources::Source,
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     backend::Merger,
-    checkpoint::{Checkpoint, Context, Printable, for_each_ordered},
+    checkpoint::{Checkpoint, Context, Printable, for_each_ordered, window_cost},
     merge::{AnchorReport, MergeError, VerifyReport, verify::compare_other_tensors},
 };
 
@@ -58,6 +58,7 @@ pub fn verify_low_rank(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> R
             for_each_ordered(
                 ctx,
                 row_blocks(ctx, target.n_rows, target.n_columns),
+                |rows| 3 * window_cost((rows.end - rows.start) * row_bytes) + merge_cost(ctx, target, rows),
                 |rows| {
                     let range = rows.start * row_bytes..rows.end * row_bytes;
                     let window = original.window(ctx, range.clone())?;

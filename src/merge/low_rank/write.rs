@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, ops::Range, path::Path};
 use super::{
     KeptOriginals, LowRankOptions, LowRankReading,
     bounds::{Bound, bounds},
-    compute::{Computer, merge_rows, row_blocks},
+    compute::{Computer, merge_cost, merge_rows, row_blocks},
     norms::column_factors,
     plan::{Plan, Step, Target},
     record::{LowRankRecord, RecordFolder, RecordedTarget, RowsHasher},
@@ -15,7 +15,7 @@ use crate::{
     backend::{Merger, PatchCounts, gather, largest_magnitude, overflows},
     checkpoint::{
         Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
-        check_free_space, check_output, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
+        check_free_space, check_output, folder_of, for_each_ordered, rewrite_shard, share_file, window_cost, windows,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
@@ -145,9 +145,10 @@ impl Job<'_> {
             gathering.originals = Some(TensorFileWriter::create_own(state.folder(), StateFolder::ORIGINALS)?);
         }
         ctx.observer.begin("merging", self.copied.shards().iter().map(Shard::file_bytes).sum());
-        for (index, shard) in self.copied.shards().iter().enumerate() {
+        for (shard, mut of_shard) in self.copied.shards().iter().zip(self.targets_by_shard()) {
+            of_shard.sort_by_key(|&target| self.plan.targets[target].tensor.info.data.start);
             let path = if is_file { root.clone() } else { root.join(shard.file_name()) };
-            self.write_shard(ctx, (index, shard), &path, options.link, &factors, &mut gathering)?;
+            self.write_shard(ctx, (shard, &of_shard), &path, options.link, &factors, &mut gathering)?;
         }
         gathering.judge()?;
         let n_originals = match gathering.originals.take() {
@@ -187,6 +188,7 @@ impl Job<'_> {
             for_each_ordered(
                 ctx,
                 row_blocks(ctx, target.n_rows, target.n_columns),
+                |rows| 2 * window_cost((rows.end - rows.start) * target.row_bytes()) + merge_cost(ctx, target, rows),
                 |rows| {
                     let mut bytes = self.original_rows(ctx, target, rows)?;
                     ctx.observer.advance(bytes.len() as u64);
@@ -201,16 +203,12 @@ impl Job<'_> {
     fn write_shard(
         &self,
         ctx: &Context<'_>,
-        (index, shard): (usize, &Shard),
+        (shard, of_shard): (&Shard, &[usize]),
         path: &Path,
         link: bool,
         factors: &[Option<Vec<f32>>],
         gathering: &mut Gathering<'_>,
     ) -> Result<(), MergeError> {
-        let mut of_shard: Vec<usize> = (0..self.plan.targets.len())
-            .filter(|&target| self.copied_shard(&self.plan.targets[target]) == index)
-            .collect();
-        of_shard.sort_by_key(|&target| self.plan.targets[target].tensor.info.data.start);
         if of_shard.is_empty() {
             let mode = if link { CopyMode::Link } else { CopyMode::Auto };
             if share_file(shard.path(), path, mode)?.is_some() {
@@ -224,7 +222,14 @@ impl Job<'_> {
             ctx,
             shard,
             path,
-            self.pieces(ctx, shard, &of_shard),
+            self.pieces(ctx, shard, of_shard),
+            |piece: &Piece| {
+                let Some((index, rows)) = piece else { return 0 };
+                let target = &self.plan.targets[*index];
+                // Originals from elsewhere, in a window and copied; originals that are kept.
+                let n_copies = if own { 0 } else { 2 } + u64::from(keeps);
+                merge_cost(ctx, target, rows) + n_copies * window_cost((rows.end - rows.start) * target.row_bytes())
+            },
             |piece: &Piece, bytes| {
                 let Some((index, rows)) = piece else { return Ok(None) };
                 let target = &self.plan.targets[*index];
@@ -240,9 +245,14 @@ impl Job<'_> {
         )
     }
 
-    /// Which of the copied checkpoint's shards holds a target.
-    fn copied_shard(&self, target: &Target<'_>) -> usize {
-        self.copied.tensor(target.name()).expect("the plan was made for these tensors").shard_index
+    /// For each of the copied checkpoint's shards, the targets in it.
+    fn targets_by_shard(&self) -> Vec<Vec<usize>> {
+        let mut by_shard = vec![Vec::new(); self.copied.shards().len()];
+        for (index, target) in self.plan.targets.iter().enumerate() {
+            let tensor = self.copied.tensor(target.name()).expect("the plan was made for these tensors");
+            by_shard[tensor.shard_index].push(index);
+        }
+        by_shard
     }
 
     /// A shard's bytes in order: blocks of rows of its targets, and windows of all that lies between.
@@ -335,9 +345,7 @@ impl Job<'_> {
 
     fn report(&self, gathering: &Gathering<'_>, ledger_bytes: u64) -> MergeReport {
         let (kinds, total) = kind_reports_of(&gathering.counts);
-        let mut shards: Vec<usize> = self.plan.targets.iter().map(|target| self.copied_shard(target)).collect();
-        shards.sort_unstable();
-        shards.dedup();
+        let n_shards = self.targets_by_shard().iter().filter(|targets| !targets.is_empty()).count();
         let id = |source: usize| self.sources[source].id.short();
         let entry = |(source, &n_tensors): (&Source, &usize)| source.entry(n_tensors);
         MergeReport {
@@ -350,7 +358,7 @@ impl Job<'_> {
             total,
             n_matched: if self.sources.is_empty() { 0 } else { self.plan.targets.len() },
             n_shards: self.copied.shards().len(),
-            n_shards_patched: shards.len(),
+            n_shards_patched: n_shards,
             bytes_checked: self.touched_bytes(),
             bytes_written: self.copied.n_bytes(),
             ledger_bytes,
