@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     ops::Range,
+    os::unix::fs::FileExt,
     path::Path,
     sync::{Arc, OnceLock},
 };
@@ -17,7 +17,10 @@ use super::{
     packed::{self, PackedFile},
 };
 use crate::{
-    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, Existing, Header, Shard, TensorInfo},
+    checkpoint::{
+        AtomicFile, Checkpoint, CheckpointError, Context, Existing, Header, OwnFolder, Shard, TensorInfo,
+        check_free_space, folder_of,
+    },
     mask::{
         BaseInfo, FORMAT_VERSION, FileKind, Part, Recipe, SparseFile, SparseWriter, TargetEntries, TargetInfo,
         parse_document, parse_header,
@@ -103,7 +106,20 @@ impl Adapter {
     /// # Errors
     /// What the file is instead, or a list of all that does not fit together.
     pub fn open(path: &Path) -> Result<Self, AdapterError> {
-        let shard = Shard::open(path)?;
+        Self::of_shard(Shard::open(path)?)
+    }
+
+    /// Opens a copy in this program's own state; `None` where it does not exist.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and a link.
+    pub(crate) fn open_own(folder: &OwnFolder, name: &str) -> Result<Option<Self>, AdapterError> {
+        Shard::open_own(folder, name)?.map(Self::of_shard).transpose()
+    }
+
+    fn of_shard(shard: Shard) -> Result<Self, AdapterError> {
+        let path = shard.path().to_owned();
+        let path = path.as_path();
         if FileKind::of(&shard)? == FileKind::Document(packed::KIND.to_owned()) {
             let (file, parts) = PackedFile::open(shard, |header| Ok(Parts::of(parse_header(path, header, KIND)?)))?;
             return Self::new(path, Store::Packed(Box::new(file)), parts);
@@ -354,14 +370,32 @@ impl Adapter {
     /// # Errors
     /// A failure to read or write, [`AdapterError::NeedsBase`], a file that exists and must be kept.
     pub fn write_plain(&self, ctx: &Context<'_>, output: &Path, existing: Existing) -> Result<(), AdapterError> {
+        check_free_space(folder_of(output), self.plain_bytes())?;
+        self.write_to(ctx, AtomicFile::create(output, existing)?)
+    }
+
+    /// The same as a copy in this program's own state.
+    ///
+    /// # Errors
+    /// As [`Self::write_plain`], and a link in the way.
+    pub(crate) fn write_own(&self, ctx: &Context<'_>, folder: &OwnFolder, name: &str) -> Result<(), AdapterError> {
+        self.write_to(ctx, AtomicFile::create_own(folder, name)?)
+    }
+
+    fn write_to(&self, ctx: &Context<'_>, copy: AtomicFile) -> Result<(), AdapterError> {
         match &*self.store {
-            Store::Packed(file) => file.unpack(ctx, output, existing),
+            Store::Packed(file) => file.unpack(ctx, copy),
             Store::Plain(file) => {
-                let copy = AtomicFile::create(output, existing)?;
-                let mut from =
-                    File::open(file.shard().path()).map_err(|e| CheckpointError::io("read", file.shard().path(), e))?;
-                std::io::copy(&mut from, &mut copy.file()).map_err(|e| CheckpointError::io("copy", output, e))?;
-                file.shard().unchanged()?;
+                let (shard, mut buffer, mut at) = (file.shard(), vec![0; 1 << 20], 0);
+                while at < shard.file_bytes() {
+                    ctx.check()?;
+                    let n = (shard.file_bytes() - at).min(buffer.len() as u64) as usize;
+                    shard.read_at(&mut buffer[..n], at)?;
+                    let written = copy.file().write_all_at(&buffer[..n], at);
+                    written.map_err(|e| CheckpointError::io("write", copy.target(), e))?;
+                    at += n as u64;
+                }
+                shard.unchanged()?;
                 Ok(copy.commit()?)
             }
         }

@@ -12,7 +12,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{CheckpointError, Context};
+use super::{AtomicFile, CheckpointError, Context, Shard};
 
 /// Bytes between two looks at whether the user asked to stop.
 const CHUNK_BYTES: usize = 8 << 20;
@@ -93,6 +93,24 @@ pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode
     };
     to.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?;
     Ok(copied)
+}
+
+/// Gives a shard that is a link, or has other names, a file of its own under its name: a copy, put in its place in one step. What else
+/// leads to the old file sees it unchanged.
+///
+/// # Errors
+/// As [`copy_file`]; the shard is as it was.
+pub fn unshare(ctx: &Context<'_>, shard: &Shard) -> Result<(), CheckpointError> {
+    let path = shard.path();
+    let meta = shard.file().metadata().map_err(|e| CheckpointError::io("read", path, e))?;
+    let copy = AtomicFile::create_unshared(path)?;
+    if ioctl_ficlone(copy.file(), shard.file()).is_err() {
+        copy_bytes(ctx, (shard.file(), path), (copy.file(), path), meta.len())?;
+    }
+    shard.unchanged()?;
+    let mode = fs::Permissions::from_mode(meta.mode() & 0o777);
+    copy.file().set_permissions(mode).map_err(|e| CheckpointError::io("write", path, e))?;
+    copy.commit()
 }
 
 /// The new file `target` with the mode that `meta` has.

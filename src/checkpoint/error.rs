@@ -77,6 +77,44 @@ pub enum CheckpointError {
         /// The output.
         path: PathBuf,
     },
+    /// The output would be, hold or lie in an input.
+    #[error("{}: {what}: {}", Printable::path(.path), Printable::path(.input))]
+    OutputIsInput {
+        /// The output.
+        path: PathBuf,
+        /// How they conflict.
+        what: &'static str,
+        /// The input.
+        input: PathBuf,
+    },
+    /// A folder that would be replaced holds what this program did not write.
+    #[error(
+        "{}: holds what this program did not write; it will not be replaced:{}",
+        Printable::path(.path),
+        indented_list(.entries)
+    )]
+    ForeignEntries {
+        /// The folder.
+        path: PathBuf,
+        /// Names in it, sorted.
+        entries: Vec<String>,
+    },
+    /// The work is done and in place; what failed came after it.
+    #[error("{}: the work is done, but it was not possible to {what} it", Printable::path(.path))]
+    Committed {
+        /// The output.
+        path: PathBuf,
+        /// What failed: a verb, with what it applies to.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A change in place was interrupted: the weights may be a mixture of two states.
+    #[error("{}: a change was interrupted and waits for `recover`", Printable::path(.path))]
+    Interrupted {
+        /// The checkpoint.
+        path: PathBuf,
+    },
     /// The files are fine, but doing this would be wrong.
     #[error("{}: {what}", Printable::path(.path))]
     Refused {
@@ -113,12 +151,53 @@ impl CheckpointError {
     pub fn bad_tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
         Self::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), what: what.into() }
     }
+    /// A failure after the work was done; `what` is a verb and what it applies to.
+    pub fn committed(path: &Path, what: &'static str, source: io::Error) -> Self {
+        Self::Committed { path: path.to_owned(), what, source }
+    }
+    /// This failure, met after the work was done.
+    pub fn after_commit(self, what: &'static str) -> Self {
+        match self {
+            Self::Io { path, source, .. } => Self::committed(&path, what, source),
+            Self::Committed { .. } => self,
+            other => {
+                let path = other.path().unwrap_or(Path::new("")).to_owned();
+                Self::Committed { path, what, source: io::Error::other(other.to_string()) }
+            }
+        }
+    }
+    /// The file or folder that the error is about.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Io { path, .. }
+            | Self::BadFile { path, .. }
+            | Self::BadTensor { path, .. }
+            | Self::Many { path, .. }
+            | Self::Changed { path, .. }
+            | Self::OutputExists { path }
+            | Self::OutputIsInput { path, .. }
+            | Self::ForeignEntries { path, .. }
+            | Self::Committed { path, .. }
+            | Self::Interrupted { path }
+            | Self::Refused { path, .. }
+            | Self::NoSpace { path, .. } => Some(path),
+            Self::Cancelled => None,
+        }
+    }
+    /// Whether the work was done all the same.
+    pub fn is_committed(&self) -> bool {
+        matches!(self, Self::Committed { .. })
+    }
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } => ErrorKind::Io,
+            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } | Self::Committed { .. } => ErrorKind::Io,
             Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
-            Self::OutputExists { .. } | Self::Refused { .. } => ErrorKind::Refused,
+            Self::OutputExists { .. }
+            | Self::OutputIsInput { .. }
+            | Self::ForeignEntries { .. }
+            | Self::Refused { .. } => ErrorKind::Refused,
+            Self::Interrupted { .. } => ErrorKind::Interrupted,
             Self::Cancelled => ErrorKind::Cancelled,
         }
     }

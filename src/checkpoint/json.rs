@@ -19,14 +19,22 @@ pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std
 }
 
 /// Reads a whole file of at most `most` bytes.
-pub(crate) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
+///
+/// # Errors
+/// A file that cannot be read, is no regular file, or is longer.
+pub fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
     let (file, meta) = open_regular(path, "read")?;
+    read_open(path, file, meta.len(), most)
+}
+
+/// The same for an open file that has `n_bytes` bytes; `path` is for messages.
+pub(super) fn read_open(path: &Path, file: File, n_bytes: u64, most: u64) -> Result<Vec<u8>, CheckpointError> {
     let too_long =
         |found: u64| CheckpointError::bad_file(path, format!("has {found} bytes, at most {most} are accepted"));
-    if meta.len() > most {
-        return Err(too_long(meta.len()));
+    if n_bytes > most {
+        return Err(too_long(n_bytes));
     }
-    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    let mut bytes = Vec::with_capacity(n_bytes as usize);
     // The length told may be 0 where the system makes the file up as it is read.
     file.take(most + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::io("read", path, e))?;
     if bytes.len() as u64 > most { Err(too_long(bytes.len() as u64)) } else { Ok(bytes) }

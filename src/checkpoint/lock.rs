@@ -1,26 +1,31 @@
 //! One writer at a time, and files that others see too.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     os::unix::fs::MetadataExt,
     path::Component,
 };
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 
-use super::{Checkpoint, CheckpointError, Printable};
+use super::{Checkpoint, CheckpointError, EntryKind, FileId, Printable, probe};
 
 /// The right to change a checkpoint in place; given back when dropped, or when the process ends, however it ends.
 ///
-/// An advisory lock on the first shard's file: nothing is created, so a refused command leaves no trace.
+/// Advisory locks on the files of all shards: nothing is created, so a refused command leaves no trace, and whoever names the
+/// folder, one of its shards or a link to one of them meets the same lock.
 #[derive(Debug)]
 pub struct CheckpointLock {
-    file: File,
+    files: Vec<File>,
 }
 
 impl Drop for CheckpointLock {
     fn drop(&mut self) {
-        unlock(&self.file);
+        self.files.iter().for_each(unlock);
     }
 }
 
@@ -29,27 +34,58 @@ pub(super) fn unlock(file: &File) {
     let _closed_soon = flock(file, FlockOperation::Unlock);
 }
 
+/// What came of an attempt to lock a file.
+pub(super) enum LockAttempt {
+    /// It is ours.
+    Locked,
+    /// Somebody else holds it.
+    Held,
+    /// The file system has no locks.
+    Unsupported,
+    /// The attempt failed.
+    Failed(std::io::Error),
+}
+
+/// Locks an open file, or says at once why not.
+pub(super) fn try_lock(file: &File) -> LockAttempt {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => LockAttempt::Locked,
+        Err(Errno::WOULDBLOCK) => LockAttempt::Held,
+        Err(Errno::NOSYS | Errno::OPNOTSUPP) => LockAttempt::Unsupported,
+        Err(e) => LockAttempt::Failed(e.into()),
+    }
+}
+
 impl CheckpointLock {
     /// Takes the lock, or fails at once.
     ///
     /// # Errors
-    /// [`CheckpointError::Refused`] naming who holds it.
+    /// [`CheckpointError::Refused`] naming who holds it; [`CheckpointError::Io`] where the file system has no locks.
     pub fn acquire(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
-        let shard = checkpoint.shards().first().expect("a checkpoint has a shard");
-        // Network file systems lock only what is open for writing.
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open(shard.path())
-            .map_err(|e| CheckpointError::io("open for writing", shard.path(), e))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Self { file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let what = format!("{} is changing it", holder(&file));
-                Err(CheckpointError::Refused { path: checkpoint.root().to_owned(), what })
+        let mut files = Vec::with_capacity(checkpoint.shards().len());
+        let mut locked = HashSet::new();
+        for shard in checkpoint.shards() {
+            // Network file systems lock only what is open for writing.
+            let file = shard.open_for_writing()?;
+            let meta = file.metadata().map_err(|e| CheckpointError::io("lock", shard.path(), e))?;
+            // Two names of one file are one lock.
+            if !locked.insert(FileId::of(&meta)) {
+                continue;
             }
-            Err(e) => Err(CheckpointError::io("lock", shard.path(), e.into())),
+            match try_lock(&file) {
+                LockAttempt::Locked => files.push(file),
+                LockAttempt::Held => {
+                    let what = format!("{} is changing it", holder(&file));
+                    return Err(CheckpointError::Refused { path: checkpoint.root().to_owned(), what });
+                }
+                LockAttempt::Unsupported => {
+                    let e = std::io::Error::other("this file system has no file locks, which work in place needs");
+                    return Err(CheckpointError::io("lock", shard.path(), e));
+                }
+                LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", shard.path(), e)),
+            }
         }
+        Ok(Self { files })
     }
 }
 
@@ -80,20 +116,22 @@ fn pid_of(locks: &str, inode: u64) -> Option<u32> {
 
 /// Why changing a checkpoint in place would change what others see: shards that are links, that have several names, or
 /// that lie in a Hugging Face cache. One line each.
-pub fn in_place_hazards(checkpoint: &Checkpoint) -> Vec<String> {
+///
+/// # Errors
+/// A path that cannot be examined.
+pub fn in_place_hazards(checkpoint: &Checkpoint) -> Result<Vec<String>, CheckpointError> {
     let mut hazards = Vec::new();
     for shard in checkpoint.shards() {
         let name = Printable(&shard.file_name()).to_string();
-        let is_link = shard.path().symlink_metadata().is_ok_and(|meta| meta.is_symlink());
-        if is_link {
+        if probe::entry_kind(shard.path())? == Some(EntryKind::Link) {
             hazards.push(format!("{name} is a symbolic link"));
         }
-        match shard.file().metadata() {
-            Ok(meta) if meta.nlink() > 1 => hazards.push(format!("{name} has {} names (hard links)", meta.nlink())),
-            _ => {}
+        let n_names = shard.n_names()?;
+        if n_names > 1 {
+            hazards.push(format!("{name} has {n_names} names (hard links)"));
         }
     }
-    let real = checkpoint.root().canonicalize().unwrap_or_else(|_| checkpoint.root().to_owned());
+    let real = fs::canonicalize(checkpoint.root()).map_err(|e| CheckpointError::io("examine", checkpoint.root(), e))?;
     let names: Vec<String> = real
         .components()
         .filter_map(|part| match part {
@@ -106,7 +144,7 @@ pub fn in_place_hazards(checkpoint: &Checkpoint) -> Vec<String> {
     if in_cache {
         hazards.push("it lies in a Hugging Face cache, which other programs share".to_owned());
     }
-    hazards
+    Ok(hazards)
 }
 
 #[cfg(test)]
@@ -143,11 +181,11 @@ mod tests {
     #[test]
     fn links_and_caches_are_hazards() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(in_place_hazards(&checkpoint(&dir.path().join("plain"))), Vec::<String>::new());
+        assert_eq!(in_place_hazards(&checkpoint(&dir.path().join("plain"))).unwrap(), Vec::<String>::new());
         let cached = dir.path().join("models--a--b/snapshots/123");
         let found = checkpoint(&cached);
         fs::hard_link(cached.join("model.safetensors"), dir.path().join("second")).unwrap();
-        let hazards = in_place_hazards(&found).join("; ");
+        let hazards = in_place_hazards(&found).unwrap().join("; ");
         assert!(hazards.contains("2 names") && hazards.contains("Hugging Face cache"), "{hazards}");
     }
 }

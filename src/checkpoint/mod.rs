@@ -3,15 +3,21 @@
 //! A [`Checkpoint`] is a model on disk, in one [`Shard`] or many. Opening reads headers only, into owned memory, and checks
 //! them strictly ([`Header`]); tensor data is reached through [`Window`]s, mapped or read, small enough that resident
 //! memory does not grow with the model ([`Context::window_bytes`]). [`scan_rows`] is the one pass over rows that every
-//! command shares: threads take blocks of rows, results come back in order. What is written appears whole or not at all
-//! ([`AtomicFile`], [`TensorFileWriter`]).
+//! command shares: threads take blocks of rows, results come back in order.
+//!
+//! What is written passes the gate ([`check_output`]), which knows what is being read ([`InUse`]), and appears whole or not at all
+//! ([`AtomicFile`], [`AtomicDir`], [`TensorFileWriter`]). What this program keeps beside a checkpoint lies in its [`StateFolder`], reached
+//! without following links ([`OwnFolder`]). Whether something is there is asked in [`probe`] alone.
 
+mod atomic_file;
 mod context;
 mod copy;
 mod direct;
 mod error;
+mod gate;
 mod gather;
 mod header;
+mod in_use;
 mod index;
 mod json;
 mod lock;
@@ -19,30 +25,40 @@ mod mmap;
 mod model;
 mod output;
 mod output_dir;
+mod own_folder;
 mod pipeline;
+pub mod probe;
 mod raw_header;
 mod rewrite;
 mod scan;
 mod scatter;
 mod shard;
+mod single_file;
+mod state_folder;
 
+pub use atomic_file::{AtomicFile, Existing, append_to_file, create_new_file, sync_folder, write_atomic};
 pub use context::{Context, Io, Observer, Silent};
-pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file};
+pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
+pub use gate::{OutputKind, check_output};
 pub use gather::{BaseValues, gather_rows};
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
+pub use in_use::InUse;
 pub use index::{INDEX_FILE, Index};
-pub(crate) use json::{malformed, open_regular, read_whole};
+pub use json::read_whole;
+pub(crate) use json::{malformed, open_regular};
 pub use lock::{CheckpointLock, in_place_hazards};
 pub use mmap::Window;
 pub use model::{Checkpoint, Layout, TensorRef};
-pub use output::{
-    AtomicFile, Existing, TensorFileWriter, TensorId, folder_of, sync_folder, tensor_file_header, write_atomic,
-};
-pub use output_dir::AtomicDir;
+pub use output::{TensorFileWriter, TensorId, folder_of, tensor_file_header};
+pub use output_dir::{AtomicDir, WorkFolder};
+pub use own_folder::OwnFolder;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
+pub use probe::{EntryKind, FileId};
 pub use rewrite::{rewrite_shard, windows};
 pub use scan::{RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping};
 pub use scatter::{Patcher, Place};
 pub use shard::Shard;
+pub use single_file::{SingleFile, recover_single_file};
+pub use state_folder::{STATE_FOLDER, StateFolder};

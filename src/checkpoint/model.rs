@@ -6,9 +6,10 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Context, INDEX_FILE, Index, Printable, Shard, TensorInfo, Window,
+    CheckpointError, Context, EntryKind, INDEX_FILE, InUse, Index, Printable, Shard, TensorInfo, Window,
     index::Bounds,
     json::{malformed, read_whole},
+    probe, state_folder,
 };
 use crate::tensor::RowLayout;
 
@@ -36,6 +37,8 @@ pub struct Checkpoint {
     /// Tensor (shard, position in its header), sorted by name.
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
+    /// No output replaces, holds or lies in the folder meanwhile.
+    _in_use: Option<InUse>,
 }
 
 /// One tensor of an open checkpoint.
@@ -94,16 +97,28 @@ impl Checkpoint {
     /// ```
     ///
     /// # Errors
+    /// [`CheckpointError::Interrupted`] where a change in place was cut short: its weights may be a mixture of two states.
     /// [`CheckpointError::Many`] lists everything in which an index and its shards disagree.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let checkpoint = Self::open_interrupted(path)?;
+        match checkpoint.interrupted()? {
+            Some(path) => Err(CheckpointError::Interrupted { path }),
+            None => Ok(checkpoint),
+        }
+    }
+
+    /// The same for those who recover a checkpoint, or tell what it is: one that waits for recovery is opened too.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_interrupted(path: &Path) -> Result<Self, CheckpointError> {
         let meta = fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))?;
         if !meta.is_dir() {
             return Self::assemble(path, Layout::File, vec![Shard::open(path)?]);
         }
         let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
         // A link that leads nowhere is there too, and is told as such.
-        let exists = |path: &Path| path.symlink_metadata().is_ok();
-        match (exists(&single), exists(&index)) {
+        match (probe::is_present(&single)?, probe::is_present(&index)?) {
             (true, true) => Err(CheckpointError::bad_file(
                 path,
                 format!("has both {SINGLE_FILE} and {INDEX_FILE}; remove the one that is stale"),
@@ -114,7 +129,7 @@ impl Checkpoint {
                 Self::assemble(path, Layout::Folder, vec![Shard::open(&single)?])
             }
             (false, true) => Self::open_sharded(path, &index),
-            (false, false) => Err(CheckpointError::bad_file(path, no_model(path))),
+            (false, false) => Err(CheckpointError::bad_file(path, no_model(path)?)),
         }
     }
 
@@ -158,7 +173,23 @@ impl Checkpoint {
             Layout::File => serde_json::Map::new(),
             _ => read_config(&root.join(CONFIG_FILE))?,
         };
-        Ok(Self { root: root.to_owned(), layout, shards, tensors, config })
+        let in_use = match layout {
+            // Its shard is registered by itself.
+            Layout::File => None,
+            _ => {
+                let meta = fs::metadata(root).map_err(|e| CheckpointError::io("open", root, e))?;
+                Some(InUse::folder(root, &meta)?)
+            }
+        };
+        Ok(Self { root: root.to_owned(), layout, shards, tensors, config, _in_use: in_use })
+    }
+
+    /// The checkpoint that waits for recovery, where there is one: this one, the folder that its file belongs to, or one of its files.
+    ///
+    /// # Errors
+    /// A state folder that cannot be examined: nobody knows then.
+    pub fn interrupted(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        state_folder::interrupted(self)
     }
 
     /// The path that was opened.
@@ -246,33 +277,38 @@ impl Checkpoint {
         found: &mut Vec<PathBuf>,
         problems: &mut Vec<String>,
     ) -> Result<(), CheckpointError> {
-        let folder = self.root.join(below);
-        let io = |e| CheckpointError::io("list", &folder, e);
-        for entry in fs::read_dir(&folder).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let name = entry.file_name();
+        let shards: Vec<String> = self.shards.iter().map(Shard::file_name).collect();
+        for (name, kind) in probe::entries(&self.root.join(below))? {
             if name.to_string_lossy().starts_with('.') {
                 continue;
             }
             let path = below.join(&name);
-            let kind = entry.file_type().map_err(io)?;
-            if kind.is_dir() {
-                self.collect_side_files(bounds, &path, found, problems)?;
-                continue;
-            }
             let full = self.root.join(&path);
-            if kind.is_symlink() {
-                match bounds.resolve(&path) {
-                    Err(problem) => problems.push(problem),
-                    Ok(_) if full.is_dir() => {
-                        problems.push(format!("{} is a link to a folder", Printable::path(&path)));
+            let file = match kind {
+                EntryKind::Folder => {
+                    // A single file of the folder may have been merged into by itself: its ledger is not the copy's.
+                    if !name.to_string_lossy().ends_with(state_folder::STATE_FOLDER) {
+                        self.collect_side_files(bounds, &path, found, problems)?;
                     }
-                    Ok(_) => {}
+                    continue;
                 }
-            }
-            if full.is_file() && !self.shards.iter().any(|shard| shard.path() == full) {
-                found.push(path);
-            }
+                EntryKind::Link => match bounds.resolve(&path) {
+                    Err(problem) => {
+                        problems.push(problem);
+                        continue;
+                    }
+                    Ok(_) if probe::is_folder(&full)? => {
+                        problems.push(format!("{} is a link to a folder", Printable::path(&path)));
+                        continue;
+                    }
+                    Ok(_) => probe::is_file(&full)?.then_some(path),
+                },
+                EntryKind::File => Some(path),
+                EntryKind::Special => None,
+            };
+            let is_shard =
+                below.as_os_str().is_empty() && shards.iter().any(|shard| **shard == *name.to_string_lossy());
+            found.extend(file.filter(|_| !is_shard));
         }
         Ok(())
     }
@@ -298,14 +334,14 @@ fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>
 }
 
 /// What a folder without a model has instead.
-fn no_model(path: &Path) -> String {
-    let has = |name: &str| path.join(name).exists();
-    let instead = if has("adapter_model.safetensors") || has("adapter_config.json") {
+fn no_model(path: &Path) -> Result<String, CheckpointError> {
+    let has = |name: &str| probe::is_present(&path.join(name));
+    let instead = if has("adapter_model.safetensors")? || has("adapter_config.json")? {
         "; this is a PEFT adapter"
-    } else if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+    } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
         "; it holds PyTorch pickles, convert them to safetensors first"
     } else {
         ""
     };
-    format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{instead}")
+    Ok(format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{instead}"))
 }

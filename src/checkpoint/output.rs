@@ -1,105 +1,19 @@
-//! Files that appear whole or not at all, and safetensors files written in one pass.
+//! Safetensors files written in one pass.
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::File,
     io::{self, BufWriter, Write},
-    os::unix::fs::{FileExt, PermissionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use serde_json::{Map, Value, json};
-use tempfile::NamedTempFile;
 
-use super::{CheckpointError, Context, MAX_HEADER_BYTES};
+use super::{
+    AtomicFile, CheckpointError, Context, Existing, MAX_HEADER_BYTES, OutputKind, OwnFolder, check_output, probe,
+};
 use crate::tensor::{Dtype, checked_bytes, dtype_name};
-
-/// What to do where the output exists.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Existing {
-    /// Leave it and fail.
-    #[default]
-    Keep,
-    /// Put the new one in its place, in one step.
-    Replace,
-}
-
-/// A file under a temporary name in the folder where it will appear; gone when dropped before [`AtomicFile::commit`].
-pub struct AtomicFile {
-    target: PathBuf,
-    existing: Existing,
-    temp: NamedTempFile,
-}
-
-impl AtomicFile {
-    /// Begins a file that will appear at `target`.
-    ///
-    /// # Errors
-    /// [`CheckpointError::OutputExists`] at once where it exists and must be kept.
-    pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
-        if existing == Existing::Keep && target.symlink_metadata().is_ok() {
-            return Err(CheckpointError::OutputExists { path: target.to_owned() });
-        }
-        let temp = tempfile::Builder::new()
-            .prefix(".neuroada-")
-            .suffix(".tmp")
-            // The umask takes away what it must.
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(folder_of(target))
-            .map_err(|e| CheckpointError::io("create", target, without_path(e)))?;
-        Ok(Self { target: target.to_owned(), existing, temp })
-    }
-
-    /// The file under its temporary name.
-    pub fn file(&self) -> &File {
-        self.temp.as_file()
-    }
-    /// The temporary name.
-    pub fn temp_path(&self) -> &Path {
-        self.temp.path()
-    }
-    /// Where the file will appear.
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
-    /// Syncs the file, gives it its name in one step, and syncs the folder.
-    ///
-    /// # Errors
-    /// [`CheckpointError::OutputExists`] where it came to exist meanwhile and must be kept.
-    pub fn commit(self) -> Result<(), CheckpointError> {
-        let Self { target, existing, temp } = self;
-        temp.as_file().sync_all().map_err(|e| CheckpointError::io("sync", &target, e))?;
-        let persisted = match existing {
-            Existing::Keep => temp.persist_noclobber(&target),
-            Existing::Replace => temp.persist(&target),
-        };
-        if let Err(e) = persisted {
-            return Err(match e.error.kind() {
-                io::ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: target },
-                _ => CheckpointError::io("create", &target, e.error),
-            });
-        }
-        sync_folder(folder_of(&target))
-    }
-}
-
-/// What the system said, without the temporary name that tempfile adds: it would tell nobody anything, and differ every time.
-fn without_path(error: io::Error) -> io::Error {
-    if error.raw_os_error().is_some() { error } else { error.kind().into() }
-}
-
-/// Writes `bytes` as a file that appears whole or not at all.
-pub fn write_atomic(target: &Path, existing: Existing, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let output = AtomicFile::create(target, existing)?;
-    output.file().write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", target, e))?;
-    output.commit()
-}
-
-/// Makes renames in a folder last through a power loss.
-pub fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| CheckpointError::io("sync", folder, e))
-}
 
 /// The folder a path lies in.
 pub fn folder_of(path: &Path) -> &Path {
@@ -109,6 +23,19 @@ pub fn folder_of(path: &Path) -> &Path {
 /// A tensor of a [`TensorFileWriter`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TensorId(usize);
+
+/// Where a tensor file appears.
+enum Destination {
+    /// An output of the command.
+    Output(Existing),
+    /// State of this program's own: folder and name.
+    Own(OwnFolder, String),
+}
+
+/// What the system said, without the temporary name that tempfile adds: it would tell nobody anything, and differ every time.
+fn without_path(error: io::Error) -> io::Error {
+    if error.raw_os_error().is_some() { error } else { error.kind().into() }
+}
 
 struct Pending {
     name: String,
@@ -134,30 +61,39 @@ impl Pending {
 /// Memory: a buffer, and 16 bytes for every change from one tensor to another.
 pub struct TensorFileWriter {
     target: PathBuf,
-    existing: Existing,
+    destination: Destination,
     spool: BufWriter<File>,
     spooled: u64,
     tensors: Vec<Pending>,
 }
 
 impl TensorFileWriter {
-    /// Begins a file that will appear at `target`. Its folder may be made later, if the one above exists.
+    /// Begins a file that will appear at `target`.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] at once where it exists and must be kept.
+    /// What [`check_output`] refuses, at once.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
-        if existing == Existing::Keep && target.symlink_metadata().is_ok() {
-            return Err(CheckpointError::OutputExists { path: target.to_owned() });
+        check_output(target, OutputKind::File, existing)?;
+        Self::spooling(target, folder_of(target), Destination::Output(existing))
+    }
+
+    /// Begins a file of this program's own state, which replaces what has its name. Its folder may be made later, if the one above
+    /// exists.
+    pub(crate) fn create_own(folder: &OwnFolder, name: &str) -> Result<Self, CheckpointError> {
+        let target = folder.path().join(name);
+        let mut spool_in = folder.path();
+        while !probe::is_present(spool_in)? {
+            spool_in = folder_of(spool_in);
         }
-        let mut folder = folder_of(target);
-        if !folder.exists() {
-            folder = folder_of(folder);
-        }
+        Self::spooling(&target, spool_in, Destination::Own(folder.clone(), name.to_owned()))
+    }
+
+    fn spooling(target: &Path, folder: &Path, destination: Destination) -> Result<Self, CheckpointError> {
         // A file without a name: nothing of it shows, whatever happens.
         let spool =
             tempfile::tempfile_in(folder).map_err(|e| CheckpointError::io("create", target, without_path(e)))?;
         let spool = BufWriter::with_capacity(1 << 20, spool);
-        Ok(Self { target: target.to_owned(), existing, spool, spooled: 0, tensors: Vec::new() })
+        Ok(Self { target: target.to_owned(), destination, spool, spooled: 0, tensors: Vec::new() })
     }
 
     /// Bytes of tensor data so far.
@@ -202,7 +138,10 @@ impl TensorFileWriter {
     pub fn finish(mut self, ctx: &Context<'_>, metadata: &BTreeMap<String, String>) -> Result<(), CheckpointError> {
         let target = self.target;
         let io = |e| CheckpointError::io("write", &target, e);
-        let output = AtomicFile::create(&target, self.existing)?;
+        let output = match &self.destination {
+            Destination::Output(existing) => AtomicFile::create(&target, *existing)?,
+            Destination::Own(folder, name) => AtomicFile::create_own(folder, name)?,
+        };
         sort_for_header(&mut self.tensors);
         let header = header_json(&target, &self.tensors, metadata)?;
         let spool = self.spool.into_inner().map_err(|e| io(e.into_error()))?;

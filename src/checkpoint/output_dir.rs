@@ -1,13 +1,25 @@
 //! Folders that appear whole or not at all.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
 
-use super::{CheckpointError, Existing, INDEX_FILE, folder_of, lock::unlock, sync_folder, write_atomic};
+use super::{
+    CheckpointError, EntryKind, Existing, FileId, Layout, OutputKind, OwnFolder, STATE_FOLDER, StateFolder,
+    atomic_file::temporary_name,
+    check_output, folder_of,
+    lock::{LockAttempt, try_lock, unlock},
+    probe,
+    state_folder::is_own_entry,
+    sync_folder, write_atomic,
+};
 
 /// A folder under a temporary name beside the place where it will appear; gone when dropped before [`AtomicDir::commit`].
 ///
@@ -16,170 +28,289 @@ use super::{CheckpointError, Existing, INDEX_FILE, folder_of, lock::unlock, sync
 pub struct AtomicDir {
     target: PathBuf,
     existing: Existing,
-    temp: PathBuf,
-    /// Held as long as the folder has its temporary name.
-    lock: File,
-    committed: bool,
+    partial: Partial,
     /// Whether what is in it stays for a later run when this one gives up.
     resumable: bool,
 }
 
-/// What a resumable folder is to become; a later run goes on with it only where this is the same.
-const PLAN_FILE: &str = ".plan";
-/// A folder that has one of these is a checkpoint's or an adapter's, and may be replaced where the user says so.
-const KNOWN_FILES: [&str; 4] = ["model.safetensors", INDEX_FILE, "adapter_config.json", "positions.npy"];
-
 impl AtomicDir {
+    /// What a resumable folder is to become; a later run goes on with it only where this is the same.
+    pub(crate) const PLAN_FILE: &str = ".plan";
+
     /// Begins a folder that will appear at `target`.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] where it exists and must be kept; [`CheckpointError::Refused`] where it exists and is no
-    /// checkpoint, or another run is writing it.
+    /// What [`check_output`] refuses, or another run that is writing it.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
-        let output = Self::lock(target, existing)?;
-        clear(&output.temp)?;
-        Ok(output)
+        check_output(target, OutputKind::Folder, existing)?;
+        let partial = Partial::lock(target, "partial")?;
+        partial.clear()?;
+        Ok(Self { target: target.to_owned(), existing, partial, resumable: false })
     }
 
     /// The same, but what is in the folder when this run gives up stays, and a later run with the same `plan` finds it there.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
     pub fn create_resumable(target: &Path, existing: Existing, plan: &str) -> Result<Self, CheckpointError> {
-        let mut output = Self::lock(target, existing)?;
-        let plan_file = output.temp.join(PLAN_FILE);
-        if !fs::read_to_string(&plan_file).is_ok_and(|found| found == plan) {
-            clear(&output.temp)?;
-            write_atomic(&plan_file, Existing::Replace, plan.as_bytes())?;
+        check_output(target, OutputKind::Folder, existing)?;
+        let mut partial = Partial::lock(target, "partial")?;
+        let found = partial.folder.read(AtomicDir::PLAN_FILE, 1 << 30)?;
+        if found.as_deref() != Some(plan.as_bytes()) {
+            partial.clear()?;
+            write_atomic(&partial.path().join(AtomicDir::PLAN_FILE), Existing::Replace, plan.as_bytes())?;
         }
-        output.resumable = true;
-        Ok(output)
-    }
-
-    fn lock(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
-        check_target(target, existing)?;
-        let name = target.file_name().ok_or_else(|| CheckpointError::Refused {
-            path: target.to_owned(),
-            what: "not a name that a folder can get".to_owned(),
-        })?;
-        let temp = target.with_file_name(format!(".{}.neuroada-partial", name.to_string_lossy()));
-        let io = |e| CheckpointError::io("create", &temp, e);
-        loop {
-            match fs::create_dir(&temp) {
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-                created => created.map_err(io)?,
-            }
-            let lock = File::open(&temp).map_err(io)?;
-            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let what = "another run is writing it".to_owned();
-                return Err(CheckpointError::Refused { path: target.to_owned(), what });
-            }
-            // Between opening and locking, its owner may have finished or given up.
-            if !is_same(&lock, &temp) {
-                continue;
-            }
-            let target = target.to_owned();
-            return Ok(Self { target, existing, temp, lock, committed: false, resumable: false });
-        }
+        partial.stays = true;
+        Ok(Self { target: target.to_owned(), existing, partial, resumable: true })
     }
 
     /// The folder under its temporary name.
     pub fn path(&self) -> &Path {
-        &self.temp
+        self.partial.path()
     }
 
     /// Removes the folder, resumable or not: what is in it is of no use to any run.
     pub fn discard(mut self) {
-        self.resumable = false;
+        self.partial.stays = false;
+    }
+
+    /// Creates the new file `name` in the folder.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`], also where it exists.
+    pub fn create_file(&self, name: &str) -> Result<File, CheckpointError> {
+        super::create_new_file(&self.path().join(name))
+    }
+
+    /// Fails where the folder that would be replaced holds anything but what this program wrote and the names of the new one, which
+    /// will have `planned`. Asked before the work; [`Self::commit`] asks again.
+    ///
+    /// # Errors
+    /// [`CheckpointError::ForeignEntries`] lists what else is there.
+    pub fn check_replaced(&self, planned: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
+        match probe::is_present(&self.target)? {
+            true => refuse_foreign(&self.target, &self.target, planned),
+            false => Ok(()),
+        }
+    }
+
+    /// The files in the folder so far; paths from the folder, what is hidden at its top left out.
+    ///
+    /// # Errors
+    /// A folder that cannot be listed.
+    pub fn files(&self) -> Result<BTreeSet<PathBuf>, CheckpointError> {
+        let mut files = tree(self.path())?;
+        files.retain(|file| !file.to_string_lossy().starts_with('.'));
+        Ok(files)
     }
 
     /// Lets the folder appear, in one step; its files were synced by whoever wrote them.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] where the target came to exist meanwhile and must be kept.
+    /// [`CheckpointError::OutputExists`] where the target came to exist meanwhile and must be kept;
+    /// [`CheckpointError::ForeignEntries`]; [`CheckpointError::Committed`] where the folder has its name and something failed after that.
     pub fn commit(mut self) -> Result<(), CheckpointError> {
-        check_target(&self.target, self.existing)?;
+        let is_replaced = check_output(&self.target, OutputKind::Folder, self.existing)?;
         if self.resumable {
-            let plan = self.temp.join(PLAN_FILE);
-            fs::remove_file(&plan).map_err(|e| CheckpointError::io("remove", &plan, e))?;
+            self.partial.folder.remove(AtomicDir::PLAN_FILE)?;
         }
-        sync_tree(&self.temp)?;
-        let io = |e: rustix::io::Errno| CheckpointError::io("create", &self.target, e.into());
-        let exists = self.target.symlink_metadata().is_ok();
-        if exists {
-            // In one step the new one has the name and the old one the temporary name, to be removed with it.
-            renameat_with(CWD, &self.temp, CWD, &self.target, RenameFlags::EXCHANGE).map_err(io)?;
-            sync_folder(folder_of(&self.target))?;
-            return remove_tree(&self.temp).inspect(|()| self.committed = true);
+        let names = tree(self.path())?;
+        if is_replaced {
+            refuse_foreign(&self.target, &self.target, &names)?;
         }
-        match renameat_with(CWD, &self.temp, CWD, &self.target, RenameFlags::NOREPLACE) {
-            Err(rustix::io::Errno::EXIST) => return Err(CheckpointError::OutputExists { path: self.target.clone() }),
+        sync_tree(self.path())?;
+        if is_replaced {
+            self.exchange()?;
+        } else {
+            self.give_name()?;
+        }
+        // What has the temporary name now, if anything, is removed below.
+        self.partial.stays = true;
+        sync_folder(folder_of(&self.target)).map_err(|e| e.after_commit("sync the folder of"))?;
+        if is_replaced {
+            // What came into the old folder meanwhile stays, with it.
+            let removed = refuse_foreign(self.path(), &self.target, &names);
+            let removed = removed.and_then(|()| self.partial.folder.remove_all());
+            removed.map_err(|e| e.after_commit("remove what it replaced, now under a temporary name beside"))?;
+        }
+        Ok(())
+    }
+
+    /// In one step the new folder has the name, and the old one the temporary name.
+    fn exchange(&self) -> Result<(), CheckpointError> {
+        match renameat_with(CWD, self.path(), CWD, &self.target, RenameFlags::EXCHANGE) {
+            Ok(()) => return Ok(()),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(CheckpointError::io("create", &self.target, e.into())),
+        }
+        // File systems without exchange: the old one steps aside, and back where the new one cannot take its place.
+        let name = self.target.file_name().expect("outputs have names");
+        let aside = self.target.with_file_name(temporary_name(name, "replaced"));
+        let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| CheckpointError::io("create", to, e));
+        rename(&self.target, &aside)?;
+        if let Err(e) = rename(self.path(), &self.target) {
+            rename(&aside, &self.target)?;
+            return Err(e);
+        }
+        rename(&aside, self.path()).map_err(|e| e.after_commit("put aside what it replaced in"))
+    }
+
+    fn give_name(&self) -> Result<(), CheckpointError> {
+        match renameat_with(CWD, self.path(), CWD, &self.target, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => Err(CheckpointError::OutputExists { path: self.target.clone() }),
             // File systems without the flag; renaming a folder never replaces a folder with something in it.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                fs::rename(&self.temp, &self.target).map_err(|e| CheckpointError::io("create", &self.target, e))?;
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::rename(self.path(), &self.target).map_err(|e| CheckpointError::io("create", &self.target, e))
             }
-            renamed => renamed.map_err(io)?,
+            renamed => renamed.map_err(|e| CheckpointError::io("create", &self.target, e.into())),
         }
-        self.committed = true;
-        sync_folder(folder_of(&self.target))
     }
 }
 
-impl Drop for AtomicDir {
+/// A temporary folder beside an output, for what is made on the way; gone when dropped.
+///
+/// Its name is the same in every run, `.NAME.neuroada-work`, and locked: what a killed run left is removed by the next run on the same
+/// output.
+pub struct WorkFolder(Partial);
+
+impl WorkFolder {
+    /// The folder for work on the output at `target`.
+    ///
+    /// # Errors
+    /// Another run on the same output, or a folder that cannot be made.
+    pub fn beside(target: &Path) -> Result<Self, CheckpointError> {
+        let folder = Partial::lock(target, "work")?;
+        folder.clear()?;
+        Ok(Self(folder))
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+/// The folder with the temporary name of an output, locked; removed when dropped, unless it stays.
+pub(super) struct Partial {
+    pub(super) folder: OwnFolder,
+    pub(super) stays: bool,
+    lock: File,
+}
+
+impl Partial {
+    /// Takes the temporary folder of an output, creating it where it does not exist; what a run left there is still in it.
+    pub(super) fn lock(target: &Path, suffix: &str) -> Result<Self, CheckpointError> {
+        let Some(name) = target.file_name() else {
+            let what = "not a name that an output can get".to_owned();
+            return Err(CheckpointError::Refused { path: target.to_owned(), what });
+        };
+        let folder = OwnFolder::at(&target.with_file_name(temporary_name(name, suffix)))?;
+        let refused = |what: &str| CheckpointError::Refused { path: target.to_owned(), what: what.to_owned() };
+        loop {
+            let is_new = folder.open()?.is_none();
+            folder.create()?;
+            let Some(lock) = folder.open()?.map(File::from) else { continue };
+            match try_lock(&lock) {
+                LockAttempt::Locked => {}
+                LockAttempt::Held => return Err(refused("another run is writing it")),
+                // Without locks only a folder that nobody had can be ours.
+                LockAttempt::Unsupported if is_new => {}
+                LockAttempt::Unsupported => {
+                    let path = super::Printable::path(folder.path());
+                    return Err(refused(&format!(
+                        "{path} exists, and this file system cannot tell whether a run still writes it; remove it"
+                    )));
+                }
+                LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", folder.path(), e)),
+            }
+            // Between opening and locking, its owner may have finished or given up.
+            let opened = lock.metadata().map_err(|e| CheckpointError::io("examine", folder.path(), e))?;
+            let found = probe::link_metadata(folder.path())?;
+            if found.is_some_and(|found| FileId::of(&found) == FileId::of(&opened)) {
+                return Ok(Self { folder, stays: false, lock });
+            }
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Removes everything inside.
+    pub(super) fn clear(&self) -> Result<(), CheckpointError> {
+        for (name, kind) in self.folder.entries()? {
+            let name = name.to_string_lossy();
+            match kind {
+                EntryKind::Folder => self.folder.inside(&name).remove_all()?,
+                _ => self.folder.remove(&name)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
     fn drop(&mut self) {
-        if !self.committed && !self.resumable {
+        if !self.stays {
             // Nothing to be done about a failure here; the next run removes what is left.
-            let _left_behind = remove_tree(&self.temp);
+            let _left_behind = self.folder.remove_all();
         }
         unlock(&self.lock);
     }
 }
 
-/// Whether `target` may be made, or replaced.
-fn check_target(target: &Path, existing: Existing) -> Result<(), CheckpointError> {
-    let Ok(meta) = target.symlink_metadata() else { return Ok(()) };
-    if existing == Existing::Keep {
-        return Err(CheckpointError::OutputExists { path: target.to_owned() });
-    }
-    let is_known = KNOWN_FILES.iter().any(|name| target.join(name).exists());
-    let is_empty = || fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-    if meta.is_dir() && (is_known || is_empty()) {
+/// Fails where the folder `old` holds anything but what this program wrote and `new` names; `told` is its name for messages.
+fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
+    let known = StateFolder::at(old, Layout::Folder)?.list()?;
+    let is_known = |path: &Path| {
+        new.contains(path)
+            || known.contains(path)
+            || path.strip_prefix(STATE_FOLDER).is_ok_and(is_own_entry)
+            || (path == Path::new(AtomicDir::PLAN_FILE))
+    };
+    let foreign: BTreeSet<String> = tree(old)?
+        .into_iter()
+        .filter(|path| !is_known(path))
+        .map(|path| {
+            // Of a folder that is foreign altogether, its name is enough.
+            let top = path.iter().next().map(PathBuf::from).unwrap_or_default();
+            let is_shared = top == path || new.iter().chain(&known).any(|other| other.starts_with(&top));
+            let shown = if is_shared || top == Path::new(STATE_FOLDER) { path } else { top.join("") };
+            super::Printable::path(&shown)
+        })
+        .collect();
+    if foreign.is_empty() {
         return Ok(());
     }
-    let what = "exists and is the folder of no checkpoint and no adapter; it will not be replaced".to_owned();
-    Err(CheckpointError::Refused { path: target.to_owned(), what })
+    Err(CheckpointError::ForeignEntries { path: told.to_owned(), entries: foreign.into_iter().collect() })
 }
 
-fn is_same(open: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (open.metadata(), fs::metadata(path)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
-}
-
-/// Removes everything inside a folder.
-fn clear(folder: &Path) -> Result<(), CheckpointError> {
-    let io = |e| CheckpointError::io("remove", folder, e);
-    for entry in fs::read_dir(folder).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        if entry.file_type().map_err(io)?.is_dir() {
-            remove_tree(&entry.path())?;
-        } else {
-            fs::remove_file(entry.path()).map_err(io)?;
+/// All that is in a folder, folders that are empty included; paths from the folder. Links are not followed.
+fn tree(folder: &Path) -> Result<BTreeSet<PathBuf>, CheckpointError> {
+    let mut found = BTreeSet::new();
+    let mut waiting = vec![PathBuf::new()];
+    while let Some(below) = waiting.pop() {
+        let entries = probe::entries(&folder.join(&below))?;
+        // The state folder may be empty; that says nothing.
+        if entries.is_empty() && below != Path::new("") && !below.starts_with(STATE_FOLDER) {
+            found.insert(below.clone());
+        }
+        for (name, kind) in entries {
+            let path = below.join(name);
+            match kind {
+                EntryKind::Folder => waiting.push(path),
+                _ => _ = found.insert(path),
+            }
         }
     }
-    Ok(())
-}
-
-fn remove_tree(folder: &Path) -> Result<(), CheckpointError> {
-    fs::remove_dir_all(folder).map_err(|e| CheckpointError::io("remove", folder, e))
+    Ok(found)
 }
 
 /// Syncs a folder and every folder inside it.
 fn sync_tree(folder: &Path) -> Result<(), CheckpointError> {
-    let io = |e| CheckpointError::io("list", folder, e);
-    for entry in fs::read_dir(folder).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        if entry.file_type().map_err(io)?.is_dir() {
-            sync_tree(&entry.path())?;
+    for (name, kind) in probe::entries(folder)? {
+        if kind == EntryKind::Folder {
+            sync_tree(&folder.join(name))?;
         }
     }
     sync_folder(folder)
@@ -187,6 +318,8 @@ fn sync_tree(folder: &Path) -> Result<(), CheckpointError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -206,20 +339,47 @@ mod tests {
     }
 
     #[test]
-    fn only_checkpoints_are_replaced_and_leftovers_are_cleared() {
+    fn what_this_program_did_not_write_is_listed_and_stays() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out");
-        fs::create_dir(&target).unwrap();
-        fs::write(target.join("thesis.tex"), b"x").unwrap();
-        assert!(matches!(AtomicDir::create(&target, Existing::Replace), Err(CheckpointError::Refused { .. })));
-        fs::write(target.join("model.safetensors"), b"old").unwrap();
+        fs::create_dir_all(target.join("checkpoint-500")).unwrap();
+        for file in ["model.safetensors", "thesis.tex", "checkpoint-500/optimizer.pt", "checkpoint-500/x"] {
+            fs::write(target.join(file), b"old").unwrap();
+        }
         fs::create_dir_all(dir.path().join(".out.neuroada-partial/a")).unwrap();
-        let output = AtomicDir::create(&target, Existing::Replace).unwrap();
-        assert_eq!(fs::read_dir(output.path()).unwrap().count(), 0);
-        fs::write(output.path().join("model.safetensors"), b"new").unwrap();
-        output.commit().unwrap();
+        let write = || {
+            let output = AtomicDir::create(&target, Existing::Replace).unwrap();
+            assert_eq!(fs::read_dir(output.path()).unwrap().count(), 0);
+            fs::write(output.path().join("model.safetensors"), b"new").unwrap();
+            output
+        };
+        let output = write();
+        let early = output.check_replaced(&BTreeSet::from(["model.safetensors".into()])).unwrap_err();
+        let error = output.commit().unwrap_err();
+        assert_eq!(error.to_string(), early.to_string());
+        assert!(error.to_string().ends_with(":\n  checkpoint-500/\n  thesis.tex"), "{error}");
+        assert_eq!(fs::read(target.join("thesis.tex")).unwrap(), b"old");
+
+        // With a list of what it wrote, all of that goes.
+        let state = StateFolder::at(&target, Layout::Folder).unwrap();
+        state.create().unwrap();
+        let files = ["thesis.tex", "checkpoint-500/optimizer.pt", "checkpoint-500/x"];
+        state.write_list(&files.iter().map(PathBuf::from).collect()).unwrap();
+        write().commit().unwrap();
         assert_eq!(fs::read(target.join("model.safetensors")).unwrap(), b"new");
-        assert!(!target.join("thesis.tex").exists());
+        assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_temporary_folder_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        fs::create_dir(&victim).unwrap();
+        fs::write(victim.join("thesis.tex"), b"x").unwrap();
+        symlink(&victim, dir.path().join(".out.neuroada-partial")).unwrap();
+        let error = AtomicDir::create(&dir.path().join("out"), Existing::Keep).err().unwrap();
+        assert!(error.to_string().contains("is a link"), "{error}");
+        assert!(victim.join("thesis.tex").exists());
     }
 }

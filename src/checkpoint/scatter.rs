@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Context, Io,
+    CheckpointError, Context, Io, Shard,
     direct::{self, ALIGNMENT},
     mmap::is_cached,
 };
@@ -40,18 +40,29 @@ pub struct Patcher {
 pub type Place = (u64, usize);
 
 impl Patcher {
-    /// Opens the existing file `path` for reading and writing.
+    /// Opens a shard for changes: the file that was examined, not another that has its name by now.
+    ///
+    /// # Errors
+    /// As [`Shard::open_for_writing`].
+    pub fn of(ctx: &Context<'_>, shard: &Shard) -> Result<Self, CheckpointError> {
+        Ok(Self::new(ctx, shard.path(), shard.open_for_writing()?))
+    }
+
+    /// Opens the existing file `path`, part of an output, for reading and writing.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
     pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Self, CheckpointError> {
         let file = File::options().read(true).write(true).open(path);
-        let file = file.map_err(|e| CheckpointError::io("open for writing", path, e))?;
+        Ok(Self::new(ctx, path, file.map_err(|e| CheckpointError::io("open for writing", path, e))?))
+    }
+
+    fn new(ctx: &Context<'_>, path: &Path, file: File) -> Self {
         let direct = match ctx.io {
             Io::Auto | Io::Direct => direct::open_for_rewriting(path, &file),
             Io::Mapped | Io::Read => None,
         };
-        Ok(Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io })
+        Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io }
     }
 
     /// Writes elements of `width` bytes at `places`, which ascend; `elements` holds them one after the other.

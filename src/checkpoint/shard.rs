@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Context, Header, Io, MAX_HEADER_BYTES, TensorInfo, Window,
+    CheckpointError, Context, FileId, Header, InUse, Io, MAX_HEADER_BYTES, OwnFolder, TensorInfo, Window,
     direct::{self, DirectBytes},
     json::open_regular,
     mmap::is_cached,
@@ -33,6 +33,8 @@ pub struct Shard {
     direct: OnceLock<Option<File>>,
     /// Set by windows of which some bytes could not be read.
     lost: Arc<AtomicBool>,
+    /// No output replaces the file meanwhile.
+    _in_use: Option<InUse>,
 }
 
 /// What must not change while a file is read.
@@ -57,10 +59,67 @@ impl Shard {
     /// [`CheckpointError::Io`] or, for a file that is not what it should be, what it is instead.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let (file, meta) = open_regular(path, "open")?;
-        let stamp = Stamp::of(&meta);
+        let in_use = InUse::file(path, &meta);
+        Self::of_file(path, file, &meta, Some(in_use))
+    }
+
+    /// Opens a file of this program's own state; `None` where it does not exist.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and a link.
+    pub(crate) fn open_own(folder: &OwnFolder, name: &str) -> Result<Option<Self>, CheckpointError> {
+        let Some((file, meta)) = folder.open_file(name)? else { return Ok(None) };
+        Self::of_file(&folder.path().join(name), file, &meta, None).map(Some)
+    }
+
+    fn of_file(path: &Path, file: File, meta: &Metadata, in_use: Option<InUse>) -> Result<Self, CheckpointError> {
+        let stamp = Stamp::of(meta);
         let json = read_header(path, &file, stamp.file_bytes)?;
         let header = Header::parse(path, &json, stamp.file_bytes)?;
-        Ok(Self { path: path.to_owned(), file, header, stamp, direct: OnceLock::new(), lost: Arc::default() })
+        let (direct, lost) = (OnceLock::new(), Arc::default());
+        Ok(Self { path: path.to_owned(), file, header, stamp, direct, lost, _in_use: in_use })
+    }
+
+    /// Opens the file once more, for reading and writing: this very file, not another that has its name by now.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`] where another file lies there, or what the system says.
+    pub fn open_for_writing(&self) -> Result<File, CheckpointError> {
+        let file = File::options().read(true).write(true).open(&self.path);
+        let file = file.map_err(|e| CheckpointError::io("open for writing", &self.path, e))?;
+        let id = |file: &File| {
+            let meta = file.metadata().map_err(|e| CheckpointError::io("examine", &self.path, e))?;
+            Ok::<_, CheckpointError>(FileId::of(&meta))
+        };
+        if id(&file)? != id(&self.file)? {
+            let what = "another file has its name since it was examined".to_owned();
+            return Err(CheckpointError::Changed { path: self.path.clone(), what });
+        }
+        Ok(file)
+    }
+
+    /// Fails where the shard's name leads to another file by now, or to none.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`], or a path that cannot be examined.
+    pub fn still_named(&self) -> Result<(), CheckpointError> {
+        let meta = self.file.metadata().map_err(|e| CheckpointError::io("examine", &self.path, e))?;
+        match super::probe::metadata(&self.path)? {
+            Some(named) if FileId::of(&named) == FileId::of(&meta) => Ok(()),
+            _ => {
+                let what = "another file has its name since it was examined".to_owned();
+                Err(CheckpointError::Changed { path: self.path.clone(), what })
+            }
+        }
+    }
+
+    /// The number of names that the file has.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn n_names(&self) -> Result<u64, CheckpointError> {
+        let meta = self.file.metadata().map_err(|e| CheckpointError::io("examine", &self.path, e))?;
+        Ok(meta.nlink())
     }
 
     /// Where the file lies.

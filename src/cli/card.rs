@@ -7,7 +7,7 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{Adapter, ColumnsKind, PackReport},
-    checkpoint::{CheckpointError, Existing, folder_of, write_atomic},
+    checkpoint::{CheckpointError, Existing, OutputKind, check_output, folder_of, write_atomic},
     tensor::projection_kind,
 };
 
@@ -18,13 +18,9 @@ fn place(packed: &Path) -> PathBuf {
     folder_of(packed).join("README.md")
 }
 
-/// Fails where a card exists that must be kept.
+/// Fails where no card may be written.
 pub(super) fn check_place(packed: &Path, existing: Existing) -> Result<(), CheckpointError> {
-    let path = place(packed);
-    match existing == Existing::Keep && path.symlink_metadata().is_ok() {
-        true => Err(CheckpointError::OutputExists { path }),
-        false => Ok(()),
-    }
+    check_output(&place(packed), OutputKind::File, existing).map(|_| ())
 }
 
 /// Writes the card of the packed adapter at `packed`.

@@ -89,7 +89,7 @@ pub(super) fn run(args: CombineArgs, env: &Env) -> anyhow::Result<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = combine::combine(&env.context(), &inputs, &options, output)?;
-    env.report(&report, print)?;
+    env.report_work(&report, print)?;
     Ok(Answer::Yes)
 }
 

@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
+use neuroada_ckpt::checkpoint::probe;
 use neuroada_ckpt::data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer};
 
 use super::{env::Env, page::count};
@@ -47,7 +48,7 @@ impl DataArgs {
             "auto" => Template::Auto,
             "alpaca" => Template::Alpaca,
             "commonsense" => Template::Commonsense,
-            file if Path::new(file).is_file() => Template::File(PathBuf::from(file)),
+            file if probe::is_file(Path::new(file))? => Template::File(PathBuf::from(file)),
             other => bail!("--template {other}: neither auto, alpaca or commonsense, nor a file"),
         };
         let seconds = match std::env::var("SOURCE_DATE_EPOCH") {

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Printable, Shard},
+    checkpoint::{Checkpoint, Printable, Shard, probe},
     diff::{self, AdapterDiff, CheckpointDiff, Overlap},
     mask::{FileKind, MaskFile},
     tensor::projection_kind,
@@ -44,7 +44,7 @@ enum Kind {
 
 impl Kind {
     fn of(path: &Path) -> anyhow::Result<Self> {
-        if path.is_dir() {
+        if probe::is_folder(path)? {
             return Ok(Self::Checkpoint);
         }
         Ok(match FileKind::of(&Shard::open(path)?)? {

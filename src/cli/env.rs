@@ -2,12 +2,13 @@
 
 use std::{
     cell::Cell,
+    fmt,
     io::{self, Write},
     thread,
 };
 
 use clap::{Args, ValueEnum};
-use neuroada_ckpt::checkpoint::{Context, Io};
+use neuroada_ckpt::checkpoint::{Context, InUse, Io};
 #[cfg(feature = "cuda")]
 use neuroada_ckpt::{
     backend::{GpuChooser, GpuMerger},
@@ -53,9 +54,9 @@ pub(super) struct GlobalArgs {
     /// Memory of the GPU to stay within [default: 1G; for models, what is free]
     #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
     gpu_memory: Option<u64>,
-    /// Print the report as one JSON document
+    /// Print the report as one JSON document; an error too
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
     /// Print nothing but errors, and what --json asks for
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
@@ -103,18 +104,30 @@ pub(super) struct Env {
     progress: Progress,
     /// Whether the command had a use for a GPU.
     asked_for_gpu: Cell<bool>,
+    /// What the command line names and is there.
+    _inputs: Vec<InUse>,
+}
+
+/// The report of work that is done could not be written.
+#[derive(Debug)]
+pub(super) struct ReportLost;
+
+impl fmt::Display for ReportLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the work is done, but its report could not be written")
+    }
 }
 
 impl Env {
-    /// Starts the threads, and listens to Ctrl-C from here on.
-    pub(super) fn new(args: GlobalArgs) -> anyhow::Result<Self> {
+    /// Starts the threads, and listens to Ctrl-C from here on. What `inputs` hold is registered as read, so that no output touches it.
+    pub(super) fn new(args: GlobalArgs, inputs: Vec<InUse>) -> anyhow::Result<Self> {
         let progress = Progress::new(args.quiet, args.verbose)?;
         let mut pool = rayon::ThreadPoolBuilder::new();
         if let Some(threads) = args.threads {
             pool = pool.num_threads(usize::from(threads));
         }
         pool.build_global().map_err(|e| anyhow::Error::new(io::Error::other(e)).context("cannot start threads"))?;
-        let env = Self { args, progress, asked_for_gpu: Cell::new(false) };
+        let env = Self { args, progress, asked_for_gpu: Cell::new(false), _inputs: inputs };
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",
             rayon::current_num_threads(),
@@ -174,6 +187,11 @@ impl Env {
     pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<GpuMerger>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         Ok(Some(GpuMerger::new(&gpu, rayon::current_num_threads(), gpu_memory)))
+    }
+
+    /// Prints the report of work that is done: where it cannot be written, the error says so.
+    pub(super) fn report_work<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> anyhow::Result<()> {
+        self.report(report, text).map_err(|e| e.context(ReportLost))
     }
 
     /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.

@@ -17,6 +17,9 @@ use neuroada_ckpt::{
     merge::MergeError,
     peft::PeftError,
 };
+use serde::Serialize;
+
+use super::env::ReportLost;
 
 /// An error with advice, which is printed on a line of its own.
 #[derive(Debug)]
@@ -54,6 +57,17 @@ pub(super) struct Failure {
     kind: ErrorKind,
     message: String,
     hint: Option<String>,
+    /// Whether the work was done, and what failed came after it.
+    committed: bool,
+}
+
+/// A failure as `--json` prints it.
+#[derive(Serialize)]
+struct Document<'a> {
+    error: &'a str,
+    hint: Option<&'a str>,
+    exit_code: u8,
+    committed: bool,
 }
 
 impl Failure {
@@ -69,14 +83,29 @@ impl Failure {
             }
         }
         let hint = error.downcast_ref::<Hinted>().map(|hinted| hinted.hint.clone());
-        Self { kind: kind_of(error), hint: hint.or_else(|| advice(error)), message }
+        Self {
+            kind: kind_of(error),
+            hint: hint.or_else(|| advice(error)),
+            message,
+            committed: error.downcast_ref::<ReportLost>().is_some() || error.chain().any(is_committed),
+        }
     }
 
-    /// Prints the failure to stderr.
-    pub(super) fn tell(&self) -> ExitCode {
+    /// Prints the failure to stderr, and with `json` as a document to stdout too.
+    pub(super) fn tell(&self, json: bool) -> ExitCode {
         use io::Write;
         // With stderr gone there is nobody left to tell.
         let _nobody = write!(io::stderr().lock(), "{self}");
+        if json {
+            let document = Document {
+                error: &self.message,
+                hint: self.hint.as_deref(),
+                exit_code: self.exit_code(),
+                committed: self.committed,
+            };
+            let document = serde_json::to_string_pretty(&document).expect("strings and numbers serialise");
+            let _nobody = writeln!(io::stdout().lock(), "{document}");
+        }
         ExitCode::from(self.exit_code())
     }
 
@@ -100,6 +129,14 @@ impl fmt::Display for Failure {
             None => Ok(()),
         }
     }
+}
+
+/// Whether an error says that the work was done all the same.
+fn is_committed(error: &(dyn Error + 'static)) -> bool {
+    if let Some(hinted) = error.downcast_ref::<Hinted>() {
+        return hinted.error.chain().any(is_committed);
+    }
+    file_error(error).is_some_and(CheckpointError::is_committed)
 }
 
 /// The kind of the first error in the chain that has one. Words of the command line itself (`anyhow!`) are usage errors.
@@ -152,7 +189,7 @@ fn gpu_kind(_error: &(dyn Error + 'static)) -> Option<ErrorKind> {
 /// Advice that fits an error wherever it comes from.
 fn advice(error: &anyhow::Error) -> Option<String> {
     error.chain().find_map(|error| {
-        if let Some(MergeError::Interrupted { path } | MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
+        if let Some(MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
             return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
         }
         #[cfg(feature = "cuda")]
@@ -162,7 +199,8 @@ fn advice(error: &anyhow::Error) -> Option<String> {
             return Some("--device cpu does the same without the GPU".to_owned());
         }
         if let Some(MergeError::Linked { .. }) = error.downcast_ref() {
-            return Some("--output makes a copy instead; --break-links changes the files all the same".to_owned());
+            let advice = "--output makes a copy of all; --break-links copies the files that change, and leaves the others' as they are";
+            return Some(advice.to_owned());
         }
         if let Some(CombineError::NeedsBase { .. }) = error.downcast_ref() {
             return Some("--base BASE proves every adapter against it".to_owned());
@@ -172,6 +210,14 @@ fn advice(error: &anyhow::Error) -> Option<String> {
         }
         match file_error(error)? {
             CheckpointError::OutputExists { .. } => Some("--force replaces it".to_owned()),
+            CheckpointError::OutputIsInput { .. } => {
+                let advice = "choose another place for the output; merge and unmerge change a checkpoint itself with --in-place";
+                Some(advice.to_owned())
+            },
+            CheckpointError::ForeignEntries { .. } => {
+                Some("move them away, or choose another place for the output".to_owned())
+            }
+            CheckpointError::Interrupted { path } => Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
             _ => None,
         }
     })
@@ -293,7 +339,7 @@ mod tests {
 
     #[test]
     fn interrupted_changes_are_advised_on() {
-        let (code, words) = told(MergeError::Interrupted { path: "a b".into() }.into());
+        let (code, words) = told(MergeError::from(CheckpointError::Interrupted { path: "a b".into() }).into());
         let expected =
             "error: a b: a change was interrupted and waits for `recover`\nhint: neuroada-ckpt recover a b\n";
         assert_eq!((code, words.as_str()), (6, expected));

@@ -54,7 +54,7 @@ pub(super) fn run(args: InitArgs, env: &Env) -> anyhow::Result<Answer> {
     let options = InitOptions { values: args.values.as_deref(), dtype, scale: args.scale, notes: args.notes.notes() };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = adapter::init_adapter(&env.context(), &base, &mask, &options, &args.output, existing)?;
-    env.report(&report, |report, page| {
+    env.report_work(&report, |report, page| {
         page.facts(&[
             ("adapter", report.id[..12].to_owned()),
             ("made from", report.base.clone()),

@@ -141,7 +141,7 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = mask::create_mask(&env.context(), &checkpoint, &options, output)?;
-    env.report(&report, print)?;
+    env.report_work(&report, print)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu.filter(|_| !report.dry_run) {
         tell_of_gpu(&gpu.counts(), env);

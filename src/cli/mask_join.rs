@@ -25,7 +25,7 @@ pub(super) struct MaskJoinArgs {
 pub(super) fn run(args: MaskJoinArgs, env: &Env) -> anyhow::Result<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = mask::join_masks(&env.context(), &args.parts, &args.output, existing)?;
-    env.report(&report, |report, page| {
+    env.report_work(&report, |report, page| {
         page.facts(&[
             ("made from", report.base.clone()),
             ("parts", count(report.n_parts as u64)),

@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args};
 use neuroada_ckpt::backend::MergedWeights;
 use neuroada_ckpt::{
     backend::Merger,
-    checkpoint::Existing,
+    checkpoint::{Existing, probe},
     merge::{
         self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
         MergeInput, MergeOptions, MergeOutput, MergeReport, Undecided,
@@ -108,7 +108,7 @@ pub(super) struct OutputArgs {
     /// Change the checkpoint itself, journaled
     #[arg(long)]
     in_place: bool,
-    /// In place: work on files that other paths lead to as well
+    /// In place: files that other paths lead to as well get a copy of their own first
     #[arg(long, conflicts_with = "output")]
     break_links: bool,
     /// Replace an existing output
@@ -160,7 +160,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let (inputs, _folder) = adopt(&args.base, inputs, env)?;
     let is_low_rank = |input: &MergeInput| {
         // Files are opened where they are merged.
-        if input.adapter.is_dir() { merge::is_low_rank(&input.adapter) } else { Ok(false) }
+        if probe::is_folder(&input.adapter)? { merge::is_low_rank(&input.adapter) } else { Ok(false) }
     };
     let mut any_low_rank = false;
     for input in &inputs {
@@ -237,7 +237,7 @@ pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
             Ok(MergeInput { adapter: file.into(), scale: Some(scale) })
         }
         // A file whose own name holds an equals sign.
-        _ if PathBuf::from(text).exists() => Ok(MergeInput { adapter: text.into(), scale: None }),
+        _ if probe::is_present(Path::new(text))? => Ok(MergeInput { adapter: text.into(), scale: None }),
         Ok(scale) if !scale.is_finite() => bail!("{text}: scale {scale} is not a finite number"),
         _ => Err(anyhow!("{text}: expected FILE or FILE=SCALE, and {scale:?} is not a number")),
     }
@@ -245,7 +245,10 @@ pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
 
 /// Prints the report of a merge or an unmerge.
 pub(super) fn tell(report: &MergeReport, env: &Env) -> anyhow::Result<()> {
-    env.report(report, print)?;
+    match report.dry_run {
+        true => env.report(report, print)?,
+        false => env.report_work(report, print)?,
+    }
     for note in &report.notes {
         env.note(note);
     }

@@ -21,6 +21,7 @@ mod eval;
 mod extract;
 mod failure;
 mod init;
+mod inputs;
 mod inspect;
 mod man;
 mod mask;
@@ -38,7 +39,7 @@ mod verify;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use env::{Env, GlobalArgs};
 use failure::Failure;
@@ -69,7 +70,8 @@ Exit codes:
     2  the request makes no sense
     3  an input file is not what it should be
     4  refused: wrong base, merged already, output exists, locked
-    5  reading or writing failed, or no space is left; nothing changed
+    5  reading or writing failed, or no space is left; nothing changed, unless the
+       message (and `committed` in JSON) says that the work is done
     6  an interrupted change waits for recovery
   130  stopped by Ctrl-C";
 
@@ -134,18 +136,24 @@ enum Answer {
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let definition = definition();
+    let parsed = definition.clone().try_get_matches().and_then(|matches| {
+        let cli = Cli::from_arg_matches(&matches)?;
+        Ok((cli, inputs::of(&definition, &matches)))
+    });
+    let (cli, inputs) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => {
             // Help and versions come this way too; a reader who left early is no failure.
             let _closed_pipe = error.print();
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match Env::new(cli.global).and_then(|env| run(cli.command, &env).inspect(|_| env.farewell())) {
+    let json = cli.global.json;
+    match Env::new(cli.global, inputs).and_then(|env| run(cli.command, &env).inspect(|_| env.farewell())) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
-        Err(error) => Failure::of(&error).tell(),
+        Err(error) => Failure::of(&error).tell(json),
     }
 }
 

@@ -86,9 +86,10 @@ pub(super) fn run(args: PackArgs, env: &Env) -> anyhow::Result<Answer> {
     let options = PackOptions { columns, values, base: base.as_ref() };
     let report = pack_adapter(&ctx, &adapter, &options, &args.output, existing)?;
     if args.card {
-        card::write(&args.output, &adapter, &report, args.base_model.as_deref(), existing)?;
+        let written = card::write(&args.output, &adapter, &report, args.base_model.as_deref(), existing);
+        written.map_err(|e| e.after_commit("write the model card beside"))?;
     }
-    env.report(&report, print)?;
+    env.report_work(&report, print)?;
     Ok(Answer::Yes)
 }
 

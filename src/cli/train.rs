@@ -272,7 +272,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
     };
     let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
     let report = place.train(&ctx, &job, &teller)?;
-    env.report(&report, print)?;
+    env.report_work(&report, print)?;
     Ok(Answer::Yes)
 }
 

@@ -7,7 +7,7 @@ use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterId},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, probe},
     merge::{self, KeptOriginals, MergeError, MergeOptions, Which},
 };
 
@@ -27,7 +27,7 @@ pub(super) struct UnmergeArgs {
     /// Directory or .safetensors file of the merged checkpoint
     path: PathBuf,
     /// Adapter to take out: its id or the beginning of it, or its file; may be given several times [default: all]
-    #[arg(short, long = "adapter", value_name = "ID")]
+    #[arg(short, long = "adapter", value_name = "ID|FILE")]
     adapters: Vec<String>,
     /// After a merge of LoRA adapters that kept no originals: the checkpoint it was made from; --output is needed then
     #[arg(short, long, value_name = "PATH")]
@@ -65,16 +65,16 @@ fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
     if let Ok(id) = AdapterId::from_str(text) {
         return Ok(id);
     }
-    if Path::new(text).is_dir() {
+    if probe::is_folder(Path::new(text))? {
         return Ok(merge::adapter_id(&env.context(), Path::new(text))?);
     }
     let is_hex = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    if !is_hex || Path::new(text).exists() {
+    if !is_hex || probe::is_present(Path::new(text))? {
         let adapter = Adapter::open(Path::new(text))?;
         // A packed adapter says its id; reading all of it could take its base.
         return Ok(adapter.claimed_id().map_or_else(|| adapter.id(&env.context()), Ok)?);
     }
-    let summary = merge::ledger_summary(&Checkpoint::open(path)?)?;
+    let summary = merge::ledger_summary(&Checkpoint::open_interrupted(path)?)?;
     let active = summary.map(|summary| summary.active).unwrap_or_default();
     let found: Vec<&str> =
         active.iter().map(|entry| entry.id.as_str()).filter(|id| id.starts_with(&text.to_lowercase())).collect();

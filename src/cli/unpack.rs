@@ -54,7 +54,7 @@ pub(super) fn run(args: UnpackArgs, env: &Env) -> anyhow::Result<Answer> {
         packed_bytes: adapter.n_bytes(),
         n_bytes: adapter.plain_bytes(),
     };
-    env.report(&report, |report, page| {
+    env.report_work(&report, |report, page| {
         page.facts(&[
             ("adapter", report.id[..12].to_owned()),
             ("deltas", format!("{} in {} tensors", count(report.n_deltas), count(report.n_tensors as u64))),

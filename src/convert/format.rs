@@ -1,10 +1,10 @@
 //! Formats, and how a path is recognised as one.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use super::{ConvertError, foreign::ForeignAdapter, input::Input, npz, peft_read, published};
 use crate::{
-    checkpoint::{CheckpointError, Context},
+    checkpoint::{Context, probe},
     peft::{PEFT_CONFIG, PeftConfig},
 };
 
@@ -43,13 +43,12 @@ impl Format {
     /// # Errors
     /// A path that is not there, or a PEFT adapter's config that cannot be read.
     pub fn of(path: &Path) -> Result<Option<Self>, ConvertError> {
-        let meta = fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))?;
-        if meta.is_dir() {
-            if path.join(published::POSITIONS).exists() {
+        if probe::is_folder(path)? {
+            if probe::is_present(&path.join(published::POSITIONS))? {
                 return Ok(Some(Self::Published));
             }
             let config = path.join(PEFT_CONFIG);
-            if !config.exists() {
+            if !probe::is_present(&config)? {
                 return Ok(None);
             }
             return Ok(peft_read::format_of(PeftConfig::open(&config)?.peft_type()));

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::checkpoint::{CheckpointError, open_regular};
+use crate::checkpoint::{CheckpointError, InUse, open_regular};
 
 /// Bytes that a [`Cursor`] reads ahead.
 const AHEAD: u64 = 64 << 10;
@@ -19,6 +19,8 @@ pub(super) struct Input {
     file: File,
     n_bytes: u64,
     modified: (i64, i64),
+    /// No output replaces the file meanwhile.
+    _in_use: InUse,
 }
 
 impl Input {
@@ -26,7 +28,8 @@ impl Input {
     pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
         let (file, meta) = open_regular(path, "open")?;
         let modified = (meta.mtime(), meta.mtime_nsec());
-        Ok(Self { path: path.to_owned(), file, n_bytes: meta.len(), modified })
+        let in_use = InUse::file(path, &meta);
+        Ok(Self { path: path.to_owned(), file, n_bytes: meta.len(), modified, _in_use: in_use })
     }
 
     pub(super) fn path(&self) -> &Path {

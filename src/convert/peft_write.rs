@@ -4,12 +4,7 @@
 //! for the smallest that is enough for every layer, and each layer is filled up with entries of -0 on a position that it
 //! has already: entries of one position are summed, and adding -0 changes nothing, not even a zero's sign.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::Write,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io::Write, path::Path};
 
 use serde_json::{Value, json};
 
@@ -18,7 +13,7 @@ use super::{
     export::{Deltas, Rounder},
 };
 use crate::{
-    checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId},
+    checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file},
     mask::TargetInfo,
     peft::{PEFT_CONFIG, PEFT_TENSORS},
     tensor::Dtype,
@@ -80,7 +75,7 @@ pub(super) fn write(
 
 fn write_config(path: &Path, config: &Value) -> Result<(), CheckpointError> {
     let io = |e| CheckpointError::io("write", path, e);
-    let mut file = File::create(path).map_err(io)?;
+    let mut file = create_new_file(path)?;
     let json = serde_json::to_string_pretty(config).expect("strings and numbers serialise");
     file.write_all(json.as_bytes()).map_err(io)?;
     file.sync_all().map_err(|e| CheckpointError::io("sync", path, e))

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs::{self, File},
+    fs,
     io::{BufWriter, Write},
     path::Path,
     sync::Arc,
@@ -24,7 +24,7 @@ use super::{
     zip::ZipWriter,
 };
 use crate::{
-    checkpoint::{AtomicDir, CheckpointError, Context, Existing, Printable},
+    checkpoint::{AtomicDir, CheckpointError, Context, Existing, Printable, create_new_file},
     mask::TargetInfo,
     tensor::{Dtype, dtype_name, projection_kind},
 };
@@ -101,7 +101,7 @@ pub(super) fn write(deltas: &Deltas<'_>, output: &Path, existing: Existing) -> R
     let tensors = write_values(deltas, &folder.path().join(VALUES))?;
     let arguments = folder.path().join(ARGUMENTS);
     let io = |e| CheckpointError::io("write", &arguments, e);
-    let file = File::create(&arguments).map_err(io)?;
+    let file = create_new_file(&arguments)?;
     (&file).write_all(arguments_json(deltas).as_bytes()).map_err(io)?;
     file.sync_all().map_err(|e| CheckpointError::io("sync", &arguments, e))?;
     let mut report = ConvertReport::new("neuroada", Format::Published.name(), tensors);
@@ -125,7 +125,7 @@ fn arguments_json(deltas: &Deltas<'_>) -> String {
 /// Writes the positions of all targets as one pickled dictionary of `[nnz, 2]` tensors, in NumPy's frame.
 fn write_positions(deltas: &Deltas<'_>, path: &Path) -> Result<(), ConvertError> {
     let io = |e| CheckpointError::io("write", path, e);
-    let file = File::create(path).map_err(io)?;
+    let file = create_new_file(path)?;
     let mut out = BufWriter::with_capacity(1 << 20, &file);
     out.write_all(&Header::write("|O", &[])).map_err(io)?;
     let mut pickle = PickleWriter::new(4);
@@ -166,7 +166,7 @@ fn write_positions(deltas: &Deltas<'_>, path: &Path) -> Result<(), ConvertError>
 /// Writes the values of all targets as `torch.save` does.
 fn write_values(deltas: &Deltas<'_>, path: &Path) -> Result<Vec<ConvertedTensor>, ConvertError> {
     let io = |e| CheckpointError::io("write", path, e);
-    let file = File::create(path).map_err(io)?;
+    let file = create_new_file(path)?;
     let mut zip = ZipWriter::new(&file);
     let put = |zip: &mut ZipWriter<'_>, name: &str, bytes: &[u8]| {
         zip.begin(&format!("state_dict_tunable/{name}"))?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{ConvertError, ConvertReport, ForeignAdapter, Format, export, import};
 use crate::{
     adapter::{Adapter, AdapterNotes},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, folder_of},
+    checkpoint::{Checkpoint, Context, Existing, OutputKind, Printable, WorkFolder, check_output},
 };
 
 /// Reads the adapter at `input`, whatever its format, and writes it at `output` in the format `to`.
@@ -41,11 +41,9 @@ pub fn convert(
     if to == Format::NeuroAda {
         return import(ctx, &foreign, base, base, &notes, output, existing);
     }
-    if existing == Existing::Keep && output.symlink_metadata().is_ok() {
-        return Err(CheckpointError::OutputExists { path: output.to_owned() }.into());
-    }
-    let folder = tempfile::Builder::new().prefix(".neuroada-").tempdir_in(folder_of(output));
-    let folder = folder.map_err(|e| CheckpointError::io("create", output, e.kind().into()))?;
+    let kind = if to == Format::Npz { OutputKind::File } else { OutputKind::Folder };
+    check_output(output, kind, existing)?;
+    let folder = WorkFolder::beside(output)?;
     let between = folder.path().join("adapter.safetensors");
     let read = import(ctx, &foreign, base, base, &notes, &between, Existing::Keep)?;
     let written = export(ctx, &Adapter::open(&between)?, to, output, existing)?;

@@ -10,7 +10,7 @@ use super::{
     jinja::{Rendered, STACK_BYTES},
     rows::{Row, Rows},
 };
-use crate::checkpoint::{CheckpointError, Context};
+use crate::checkpoint::{CheckpointError, Context, probe};
 
 /// Rows that are encoded at a time, and their bytes: what is in memory beside the dataset.
 const CHUNK_ROWS: usize = 1024;
@@ -186,7 +186,7 @@ impl<'a> FormReader<'a> {
         limit: Option<u64>,
     ) -> Result<Self, DataError> {
         let rows = Rows::open(path)?;
-        let n_bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
+        let n_bytes = probe::metadata(path)?.map_or(0, |meta| meta.len());
         ctx.observer.begin("read data", n_bytes);
         Ok(Self {
             ctx,

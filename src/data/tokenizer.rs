@@ -8,7 +8,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::DataError;
-use crate::checkpoint::{CheckpointError, Printable, read_whole};
+use crate::checkpoint::{CheckpointError, Printable, probe, read_whole};
 
 /// The largest tokenizer.json in use has 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -37,7 +37,7 @@ impl Tokenizer {
     /// Reads `tokenizer.json`, and as far as they are there `tokenizer_config.json` (special tokens, chat template),
     /// `chat_template.jinja`, `generation_config.json` (stop tokens) and `config.json`.
     pub fn open(checkpoint: &Path) -> Result<Self, DataError> {
-        let folder = if checkpoint.is_dir() { checkpoint } else { crate::checkpoint::folder_of(checkpoint) };
+        let folder = if probe::is_folder(checkpoint)? { checkpoint } else { crate::checkpoint::folder_of(checkpoint) };
         let path = folder.join("tokenizer.json");
         let bad = |what: String| CheckpointError::bad_file(&path, what);
         let bytes = read_whole(&path, MAX_TOKENIZER_BYTES)?;
@@ -209,7 +209,7 @@ struct Config {
 impl Config {
     fn read(folder: &Path, name: &str) -> Result<Self, DataError> {
         let path = folder.join(name);
-        if !path.exists() {
+        if !probe::is_present(&path)? {
             return Ok(Self { path, fields: Map::new() });
         }
         let bytes = read_whole(&path, MAX_CONFIG_BYTES)?;
@@ -239,7 +239,7 @@ impl Config {
     /// `chat_template.jinja`, or the field: a text, or a list of named ones, of which `default` counts.
     fn chat_template(&self, folder: &Path) -> Result<Option<(PathBuf, String)>, DataError> {
         let path = folder.join("chat_template.jinja");
-        if path.exists() {
+        if probe::is_present(&path)? {
             let source = String::from_utf8(read_whole(&path, MAX_CONFIG_BYTES)?).map_err(|e| {
                 CheckpointError::bad_file(&path, format!("not UTF-8, at byte {}", e.utf8_error().valid_up_to()))
             })?;

@@ -6,14 +6,15 @@ use super::{
     MergeError, MergeReport,
     change::{Change, Touched},
     examine::Findings,
-    in_place, low_rank, out_of_place, recover,
+    in_place, low_rank, out_of_place,
+    recover::recover,
     report::{entries, kind_reports},
     stack::{Active, Stack},
-    state::StateFolder,
+    state::state_of,
 };
 use crate::{
     adapter::{Adapter, AdapterError, AdapterId, ColumnsKind},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable},
+    checkpoint::{Checkpoint, Context, Existing, Layout, OutputKind, Printable, check_output},
 };
 
 /// An adapter to merge.
@@ -196,7 +197,7 @@ fn open_for(ctx: &Context<'_>, path: &Path, base: &Path) -> Result<Adapter, Merg
     }
     let checkpoint = Checkpoint::open(base)?;
     match Adapter::open_with_base(ctx, path, &checkpoint) {
-        Err(AdapterError::WrongBase { .. }) if StateFolder::of(&checkpoint)?.ledger().exists() => {
+        Err(AdapterError::WrongBase { .. }) if state_of(&checkpoint)?.remembers()? => {
             let what = "its columns are derived from its base, and this checkpoint holds merges already: unpack it first, \
                         with --base";
             Err(MergeError::Refused { path: path.to_owned(), what: what.to_owned() })
@@ -211,8 +212,26 @@ fn apply(
     options: &MergeOptions,
     to_after: impl Fn(&Stack, &Path) -> Result<Vec<Active>, MergeError>,
 ) -> Result<MergeReport, MergeError> {
-    let checkpoint = Checkpoint::open(path)?;
-    let state = StateFolder::of(&checkpoint)?;
+    let in_place = match &options.output {
+        MergeOutput::InPlace { through_links } if !options.dry_run => Some(*through_links),
+        _ => None,
+    };
+    let checkpoint = match in_place {
+        Some(_) => Checkpoint::open_interrupted(path)?,
+        None => Checkpoint::open(path)?,
+    };
+    if let Some(through_links) = in_place
+        && checkpoint.interrupted()?.is_some()
+    {
+        // Refused where the change itself would be.
+        drop(in_place::begin(&checkpoint, through_links)?);
+        drop(checkpoint);
+        recover(ctx, path)?;
+        let mut report = apply(ctx, path, options, to_after)?;
+        report.notes.insert(0, "an interrupted change was recovered first".to_owned());
+        return Ok(report);
+    }
+    let state = state_of(&checkpoint)?;
     if low_rank::record_of(&checkpoint)?.is_some() {
         return Err(MergeError::HoldsLowRank { path: path.to_owned() });
     }
@@ -227,16 +246,19 @@ fn apply(
     match &options.output {
         MergeOutput::InPlace { through_links } if !options.dry_run => {
             let lock = in_place::begin(&checkpoint, *through_links)?;
-            if state.is_interrupted() {
-                recover::recover_locked(ctx, &checkpoint, &state)?;
-                // What was opened before the roll-back is stale.
+            // Seen under the lock: another command may have been cut short meanwhile.
+            if checkpoint.interrupted()?.is_some() {
                 drop(lock);
                 return apply(ctx, path, options, to_after);
             }
             let (before, after) = open_stacks()?;
+            if *through_links && in_place::break_links(ctx, &checkpoint, &before, &after, options.allow_overflow)? {
+                // What is open are the files that others see.
+                drop((lock, before, after, checkpoint));
+                return apply(ctx, path, options, to_after);
+            }
             in_place::apply(ctx, &checkpoint, &state, &before, after, options.allow_overflow)
         }
-        _ if state.is_interrupted() => Err(MergeError::Interrupted { path: path.to_owned() }),
         MergeOutput::New { path: output, existing, ledger, link, resume } if !options.dry_run => {
             let (before, after) = open_stacks()?;
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
@@ -258,10 +280,9 @@ fn dry_run(
     after: &Stack,
     options: &MergeOptions,
 ) -> Result<MergeReport, MergeError> {
-    if let MergeOutput::New { path, existing: Existing::Keep, .. } = &options.output
-        && path.symlink_metadata().is_ok()
-    {
-        return Err(CheckpointError::OutputExists { path: path.clone() }.into());
+    if let MergeOutput::New { path, existing, .. } = &options.output {
+        let kind = if checkpoint.layout() == Layout::File { OutputKind::Checkpoint } else { OutputKind::Folder };
+        check_output(path, kind, *existing)?;
     }
     let change = Change { checkpoint, before, after };
     let touched = change.touched()?;

@@ -155,12 +155,6 @@ pub enum MergeError {
         /// What is wrong.
         what: String,
     },
-    /// A change was interrupted and waits to be finished or rolled back.
-    #[error("{}: a change was interrupted and waits for `recover`", Printable::path(.path))]
-    Interrupted {
-        /// The checkpoint.
-        path: PathBuf,
-    },
     /// A change failed midway, and rolling it back failed too.
     #[error("{}: rolling back failed ({rollback}); the change waits for `recover`", Printable::path(.path))]
     RollbackFailed {
@@ -195,7 +189,7 @@ impl MergeError {
             | Self::HoldsLowRank { .. }
             | Self::NeedsBase { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
-            Self::Interrupted { .. } | Self::RollbackFailed { .. } => ErrorKind::Interrupted,
+            Self::RollbackFailed { .. } => ErrorKind::Interrupted,
         }
     }
 }

@@ -3,12 +3,12 @@
 //! Two lines of text: a JSON document with the digests of the ledger before and after the change, and the BLAKE3 of that
 //! document in hexadecimal. Its presence says that the weights may be those of either ledger, or a mixture.
 
-use std::{fs, io, path::Path};
+use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
 use super::MergeError;
-use crate::checkpoint::{CheckpointError, Existing, write_atomic};
+use crate::checkpoint::{AtomicFile, CheckpointError, StateFolder};
 
 /// Journals larger than this are refused.
 const MAX_BYTES: u64 = 4096;
@@ -38,17 +38,14 @@ impl Journal {
         Self { kind: JournalKind::Txn, version: 1, before: before.map(hex), after: hex(after) }
     }
 
-    /// The journal at `path`, or `None` where there is none.
+    /// The journal in a state folder, or `None` where there is none.
     ///
     /// # Errors
     /// [`MergeError::BadLedger`] where a bit of it is not as written.
-    pub fn open(path: &Path) -> Result<Option<Self>, MergeError> {
-        let bytes = match fs::metadata(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Ok(meta) if meta.len() > MAX_BYTES => Vec::new(),
-            _ => fs::read(path).map_err(|e| CheckpointError::io("read", path, e))?,
-        };
-        Self::parse(&bytes).map(Some).map_err(|what| MergeError::BadLedger { path: path.to_owned(), what })
+    pub fn open(state: &StateFolder) -> Result<Option<Self>, MergeError> {
+        let Some(bytes) = state.folder().read(StateFolder::TXN, MAX_BYTES)? else { return Ok(None) };
+        let path = state.path().join(StateFolder::TXN);
+        Self::parse(&bytes).map(Some).map_err(|what| MergeError::BadLedger { path, what })
     }
 
     /// Parses the two lines.
@@ -70,8 +67,11 @@ impl Journal {
     }
 
     /// Writes the journal, durably: from here on a crash needs recovery.
-    pub fn write(&self, path: &Path) -> Result<(), MergeError> {
-        Ok(write_atomic(path, Existing::Replace, &self.to_bytes())?)
+    pub fn write(&self, state: &StateFolder) -> Result<(), MergeError> {
+        let file = AtomicFile::create_own(state.folder(), StateFolder::TXN)?;
+        let written = file.file().write_all_at(&self.to_bytes(), 0);
+        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
+        Ok(file.commit()?)
     }
 
     fn to_bytes(&self) -> Vec<u8> {

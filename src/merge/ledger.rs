@@ -11,18 +11,14 @@
 //! and for each target its type, shape and the BLAKE3 of both tensors. `__metadata__["neuroada.blake3"]` is the BLAKE3 of the
 //! document. So every bit of the file is covered, and a ledger that opens is the one that was written.
 
-use std::{
-    collections::BTreeMap,
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
 use super::MergeError;
 use crate::{
     adapter::AdapterId,
-    checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Existing, Shard, TensorFileWriter, TensorId},
+    checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Shard, StateFolder, TensorFileWriter, TensorId},
     tensor::{Dtype, RowColumns, RowLayout, dtype_name, parse_dtype},
 };
 
@@ -119,19 +115,21 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// Opens a ledger and proves it whole: every checksum, every size. Reads the file twice; memory: one buffer.
-    pub(super) fn open(ctx: &Context<'_>, path: &Path) -> Result<Self, MergeError> {
-        let shard = Shard::open(path)?;
-        let bad = |what: String| MergeError::BadLedger { path: path.to_owned(), what };
+    /// Opens the ledger `name` and proves it whole: every checksum, every size; `None` where there is none. Reads the file twice;
+    /// memory: one buffer.
+    pub(super) fn open(ctx: &Context<'_>, state: &StateFolder, name: &str) -> Result<Option<Self>, MergeError> {
+        let Some(shard) = Shard::open_own(state.folder(), name)? else { return Ok(None) };
+        let path = shard.path().to_owned();
+        let bad = |what: String| MergeError::BadLedger { path: path.clone(), what };
         let document = LedgerDocument::parse(shard.header().metadata()).map_err(bad)?;
         if shard.header().tensors().len() != 2 * document.targets.len() {
             return Err(bad("the ledger is damaged: it has tensors that its document does not name".to_owned()));
         }
-        let ledger = Self { digest: file_digest(ctx, path)?, shard, document };
+        let ledger = Self { digest: file_digest(ctx, shard.path(), shard.file())?, shard, document };
         for (name, target) in &ledger.document.targets {
             ledger.check_target(ctx, name, target)?;
         }
-        Ok(ledger)
+        Ok(Some(ledger))
     }
 
     fn check_target(&self, ctx: &Context<'_>, name: &str, target: &LedgerTarget) -> Result<(), MergeError> {
@@ -207,24 +205,29 @@ impl Ledger {
     }
 }
 
-/// BLAKE3 of a file. Memory: one buffer.
-pub(super) fn file_digest(ctx: &Context<'_>, path: &Path) -> Result<blake3::Hash, MergeError> {
-    let io = |e| CheckpointError::io("read", path, e);
-    let mut file = std::fs::File::open(path).map_err(io)?;
+/// BLAKE3 of an open file; `path` is for messages. Memory: one buffer.
+pub(super) fn file_digest(ctx: &Context<'_>, path: &Path, file: &File) -> Result<blake3::Hash, MergeError> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
     loop {
         ctx.check()?;
-        match std::io::Read::read(&mut file, &mut buffer).map_err(io)? {
-            0 => return Ok(hasher.finalize()),
-            n => hasher.update(&buffer[..n]),
-        };
+        match file.read_at(&mut buffer, at) {
+            Ok(0) => return Ok(hasher.finalize()),
+            Ok(n) => {
+                hasher.update(&buffer[..n]);
+                at += n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(CheckpointError::io("read", path, e).into()),
+        }
     }
 }
 
 /// Writes a ledger in one pass over its targets.
 pub(super) struct LedgerWriter {
-    path: PathBuf,
+    state: StateFolder,
+    name: &'static str,
     writer: TensorFileWriter,
     document: LedgerDocument,
     current: Option<Current>,
@@ -243,12 +246,17 @@ struct Current {
 }
 
 impl LedgerWriter {
-    /// Begins a ledger at `path` (replaced where it exists) for these adapters.
-    pub(super) fn create(path: &Path, active: &[(AdapterId, f64)]) -> Result<Self, MergeError> {
+    /// Begins the ledger `name` (replaced where it exists) for these adapters. The state folder may be made later.
+    pub(super) fn create(
+        state: &StateFolder,
+        name: &'static str,
+        active: &[(AdapterId, f64)],
+    ) -> Result<Self, MergeError> {
         let active = active.iter().map(|(id, scale)| ActiveAdapter { id: id.to_string(), scale: *scale }).collect();
         Ok(Self {
-            path: path.to_owned(),
-            writer: TensorFileWriter::create(path, Existing::Replace)?,
+            state: state.clone(),
+            name,
+            writer: TensorFileWriter::create_own(state.folder(), name)?,
             document: LedgerDocument { kind: LedgerKind::Ledger, version: 1, active, targets: BTreeMap::new() },
             current: None,
         })
@@ -317,13 +325,16 @@ impl LedgerWriter {
         self.document.targets.insert(current.name, target);
     }
 
-    /// Lets the ledger appear, synced, and opens it.
+    /// Lets the ledger appear, synced, and opens it: what is trusted from here on is what lies on disk.
     pub(super) fn finish(self, ctx: &Context<'_>) -> Result<Ledger, MergeError> {
         let document = serde_json::to_string(&self.document).expect("strings and numbers serialise");
         let checksum = LedgerDocument::checksum(&document);
         let metadata = BTreeMap::from([(DOCUMENT_KEY.to_owned(), document), (CHECKSUM_KEY.to_owned(), checksum)]);
         self.writer.finish(ctx, &metadata)?;
-        Ledger::open(ctx, &self.path)
+        Ledger::open(ctx, &self.state, self.name)?.ok_or_else(|| MergeError::BadLedger {
+            path: self.state.path().join(self.name),
+            what: "it was written and is not there any more".to_owned(),
+        })
     }
 }
 

@@ -39,6 +39,5 @@ pub use low_rank::{
 pub use originals::Originals;
 pub use recover::{Recovered, recover};
 pub use report::{AdapterEntry, KindReport, MergeReport};
-pub use state::STATE_FOLDER;
 pub use summary::{LedgerSummary, ledger_summary};
 pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

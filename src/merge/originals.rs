@@ -1,6 +1,6 @@
 //! The base's values beneath the merges of a checkpoint.
 
-use super::{MergeError, change::put, low_rank, stack::Stack, state::StateFolder};
+use super::{MergeError, change::put, low_rank, stack::Stack, state::state_of};
 use crate::{
     backend::{pick, union_columns},
     checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, TensorRef, gather_rows},
@@ -17,12 +17,9 @@ impl Originals {
     /// Opens the ledger of `checkpoint`, where it has one. Reads and checks all of it.
     ///
     /// # Errors
-    /// [`MergeError::Interrupted`], or a ledger that is not what was written.
+    /// A ledger that is not what was written.
     pub fn open(ctx: &Context<'_>, checkpoint: &Checkpoint) -> Result<Self, MergeError> {
-        let state = StateFolder::of(checkpoint)?;
-        if state.is_interrupted() {
-            return Err(MergeError::Interrupted { path: checkpoint.root().to_owned() });
-        }
+        let state = state_of(checkpoint)?;
         if low_rank::record_of(checkpoint)?.is_some() {
             let what = "holds a low-rank merge, which kept no originals at single weights; give its base".to_owned();
             return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });

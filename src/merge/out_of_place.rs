@@ -1,6 +1,7 @@
 //! A new checkpoint of the same layout: shards copied, examined and patched in one pass, side files brought along.
 
 use std::{
+    collections::BTreeSet,
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -14,12 +15,11 @@ use super::{
     ledger::LedgerWriter,
     plausible::can_overflow,
     resume::{Piece, Resume},
-    stack::Stack,
-    state::{StateFolder, remove_file},
+    stack::{Stack, copy_name},
 };
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Patcher, Shard, Silent,
-    check_free_space, copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
+    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent,
+    SingleFile, StateFolder, check_free_space, copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -42,23 +42,23 @@ pub(super) fn apply(
     target: &Target<'_>,
     allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
-    refuse_same_place(checkpoint, target.path)?;
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
     refuse_early(ctx, &change, &touched, allow_overflow)?;
     let is_file = checkpoint.layout() == Layout::File;
     let output = Output::create(target, is_file, || plan(&change))?;
     check_free_space(folder_of(target.path), checkpoint.n_bytes() + state_bytes(&after, &touched))?;
+    output.check_replaced(checkpoint, target.keep_ledger)?;
     let root = output.root();
     let resume = match target.resume && !is_file {
-        true => Some(Resume::begin(ctx, root.clone(), &plan(&change), checkpoint)?),
+        true => Some(Resume::begin(ctx, &root, &plan(&change), checkpoint)?),
         false => None,
     };
-    let state = StateFolder::at(&root, checkpoint.layout());
+    let state = StateFolder::at(&root, checkpoint.layout())?;
     state.create()?;
     let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
 
-    let mut writer = LedgerWriter::create(&state.ledger(), &after.entries())?;
+    let mut writer = LedgerWriter::create(&state, StateFolder::LEDGER, &after.entries())?;
     let mut examination = Examination::new(&change, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut waiting = Vec::new();
@@ -97,10 +97,10 @@ pub(super) fn apply(
     }
     let mut report = report(&change, &touched, &findings);
     for active in &after.active {
-        active.adapter.write_plain(ctx, &state.adapter(&active.id), Existing::Replace)?;
+        active.adapter.write_own(ctx, &state.adapters(), &copy_name(&active.id))?;
     }
-    writer.finish(ctx)?;
-    let after = Stack::open_ledger(ctx, &state, &state.ledger())?;
+    let ledger_bytes = writer.finish(ctx)?.n_bytes();
+    let after = Stack::open(ctx, &state)?;
     for Waiting { index, later, part, path, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
@@ -112,26 +112,22 @@ pub(super) fn apply(
         }
         give_name(&part, &path)?;
     }
-    for side_file in checkpoint.side_files()? {
-        let to = root.join(&side_file);
-        fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
-        remove_file(&to)?;
-        copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
-    }
+    copy_side_files(ctx, checkpoint, &root)?;
     checkpoint.unchanged()?;
 
     report.bytes_written = checkpoint.n_bytes();
     if target.keep_ledger && !after.active.is_empty() {
-        report.ledger_bytes = after.ledger.as_ref().map_or(0, super::ledger::Ledger::n_bytes);
-        sync_folder(state.path())?;
+        report.ledger_bytes = ledger_bytes;
+        output.write_list(&state)?;
+        state.folder().sync()?;
     } else {
         drop(after);
-        fs::remove_dir_all(state.path()).map_err(|e| CheckpointError::io("remove", state.path(), e))?;
+        state.folder().remove_all()?;
     }
     if let Some(resume) = resume {
-        report.notes.extend(resume.finish()?);
+        report.notes.extend(resume.finish(checkpoint)?);
     }
-    output.commit(&state, target)?;
+    output.commit()?;
     Ok(report)
 }
 
@@ -248,12 +244,31 @@ fn give_name(part: &Path, path: &Path) -> Result<(), MergeError> {
     Ok(sync_folder(folder_of(path))?)
 }
 
+/// Copies config, tokenizer and the like.
+pub(super) fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) -> Result<(), MergeError> {
+    for side_file in checkpoint.side_files()? {
+        let to = root.join(&side_file);
+        fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
+        remove_if_there(&to)?;
+        copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
+    }
+    Ok(())
+}
+
+/// Removes a file that an earlier run may have left in the output.
+fn remove_if_there(path: &Path) -> Result<(), MergeError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CheckpointError::io("remove", path, e).into()),
+        _ => Ok(()),
+    }
+}
+
 /// The output under its temporary name; gone when dropped before [`Output::commit`].
 pub(super) enum Output {
     /// A checkpoint's folder.
     Folder(AtomicDir),
-    /// A single file and its ledger, in a temporary folder beside their place.
-    File(tempfile::TempDir),
+    /// A single file and its ledger.
+    File(SingleFile),
 }
 
 impl Output {
@@ -263,27 +278,38 @@ impl Output {
         is_file: bool,
         plan: impl FnOnce() -> String,
     ) -> Result<Self, MergeError> {
-        if !is_file {
-            return Ok(Self::Folder(match target.resume {
-                true => AtomicDir::create_resumable(target.path, target.existing, &plan())?,
-                false => AtomicDir::create(target.path, target.existing)?,
-            }));
+        Ok(match (is_file, target.resume) {
+            (true, _) => Self::File(SingleFile::create(target.path, target.existing)?),
+            (false, true) => Self::Folder(AtomicDir::create_resumable(target.path, target.existing, &plan())?),
+            (false, false) => Self::Folder(AtomicDir::create(target.path, target.existing)?),
+        })
+    }
+
+    /// Fails before the work where the folder to be replaced holds what is not this program's, and will not be in the copy of
+    /// `checkpoint` either.
+    pub(super) fn check_replaced(&self, checkpoint: &Checkpoint, has_ledger: bool) -> Result<(), MergeError> {
+        let Self::Folder(output) = self else { return Ok(()) };
+        let mut planned: BTreeSet<PathBuf> = checkpoint.side_files()?.into_iter().collect();
+        planned.extend(checkpoint.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
+        if has_ledger {
+            planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
         }
-        match target.path.symlink_metadata() {
-            Ok(meta) if target.existing == Existing::Keep || !meta.is_file() => {
-                return Err(CheckpointError::OutputExists { path: target.path.to_owned() }.into());
-            }
-            _ => {}
-        }
-        let folder = tempfile::Builder::new().prefix(".neuroada-").tempdir_in(folder_of(target.path));
-        Ok(Self::File(folder.map_err(|e| CheckpointError::io("create", target.path, e))?))
+        Ok(output.check_replaced(&planned)?)
     }
 
     /// What becomes the checkpoint.
     pub(super) fn root(&self) -> PathBuf {
         match self {
             Self::Folder(output) => output.path().to_owned(),
-            Self::File(folder) => folder.path().join("model.safetensors"),
+            Self::File(output) => output.root(),
+        }
+    }
+
+    /// Writes the list of this program's files into the state folder: a later `--force` replaces those and no others.
+    pub(super) fn write_list(&self, state: &StateFolder) -> Result<(), MergeError> {
+        match self {
+            Self::Folder(output) => Ok(state.write_list(&output.files()?)?),
+            Self::File(_) => Ok(()),
         }
     }
 
@@ -295,29 +321,12 @@ impl Output {
     }
 
     /// Lets the output appear.
-    pub(super) fn commit(self, state: &StateFolder, target: &Target<'_>) -> Result<(), MergeError> {
+    pub(super) fn commit(self) -> Result<(), MergeError> {
         match self {
             Self::Folder(output) => Ok(output.commit()?),
-            Self::File(folder) => commit_file(&folder.path().join("model.safetensors"), state, target),
+            Self::File(output) => Ok(output.commit()?),
         }
     }
-}
-
-/// Lets a single file and its ledger appear, the ledger first: a file without its ledger could not be undone.
-fn commit_file(file: &Path, state: &StateFolder, target: &Target<'_>) -> Result<(), MergeError> {
-    let final_state = StateFolder::at(target.path, Layout::File);
-    let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| CheckpointError::io("create", to, e));
-    if final_state.path().exists() {
-        if target.existing == Existing::Keep {
-            return Err(CheckpointError::OutputExists { path: final_state.path().to_owned() }.into());
-        }
-        fs::remove_dir_all(final_state.path()).map_err(|e| CheckpointError::io("remove", final_state.path(), e))?;
-    }
-    if state.path().exists() {
-        rename(state.path(), final_state.path())?;
-    }
-    rename(file, target.path)?;
-    Ok(sync_folder(folder_of(target.path))?)
 }
 
 /// Everything that the output's bytes depend on: the input's files as they are, and the adapters before and after.
@@ -332,34 +341,4 @@ fn plan(change: &Change<'_>) -> String {
         }
     }
     plan
-}
-
-/// The output must not be the input under another name, nor inside it.
-pub(super) fn refuse_same_place(checkpoint: &Checkpoint, output: &Path) -> Result<(), MergeError> {
-    let input = checkpoint.root().canonicalize().map_err(|e| CheckpointError::io("open", checkpoint.root(), e))?;
-    // What does not exist yet is judged by the folder it will lie in.
-    let real = output.canonicalize().or_else(|_| folder_of(output).canonicalize());
-    let real = real.map_err(|e| CheckpointError::io("open", folder_of(output), e))?;
-    let refused = |what: &str| Err(MergeError::Refused { path: output.to_owned(), what: what.to_owned() });
-    if same_file(&real, &input) {
-        if output.exists() {
-            return refused("the output is the input; merge in place instead");
-        }
-        return refused("the output would lie inside the input");
-    }
-    if checkpoint.layout() != Layout::File && real.starts_with(&input) {
-        return refused("the output would lie inside the input");
-    }
-    if checkpoint.shards().iter().any(|shard| same_file(shard.path(), &real)) {
-        return refused("the output is one of the input's files");
-    }
-    Ok(())
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (fs::metadata(a), fs::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
 }

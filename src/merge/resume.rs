@@ -5,22 +5,14 @@
 //! of them, taken while they were written. The order on disk is: the shard's bytes under a temporary name, its record, its name; each
 //! durable before the next. Whatever a kill or a power loss leaves is therefore a shard with its record, or something that is removed.
 
-use std::{
-    collections::BTreeSet,
-    fs::{self, File},
-    io,
-    ops::Range,
-    os::unix::fs::{FileExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
 
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{MergeError, STATE_FOLDER};
+use super::MergeError;
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, Context, ErrorKind, Existing, Printable, Shard, for_each_ordered, read_whole, windows,
-    write_atomic,
+    AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, Existing, OwnFolder, Printable, Shard,
+    for_each_ordered, windows, write_atomic,
 };
 
 /// Records larger than this are not read; a piece takes about 90 bytes.
@@ -76,7 +68,7 @@ impl ShardRecord {
 
 /// An output folder that an earlier run may have begun.
 pub(super) struct Resume {
-    root: PathBuf,
+    folder: OwnFolder,
     plan: String,
     /// Names of shards that were taken over.
     proven: BTreeSet<String>,
@@ -84,24 +76,29 @@ pub(super) struct Resume {
 }
 
 impl Resume {
-    /// Proves the shards that lie in `root`, reading all of them, and removes everything else that this program leaves there: shards
-    /// that are not what their records say, shards and records without each other, unfinished files, a ledger.
+    /// Proves the shards that lie at `root`, reading all of them, and removes everything else there but the plan: shards that are not
+    /// what their records say, shards and records without each other, unfinished files, a ledger.
     ///
     /// # Errors
     /// What cannot be read or removed.
     pub(super) fn begin(
         ctx: &Context<'_>,
-        root: PathBuf,
+        root: &Path,
         plan: &str,
         checkpoint: &Checkpoint,
     ) -> Result<Self, MergeError> {
         let plan = blake3::hash(plan.as_bytes()).to_hex().to_string();
-        let mut resume = Self { root, plan, proven: BTreeSet::new(), notes: Vec::new() };
-        ctx.observer.begin("proving finished shards", resume.bytes_to_prove(checkpoint)?);
+        let mut resume = Self { folder: OwnFolder::at(root)?, plan, proven: BTreeSet::new(), notes: Vec::new() };
+        let mut left: Vec<&Shard> = Vec::new();
         for shard in checkpoint.shards() {
+            if resume.folder.has(&shard.file_name())? {
+                left.push(shard);
+            }
+        }
+        ctx.observer.begin("proving finished shards", left.iter().map(|shard| shard.file_bytes()).sum());
+        for shard in left {
             let name = shard.file_name();
-            let Some(file) = resume.open_shard(&name)? else { continue };
-            match resume.prove(ctx, file, shard)? {
+            match resume.prove(ctx, shard)? {
                 Ok(()) => _ = resume.proven.insert(name),
                 Err(what) => {
                     let name = Printable(&name);
@@ -122,7 +119,7 @@ impl Resume {
     pub(super) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), MergeError> {
         let n_bytes = pieces.last().map_or(0, |piece| piece.0);
         let record = ShardRecord { version: 1, plan: self.plan.clone(), n_bytes, pieces };
-        Ok(write_atomic(&self.record_path(name), Existing::Replace, &record.to_bytes())?)
+        Ok(write_atomic(&self.folder.path().join(record_name(name)), Existing::Replace, &record.to_bytes())?)
     }
 
     /// The same for a shard whose bytes are those of the finished file at `path`.
@@ -144,62 +141,30 @@ impl Resume {
     }
 
     /// Removes all records: what is in the folder now becomes a checkpoint. Returns what there is to tell.
-    pub(super) fn finish(self) -> Result<Vec<String>, MergeError> {
-        for name in self.names()? {
-            if is_record(&name) {
-                self.remove(&name)?;
-            }
+    pub(super) fn finish(self, checkpoint: &Checkpoint) -> Result<Vec<String>, MergeError> {
+        for shard in checkpoint.shards() {
+            self.folder.remove(&record_name(&shard.file_name()))?;
         }
         Ok(self.notes)
     }
 
-    fn record_path(&self, name: &str) -> PathBuf {
-        self.root.join(record_name(name))
-    }
-
-    fn names(&self) -> Result<Vec<String>, MergeError> {
-        let io = |e| CheckpointError::io("list", &self.root, e);
-        let entries = fs::read_dir(&self.root).map_err(io)?;
-        entries.map(|entry| Ok(entry.map_err(io)?.file_name().to_string_lossy().into_owned())).collect()
-    }
-
-    fn bytes_to_prove(&self, checkpoint: &Checkpoint) -> Result<u64, MergeError> {
-        let names = self.names()?;
-        let there = checkpoint.shards().iter().filter(|shard| names.contains(&shard.file_name()));
-        Ok(there.map(Shard::file_bytes).sum())
-    }
-
-    /// A shard's file, never one behind a link; none where there is none.
-    fn open_shard(&self, name: &str) -> Result<Option<File>, MergeError> {
-        let path = self.root.join(name);
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        match File::options().read(true).custom_flags(flags.bits() as i32).open(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            // A link is not proven: it is removed with what else is not.
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => Ok(None),
-            opened => Ok(Some(opened.map_err(|e| CheckpointError::io("open", &path, e))?)),
-        }
-    }
-
-    /// Proves that a file is what its record says; else what is wrong.
-    fn prove(&self, ctx: &Context<'_>, file: File, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
+    /// Proves that a shard is what its record says; else what is wrong.
+    fn prove(&self, ctx: &Context<'_>, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
         let name = shard.file_name();
-        let path = self.root.join(&name);
-        let meta = file.metadata().map_err(|e| CheckpointError::io("read", &path, e))?;
-        if !meta.is_file() {
+        let path = self.folder.path().join(&name);
+        if self.folder.kind_of(&name)? != Some(EntryKind::File) {
             return Ok(Err("is not a regular file"));
         }
-        let record = match read_whole(&self.record_path(&name), MAX_RECORD_BYTES) {
-            Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(Err("has no record"));
-            }
-            Err(e) if e.kind() == ErrorKind::BadInput => None,
-            read => ShardRecord::parse(&read?),
+        let Some((file, meta)) = self.folder.open_file(&name)? else { return Ok(Err("is gone")) };
+        let record = match self.folder.read(&record_name(&name), MAX_RECORD_BYTES) {
+            Ok(None) => return Ok(Err("has no record")),
+            Err(e) if matches!(e.kind(), ErrorKind::BadInput | ErrorKind::Refused) => None,
+            read => read?.and_then(|bytes| ShardRecord::parse(&bytes)),
         };
-        let Some(record) = record.filter(|record| record.plan == self.plan) else {
+        let record = record.filter(|record| record.plan == self.plan);
+        let Some((record, ranges)) = record.as_ref().and_then(|record| Some((record, record.ranges()?))) else {
             return Ok(Err("has a damaged record"));
         };
-        let Some(ranges) = record.ranges() else { return Ok(Err("has a damaged record")) };
         if meta.len() != record.n_bytes || meta.len() != shard.file_bytes() {
             return Ok(Err("does not have the recorded length"));
         }
@@ -217,38 +182,27 @@ impl Resume {
     }
 
     fn remove_unproven(&self) -> Result<(), MergeError> {
-        for name in self.names()? {
-            // Not what a merge leaves here: the plan itself, above all.
-            let is_foreign = name.starts_with('.')
-                && name != STATE_FOLDER
-                && !is_record(&name)
-                && !(name.starts_with(".neuroada-") && name.ends_with(".tmp"));
-            let is_proven = self.proven.contains(&name) || self.proven.iter().any(|shard| name == record_name(shard));
-            if !is_foreign && !is_proven {
-                self.remove(&name)?;
+        let mut kept: BTreeSet<String> = self.proven.iter().map(|name| record_name(name)).collect();
+        kept.extend(self.proven.iter().cloned());
+        kept.insert(AtomicDir::PLAN_FILE.to_owned());
+        for (name, kind) in self.folder.entries()? {
+            let name = name.to_string_lossy();
+            match kind {
+                _ if kept.contains(&*name) => {}
+                EntryKind::Folder => self.folder.inside(&name).remove_all()?,
+                _ => self.folder.remove(&name)?,
             }
         }
         Ok(())
     }
-
-    /// Removes a file, a link or a folder.
-    fn remove(&self, name: &str) -> Result<(), MergeError> {
-        let path = self.root.join(name);
-        let io = |e| CheckpointError::io("remove", &path, e);
-        let removed = match fs::symlink_metadata(&path).map_err(io)?.is_dir() {
-            true => fs::remove_dir_all(&path),
-            false => fs::remove_file(&path),
-        };
-        Ok(removed.map_err(io)?)
-    }
 }
 
+/// The name of a shard's record, short enough for every file system.
 fn record_name(shard: &str) -> String {
-    format!(".{shard}.record")
-}
-
-fn is_record(name: &str) -> bool {
-    name.starts_with('.') && name.ends_with(".record")
+    match shard.len() {
+        ..=200 => format!(".{shard}.record"),
+        _ => format!(".{}.record", blake3::hash(shard.as_bytes()).to_hex()),
+    }
 }
 
 /// The BLAKE3 of a run of a file.

@@ -1,12 +1,12 @@
 //! The adapters that are in a checkpoint, and the originals beneath them.
 
-use std::{collections::BTreeMap, ops::Range, path::Path, str::FromStr};
+use std::{collections::BTreeMap, ops::Range, str::FromStr};
 
-use super::{MergeError, ledger::Ledger, state::StateFolder};
+use super::{MergeError, ledger::Ledger};
 use crate::{
     adapter::{Adapter, AdapterId, DeltaRows},
     backend::{Layer, union_columns},
-    checkpoint::{Context, Printable},
+    checkpoint::{Context, Printable, StateFolder},
     mask::TargetInfo,
     tensor::{RowColumns, dtype_name},
 };
@@ -69,24 +69,26 @@ impl Stack {
     /// # Errors
     /// [`MergeError::BadLedger`] where the ledger or a copy is not what was written.
     pub(super) fn open(ctx: &Context<'_>, state: &StateFolder) -> Result<Self, MergeError> {
-        Self::open_ledger(ctx, state, &state.ledger())
+        Ok(Self::open_ledger(ctx, state, StateFolder::LEDGER)?.unwrap_or_default())
     }
 
-    /// The same for a ledger under another name, such as `ledger.new`.
-    pub(super) fn open_ledger(ctx: &Context<'_>, state: &StateFolder, path: &Path) -> Result<Self, MergeError> {
-        if path.symlink_metadata().is_err() {
-            return Ok(Self::default());
-        }
-        let ledger = Ledger::open(ctx, path)?;
-        let bad = |what: String| MergeError::BadLedger { path: path.to_owned(), what };
+    /// The same for a ledger under another name, such as `ledger.new`; `None` where there is none.
+    pub(super) fn open_ledger(ctx: &Context<'_>, state: &StateFolder, name: &str) -> Result<Option<Self>, MergeError> {
+        let Some(ledger) = Ledger::open(ctx, state, name)? else { return Ok(None) };
+        let path = state.path().join(name);
+        let bad = |what: String| MergeError::BadLedger { path: path.clone(), what };
         let mut active = Vec::new();
         for entry in &ledger.document().active {
             let id = AdapterId::from_str(&entry.id).map_err(|_| bad("an adapter's id is malformed".to_owned()))?;
-            let copy = state.adapter(&id);
-            let adapter = Adapter::open(&copy)?;
+            let copy = copy_name(&id);
+            let bad_copy = |what: &str| {
+                let path = state.adapters().path().join(&copy);
+                MergeError::BadLedger { path, what: what.to_owned() }
+            };
+            let adapter = Adapter::open_own(&state.adapters(), &copy)?
+                .ok_or_else(|| bad_copy("the copy of an adapter that was merged is missing"))?;
             if adapter.id(ctx)? != id {
-                let what = "not the adapter that was merged: its content does not match its id".to_owned();
-                return Err(MergeError::BadLedger { path: copy, what });
+                return Err(bad_copy("not the adapter that was merged: its content does not match its id"));
             }
             active.push(Active { id, scale: entry.scale, adapter });
         }
@@ -95,7 +97,7 @@ impl Stack {
         }
         let stack = Self { active, ledger: Some(ledger) };
         stack.check_targets().map_err(bad)?;
-        Ok(stack)
+        Ok(Some(stack))
     }
 
     /// Ledger and adapters must name the same tensors, alike.
@@ -151,6 +153,10 @@ impl Stack {
     pub(super) fn entries(&self) -> Vec<(AdapterId, f64)> {
         self.active.iter().map(|active| (active.id, active.scale)).collect()
     }
+    /// The names that the copies of the active adapters have in the state folder.
+    pub(super) fn copies(&self) -> Vec<String> {
+        self.active.iter().map(|active| copy_name(&active.id)).collect()
+    }
     /// Ids of the active adapters.
     pub(super) fn ids(&self) -> Vec<AdapterId> {
         self.active.iter().map(|active| active.id).collect()
@@ -194,4 +200,9 @@ impl Stack {
         let ledger = self.ledger.as_ref().expect("a stack with touched positions has a ledger");
         ledger.originals(name, rows.clone(), touched.nnz())
     }
+}
+
+/// The name of an adapter's copy in the state folder.
+pub(super) fn copy_name(id: &AdapterId) -> String {
+    format!("{id}.safetensors")
 }

@@ -6,9 +6,9 @@ use super::{
     MergeError,
     ledger::{ActiveAdapter, LedgerDocument},
     low_rank,
-    state::StateFolder,
+    state::state_of,
 };
-use crate::checkpoint::{Checkpoint, Shard};
+use crate::checkpoint::{Checkpoint, Shard, StateFolder};
 
 /// The merges that a checkpoint remembers.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -32,8 +32,8 @@ pub struct LedgerSummary {
 /// # Errors
 /// [`MergeError::BadLedger`] where the header is not what was written.
 pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, MergeError> {
-    let state = StateFolder::of(checkpoint)?;
-    let interrupted = state.is_interrupted();
+    let state = state_of(checkpoint)?;
+    let interrupted = checkpoint.interrupted()?.is_some();
     if let Some((folder, record)) = low_rank::record_of(checkpoint)? {
         let active = record.active.iter().map(|a| ActiveAdapter { id: a.id.clone(), scale: a.scale }).collect();
         let n_elements = |target: &low_rank::RecordedTarget| target.shape.iter().product::<u64>();
@@ -41,13 +41,12 @@ pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, 
             active,
             n_tensors: record.targets.len(),
             n_touched: record.targets.values().map(n_elements).sum(),
-            ledger_bytes: folder.originals().metadata().map_or(0, |meta| meta.len()),
+            ledger_bytes: folder.originals_bytes()?,
             needs_base: !record.has_originals,
             interrupted,
         }));
     }
-    let path = state.ledger();
-    if path.symlink_metadata().is_err() {
+    let Some(shard) = Shard::open_own(state.folder(), StateFolder::LEDGER)? else {
         let summary = LedgerSummary {
             active: Vec::new(),
             n_tensors: 0,
@@ -57,10 +56,9 @@ pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, 
             interrupted,
         };
         return Ok(interrupted.then_some(summary));
-    }
-    let shard = Shard::open(&path)?;
+    };
     let document = LedgerDocument::parse(shard.header().metadata())
-        .map_err(|what| MergeError::BadLedger { path: path.clone(), what })?;
+        .map_err(|what| MergeError::BadLedger { path: shard.path().to_owned(), what })?;
     Ok(Some(LedgerSummary {
         n_tensors: document.targets.len(),
         n_touched: document.nnz(),

@@ -17,14 +17,16 @@ use super::{
     change::Change,
     examine::Findings,
     ledger::LedgerWriter,
-    low_rank,
     report::entries,
     stack::{Active, Stack},
-    state::StateFolder,
+    state::state_of,
 };
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, Shard, TensorRef, n_readers, read_and_map_ordered},
+    checkpoint::{
+        Checkpoint, CheckpointError, Context, Layout, Printable, Shard, StateFolder, TensorRef, n_readers,
+        read_and_map_ordered,
+    },
 };
 
 /// What to hold a merged checkpoint against.
@@ -76,10 +78,7 @@ pub struct VerifyReport {
 /// [`MergeError`] where it cannot be checked; a checkpoint that is wrong is a report whose `ok` is false.
 pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result<VerifyReport, MergeError> {
     let checkpoint = Checkpoint::open(path)?;
-    let state = StateFolder::of(&checkpoint)?;
-    if state.is_interrupted() {
-        return Err(MergeError::Interrupted { path: path.to_owned() });
-    }
+    let state = state_of(&checkpoint)?;
     let base = options.base.as_deref().map(open_base).transpose()?;
     let mut stack = Stack::open(ctx, &state)?;
     // Holds the ledger of a checkpoint that has none.
@@ -127,11 +126,7 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
 /// Opens a checkpoint that nothing was merged into.
 pub(super) fn open_base(path: &Path) -> Result<Checkpoint, MergeError> {
     let base = Checkpoint::open(path)?;
-    let state = StateFolder::of(&base)?;
-    if state.is_interrupted() {
-        return Err(MergeError::Interrupted { path: path.to_owned() });
-    }
-    if state.ledger().exists() || low_rank::record_of(&base)?.is_some() {
+    if state_of(&base)?.remembers()? {
         let what = "has a ledger: it is a merged checkpoint, not a base".to_owned();
         return Err(MergeError::Refused { path: path.to_owned(), what });
     }
@@ -155,7 +150,9 @@ fn expected_stack(
     let (before, mut after) = (Stack::default(), Stack { active, ledger: None });
     after.targets().map_err(|what| MergeError::Refused { path: base.root().to_owned(), what })?;
     let change = Change { checkpoint: base, before: &before, after: &after };
-    let mut writer = LedgerWriter::create(&folder.join("ledger"), &after.entries())?;
+    let state = StateFolder::at(folder, Layout::Folder)?;
+    state.create()?;
+    let mut writer = LedgerWriter::create(&state, StateFolder::LEDGER, &after.entries())?;
     let findings = change.examine(ctx, &change.touched()?, Some(&mut writer))?;
     super::apply::judge(&change, &findings)?;
     after.ledger = Some(writer.finish(ctx)?);

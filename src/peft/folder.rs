@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{PeftConfig, PeftError};
-use crate::checkpoint::{CheckpointError, Shard};
+use crate::checkpoint::{CheckpointError, InUse, Shard, probe};
 
 /// The config's file name.
 pub const PEFT_CONFIG: &str = "adapter_config.json";
@@ -17,6 +17,8 @@ pub struct PeftFolder {
     path: PathBuf,
     config: PeftConfig,
     shard: Shard,
+    /// No output replaces, holds or lies in the folder meanwhile.
+    _in_use: Vec<InUse>,
 }
 
 impl PeftFolder {
@@ -27,11 +29,11 @@ impl PeftFolder {
     pub fn open(path: &Path) -> Result<Self, PeftError> {
         let config = PeftConfig::open(&path.join(PEFT_CONFIG))?;
         let tensors = path.join(PEFT_TENSORS);
-        if tensors.symlink_metadata().is_err() && path.join(PICKLED_TENSORS).exists() {
+        if !probe::is_present(&tensors)? && probe::is_present(&path.join(PICKLED_TENSORS))? {
             let what = format!("has {PICKLED_TENSORS}, a Python pickle; {PEFT_TENSORS} is needed");
             return Err(CheckpointError::bad_file(path, what).into());
         }
-        Ok(Self { path: path.to_owned(), config, shard: Shard::open(&tensors)? })
+        Ok(Self { path: path.to_owned(), config, shard: Shard::open(&tensors)?, _in_use: InUse::register(path)? })
     }
 
     /// The folder.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{PEFT_CONFIG, PeftConfig, PeftError, PeftType};
-use crate::checkpoint::{DOCUMENT_KEY, Shard};
+use crate::checkpoint::{DOCUMENT_KEY, Shard, probe};
 
 /// What a path given as an adapter is, told from its config or header alone.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,12 +24,12 @@ impl AdapterKind {
     /// # Errors
     /// A path that is not there, a config that cannot be read, a file that is no safetensors file.
     pub fn of(path: &Path) -> Result<Self, PeftError> {
-        if !path.is_dir() {
+        if !probe::is_folder(path)? {
             let shard = Shard::open(path)?;
             let document = shard.header().metadata().get(DOCUMENT_KEY);
             return Ok(document.map_or(Self::Tensors, |document| Self::Document(document_kind(document))));
         }
-        if path.join(PEFT_CONFIG).symlink_metadata().is_err() {
+        if !probe::is_present(&path.join(PEFT_CONFIG))? {
             return Ok(Self::Folder);
         }
         Ok(Self::Peft(PeftConfig::open(&path.join(PEFT_CONFIG))?.peft_type().clone()))

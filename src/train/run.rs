@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, Existing, Silent, gather_rows, write_atomic},
+    checkpoint::{
+        Checkpoint, CheckpointError, Context, Existing, OutputKind, Silent, append_to_file, check_output, gather_rows,
+        probe, write_atomic,
+    },
     data::{Batch, Batches, Dataset, loss_curve},
     mask::{BaseInfo, MaskFile},
     tensor::Dtype,
@@ -61,6 +64,23 @@ impl TrainJob<'_> {
     /// A file beside the adapter.
     pub fn beside(&self, suffix: &str) -> PathBuf {
         self.output.with_extension(suffix)
+    }
+
+    /// Fails at once where one of the run's files may not be written: adapter, state, log and picture. Says whether the run goes on from
+    /// the state of one before; then log and picture are its own.
+    fn check_outputs(&self, state: &Path) -> Result<bool, TrainError> {
+        check_output(self.output, OutputKind::File, self.existing)?;
+        let has_state = probe::is_present(state)?;
+        if has_state && !self.resume && self.existing == Existing::Keep {
+            let what = "the state of a run that did not end lies beside it: go on from it, or replace it".to_owned();
+            return Err(CheckpointError::Refused { path: state.to_owned(), what }.into());
+        }
+        let goes_on = has_state && self.resume;
+        let existing = if goes_on { Existing::Replace } else { self.existing };
+        for path in [state, &self.beside("log.jsonl"), &self.beside("loss.svg")] {
+            check_output(path, OutputKind::File, existing)?;
+        }
+        Ok(goes_on)
     }
 
     /// All that decides the outcome: equal recipes give equal bytes.
@@ -168,13 +188,7 @@ pub fn train<D: Device>(
 ) -> Result<TrainReport, TrainError> {
     job.options.check()?;
     let state_path = job.beside("state.safetensors");
-    // Seen now, not after hours.
-    drop(AtomicFile::create(job.output, job.existing)?);
-    let goes_on = job.resume && state_path.exists();
-    if !goes_on && job.existing == Existing::Keep && state_path.exists() {
-        let what = "the state of a run that did not end lies beside it: go on from it, or replace it".to_owned();
-        return Err(CheckpointError::Refused { path: state_path, what }.into());
-    }
+    let goes_on = job.check_outputs(&state_path)?;
     let plan = Plan::new(job.options, job.data);
     let eval_batches = job.eval.map(|eval| Batches::in_order(eval, job.options.limits()));
     let most_tokens = eval_batches.as_ref().map_or(0, Batches::most_tokens).max(plan.most_tokens);
@@ -416,9 +430,10 @@ impl<D: Device> Run<'_, D> {
         let notes = AdapterNotes { training: Some(training), ..job.notes.clone() };
         write_adapter(ctx, *device, model, job, &notes)?;
         let state = job.beside("state.safetensors");
+        // The adapter is in its place.
         match fs::remove_file(&state) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(CheckpointError::io("remove", &state, e).into());
+                return Err(CheckpointError::committed(&state, "remove the state that led to", e).into());
             }
             _ => {}
         }
@@ -504,7 +519,7 @@ impl Log {
     fn open(path: &Path, step: u64, goes_on: bool) -> Result<Self, TrainError> {
         let io = |what, e| CheckpointError::io(what, path, e);
         let (mut kept, mut losses, mut eval_losses) = (String::new(), Vec::new(), Vec::new());
-        if goes_on && path.exists() {
+        if goes_on && probe::is_present(path)? {
             for line in fs::read_to_string(path).map_err(|e| io("read", e))?.lines() {
                 match serde_json::from_str(line) {
                     Ok(Line::Step(record)) if record.step <= step => losses.push((record.step, record.loss)),
@@ -517,7 +532,7 @@ impl Log {
             }
         }
         write_atomic(path, Existing::Replace, kept.as_bytes())?;
-        let file = fs::OpenOptions::new().append(true).open(path).map_err(|e| io("open", e))?;
+        let file = append_to_file(path)?;
         Ok(Self { path: path.to_owned(), file: std::io::BufWriter::new(file), losses, eval_losses })
     }
 

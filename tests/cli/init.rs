@@ -107,8 +107,8 @@ fn refusals_of_init() {
     exit: 4
     --- stdout
     --- stderr
-    error: m.safetensors exists already
-    hint: --force replaces it
+    error: m.safetensors: the output is an input: m.safetensors
+    hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
     ");
     assert_snapshot!(place.run("init [FIXTURES]/accepted/odd-header.safetensors --mask m.safetensors -o a"), @r#"
     exit: 3

@@ -138,7 +138,7 @@ fn help_lists_commands_options_and_exit_codes() {
               Memory of the GPU to stay within [default: 1G; for models, what is free]
 
           --json
-              Print the report as one JSON document
+              Print the report as one JSON document; an error too
 
       -q, --quiet
               Print nothing but errors, and what --json asks for
@@ -152,7 +152,8 @@ fn help_lists_commands_options_and_exit_codes() {
         2  the request makes no sense
         3  an input file is not what it should be
         4  refused: wrong base, merged already, output exists, locked
-        5  reading or writing failed, or no space is left; nothing changed
+        5  reading or writing failed, or no space is left; nothing changed, unless the
+           message (and `committed` in JSON) says that the work is done
         6  an interrupted change waits for recovery
       130  stopped by Ctrl-C
     --- stderr

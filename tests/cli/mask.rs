@@ -183,7 +183,7 @@ fn refusals_of_mask() {
     exit: 5
     --- stdout
     --- stderr
-    error: cannot create `nowhere/m`: entity not found
+    error: cannot create `nowhere/m`: No such file or directory (os error 2)
     ");
     assert_eq!(place.files(), [""; 0]);
 }

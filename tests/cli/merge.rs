@@ -405,7 +405,8 @@ fn output_over_the_input_is_refused() {
     exit: 4
     --- stdout
     --- stderr
-    error: ./tiny-llama: the output is the input; merge in place instead
+    error: ./tiny-llama: the output is an input: tiny-llama
+    hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
     ");
     assert_eq!(content(&place.path("tiny-llama")), base());
 }
@@ -494,9 +495,13 @@ fn links_are_worked_on_only_when_asked() {
     --- stdout
     --- stderr
     error: tiny-llama: in place would change what others see: model-00002-of-00003.safetensors has 2 names (hard links)
-    hint: --output makes a copy instead; --break-links changes the files all the same
+    hint: --output makes a copy of all; --break-links copies the files that change, and leaves the others' as they are
     ");
+    let before = fs::read(place.path("other")).unwrap();
     place.stdout("merge tiny-llama --adapter a.safetensors --in-place --break-links");
+    assert_eq!(fs::read(place.path("other")).unwrap(), before, "the other name's file is as it was");
+    assert_ne!(fs::read(base.join("model-00002-of-00003.safetensors")).unwrap(), before);
+    place.stdout("verify tiny-llama");
 }
 
 #[test]

@@ -66,7 +66,8 @@ fn a_failing_call_in_place_is_told_and_leaves_old_or_new() {
                     };
                     n_faults += 1;
                     let what = format!("{}: {calls} {n} {fault}, exit {code:?}", scenario.name);
-                    let interrupted = path.join(".neuroada/txn").exists();
+                    let state = |name: &str| path.join(".neuroada").join(name).exists();
+                    let interrupted = state("txn") || state("ledger.new");
                     assert!(interrupted || code != Some(6), "{what}: nothing waits for recovery");
                     let state = check_recovers(&path, &states, [scenario.merged_before, scenario.merged_after], &what);
                     match code {

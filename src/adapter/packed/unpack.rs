@@ -5,22 +5,15 @@ use std::{fs::File, os::unix::fs::FileExt, path::Path};
 use super::PackedFile;
 use crate::{
     adapter::AdapterError,
-    checkpoint::{AtomicFile, CheckpointError, Context, Existing, check_free_space, folder_of},
+    checkpoint::{AtomicFile, CheckpointError, Context},
     mask::{Part, TargetInfo},
     tensor::{Dtype, RowColumns},
 };
 
 impl PackedFile {
-    /// Writes the adapter at `output`. Memory: a block.
-    pub(in crate::adapter) fn unpack(
-        &self,
-        ctx: &Context<'_>,
-        output: &Path,
-        existing: Existing,
-    ) -> Result<(), AdapterError> {
-        check_free_space(folder_of(output), self.adapter_bytes())?;
-        let file = AtomicFile::create(output, existing)?;
-        let out = Out { file: file.file(), path: output, data_start: self.header.data_start() };
+    /// Writes the adapter to `file` and lets it appear. Memory: a block.
+    pub(in crate::adapter) fn unpack(&self, ctx: &Context<'_>, file: AtomicFile) -> Result<(), AdapterError> {
+        let out = Out { file: file.file(), path: file.target(), data_start: self.header.data_start() };
         out.write(0, &(self.header_json.len() as u64).to_le_bytes())?;
         out.write(8, &self.header_json)?;
         ctx.observer.begin("unpacking", self.targets.iter().map(|target| target.nnz).sum());

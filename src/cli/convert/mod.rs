@@ -118,7 +118,7 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
         }
         report => report?,
     };
-    env.report(&report, |report, page| print(report, args.tensors, page))?;
+    env.report_work(&report, |report, page| print(report, args.tensors, page))?;
     Ok(Answer::Yes)
 }
 

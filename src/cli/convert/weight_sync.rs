@@ -1,19 +1,17 @@
 //! Deltas of checkpoints for inference servers.
 
-use anyhow::{Context as _, anyhow, bail};
-use neuroada_ckpt::{
-    checkpoint::{Checkpoint, DOCUMENT_KEY, Printable, folder_of},
-    convert::{self, Checksum, Encoding, WeightSyncOptions, WeightSyncReport},
-    merge::{self, MergeInput, MergeOptions},
-};
-use tempfile::TempDir;
-
 use super::{ChecksumArg, ConvertArgs, EncodingArg};
 use crate::cli::{
     Answer,
     adopt::adopt,
     env::Env,
     page::{Page, Table, bytes, count, percent},
+};
+use anyhow::{anyhow, bail};
+use neuroada_ckpt::{
+    checkpoint::{Checkpoint, DOCUMENT_KEY, Printable, WorkFolder, probe},
+    convert::{self, Checksum, Encoding, WeightSyncOptions, WeightSyncReport},
+    merge::{self, MergeInput, MergeOptions},
 };
 
 /// Writes what INPUT makes of BASE as a `weight_vNNNNNN` folder.
@@ -41,11 +39,10 @@ pub(super) fn export(args: &ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
     };
     let base = Checkpoint::open(base_path)?;
     // What is a checkpoint is taken as it is; what is an adapter is merged first, beside the output.
-    let (tuned, _merged) = match is_checkpoint(args) {
+    let (tuned, _merged) = match is_checkpoint(args)? {
         true => (Checkpoint::open(&args.input)?, None),
         false => {
-            let folder = TempDir::with_prefix_in(".neuroada-", folder_of(&args.output))
-                .context("cannot make a temporary folder")?;
+            let folder = WorkFolder::beside(&args.output)?;
             let path = folder.path().join(base_path.file_name().unwrap_or("merged".as_ref()));
             let input = MergeInput { adapter: args.input.clone(), scale: None };
             let (inputs, _adopted) = adopt(base_path, vec![input], env)?;
@@ -55,17 +52,22 @@ pub(super) fn export(args: &ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
         }
     };
     let report = convert::export_weight_sync(&ctx, &base, &tuned, &options, &args.output, args.existing())?;
-    env.report(&report, |report, page| print(report, args.tensors, page))?;
+    env.report_work(&report, |report, page| print(report, args.tensors, page))?;
     Ok(Answer::Yes)
 }
 
 /// Whether INPUT is a checkpoint: a folder of one, or a safetensors file without a document of this program.
-fn is_checkpoint(args: &ConvertArgs) -> bool {
-    if args.input.is_dir() {
-        return ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| args.input.join(name).exists());
+fn is_checkpoint(args: &ConvertArgs) -> anyhow::Result<bool> {
+    if probe::is_folder(&args.input)? {
+        for name in ["model.safetensors", "model.safetensors.index.json"] {
+            if probe::is_present(&args.input.join(name))? {
+                return Ok(true);
+            }
+        }
+        return Ok(false);
     }
     let opened = neuroada_ckpt::checkpoint::Shard::open(&args.input);
-    opened.is_ok_and(|shard| !shard.header().metadata().contains_key(DOCUMENT_KEY))
+    Ok(opened.is_ok_and(|shard| !shard.header().metadata().contains_key(DOCUMENT_KEY)))
 }
 
 /// The version that the output's name says.
@@ -88,7 +90,7 @@ pub(super) fn apply(args: &ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
     }
     let (ctx, base) = (env.context(), Checkpoint::open(base)?);
     let report = convert::apply_weight_sync(&ctx, &base, &args.input, &args.output, args.existing())?;
-    env.report(&report, |report, page| print(report, args.tensors, page))?;
+    env.report_work(&report, |report, page| print(report, args.tensors, page))?;
     Ok(Answer::Yes)
 }
 

@@ -5,7 +5,6 @@ mod sparse;
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +12,7 @@ use clap::Args;
 use globset::{Glob, GlobMatcher};
 use neuroada_ckpt::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef},
+    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
     mask::{FileKind, MaskFile},
     merge::{ActiveAdapter, LedgerSummary, MergeError, ledger_summary},
     tensor::{dtype_name, projection_kind},
@@ -62,6 +61,9 @@ pub(super) struct InspectArgs {
 #[derive(Serialize)]
 struct InspectReport {
     kind: Kind,
+    /// The checkpoint that waits for recovery: its weights may be a mixture of two states.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interrupted: Option<String>,
     name: String,
     layout: &'static str,
     model_type: Option<String>,
@@ -192,7 +194,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
     let peft = read_peft_config(path)?;
     let checkpoint = match &peft {
         Some(_) => Checkpoint::open(&path.join(PEFT_TENSORS))?,
-        None => Checkpoint::open(path)?,
+        None => Checkpoint::open_interrupted(path)?,
     };
     let kind = if peft.is_some() { Kind::PeftAdapter } else { Kind::of(&checkpoint)? };
     let sparse = match kind {
@@ -210,6 +212,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
     let total = Count::of(chosen());
     Ok(InspectReport {
         kind,
+        interrupted: checkpoint.interrupted()?.map(|path| Printable::path(&path)),
         name: if peft.is_some() { folder_name(path) } else { checkpoint.name() },
         layout: match checkpoint.layout() {
             Layout::File => "file",
@@ -232,8 +235,8 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
 
 fn merges_of(checkpoint: &Checkpoint) -> anyhow::Result<Option<LedgerSummary>> {
     match ledger_summary(checkpoint) {
-        // One shard of a merged checkpoint: the ledger is that of the whole.
-        Err(MergeError::Refused { .. }) if checkpoint.layout() == Layout::File => Ok(None),
+        // One shard of a merged checkpoint: the ledger is that of the whole. A folder and a file of it with a ledger each.
+        Err(MergeError::Refused { .. }) => Ok(None),
         summary => Ok(summary?),
     }
 }
@@ -241,16 +244,10 @@ fn merges_of(checkpoint: &Checkpoint) -> anyhow::Result<Option<LedgerSummary>> {
 /// What a PEFT adapter's folder holds beside its tensors, or `None` where `path` is something else.
 fn read_peft_config(path: &Path) -> anyhow::Result<Option<serde_json::Map<String, Value>>> {
     let config = path.join(PEFT_CONFIG);
-    if !config.is_file() || !path.join(PEFT_TENSORS).is_file() {
+    if !probe::is_folder(path)? || !probe::is_file(&config)? || !probe::is_file(&path.join(PEFT_TENSORS))? {
         return Ok(None);
     }
-    let io = |e| CheckpointError::io("read", &config, e);
-    let n_bytes = fs::metadata(&config).map_err(io)?.len();
-    if n_bytes > MOST_CONFIG_BYTES {
-        let what = format!("has {n_bytes} bytes, at most {MOST_CONFIG_BYTES} are accepted");
-        return Err(CheckpointError::bad_file(&config, what).into());
-    }
-    let mut keys: serde_json::Map<String, Value> = serde_json::from_slice(&fs::read(&config).map_err(io)?)
+    let mut keys: serde_json::Map<String, Value> = serde_json::from_slice(&read_whole(&config, MOST_CONFIG_BYTES)?)
         .map_err(|e| CheckpointError::bad_file(&config, format!("malformed: {}", Printable(&e.to_string()))))?;
     keys.retain(|key, value| PEFT_KEYS.contains(&key.as_str()) && !value.is_null());
     Ok(Some(keys))
@@ -352,6 +349,12 @@ fn write_page(report: &InspectReport, page: &mut Page) {
     facts.extend(shared_metadata(&report.shards));
     if let Some(merges) = &report.merges {
         facts.extend(merge_facts(merges));
+    }
+    if let Some(path) = &report.interrupted {
+        page.line(format_args!(
+            "INTERRUPTED: a change was cut short, the weights may be a mixture; run: neuroada-ckpt recover {path}"
+        ));
+        page.blank();
     }
     page.facts(&facts);
     match &report.sparse {

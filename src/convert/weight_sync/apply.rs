@@ -13,8 +13,8 @@ use zstd::stream::read::Decoder;
 use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncReport, export::report};
 use crate::{
     checkpoint::{
-        AtomicDir, AtomicFile, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, Printable,
-        Shard, TensorRef, copy_file, folder_of, malformed, read_whole,
+        AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, Printable, Shard,
+        SingleFile, TensorRef, copy_file, folder_of, malformed, read_whole,
     },
     convert::{ConvertError, input::Input},
     tensor::Dtype,
@@ -49,7 +49,7 @@ pub fn apply_weight_sync(
     let target = Target::create(base, output, existing)?;
     let mut tensors = Vec::new();
     for shard in base.shards() {
-        let file = target.copy(ctx, base, shard)?;
+        let file = target.copy(ctx, shard)?;
         for pair in pairs.iter().filter(|pair| pair.base.shard.path() == shard.path()) {
             tensors.push(pair.apply(ctx, &plan, &file, &delta)?);
         }
@@ -345,41 +345,25 @@ impl Read for RangeReader {
 /// Where the new checkpoint grows.
 enum Target {
     Folder(AtomicDir),
-    File(AtomicFile),
+    File(SingleFile),
 }
 
 impl Target {
     fn create(base: &Checkpoint, output: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         Ok(match base.layout() {
-            Layout::File => Self::File(AtomicFile::create(output, existing)?),
+            Layout::File => Self::File(SingleFile::create(output, existing)?),
             _ => Self::Folder(AtomicDir::create(output, existing)?),
         })
     }
 
     /// A copy of a shard, open for changes.
-    fn copy(&self, ctx: &Context<'_>, base: &Checkpoint, shard: &Shard) -> Result<File, CheckpointError> {
-        match self {
-            Self::Folder(folder) => {
-                let path = folder.path().join(shard.file_name());
-                copy_file(ctx, shard.path(), &path, CopyMode::Auto)?;
-                File::options().read(true).write(true).open(&path).map_err(|e| CheckpointError::io("open", &path, e))
-            }
-            Self::File(file) => {
-                let copy = file.file().try_clone().map_err(|e| CheckpointError::io("open", file.target(), e))?;
-                let mut buffer = vec![0; 1 << 20];
-                let mut at = 0;
-                while at < shard.file_bytes() {
-                    ctx.check()?;
-                    let n = buffer.len().min((shard.file_bytes() - at) as usize);
-                    let read = shard.file().read_exact_at(&mut buffer[..n], at);
-                    read.map_err(|e| CheckpointError::io("read", base.root(), e))?;
-                    let written = copy.write_all_at(&buffer[..n], at);
-                    written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
-                    at += n as u64;
-                }
-                Ok(copy)
-            }
-        }
+    fn copy(&self, ctx: &Context<'_>, shard: &Shard) -> Result<File, CheckpointError> {
+        let path = match self {
+            Self::Folder(folder) => folder.path().join(shard.file_name()),
+            Self::File(file) => file.root(),
+        };
+        copy_file(ctx, shard.path(), &path, CopyMode::Auto)?;
+        File::options().read(true).write(true).open(&path).map_err(|e| CheckpointError::io("open", &path, e))
     }
 
     /// Brings the other files of the base along, and lets the checkpoint appear.

@@ -1,12 +1,6 @@
 //! From two checkpoints to a delta.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::Write,
-    ops::Range,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io::Write, ops::Range, path::Path};
 
 use serde_json::json;
 use zstd::stream::write::Encoder;
@@ -15,7 +9,7 @@ use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncRepor
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, Existing, INDEX_FILE, Printable, TensorFileWriter, TensorId,
-        TensorRef, for_each_ordered,
+        TensorRef, create_new_file, for_each_ordered,
     },
     convert::ConvertError,
     tensor::{Dtype, dtype_name},
@@ -148,7 +142,7 @@ fn write_index(path: &Path, options: &WeightSyncOptions, tensors: &[SyncedTensor
         },
         "weight_map": weight_map,
     });
-    let mut file = File::create(path).map_err(io)?;
+    let mut file = create_new_file(path)?;
     file.write_all(index.to_string().as_bytes()).map_err(io)?;
     file.sync_all().map_err(|e| CheckpointError::io("sync", path, e))
 }

@@ -47,7 +47,7 @@ use crate::checkpoint::{Checkpoint, Existing};
 /// # Errors
 /// A checkpoint or a record that cannot be read.
 pub fn holds_low_rank(path: &std::path::Path) -> Result<bool, MergeError> {
-    Ok(record_of(&Checkpoint::open(path)?)?.is_some())
+    Ok(record_of(&Checkpoint::open_interrupted(path)?)?.is_some())
 }
 
 /// How the second factor of a stack of experts is to be read; a file does not tell.

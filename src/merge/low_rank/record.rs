@@ -9,7 +9,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -21,10 +21,8 @@ use super::{
     sources::{AnyAdapter, Source},
 };
 use crate::{
-    checkpoint::{
-        AtomicFile, Checkpoint, CheckpointError, Context, Existing, Layout, read_whole, sync_folder, write_atomic,
-    },
-    merge::{MergeError, MergeInput, state::StateFolder},
+    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, StateFolder},
+    merge::{MergeError, MergeInput, stack::copy_name, state::state_of},
     peft::{PEFT_CONFIG, PEFT_TENSORS},
 };
 
@@ -130,20 +128,26 @@ impl LowRankRecord {
 
 /// Where the record and what belongs to it lie.
 #[derive(Clone, Debug)]
-pub(in crate::merge) struct RecordFolder(PathBuf);
+pub(in crate::merge) struct RecordFolder(StateFolder);
 
 impl RecordFolder {
     pub(super) fn of(state: &StateFolder) -> Self {
-        Self(state.path().to_owned())
+        Self(state.clone())
     }
-    pub(super) fn path(&self) -> &Path {
+    pub(super) fn state(&self) -> &StateFolder {
         &self.0
     }
-    pub(super) fn record(&self) -> PathBuf {
-        self.0.join("low-rank")
+    /// Where the originals lie; they are proven by their hashes.
+    ///
+    /// # Errors
+    /// Something else than a file in their place.
+    pub(in crate::merge) fn originals(&self) -> Result<PathBuf, MergeError> {
+        self.refuse_other(self.0.folder(), StateFolder::ORIGINALS, EntryKind::File)
     }
-    pub(in crate::merge) fn originals(&self) -> PathBuf {
-        self.0.join("originals.safetensors")
+    /// Bytes of the originals; none where they are not kept.
+    pub(in crate::merge) fn originals_bytes(&self) -> Result<u64, MergeError> {
+        let file = self.0.folder().open_file(StateFolder::ORIGINALS)?;
+        Ok(file.map_or(0, |(_, meta)| meta.len()))
     }
 
     /// Writes the record and copies of the adapters, durably.
@@ -153,54 +157,64 @@ impl RecordFolder {
         record: &LowRankRecord,
         sources: &[Source],
     ) -> Result<(), MergeError> {
-        let adapters = self.0.join("adapters");
-        let create = |folder: &Path| fs::create_dir_all(folder).map_err(|e| CheckpointError::io("create", folder, e));
-        create(&adapters)?;
+        let adapters = self.0.adapters();
+        adapters.create()?;
         for source in sources {
-            let own = self.adapter(&source.id.to_string(), source.kind());
             match &source.adapter {
-                AnyAdapter::Sparse(sparse) => sparse.write_plain(ctx, &own, Existing::Replace)?,
+                AnyAdapter::Sparse(sparse) => sparse.write_own(ctx, &adapters, &copy_name(&source.id))?,
                 AnyAdapter::Lora(lora) => {
-                    create(&own)?;
+                    let own = adapters.inside(&source.id.to_string());
+                    own.create()?;
                     for (from, name) in lora.files().iter().zip([PEFT_CONFIG, PEFT_TENSORS]) {
-                        copy_whole(from, &own.join(name))?;
+                        copy_whole(from, &own, name)?;
                     }
-                    sync_folder(&own)?;
+                    own.sync()?;
                 }
             }
         }
-        sync_folder(&adapters)?;
-        write_atomic(&self.record(), Existing::Replace, &record.to_bytes())?;
-        Ok(sync_folder(&self.0)?)
+        adapters.sync()?;
+        let file = AtomicFile::create_own(self.0.folder(), StateFolder::LOW_RANK)?;
+        let written = file.file().write_all_at(&record.to_bytes(), 0);
+        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
+        Ok(file.commit()?)
     }
 
-    fn adapter(&self, id: &str, kind: &str) -> PathBuf {
-        let name = if kind == "lora" { id.to_owned() } else { format!("{id}.safetensors") };
-        self.0.join("adapters").join(name)
-    }
-
-    /// The recorded adapters, as inputs of a merge.
+    /// The recorded adapters, as inputs of a merge. What is opened by these paths is proven by its id.
     ///
     /// # Errors
-    /// An id that is none: it becomes part of a path.
+    /// An id that is none: it becomes part of a path. Links.
     pub(super) fn inputs(&self, record: &LowRankRecord) -> Result<Vec<MergeInput>, MergeError> {
+        let adapters = self.0.adapters();
         let input = |active: &RecordedAdapter| {
             blake3::Hash::from_hex(&active.id).map_err(|_| self.bad("an adapter's id is malformed"))?;
-            Ok(MergeInput { adapter: self.adapter(&active.id, &active.kind), scale: Some(active.scale) })
+            let (name, kind) = match active.kind.as_str() {
+                "lora" => (active.id.clone(), EntryKind::Folder),
+                _ => (format!("{}.safetensors", active.id), EntryKind::File),
+            };
+            let adapter = self.refuse_other(&adapters, &name, kind)?;
+            Ok(MergeInput { adapter, scale: Some(active.scale) })
         };
         record.active.iter().map(input).collect()
     }
 
+    /// The path of the entry `name`, which must be of this kind, or absent.
+    fn refuse_other(&self, folder: &OwnFolder, name: &str, kind: EntryKind) -> Result<PathBuf, MergeError> {
+        match folder.kind_of(name)? {
+            Some(found) if found != kind => Err(folder.refuse_entry(name).into()),
+            _ => Ok(folder.path().join(name)),
+        }
+    }
+
     pub(super) fn bad(&self, what: impl Into<String>) -> MergeError {
-        MergeError::BadLedger { path: self.record(), what: what.into() }
+        MergeError::BadLedger { path: self.0.path().join(StateFolder::LOW_RANK), what: what.into() }
     }
 }
 
 /// Copies a file whole or not at all.
-fn copy_whole(source: &Path, target: &Path) -> Result<(), MergeError> {
-    let mut from = fs::File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
-    let output = AtomicFile::create(target, Existing::Replace)?;
-    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", target, e))?;
+fn copy_whole(source: &Path, folder: &OwnFolder, name: &str) -> Result<(), MergeError> {
+    let mut from = std::fs::File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
+    let output = AtomicFile::create_own(folder, name)?;
+    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", output.target(), e))?;
     Ok(output.commit()?)
 }
 
@@ -211,20 +225,10 @@ fn copy_whole(source: &Path, target: &Path) -> Result<(), MergeError> {
 pub(in crate::merge) fn record_of(
     checkpoint: &Checkpoint,
 ) -> Result<Option<(RecordFolder, LowRankRecord)>, MergeError> {
-    let folder = RecordFolder::of(&StateFolder::of(checkpoint)?);
-    let path = folder.record();
-    if path.symlink_metadata().is_err() {
-        return Ok(None);
-    }
-    let record = LowRankRecord::parse(&read_whole(&path, MOST_BYTES)?).map_err(|what| folder.bad(what))?;
+    let folder = RecordFolder::of(&state_of(checkpoint)?);
+    let Some(bytes) = folder.0.folder().read(StateFolder::LOW_RANK, MOST_BYTES)? else { return Ok(None) };
+    let record = LowRankRecord::parse(&bytes).map_err(|what| folder.bad(what))?;
     Ok(Some((folder, record)))
-}
-
-impl RecordFolder {
-    /// The folder of a checkpoint that will lie at `root`.
-    pub(super) fn at(root: &Path, layout: Layout) -> Self {
-        Self::of(&StateFolder::at(root, layout))
-    }
 }
 
 /// Hashes a tensor's rows as they come, in order.

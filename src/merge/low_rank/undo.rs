@@ -82,7 +82,7 @@ pub(super) fn open_originals(
 ) -> Result<Checkpoint, MergeError> {
     match base {
         Some(base) => open_base(base),
-        None if record.has_originals => Ok(Checkpoint::open(&folder.originals())?),
+        None if record.has_originals => Ok(Checkpoint::open(&folder.originals()?)?),
         None => Err(MergeError::NeedsBase { path: path.to_owned(), base: record.base.clone() }),
     }
 }

@@ -1,6 +1,6 @@
 //! The new checkpoint: shards copied, merged and hashed in one pass.
 
-use std::{collections::BTreeMap, fs, ops::Range, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use super::{
     KeptOriginals, LowRankOptions, LowRankReading,
@@ -14,15 +14,14 @@ use super::{
 use crate::{
     backend::{Merger, PatchCounts, gather, largest_magnitude, overflows},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Printable, Shard, TensorFileWriter, TensorId,
-        check_free_space, copy_file, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
+        Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
+        check_free_space, check_output, folder_of, for_each_ordered, rewrite_shard, share_file, windows,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
-        out_of_place::{Output, Target as OutputTarget, refuse_same_place},
+        out_of_place::{Output, Target as OutputTarget, copy_side_files},
         plausible::{Implausible, Overflows},
         report::kind_reports_of,
-        state::StateFolder,
         verify::open_base,
     },
     tensor::{RowBlock, dtype_name},
@@ -109,13 +108,9 @@ type Piece = Option<(usize, Range<u64>)>;
 impl Job<'_> {
     /// Writes the checkpoint, or, on a dry run, computes all that would be written.
     pub(super) fn run(&self, ctx: &Context<'_>, options: &LowRankOptions) -> Result<MergeReport, MergeError> {
-        refuse_same_place(self.copied, &options.output)?;
-        if self.originals.root() != self.copied.root() {
-            refuse_same_place(self.originals, &options.output)?;
-        }
-        if options.existing == Existing::Keep && options.output.symlink_metadata().is_ok() {
-            return Err(CheckpointError::OutputExists { path: options.output.clone() }.into());
-        }
+        let is_file = self.copied.layout() == Layout::File;
+        let kind = if is_file { OutputKind::Checkpoint } else { OutputKind::Folder };
+        check_output(&options.output, kind, options.existing)?;
         let factors = column_factors(ctx, self.originals, self.plan)?;
         let mut gathering = Gathering::new(self);
         if options.dry_run {
@@ -130,7 +125,6 @@ impl Job<'_> {
             self.examine(ctx, &factors, |target| self.bounds[target].can_overflow, &mut gathering)?;
             gathering.judge()?;
         }
-        let is_file = self.copied.layout() == Layout::File;
         let target = OutputTarget {
             path: &options.output,
             existing: options.existing,
@@ -140,14 +134,15 @@ impl Job<'_> {
         };
         let output = Output::create(&target, is_file, String::new)?;
         check_free_space(folder_of(&options.output), self.copied.n_bytes() + self.state_bytes(options.keep))?;
+        output.check_replaced(self.copied, options.keep != KeptOriginals::Nothing)?;
         let root = output.root();
-        let state = StateFolder::at(&root, self.copied.layout());
-        let folder = RecordFolder::at(&root, self.copied.layout());
+        let folder = RecordFolder::of(&StateFolder::at(&root, self.copied.layout())?);
+        let state = folder.state();
         if options.keep != KeptOriginals::Nothing {
-            fs::create_dir_all(folder.path()).map_err(|e| CheckpointError::io("create", folder.path(), e))?;
+            state.create()?;
         }
         if options.keep == KeptOriginals::All {
-            gathering.originals = Some(TensorFileWriter::create(&folder.originals(), Existing::Replace)?);
+            gathering.originals = Some(TensorFileWriter::create_own(state.folder(), StateFolder::ORIGINALS)?);
         }
         ctx.observer.begin("merging", self.copied.shards().iter().map(Shard::file_bytes).sum());
         for (index, shard) in self.copied.shards().iter().enumerate() {
@@ -159,24 +154,22 @@ impl Job<'_> {
             None => 0,
             Some(writer) => {
                 writer.finish(ctx, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
-                fs::metadata(folder.originals()).map_or(0, |meta| meta.len())
+                folder.originals_bytes()?
             }
         };
-        for side_file in self.copied.side_files()? {
-            let to = root.join(&side_file);
-            fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
-            copy_file(ctx, &self.copied.root().join(&side_file), &to, CopyMode::Auto)?;
-        }
+        copy_side_files(ctx, self.copied, &root)?;
         self.unchanged()?;
         if options.keep != KeptOriginals::Nothing && !self.sources.is_empty() {
             let has_originals = options.keep == KeptOriginals::All;
             let mut record = LowRankRecord::new(self.base.clone(), self.sources, self.reading, has_originals);
             record.targets = std::mem::take(&mut gathering.recorded);
             folder.write(ctx, &record, self.sources)?;
-        } else if folder.path().exists() {
-            fs::remove_dir_all(folder.path()).map_err(|e| CheckpointError::io("remove", folder.path(), e))?;
+            output.write_list(state)?;
+            state.folder().sync()?;
+        } else {
+            state.folder().remove_all()?;
         }
-        output.commit(&state, &target)?;
+        output.commit()?;
         Ok(self.report(&gathering, n_originals))
     }
 

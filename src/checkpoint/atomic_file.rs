@@ -1,0 +1,299 @@
+//! Files that appear whole or not at all.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File},
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, openat, renameat, renameat_with, statat, unlinkat},
+    io::Errno,
+};
+
+use super::{
+    CheckpointError, EntryKind, OutputKind, check_output, folder_of,
+    lock::{LockAttempt, try_lock, unlock},
+    own_folder::OwnFolder,
+};
+
+/// What to do where the output exists.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Existing {
+    /// Leave it and fail.
+    #[default]
+    Keep,
+    /// Put the new one in its place, in one step.
+    Replace,
+}
+
+/// A file under a temporary name in the folder where it will appear; gone when dropped before [`AtomicFile::commit`].
+///
+/// The temporary name, `.NAME.neuroada-tmp`, is the same in every run, and locked: what a killed run left behind is used by the next
+/// run on the same output, and two runs cannot share it. The folder is opened once; nothing below it is reached through a link.
+pub struct AtomicFile {
+    target: PathBuf,
+    existing: Existing,
+    folder: OwnedFd,
+    name: OsString,
+    temp: OsString,
+    file: File,
+    /// Whether a link may have the name, and is replaced.
+    replaces_link: bool,
+    committed: bool,
+}
+
+impl AtomicFile {
+    /// Begins a file that will appear at `target`.
+    ///
+    /// # Errors
+    /// What [`check_output`] refuses, or another run that is writing it.
+    pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
+        check_output(target, OutputKind::File, existing)?;
+        let folder = folder_of(target);
+        let opened = File::open(folder).map_err(|e| CheckpointError::io("open", folder, e))?;
+        Self::create_at(target, opened.into(), existing)
+    }
+
+    /// Begins a file of this program's own state, which replaces what has its name.
+    pub(crate) fn create_own(folder: &OwnFolder, name: &str) -> Result<Self, CheckpointError> {
+        let target = folder.path().join(name);
+        let opened = folder.open_existing()?;
+        match folder.kind_of(name)? {
+            None | Some(EntryKind::File) => Self::create_at(&target, opened, Existing::Replace),
+            Some(_) => Err(folder.refuse_entry(name)),
+        }
+    }
+
+    /// Begins a copy of the shard at `target` that takes the place of the link or the shared file there.
+    pub(super) fn create_unshared(target: &Path) -> Result<Self, CheckpointError> {
+        let folder = folder_of(target);
+        let opened = File::open(folder).map_err(|e| CheckpointError::io("open", folder, e))?;
+        let mut output = Self::create_at(target, opened.into(), Existing::Replace)?;
+        output.replaces_link = true;
+        Ok(output)
+    }
+
+    fn create_at(target: &Path, folder: OwnedFd, existing: Existing) -> Result<Self, CheckpointError> {
+        let name = target.file_name().expect("outputs have names").to_owned();
+        let temp = temporary_name(&name, "tmp");
+        let io = |e: Errno| CheckpointError::io("create", target, e.into());
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        loop {
+            // The umask takes away what it must.
+            let mode = Mode::from_raw_mode(0o666);
+            let (file, is_new) = match openat(&folder, &temp, flags | OFlags::CREATE | OFlags::EXCL, mode) {
+                Err(Errno::EXIST) => match openat(&folder, &temp, flags, Mode::empty()) {
+                    // Its owner has just finished.
+                    Err(Errno::NOENT) => continue,
+                    Err(Errno::LOOP) => return Err(refused(target, &temp, "is a symbolic link")),
+                    opened => (File::from(opened.map_err(io)?), false),
+                },
+                created => (File::from(created.map_err(io)?), true),
+            };
+            let meta = file.metadata().map_err(|e| CheckpointError::io("create", target, e))?;
+            if !meta.is_file() {
+                return Err(refused(target, &temp, "is no regular file"));
+            }
+            match try_lock(&file) {
+                LockAttempt::Locked => {}
+                LockAttempt::Held => return Err(refused(target, &temp, "is being written by another run")),
+                // Without locks only a name that nobody had can be ours.
+                LockAttempt::Unsupported if is_new => {}
+                LockAttempt::Unsupported => {
+                    let what = "exists, and this file system cannot tell whether a run still writes it; remove it";
+                    return Err(refused(target, &temp, what));
+                }
+                LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", target, e)),
+            }
+            // Between opening and locking, its owner may have finished or given up.
+            match statat(&folder, &temp, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(found) if super::FileId::of(&meta).is(&found) => {}
+                Ok(_) | Err(Errno::NOENT) => continue,
+                Err(e) => return Err(io(e)),
+            }
+            let output = Self {
+                target: target.to_owned(),
+                existing,
+                folder,
+                name,
+                temp,
+                file,
+                replaces_link: false,
+                committed: false,
+            };
+            output.file.set_len(0).map_err(|e| CheckpointError::io("create", target, e))?;
+            return Ok(output);
+        }
+    }
+
+    /// The file under its temporary name.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+    /// Where the file will appear.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Syncs the file, gives it its name in one step, and syncs the folder.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`] where it came to exist meanwhile and must be kept; [`CheckpointError::Committed`] where the
+    /// file has its name and the folder could not be synced.
+    pub fn commit(mut self) -> Result<(), CheckpointError> {
+        self.file.sync_all().map_err(|e| CheckpointError::io("sync", &self.target, e))?;
+        self.give_name()?;
+        self.committed = true;
+        let synced = rustix::fs::fsync(&self.folder);
+        synced.map_err(|e| CheckpointError::committed(&self.target, "sync the folder of", e.into()))
+    }
+
+    fn may_replace(&self, found: FileType) -> bool {
+        found.is_file() || (self.replaces_link && found.is_symlink())
+    }
+
+    fn give_name(&self) -> Result<(), CheckpointError> {
+        let (folder, temp, name) = (&self.folder, &self.temp, &self.name);
+        let io = |e: Errno| match e {
+            Errno::EXIST => CheckpointError::OutputExists { path: self.target.clone() },
+            e => CheckpointError::io("create", &self.target, e.into()),
+        };
+        if self.existing == Existing::Replace {
+            return match statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => renameat(folder, temp, folder, name).map_err(io),
+                Ok(found) if self.may_replace(FileType::from_raw_mode(found.st_mode)) => {
+                    renameat(folder, temp, folder, name).map_err(io)
+                }
+                Ok(_) => Err(CheckpointError::Refused {
+                    path: self.target.clone(),
+                    what: "became something else than a regular file meanwhile".to_owned(),
+                }),
+                Err(e) => Err(io(e)),
+            };
+        }
+        match renameat_with(folder, temp, folder, name, RenameFlags::NOREPLACE) {
+            // File systems without the flag.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                rustix::fs::linkat(folder, temp, folder, name, AtFlags::empty()).map_err(io)?;
+                // Under its other name it would only be a leftover, which the next run clears.
+                let _leftover = unlinkat(folder, temp, AtFlags::empty());
+                Ok(())
+            }
+            renamed => renamed.map_err(io),
+        }
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing to be done about a failure here; the next run on this output uses what is left.
+            let _left_behind = unlinkat(&self.folder, &self.temp, AtFlags::empty());
+        }
+        unlock(&self.file);
+    }
+}
+
+fn refused(target: &Path, temp: &OsStr, what: &str) -> CheckpointError {
+    let what = format!("its temporary name {} {what}", super::Printable(&temp.to_string_lossy()));
+    CheckpointError::Refused { path: target.to_owned(), what }
+}
+
+/// The temporary name of an output called `name`, short enough for every file system.
+pub(super) fn temporary_name(name: &OsStr, suffix: &str) -> OsString {
+    const MAX_BYTES: usize = 200;
+    let mut temp = OsString::from(".");
+    if name.len() <= MAX_BYTES {
+        temp.push(name);
+    } else {
+        temp.push(&*blake3::hash(name.as_bytes()).to_hex());
+    }
+    temp.push(format!(".neuroada-{suffix}"));
+    temp
+}
+
+/// Writes `bytes` as a file that appears whole or not at all.
+///
+/// # Errors
+/// As [`AtomicFile::create`] and [`AtomicFile::commit`].
+pub fn write_atomic(target: &Path, existing: Existing, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let output = AtomicFile::create(target, existing)?;
+    output.file().write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", target, e))?;
+    output.commit()
+}
+
+/// Makes renames in a folder last through a power loss.
+///
+/// # Errors
+/// [`CheckpointError::Io`].
+pub fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| CheckpointError::io("sync", folder, e))
+}
+
+/// Opens the existing regular file `path`, an output of this run, to append to it; a link is not followed.
+///
+/// # Errors
+/// [`CheckpointError::Io`].
+pub fn append_to_file(path: &Path) -> Result<File, CheckpointError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let no_follow = OFlags::NOFOLLOW.bits() as i32;
+    let opened = File::options().append(true).custom_flags(no_follow).open(path);
+    opened.map_err(|e| CheckpointError::io("open", path, e))
+}
+
+/// Creates the new file `path`, open for reading and writing, inside a folder that is an output already.
+///
+/// # Errors
+/// [`CheckpointError::Io`], also where it exists.
+pub fn create_new_file(path: &Path) -> Result<File, CheckpointError> {
+    let created = fs::File::options().read(true).write(true).create_new(true).open(path);
+    created.map_err(|e| CheckpointError::io("create", path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_run_left_is_used_and_links_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        fs::write(dir.path().join(".out.neuroada-tmp"), b"a longer leftover").unwrap();
+        write_atomic(&target, Existing::Keep, b"new").unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        fs::write(dir.path().join("victim"), b"precious").unwrap();
+        symlink("victim", dir.path().join(".out.neuroada-tmp")).unwrap();
+        let error = write_atomic(&target, Existing::Replace, b"newer").unwrap_err();
+        assert!(error.to_string().contains("is a symbolic link"), "{error}");
+        assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"precious");
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+    }
+
+    #[test]
+    fn two_runs_never_share_a_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        let first = AtomicFile::create(&target, Existing::Keep).unwrap();
+        let error = AtomicFile::create(&target, Existing::Keep).err().unwrap();
+        assert!(error.to_string().contains("being written by another run"), "{error}");
+        first.commit().unwrap();
+        assert!(matches!(AtomicFile::create(&target, Existing::Keep), Err(CheckpointError::OutputExists { .. })));
+    }
+
+    #[test]
+    fn long_names_have_temporary_names_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("x".repeat(255));
+        write_atomic(&target, Existing::Keep, b"new").unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+    }
+}

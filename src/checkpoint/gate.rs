@@ -1,0 +1,94 @@
+//! The gate for outputs: every file and folder that any command writes is checked here before anything is made for it.
+//!
+//! An output is refused where it is, holds or lies in an input that is [in use](super::InUse), compared by device and inode along its
+//! resolved path; where its name stands for a link, a device, a fifo or a socket; and where it exists and must be kept. Folders
+//! above it may be links: they are resolved first, as `~/models` often is one.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    CheckpointError, EntryKind, Existing, FileId, folder_of,
+    in_use::{self, Conflict},
+    probe,
+    single_file::remembers_merge,
+};
+
+/// What an output is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OutputKind {
+    /// A file.
+    File,
+    /// A checkpoint of one file, with a ledger beside it.
+    Checkpoint,
+    /// A folder.
+    Folder,
+}
+
+/// Checks a place where an output is to appear; nothing is made. Returns whether something is there that it replaces.
+///
+/// # Errors
+/// [`CheckpointError::OutputExists`] where it exists and must be kept, [`CheckpointError::Refused`] with the reason for everything else
+/// that must not be written there.
+pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Result<bool, CheckpointError> {
+    let refused = |what: String| Err(CheckpointError::Refused { path: target.to_owned(), what });
+    if target.file_name().is_none() {
+        return refused("not a name that an output can get".to_owned());
+    }
+    let found = probe::link_metadata(target)?;
+    let is_replaced = found.is_some();
+    let found_kind = found.as_ref().map(|meta| EntryKind::of(meta.file_type()));
+    match (found_kind, kind) {
+        (Some(EntryKind::Link), _) => return refused("is a symbolic link; an output never replaces one".to_owned()),
+        (Some(EntryKind::Special), _) => {
+            return refused("is a device, a fifo or a socket; an output never replaces one".to_owned());
+        }
+        _ => {}
+    }
+    refuse_inputs(target, found.as_ref().map(FileId::of))?;
+    match (found_kind, kind) {
+        (Some(_), _) if existing == Existing::Keep => Err(CheckpointError::OutputExists { path: target.to_owned() }),
+        (Some(EntryKind::Folder), OutputKind::File | OutputKind::Checkpoint) => {
+            refused("is a folder; the output is a file".to_owned())
+        }
+        (Some(EntryKind::File), OutputKind::Folder) => refused("is a file; the output is a folder".to_owned()),
+        // Its ledger would speak for a file that is not its own any more.
+        (Some(EntryKind::File), OutputKind::File) if remembers_merge(target)? => {
+            refused("is a merged checkpoint with a ledger beside it; unmerge it, or choose another name".to_owned())
+        }
+        _ => Ok(is_replaced),
+    }
+}
+
+/// Fails where an output at `target` would be, hold or lie in an input.
+fn refuse_inputs(target: &Path, found: Option<FileId>) -> Result<(), CheckpointError> {
+    let mut above = Vec::new();
+    for folder in resolved_folder(target)?.ancestors() {
+        if let Some(meta) = probe::metadata(folder)? {
+            above.push(FileId::of(&meta));
+        }
+    }
+    let Some((conflict, input)) = in_use::conflict(found, &above)? else { return Ok(()) };
+    let what = match conflict {
+        Conflict::Is => "the output is an input",
+        Conflict::Holds => "the output would replace a folder that holds an input",
+        Conflict::LiesIn => "the output would lie inside an input",
+    };
+    Err(CheckpointError::OutputIsInput { path: target.to_owned(), what, input })
+}
+
+/// The folder that `target` lies in, links resolved as far as it exists.
+fn resolved_folder(target: &Path) -> Result<PathBuf, CheckpointError> {
+    let mut folder = folder_of(target);
+    loop {
+        match fs::canonicalize(folder) {
+            Ok(real) => return Ok(real),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && folder_of(folder) != folder => {
+                folder = folder_of(folder);
+            }
+            Err(e) => return Err(CheckpointError::io("examine", folder, e)),
+        }
+    }
+}

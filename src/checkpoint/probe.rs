@@ -1,0 +1,154 @@
+//! Questions about paths. This is the one place that asks the file system whether something is there.
+//!
+//! Absent means `ENOENT` and nothing else: a path that cannot be examined (no permission, a failing disk, a stale network
+//! handle) is an error, never "not there". `tests/floor_plan.rs` keeps `exists()` and its relatives out of all other files.
+
+use std::{
+    ffi::OsString,
+    fs::{self, Metadata},
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
+};
+
+use super::CheckpointError;
+
+/// What a name in a folder stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A symbolic link, whatever it leads to.
+    Link,
+    /// A device, a fifo or a socket.
+    Special,
+}
+
+impl EntryKind {
+    pub(super) fn of(kind: fs::FileType) -> Self {
+        if kind.is_symlink() {
+            Self::Link
+        } else if kind.is_dir() {
+            Self::Folder
+        } else if kind.is_char_device() || kind.is_block_device() || kind.is_fifo() || kind.is_socket() {
+            Self::Special
+        } else {
+            Self::File
+        }
+    }
+}
+
+/// What makes two paths the same file: the file system's number and the file's number in it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// The identity of an open or examined file.
+    pub fn of(meta: &Metadata) -> Self {
+        Self { device: meta.dev(), inode: meta.ino() }
+    }
+
+    /// Whether this is the identity of what `statat` found.
+    pub(super) fn is(&self, found: &rustix::fs::Stat) -> bool {
+        (self.device, self.inode) == (found.st_dev as u64, found.st_ino as u64)
+    }
+}
+
+/// The metadata of what `path` leads to, links followed; `None` where it is absent.
+///
+/// # Errors
+/// [`CheckpointError::Io`] for every failure but `ENOENT`.
+pub fn metadata(path: &Path) -> Result<Option<Metadata>, CheckpointError> {
+    present_or_error(path, fs::metadata(path))
+}
+
+/// The metadata of `path` itself, a link being a link; `None` where it is absent.
+///
+/// # Errors
+/// As [`metadata`].
+pub fn link_metadata(path: &Path) -> Result<Option<Metadata>, CheckpointError> {
+    present_or_error(path, fs::symlink_metadata(path))
+}
+
+fn present_or_error<T>(path: &Path, found: io::Result<T>) -> Result<Option<T>, CheckpointError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(CheckpointError::io("examine", path, e)),
+    }
+}
+
+/// Whether something has this name, be it a link that leads nowhere.
+///
+/// # Errors
+/// As [`metadata`].
+pub fn is_present(path: &Path) -> Result<bool, CheckpointError> {
+    Ok(link_metadata(path)?.is_some())
+}
+
+/// Whether `path` leads to a folder.
+///
+/// # Errors
+/// As [`metadata`].
+pub fn is_folder(path: &Path) -> Result<bool, CheckpointError> {
+    Ok(metadata(path)?.is_some_and(|meta| meta.is_dir()))
+}
+
+/// Whether `path` leads to a regular file.
+///
+/// # Errors
+/// As [`metadata`].
+pub fn is_file(path: &Path) -> Result<bool, CheckpointError> {
+    Ok(metadata(path)?.is_some_and(|meta| meta.is_file()))
+}
+
+/// What has this name; `None` where nothing has.
+///
+/// # Errors
+/// As [`metadata`].
+pub fn entry_kind(path: &Path) -> Result<Option<EntryKind>, CheckpointError> {
+    Ok(link_metadata(path)?.map(|meta| EntryKind::of(meta.file_type())))
+}
+
+/// The names in a folder and what they stand for, sorted.
+///
+/// # Errors
+/// [`CheckpointError::Io`] where the folder, or any of its entries, cannot be read.
+pub fn entries(folder: &Path) -> Result<Vec<(OsString, EntryKind)>, CheckpointError> {
+    let io = |e| CheckpointError::io("list", folder, e);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        found.push((entry.file_name(), EntryKind::of(entry.file_type().map_err(io)?)));
+    }
+    found.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_enoent_means_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, b"x").unwrap();
+        symlink("nowhere", dir.path().join("dangling")).unwrap();
+        assert!(!is_present(&dir.path().join("missing")).unwrap());
+        assert!(is_present(&dir.path().join("dangling")).unwrap());
+        assert!(metadata(&dir.path().join("dangling")).unwrap().is_none());
+        // ENOTDIR is a failure to look, not an answer.
+        let error = is_present(&file.join("below")).unwrap_err();
+        assert!(error.to_string().contains("cannot examine"), "{error}");
+        let kinds: Vec<EntryKind> = entries(dir.path()).unwrap().into_iter().map(|(_, kind)| kind).collect();
+        assert_eq!(kinds, [EntryKind::Link, EntryKind::File]);
+    }
+}

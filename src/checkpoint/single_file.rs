@@ -1,0 +1,274 @@
+//! A checkpoint of one file and the ledger beside it, which appear together.
+//!
+//! Two names cannot change in one step, so the change is marked. The new state folder takes its place first, with `replacing` in it and
+//! in exchange for the old one; then the new file takes its name: that is the commit; then the mark goes. While the mark is there,
+//! whoever opens the file is told that a change waits for recovery, and whether the new file still has its temporary name says which of the
+//! two it is.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
+
+use super::{
+    AtomicFile, CheckpointError, EntryKind, Existing, Layout, OutputKind, OwnFolder, StateFolder, check_output,
+    folder_of, output_dir::Partial, probe, state_folder::is_own_entry, sync_folder,
+};
+
+/// The new file's name in its temporary folder.
+const FILE: &str = "model.safetensors";
+
+/// A file and its state folder under temporary names; gone when dropped before [`SingleFile::commit`].
+pub struct SingleFile {
+    target: PathBuf,
+    existing: Existing,
+    partial: Partial,
+    /// The state folder of the target.
+    state: StateFolder,
+}
+
+impl SingleFile {
+    /// Begins a checkpoint that will appear at `target`.
+    ///
+    /// # Errors
+    /// What [`check_output`] refuses, a state folder of others beside it, or another run that is writing it.
+    pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
+        let is_replaced = check_output(target, OutputKind::Checkpoint, existing)?;
+        let partial = Partial::lock(target, "partial")?;
+        let state = StateFolder::at(target, Layout::File)?;
+        if state.folder().has(StateFolder::REPLACING)? {
+            if is_replaced {
+                return Err(CheckpointError::Interrupted { path: target.to_owned() });
+            }
+            // What a run left that was cut short before the file had its name.
+            state.folder().remove_all()?;
+        }
+        partial.clear()?;
+        let foreign = foreign_entries(state.folder(), Path::new(""))?;
+        if !foreign.is_empty() {
+            return Err(CheckpointError::ForeignEntries { path: state.path().to_owned(), entries: foreign });
+        }
+        if existing == Existing::Keep && state.folder().open()?.is_some() {
+            return Err(CheckpointError::OutputExists { path: state.path().to_owned() });
+        }
+        Ok(Self { target: target.to_owned(), existing, partial, state })
+    }
+
+    /// The file under its temporary name; its state folder lies beside it.
+    pub fn root(&self) -> PathBuf {
+        self.partial.path().join(FILE)
+    }
+
+    /// Lets file and state folder appear.
+    ///
+    /// # Errors
+    /// As [`super::AtomicDir::commit`].
+    pub fn commit(mut self) -> Result<(), CheckpointError> {
+        check_output(&self.target, OutputKind::Checkpoint, self.existing)?;
+        let new = StateFolder::at(&self.root(), Layout::File)?;
+        let (has_new, has_old) = (new.folder().open()?.is_some(), self.state.folder().open()?.is_some());
+        if has_new || has_old {
+            new.folder().create()?;
+            AtomicFile::create_own(new.folder(), StateFolder::REPLACING)?.commit()?;
+            // From here on, what is in the temporary folder is needed for recovery.
+            self.partial.stays = true;
+            self.exchange(&new, has_old)?;
+        }
+        if let Err(e) = self.give_name() {
+            if has_new || has_old {
+                roll_back(&self.partial, &self.state)?;
+            }
+            self.partial.stays = false;
+            return Err(e);
+        }
+        let finished = sync_folder(folder_of(&self.target)).and_then(|()| finish(&self.state, has_new));
+        self.partial.stays = false;
+        finished.map_err(|e| e.after_commit("finish the replacement of"))
+    }
+
+    fn exchange(&self, new: &StateFolder, has_old: bool) -> Result<(), CheckpointError> {
+        let (new, old) = (new.folder(), self.state.folder());
+        let done = if has_old { new.exchange(old)? } else { new.move_to(old)? };
+        if !done && has_old {
+            // File systems without exchange: the old one steps aside first.
+            let aside = self.partial.folder.inside("aside");
+            aside.create()?;
+            fs::rename(old.path(), aside.path()).map_err(|e| CheckpointError::io("rename", old.path(), e))?;
+        }
+        if !done {
+            fs::rename(new.path(), old.path()).map_err(|e| CheckpointError::io("create", old.path(), e))?;
+        }
+        if !done && has_old {
+            let aside = self.partial.path().join("aside");
+            fs::rename(&aside, new.path()).map_err(|e| CheckpointError::io("rename", &aside, e))?;
+        }
+        sync_folder(folder_of(&self.target))
+    }
+
+    fn give_name(&self) -> Result<(), CheckpointError> {
+        let io = |e: Errno| CheckpointError::io("create", &self.target, e.into());
+        let from = self.root();
+        if self.existing == Existing::Replace {
+            check_output(&self.target, OutputKind::Checkpoint, self.existing)?;
+            return fs::rename(&from, &self.target).map_err(|e| CheckpointError::io("create", &self.target, e));
+        }
+        match renameat_with(CWD, &from, CWD, &self.target, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => Err(CheckpointError::OutputExists { path: self.target.clone() }),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::hard_link(&from, &self.target).map_err(|e| CheckpointError::io("create", &self.target, e))?;
+                fs::remove_file(&from).map_err(|e| CheckpointError::io("remove", &from, e))
+            }
+            renamed => renamed.map_err(io),
+        }
+    }
+}
+
+/// Removes the mark, and the state folder where the new file has none.
+fn finish(state: &StateFolder, is_kept: bool) -> Result<(), CheckpointError> {
+    match is_kept {
+        true => {
+            state.folder().remove(StateFolder::REPLACING)?;
+            state.folder().sync()
+        }
+        false => {
+            state.folder().remove_all()?;
+            state.folder().sync_above()
+        }
+    }
+}
+
+/// Puts the old state folder back.
+fn roll_back(partial: &Partial, state: &StateFolder) -> Result<(), CheckpointError> {
+    let old = StateFolder::at(&partial.path().join(FILE), Layout::File)?;
+    if old.folder().open()?.is_none() {
+        state.folder().remove_all()?;
+    } else if !old.folder().exchange(state.folder())? {
+        state.folder().remove_all()?;
+        fs::rename(old.path(), state.path()).map_err(|e| CheckpointError::io("rename", old.path(), e))?;
+    }
+    state.folder().sync_above()
+}
+
+/// Finishes or rolls back the replacement of the single file at `target`; `None` where none was interrupted, else whether it was
+/// finished.
+///
+/// # Errors
+/// Another run that is writing it, or a failure to rename; it can be asked for again.
+pub fn recover_single_file(target: &Path) -> Result<Option<bool>, CheckpointError> {
+    let state = StateFolder::at(target, Layout::File)?;
+    if !state.folder().has(StateFolder::REPLACING)? {
+        return Ok(None);
+    }
+    let mut partial = Partial::lock(target, "partial")?;
+    partial.stays = true;
+    let is_pending = partial.folder.has(FILE)?;
+    if is_pending {
+        roll_back(&partial, &state)?;
+    } else {
+        let is_kept = state.remembers()?;
+        finish(&state, is_kept)?;
+    }
+    partial.stays = false;
+    Ok(Some(!is_pending))
+}
+
+/// What is in a state folder, and is not this program's.
+fn foreign_entries(folder: &OwnFolder, below: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut foreign = Vec::new();
+    for (name, kind) in folder.entries()? {
+        let path = below.join(&name);
+        match kind {
+            EntryKind::Folder => foreign.extend(foreign_entries(&folder.inside(&name.to_string_lossy()), &path)?),
+            EntryKind::File if is_own_entry(&path) => {}
+            _ => foreign.push(super::Printable::path(&path)),
+        }
+    }
+    Ok(foreign)
+}
+
+/// Whether a merge is remembered beside the single file at `path`.
+pub(super) fn remembers_merge(path: &Path) -> Result<bool, CheckpointError> {
+    let state = StateFolder::at(path, Layout::File)?;
+    Ok(probe::is_present(state.path())? && state.remembers()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(output: &SingleFile, text: &str) {
+        fs::write(output.root(), text).unwrap();
+        let state = StateFolder::at(&output.root(), Layout::File).unwrap();
+        state.create().unwrap();
+        fs::write(state.path().join("ledger"), format!("of {text}")).unwrap();
+    }
+
+    fn found(target: &Path) -> (String, String) {
+        let state = StateFolder::at(target, Layout::File).unwrap();
+        let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+        (read(target), read(&state.path().join("ledger")))
+    }
+
+    #[test]
+    fn a_file_and_its_ledger_are_replaced_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("m.safetensors");
+        for text in ["one", "two"] {
+            let existing = if text == "one" { Existing::Keep } else { Existing::Replace };
+            let output = SingleFile::create(&target, existing).unwrap();
+            write(&output, text);
+            output.commit().unwrap();
+            assert_eq!(found(&target), (text.to_owned(), format!("of {text}")));
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
+        assert!(matches!(SingleFile::create(&target, Existing::Keep), Err(CheckpointError::OutputExists { .. })));
+        let output = SingleFile::create(&target, Existing::Replace).unwrap();
+        fs::write(output.root(), "three").unwrap();
+        output.commit().unwrap();
+        assert_eq!(found(&target), ("three".to_owned(), String::new()));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_replacement_cut_short_is_recovered_to_old_or_new() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("m.safetensors");
+        let output = SingleFile::create(&target, Existing::Keep).unwrap();
+        write(&output, "old");
+        output.commit().unwrap();
+        for is_named in [false, true] {
+            let mut output = SingleFile::create(&target, Existing::Replace).unwrap();
+            write(&output, "new");
+            let new = StateFolder::at(&output.root(), Layout::File).unwrap();
+            fs::write(new.path().join("replacing"), "").unwrap();
+            output.exchange(&new, true).unwrap();
+            if is_named {
+                output.give_name().unwrap();
+            }
+            // Cut short here.
+            output.partial.stays = true;
+            drop(output);
+            assert!(StateFolder::at(&target, Layout::File).unwrap().is_interrupted().unwrap());
+            assert_eq!(recover_single_file(&target).unwrap(), Some(is_named));
+            let text = if is_named { "new" } else { "old" };
+            assert_eq!(found(&target), (text.to_owned(), format!("of {text}")));
+            assert_eq!(recover_single_file(&target).unwrap(), None);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_ledger_s_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("m.safetensors");
+        fs::create_dir(dir.path().join("m.safetensors.neuroada")).unwrap();
+        fs::write(dir.path().join("m.safetensors.neuroada/thesis.tex"), "x").unwrap();
+        let error = SingleFile::create(&target, Existing::Replace).err().unwrap().to_string();
+        assert!(error.ends_with(":\n  thesis.tex"), "{error}");
+    }
+}
