@@ -3,6 +3,7 @@
 use std::{
     collections::HashSet,
     fs::{self, File},
+    io,
     os::unix::fs::MetadataExt,
     path::Component,
 };
@@ -12,7 +13,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Checkpoint, CheckpointError, EntryKind, FileId, Printable, probe};
+use super::{Checkpoint, CheckpointError, EntryKind, FileId, Printable, Shard, probe};
 
 /// The right to change a checkpoint in place; given back when dropped, or when the process ends, however it ends.
 ///
@@ -65,8 +66,7 @@ impl CheckpointLock {
         let mut files = Vec::with_capacity(checkpoint.shards().len());
         let mut locked = HashSet::new();
         for shard in checkpoint.shards() {
-            // Network file systems lock only what is open for writing.
-            let file = shard.open_for_writing()?;
+            let file = open_to_lock(shard)?;
             let meta = file.metadata().map_err(|e| CheckpointError::io("lock", shard.path(), e))?;
             // Two names of one file are one lock.
             if !locked.insert(FileId::of(&meta)) {
@@ -86,6 +86,19 @@ impl CheckpointLock {
             }
         }
         Ok(Self { files })
+    }
+}
+
+/// Network file systems lock only what is open for writing; other file systems lock what this user may only read, too, and whether
+/// anything in it changes is seen later.
+fn open_to_lock(shard: &Shard) -> Result<File, CheckpointError> {
+    match shard.open_for_writing() {
+        Err(CheckpointError::Io { source, .. })
+            if matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) =>
+        {
+            File::open(shard.path()).map_err(|e| CheckpointError::io("lock", shard.path(), e))
+        }
+        opened => opened,
     }
 }
 

@@ -32,6 +32,7 @@ pub enum Layout {
 #[derive(Debug)]
 pub struct Checkpoint {
     root: PathBuf,
+    name: String,
     layout: Layout,
     shards: Vec<Shard>,
     /// Tensor (shard, position in its header), sorted by name.
@@ -181,7 +182,10 @@ impl Checkpoint {
                 Some(InUse::folder(root, &meta)?)
             }
         };
-        Ok(Self { root: root.to_owned(), layout, shards, tensors, config, _in_use: in_use })
+        let real = fs::canonicalize(root).map_err(|e| CheckpointError::io("open", root, e))?;
+        let name = if layout == Layout::File { real.file_stem() } else { real.file_name() };
+        let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        Ok(Self { root: root.to_owned(), name, layout, shards, tensors, config, _in_use: in_use })
     }
 
     /// The checkpoint that waits for recovery, where there is one: this one, the folder that its file belongs to, or one of its files.
@@ -232,9 +236,7 @@ impl Checkpoint {
 
     /// The name of the folder or file, for people; never a whole path.
     pub fn name(&self) -> String {
-        let real = self.root.canonicalize().unwrap_or_else(|_| self.root.clone());
-        let name = if self.layout == Layout::File { real.file_stem() } else { real.file_name() };
-        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+        self.name.clone()
     }
     /// `model_type` of `config.json`.
     pub fn model_type(&self) -> Option<&str> {

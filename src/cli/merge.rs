@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args};
 use neuroada_ckpt::backend::MergedWeights;
 use neuroada_ckpt::{
     backend::Merger,
-    checkpoint::{Existing, probe},
+    checkpoint::{Checkpoint, Existing, probe},
     merge::{
         self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
         MergeInput, MergeOptions, MergeOutput, MergeReport, Undecided,
@@ -111,7 +111,7 @@ pub(super) struct OutputArgs {
     /// In place: files that other paths lead to as well get a copy of their own first
     #[arg(long, conflicts_with = "output")]
     break_links: bool,
-    /// Replace an existing output
+    /// Replace an existing output; a folder only where nothing is in it but what this program wrote, or what has the new files' names
     #[arg(long, requires = "output")]
     force: bool,
     /// Hard-link shards that no delta touches instead of copying them
@@ -126,6 +126,11 @@ pub(super) struct OutputArgs {
 }
 
 impl OutputArgs {
+    /// Whether the checkpoint itself is going to change.
+    fn is_in_place(&self) -> bool {
+        self.output.is_none() && !self.dry_run
+    }
+
     pub(super) fn options(self, ledger: bool) -> MergeOptions {
         let output = match self.output {
             Some(path) => {
@@ -156,6 +161,10 @@ impl OutputArgs {
 
 pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
+    if args.output.is_in_place() && Checkpoint::open_interrupted(&args.base)?.interrupted()?.is_some() {
+        merge::recover(&env.context(), &args.base)?;
+        env.note("note: an interrupted change was recovered first");
+    }
     // The folder holds what was converted until it is merged.
     let (inputs, _folder) = adopt(&args.base, inputs, env)?;
     let is_low_rank = |input: &MergeInput| {

@@ -106,9 +106,9 @@ pub(super) fn apply(
         Err(e) => {
             // No weight was touched, so the journal, where it came to be, goes first.
             let cleared = finish(state).and_then(|()| Ok(state.tidy(&before.copies())?));
-            return Err(match cleared {
-                Ok(()) => e,
-                Err(rollback) => {
+            return Err(match (cleared, state.is_interrupted()) {
+                (Ok(()), _) | (Err(_), Ok(false)) => e,
+                (Err(rollback), _) => {
                     let path = checkpoint.root().to_owned();
                     MergeError::RollbackFailed { path, source: Box::new(e), rollback: Box::new(rollback) }
                 }
