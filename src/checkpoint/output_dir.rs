@@ -33,10 +33,10 @@ pub struct AtomicDir {
     resumable: bool,
 }
 
-/// What a resumable folder is to become; a later run goes on with it only where this is the same.
-const PLAN_FILE: &str = ".plan";
-
 impl AtomicDir {
+    /// What a resumable folder is to become; a later run goes on with it only where this is the same.
+    pub(crate) const PLAN_FILE: &str = ".plan";
+
     /// Begins a folder that will appear at `target`.
     ///
     /// # Errors
@@ -55,10 +55,10 @@ impl AtomicDir {
     pub fn create_resumable(target: &Path, existing: Existing, plan: &str) -> Result<Self, CheckpointError> {
         check_output(target, OutputKind::Folder, existing)?;
         let mut partial = Partial::lock(target, "partial")?;
-        let found = partial.folder.read(PLAN_FILE, 1 << 30)?;
+        let found = partial.folder.read(AtomicDir::PLAN_FILE, 1 << 30)?;
         if found.as_deref() != Some(plan.as_bytes()) {
             partial.clear()?;
-            write_atomic(&partial.path().join(PLAN_FILE), Existing::Replace, plan.as_bytes())?;
+            write_atomic(&partial.path().join(AtomicDir::PLAN_FILE), Existing::Replace, plan.as_bytes())?;
         }
         partial.stays = true;
         Ok(Self { target: target.to_owned(), existing, partial, resumable: true })
@@ -112,7 +112,7 @@ impl AtomicDir {
     pub fn commit(mut self) -> Result<(), CheckpointError> {
         let is_replaced = check_output(&self.target, OutputKind::Folder, self.existing)?;
         if self.resumable {
-            self.partial.folder.remove(PLAN_FILE)?;
+            self.partial.folder.remove(AtomicDir::PLAN_FILE)?;
         }
         let names = tree(self.path())?;
         if is_replaced {
@@ -266,7 +266,7 @@ fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<()
         new.contains(path)
             || known.contains(path)
             || path.strip_prefix(STATE_FOLDER).is_ok_and(is_own_entry)
-            || (path == Path::new(PLAN_FILE))
+            || (path == Path::new(AtomicDir::PLAN_FILE))
     };
     let foreign: BTreeSet<String> = tree(old)?
         .into_iter()

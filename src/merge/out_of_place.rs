@@ -125,7 +125,7 @@ pub(super) fn apply(
         state.folder().remove_all()?;
     }
     if let Some(resume) = resume {
-        report.notes.extend(resume.finish()?);
+        report.notes.extend(resume.finish(checkpoint)?);
     }
     output.commit()?;
     Ok(report)

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::MergeError;
 use crate::checkpoint::{
-    AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, OwnFolder, Printable, STATE_FOLDER, Shard,
-    for_each_ordered, windows,
+    AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, Existing, OwnFolder, Printable, Shard,
+    for_each_ordered, windows, write_atomic,
 };
 
 /// Records larger than this are not read; a piece takes about 90 bytes.
@@ -68,7 +68,7 @@ impl ShardRecord {
 
 /// An output folder that an earlier run may have begun.
 pub(super) struct Resume {
-    root: OwnFolder,
+    folder: OwnFolder,
     plan: String,
     /// Names of shards that were taken over.
     proven: BTreeSet<String>,
@@ -76,8 +76,8 @@ pub(super) struct Resume {
 }
 
 impl Resume {
-    /// Proves the shards that lie in `root`, reading all of them, and removes everything else that this program leaves there: shards
-    /// that are not what their records say, shards and records without each other, unfinished files, a ledger.
+    /// Proves the shards that lie at `root`, reading all of them, and removes everything else there but the plan: shards that are not
+    /// what their records say, shards and records without each other, unfinished files, a ledger.
     ///
     /// # Errors
     /// What cannot be read or removed.
@@ -88,12 +88,17 @@ impl Resume {
         checkpoint: &Checkpoint,
     ) -> Result<Self, MergeError> {
         let plan = blake3::hash(plan.as_bytes()).to_hex().to_string();
-        let mut resume = Self { root: OwnFolder::at(root)?, plan, proven: BTreeSet::new(), notes: Vec::new() };
-        ctx.observer.begin("proving finished shards", resume.bytes_to_prove(checkpoint)?);
+        let mut resume = Self { folder: OwnFolder::at(root)?, plan, proven: BTreeSet::new(), notes: Vec::new() };
+        let mut left: Vec<&Shard> = Vec::new();
         for shard in checkpoint.shards() {
+            if resume.folder.has(&shard.file_name())? {
+                left.push(shard);
+            }
+        }
+        ctx.observer.begin("proving finished shards", left.iter().map(|shard| shard.file_bytes()).sum());
+        for shard in left {
             let name = shard.file_name();
-            let Some(file) = resume.open_shard(&name)? else { continue };
-            match resume.prove(ctx, file, shard)? {
+            match resume.prove(ctx, shard)? {
                 Ok(()) => _ = resume.proven.insert(name),
                 Err(what) => {
                     let name = Printable(&name);
@@ -114,10 +119,7 @@ impl Resume {
     pub(super) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), MergeError> {
         let n_bytes = pieces.last().map_or(0, |piece| piece.0);
         let record = ShardRecord { version: 1, plan: self.plan.clone(), n_bytes, pieces };
-        let file = AtomicFile::create_own(&self.root, &record_name(name))?;
-        let written = file.file().write_all_at(&record.to_bytes(), 0);
-        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
-        Ok(file.commit()?)
+        Ok(write_atomic(&self.folder.path().join(record_name(name)), Existing::Replace, &record.to_bytes())?)
     }
 
     /// The same for a shard whose bytes are those of the finished file at `path`.
@@ -140,49 +142,30 @@ impl Resume {
     }
 
     /// Removes all records: what is in the folder now becomes a checkpoint. Returns what there is to tell.
-    pub(super) fn finish(self) -> Result<Vec<String>, MergeError> {
-        for name in self.names()? {
-            if is_record(&name) {
-                self.remove(&name)?;
-            }
+    pub(super) fn finish(self, checkpoint: &Checkpoint) -> Result<Vec<String>, MergeError> {
+        for shard in checkpoint.shards() {
+            self.folder.remove(&record_name(&shard.file_name()))?;
         }
         Ok(self.notes)
     }
 
-    fn names(&self) -> Result<Vec<String>, MergeError> {
-        let entries = self.root.entries()?;
-        Ok(entries.into_iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect())
-    }
-
-    fn bytes_to_prove(&self, checkpoint: &Checkpoint) -> Result<u64, MergeError> {
-        let names: BTreeSet<String> = self.names()?.into_iter().collect();
-        let there = checkpoint.shards().iter().filter(|shard| names.contains(&shard.file_name()));
-        Ok(there.map(Shard::file_bytes).sum())
-    }
-
-    /// A shard's file; none where there is none, or something else: that is not proven, and removed with what else is not.
-    fn open_shard(&self, name: &str) -> Result<Option<File>, MergeError> {
-        match self.root.kind_of(name)? {
-            Some(EntryKind::File) => Ok(self.root.open_file(name)?.map(|(file, _)| file)),
-            _ => Ok(None),
-        }
-    }
-
-    /// Proves that a file is what its record says; else what is wrong.
-    fn prove(&self, ctx: &Context<'_>, file: File, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
+    /// Proves that a shard is what its record says; else what is wrong.
+    fn prove(&self, ctx: &Context<'_>, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
         let name = shard.file_name();
-        let path = self.root.path().join(&name);
-        let meta = file.metadata().map_err(|e| CheckpointError::io("read", &path, e))?;
-        let record = match self.root.read(&record_name(&name), MAX_RECORD_BYTES) {
+        let path = self.folder.path().join(&name);
+        if self.folder.kind_of(&name)? != Some(EntryKind::File) {
+            return Ok(Err("is not a regular file"));
+        }
+        let Some((file, meta)) = self.folder.open_file(&name)? else { return Ok(Err("is gone")) };
+        let record = match self.folder.read(&record_name(&name), MAX_RECORD_BYTES) {
             Ok(None) => return Ok(Err("has no record")),
-            Ok(Some(bytes)) => ShardRecord::parse(&bytes),
             Err(e) if matches!(e.kind(), ErrorKind::BadInput | ErrorKind::Refused) => None,
-            Err(e) => return Err(e.into()),
+            read => read?.and_then(|bytes| ShardRecord::parse(&bytes)),
         };
-        let Some(record) = record.filter(|record| record.plan == self.plan) else {
+        let record = record.filter(|record| record.plan == self.plan);
+        let Some((record, ranges)) = record.as_ref().and_then(|record| Some((record, record.ranges()?))) else {
             return Ok(Err("has a damaged record"));
         };
-        let Some(ranges) = record.ranges() else { return Ok(Err("has a damaged record")) };
         if meta.len() != record.n_bytes || meta.len() != shard.file_bytes() {
             return Ok(Err("does not have the recorded length"));
         }
@@ -201,33 +184,27 @@ impl Resume {
     }
 
     fn remove_unproven(&self) -> Result<(), MergeError> {
-        for name in self.names()? {
-            // Not what a merge leaves here: the plan itself, above all.
-            let is_foreign =
-                name.starts_with('.') && name != STATE_FOLDER && !is_record(&name) && !name.ends_with(".neuroada-tmp");
-            let is_proven = self.proven.contains(&name) || self.proven.iter().any(|shard| name == record_name(shard));
-            if !is_foreign && !is_proven {
-                self.remove(&name)?;
+        let mut kept: BTreeSet<String> = self.proven.iter().map(|name| record_name(name)).collect();
+        kept.extend(self.proven.iter().cloned());
+        kept.insert(AtomicDir::PLAN_FILE.to_owned());
+        for (name, kind) in self.folder.entries()? {
+            let name = name.to_string_lossy();
+            match kind {
+                _ if kept.contains(&*name) => {}
+                EntryKind::Folder => self.folder.inside(&name).remove_all()?,
+                _ => self.folder.remove(&name)?,
             }
         }
         Ok(())
     }
-
-    /// Removes a file, a link or a folder.
-    fn remove(&self, name: &str) -> Result<(), MergeError> {
-        Ok(match self.root.kind_of(name)? {
-            Some(EntryKind::Folder) => self.root.inside(name).remove_all()?,
-            _ => self.root.remove(name)?,
-        })
-    }
 }
 
+/// The name of a shard's record, short enough for every file system.
 fn record_name(shard: &str) -> String {
-    format!(".{shard}.record")
-}
-
-fn is_record(name: &str) -> bool {
-    name.starts_with('.') && name.ends_with(".record")
+    match shard.len() {
+        ..=200 => format!(".{shard}.record"),
+        _ => format!(".{}.record", blake3::hash(shard.as_bytes()).to_hex()),
+    }
 }
 
 /// The BLAKE3 of a run of a file.
