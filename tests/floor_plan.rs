@@ -49,7 +49,7 @@ const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "pef
 const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "indicatif", "signal_hook"];
 const MOST_LINES: usize = 700;
-const MOST_FIXTURE_BYTES: u64 = 8_000_000;
+const MOST_FIXTURE_BYTES: u64 = 16_000_000;
 
 // --- the rules
 
