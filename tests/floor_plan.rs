@@ -1,12 +1,17 @@
 //! The house rules of `src/`, checked on its text: which folder may import which, where words are printed, where
-//! `unsafe` lives. The reader below knows comments, strings, nested modules and grouped imports, and no more of Rust than
-//! that; its own tests are at the end.
+//! `unsafe` lives, who asks the file system. The reader in `support/rust_text.rs` knows comments, strings, nested modules and grouped
+//! imports, and no more of Rust than that; its tests are at the end.
+
+#[path = "support/rust_text.rs"]
+mod rust_text;
 
 use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
 };
+
+use rust_text::{Text, Token, imports, text_at, tokens};
 
 /// Each floor and those it may import. A missing folder is an empty floor.
 const FLOORS: &[(&str, &[&str])] = &[
@@ -48,6 +53,30 @@ const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "pef
 
 const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "indicatif", "signal_hook"];
+/// Questions whether something is there. `src/checkpoint/probe.rs` asks them, for everybody.
+const PROBES: &[&str] = &["exists", "try_exists", "is_file", "is_dir", "is_symlink", "symlink_metadata", "read_dir"];
+/// Calls that change a folder. `src/checkpoint` makes them, for everybody.
+const CHANGES: &[&str] = &[
+    "write",
+    "rename",
+    "copy",
+    "hard_link",
+    "set_permissions",
+    "remove_file",
+    "remove_dir",
+    "remove_dir_all",
+    "create_dir",
+    "create_dir_all",
+];
+const CREATORS: &[&str] = &["OpenOptions", "DirBuilder", "tempdir_in", "tempfile_in"];
+/// Where a probe may stand all the same: the file, the call, and why.
+const PROBE_EXCEPTIONS: &[(&str, &str, &str)] = &[
+    ("src/gpu/library.rs", "exists", "guesses where a library may lie; the loader, which opens it, says what is wrong"),
+    ("src/gpu/library.rs", "is_file", "likewise, of the Python interpreter"),
+    ("src/gpu/library.rs", "read_dir", "likewise, of Python's packages"),
+    ("src/checkpoint/direct.rs", "metadata().ok()", "without an answer the file is read through the page cache"),
+    ("src/checkpoint/lock.rs", "metadata().ok()", "who holds a lock is a courtesy of the message"),
+];
 const MOST_LINES: usize = 700;
 const MOST_FIXTURE_BYTES: u64 = 16_000_000;
 
@@ -89,6 +118,34 @@ fn tensors_gpu_and_hot_loops_never_touch_files() {
         }
         let files = |token: &&Token| matches!(token.text.as_str(), "fs" | "File" | "OpenOptions");
         source.tokens.iter().filter(files).map(|token| (token.line, format!("`{}`", token.text))).collect()
+    });
+}
+
+#[test]
+fn only_probe_asks_whether_something_is_there() {
+    check("absent means ENOENT, every other failure is an error: ask src/checkpoint/probe.rs", |source| {
+        if source.path == "src/checkpoint/probe.rs" {
+            return Vec::new();
+        }
+        let is_excepted =
+            |what: &str| PROBE_EXCEPTIONS.iter().any(|(path, call, _)| *path == source.path && *call == what);
+        probes(&without_tests(source)).into_iter().filter(|(_, what)| !is_excepted(what)).collect()
+    });
+}
+
+#[test]
+fn exceptions_to_the_probe_rule_are_still_needed() {
+    let sources = sources();
+    for (path, call, _) in PROBE_EXCEPTIONS {
+        let source = sources.iter().find(|source| source.path == *path).expect("an exception names a file");
+        assert!(probes(&without_tests(source)).iter().any(|(_, what)| what == call), "{path} has no {call} any more");
+    }
+}
+
+#[test]
+fn only_the_checkpoint_floor_changes_folders() {
+    check("files are created, renamed and removed in src/checkpoint alone, behind the gate for outputs", |source| {
+        if source.floor() == Some("checkpoint") { Vec::new() } else { changes(&without_tests(source)) }
     });
 }
 
@@ -227,217 +284,7 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
     paths.into_iter().flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
-// --- reading Rust
-
-/// A file's lines, with code and comments apart; the contents of strings are gone.
-struct Text {
-    code: Vec<String>,
-    comments: Vec<String>,
-}
-
-impl Text {
-    fn new(raw: &str) -> Self {
-        let chars: Vec<char> = raw.chars().collect();
-        let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
-        let mut text = Self { code: vec![String::new()], comments: vec![String::new()] };
-        let mut i = 0;
-        while i < chars.len() {
-            let end = match at(i) {
-                '/' if at(i + 1) == '/' => i + chars[i..].iter().take_while(|&&c| c != '\n').count(),
-                '/' if at(i + 1) == '*' => end_of_block_comment(&chars, i),
-                '"' => end_of_string(&chars, i),
-                'r' if i == 0 || !is_word(at(i - 1)) || starts_with_byte_prefix(&chars, i) => {
-                    end_of_raw_string(&chars, i).unwrap_or(i)
-                }
-                // A quote followed by one character and no quote is a lifetime.
-                '\'' if at(i + 1) == '\\' => i + 3 + chars[i + 3..].iter().take_while(|&&c| c != '\'').count() + 1,
-                '\'' if at(i + 2) == '\'' => i + 3,
-                _ => i,
-            };
-            if end == i {
-                text.push(at(i), false);
-                i += 1;
-            } else {
-                let is_comment = at(i) == '/';
-                if !is_comment {
-                    text.push(' ', false);
-                }
-                for &c in &chars[i..end.min(chars.len())] {
-                    if is_comment || c == '\n' {
-                        text.push(c, true);
-                    }
-                }
-                i = end;
-            }
-        }
-        text
-    }
-
-    fn push(&mut self, c: char, is_comment: bool) {
-        if c == '\n' {
-            self.code.push(String::new());
-            self.comments.push(String::new());
-        } else {
-            let lines = if is_comment { &mut self.comments } else { &mut self.code };
-            lines.last_mut().expect("there is always a line").push(c);
-        }
-    }
-}
-
-fn is_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-/// Whether the `r` at `i` is that of `br"` or `cr"`.
-fn starts_with_byte_prefix(chars: &[char], i: usize) -> bool {
-    i >= 1 && matches!(chars[i - 1], 'b' | 'c') && (i == 1 || !is_word(chars[i - 2]))
-}
-
-fn end_of_block_comment(chars: &[char], start: usize) -> usize {
-    let (mut i, mut depth) = (start, 0);
-    while i < chars.len() {
-        match (chars[i], chars.get(i + 1)) {
-            ('/', Some('*')) => (i, depth) = (i + 2, depth + 1),
-            ('*', Some('/')) => (i, depth) = (i + 2, depth - 1),
-            _ => i += 1,
-        }
-        if depth == 0 {
-            break;
-        }
-    }
-    i
-}
-
-fn end_of_string(chars: &[char], start: usize) -> usize {
-    let mut i = start + 1;
-    while i < chars.len() && chars[i] != '"' {
-        i += if chars[i] == '\\' { 2 } else { 1 };
-    }
-    i + 1
-}
-
-fn end_of_raw_string(chars: &[char], start: usize) -> Option<usize> {
-    let hashes = chars[start + 1..].iter().take_while(|&&c| c == '#').count();
-    let mut i = start + 1 + hashes;
-    if chars.get(i) != Some(&'"') {
-        return None;
-    }
-    loop {
-        i += 1;
-        let closes = *chars.get(i)? == '"' && chars[i + 1..].iter().take_while(|&&c| c == '#').count() >= hashes;
-        if closes {
-            return Some(i + 1 + hashes);
-        }
-    }
-}
-
-/// A word, `::`, or one character of anything else.
-#[derive(PartialEq, Debug)]
-struct Token {
-    text: String,
-    line: usize,
-}
-
-fn tokens(text: &Text) -> Vec<Token> {
-    let mut tokens: Vec<Token> = Vec::new();
-    for (line, code) in (1..).zip(&text.code) {
-        let mut rest = code.trim_start();
-        while let Some(first) = rest.chars().next() {
-            let n_bytes = match first {
-                _ if is_word(first) => rest.find(|c| !is_word(c)).unwrap_or(rest.len()),
-                ':' if rest.starts_with("::") => 2,
-                _ => first.len_utf8(),
-            };
-            tokens.push(Token { text: rest[..n_bytes].to_owned(), line });
-            rest = rest[n_bytes..].trim_start();
-        }
-    }
-    tokens
-}
-
-/// The text of the token at `i`, or nothing beyond either end.
-fn text_at(tokens: &[Token], i: Option<usize>) -> &str {
-    i.and_then(|i| tokens.get(i)).map_or("", |token| &token.text)
-}
-
-/// What a module `depth` below its crate's root imports from that root: line and first segment. `*` is the root itself.
-fn imports(depth: usize, tokens: &[Token]) -> Vec<(usize, String)> {
-    let word = |i: usize| text_at(tokens, Some(i));
-    let before = |i: usize, n: usize| text_at(tokens, i.checked_sub(n));
-    let mut found = Vec::new();
-    // `mod name {` goes one deeper until its brace closes.
-    let (mut braces, mut modules) = (0, Vec::new());
-    for i in 0..tokens.len() {
-        match word(i) {
-            "{" => {
-                braces += 1;
-                if before(i, 2) == "mod" {
-                    modules.push(braces);
-                }
-            }
-            "}" => {
-                modules.pop_if(|opened| *opened == braces);
-                braces -= 1;
-            }
-            "self" if before(i, 1) == "crate" && before(i, 2) == "extern" => {
-                found.push((tokens[i].line, "*".to_owned()));
-            }
-            root @ ("crate" | "neuroada_ckpt" | "super" | "self") => {
-                let continues = before(i, 1) == "::" && root != "neuroada_ckpt";
-                let is_visibility = before(i, 1) == "in" && before(i, 3) == "pub";
-                if continues || is_visibility || !matches!(word(i + 1), "::" | "as") {
-                    continue;
-                }
-                let mut above = match root {
-                    "self" => depth + modules.len(),
-                    "super" => (depth + modules.len()).saturating_sub(1),
-                    _ => 0,
-                };
-                let mut next = i + 1;
-                while word(next) == "::" && word(next + 1) == "super" {
-                    above = above.saturating_sub(1);
-                    next += 2;
-                }
-                if above == 0 {
-                    found.extend(first_segments(tokens, next));
-                }
-            }
-            _ => {}
-        }
-    }
-    found
-}
-
-/// The segments that follow the root of a path, which ends before `next`: one, or those of a group.
-fn first_segments(tokens: &[Token], next: usize) -> Vec<(usize, String)> {
-    let segment = |i: usize| {
-        let token = &tokens[i];
-        let name = if is_word(token.text.chars().next()?) && token.text != "self" { &token.text } else { "*" };
-        Some((token.line, name.to_owned()))
-    };
-    if text_at(tokens, Some(next)) != "::" {
-        return vec![(tokens[next].line, "*".to_owned())]; // `use crate as name`
-    }
-    if text_at(tokens, Some(next + 1)) != "{" {
-        return if next + 1 < tokens.len() { segment(next + 1).into_iter().collect() } else { Vec::new() };
-    }
-    let (mut found, mut depth) = (Vec::new(), 0);
-    for i in next + 1..tokens.len() {
-        match tokens[i].text.as_str() {
-            "{" => depth += 1,
-            "}" => depth -= 1,
-            _ => {}
-        }
-        if depth == 0 {
-            break;
-        }
-        let begins = i == next + 2 || tokens[i - 1].text == ",";
-        if depth == 1 && begins && !matches!(tokens[i].text.as_str(), "," | "}") {
-            found.extend(segment(i));
-        }
-    }
-    found
-}
+// --- what the rules look for
 
 /// Every place that prints, exits, or names a crate of the command line.
 fn words(tokens: &[Token]) -> Vec<(usize, String)> {
@@ -459,6 +306,99 @@ fn words(tokens: &[Token]) -> Vec<(usize, String)> {
                     .filter(|token| token.text == "exit")
                     .map(|token| (token.line, "`process::exit`".to_owned())),
             );
+        }
+    }
+    found
+}
+
+/// A file's tokens without its tests: none of `tests.rs`, and no item behind `#[cfg(test)]`.
+fn without_tests(source: &Source) -> Vec<&Token> {
+    if source.path.ends_with("/tests.rs") {
+        return Vec::new();
+    }
+    let tokens = &source.tokens;
+    let word = |i: usize| text_at(tokens, Some(i));
+    let (mut kept, mut i) = (Vec::new(), 0);
+    while i < tokens.len() {
+        if !(0..7).all(|n| word(i + n) == ["#", "[", "cfg", "(", "test", ")", "]"][n]) {
+            kept.push(&tokens[i]);
+            i += 1;
+            continue;
+        }
+        // An item ends with its first brace, or with a semicolon before that.
+        i += 7;
+        while i < tokens.len() && !matches!(word(i), "{" | ";") {
+            i += 1;
+        }
+        i = end_of_group(tokens, i);
+    }
+    kept
+}
+
+/// Behind the brace that closes the one at `open`; behind `open` itself where it is none.
+fn end_of_group(tokens: &[Token], open: usize) -> usize {
+    let (mut i, mut depth) = (open, 0);
+    loop {
+        match text_at(tokens, Some(i)) {
+            "{" => depth += 1,
+            "}" => depth -= 1,
+            _ => {}
+        }
+        i += 1;
+        if depth == 0 || i >= tokens.len() {
+            return i;
+        }
+    }
+}
+
+/// Every question whether something is there.
+fn probes(tokens: &[&Token]) -> Vec<(usize, String)> {
+    let word = |i: Option<usize>| i.and_then(|i| tokens.get(i)).map_or("", |token| token.text.as_str());
+    let ok = ["metadata", "(", ")", ".", "ok", "(", ")"];
+    let mut found = Vec::new();
+    for (i, token) in tokens.iter().enumerate() {
+        let (before, owner) = (word(i.checked_sub(1)), word(i.checked_sub(2)));
+        let is_called = before == "." || (before == "::" && matches!(owner, "Path" | "PathBuf" | "fs"));
+        if is_called && PROBES.contains(&token.text.as_str()) {
+            found.push((token.line, token.text.clone()));
+        } else if token.text == "metadata" && before == "::" && owner == "fs" {
+            found.push((token.line, "fs::metadata".to_owned()));
+        } else if ok.iter().enumerate().all(|(n, text)| word(Some(i + n)) == *text) {
+            found.push((token.line, "metadata().ok()".to_owned()));
+        }
+    }
+    found.extend(of_fs(tokens).into_iter().filter(|(_, name)| name == "metadata" || PROBES.contains(&name.as_str())));
+    found.dedup();
+    found
+}
+
+/// Every call that creates, renames or removes files and folders.
+fn changes(tokens: &[&Token]) -> Vec<(usize, String)> {
+    let word = |i: usize| tokens.get(i).map_or("", |token| token.text.as_str());
+    let mut found = Vec::new();
+    for (i, token) in tokens.iter().enumerate() {
+        if CREATORS.contains(&token.text.as_str()) {
+            found.push((token.line, token.text.clone()));
+        } else if token.text == "File"
+            && word(i + 1) == "::"
+            && matches!(word(i + 2), "create" | "create_new" | "options")
+        {
+            found.push((token.line, format!("File::{}", word(i + 2))));
+        } else if token.text == "fs" && word(i + 1) == "::" && CHANGES.contains(&word(i + 2)) {
+            found.push((token.line, format!("fs::{}", word(i + 2))));
+        }
+    }
+    found.extend(of_fs(tokens).into_iter().filter(|(_, name)| CHANGES.contains(&name.as_str())));
+    found
+}
+
+/// The names that a `use` takes from a module called `fs`, as a group.
+fn of_fs(tokens: &[&Token]) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for i in 0..tokens.len().saturating_sub(2) {
+        if tokens[i].text == "fs" && tokens[i + 1].text == "::" && tokens[i + 2].text == "{" {
+            let group = tokens[i + 3..].iter().take_while(|token| token.text != "}");
+            found.extend(group.map(|token| (token.line, token.text.clone())));
         }
     }
     found
@@ -599,6 +539,54 @@ fn words_are_found_outside_strings_only() {
         "use std::process::Command; exit(1)",
         "let clap = 1; crate::clap_like::x",
         "std::process::id(); exit",
+    ] {
+        assert_eq!(found(code), 0, "{code}");
+    }
+}
+
+#[test]
+fn probes_and_changes_are_found_outside_tests_only() {
+    let found = |code: &str| {
+        let source = Source::new("src/mask/mod.rs", code.to_owned());
+        let tokens = without_tests(&source);
+        probes(&tokens).len() + changes(&tokens).len()
+    };
+    for code in [
+        "if path.exists() {}",
+        "let a = paths.iter().any(|p| p.is_dir());",
+        "Path::exists(path)",
+        "paths.filter(Path::is_file)",
+        "fs::metadata(path)?",
+        "std::fs::exists(path)",
+        "file.metadata().ok()",
+        "for entry in path.read_dir()? {}",
+        "use std::fs::{self, rename};",
+        "fs::remove_dir_all(path)",
+        "std::fs::write(path, b\"\")",
+        "File::create(path)",
+        "fs::File::options().append(true)",
+        "use std::fs::OpenOptions;",
+        "tempfile::tempdir_in(folder)",
+        "#[cfg(test)] mod tests { fn f() { a.exists() } } fn g() { b.exists() }",
+        "#[cfg(test)] use a::b; fn g() { b.exists() }",
+        "#[cfg(feature = \"train\")] fn g() { b.exists() }",
+    ] {
+        assert_eq!(found(code), 1, "{code}");
+    }
+    for code in [
+        "probe::is_file(path)?",
+        "AtomicFile::create(path)",
+        "let exists = 1; exists()",
+        "fn is_dir() {}",
+        "file.metadata()?",
+        "probe::metadata(path)?",
+        "// path.exists()",
+        "\"path.exists()\"",
+        "fs::read(path)",
+        "output.write(b)",
+        "#[cfg(test)] mod tests { fn f() { if a.exists() {} } }",
+        "#[cfg(test)] mod tests;",
+        "tempfile::tempdir()",
     ] {
         assert_eq!(found(code), 0, "{code}");
     }

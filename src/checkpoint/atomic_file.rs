@@ -2,10 +2,13 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::{self, File},
+    fs::File,
     os::{
         fd::OwnedFd,
-        unix::{ffi::OsStrExt, fs::FileExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -91,12 +94,13 @@ impl AtomicFile {
                     // Its owner has just finished.
                     Err(Errno::NOENT) => continue,
                     Err(Errno::LOOP) => return Err(refused(target, &temp, "is a symbolic link")),
+                    Err(Errno::ISDIR) => return Err(refused(target, &temp, "is a folder")),
                     opened => (File::from(opened.map_err(io)?), false),
                 },
                 created => (File::from(created.map_err(io)?), true),
             };
             let meta = file.metadata().map_err(|e| CheckpointError::io("create", target, e))?;
-            if !meta.is_file() {
+            if EntryKind::of(meta.file_type()) != EntryKind::File {
                 return Err(refused(target, &temp, "is no regular file"));
             }
             match try_lock(&file) {
@@ -115,6 +119,13 @@ impl AtomicFile {
                 Ok(found) if super::FileId::of(&meta).is(&found) => {}
                 Ok(_) | Err(Errno::NOENT) => continue,
                 Err(e) => return Err(io(e)),
+            }
+            if !is_new && meta.nlink() > 1 {
+                // Under its other name the file is somebody else's: this name goes, the file stays as it is.
+                match unlinkat(&folder, &temp, AtFlags::empty()) {
+                    Ok(()) | Err(Errno::NOENT) => continue,
+                    Err(e) => return Err(io(e)),
+                }
             }
             let output = Self {
                 target: target.to_owned(),
@@ -154,7 +165,7 @@ impl AtomicFile {
     }
 
     fn may_replace(&self, found: FileType) -> bool {
-        found.is_file() || (self.replaces_link && found.is_symlink())
+        found == FileType::RegularFile || (self.replaces_link && found == FileType::Symlink)
     }
 
     fn give_name(&self) -> Result<(), CheckpointError> {
@@ -235,29 +246,9 @@ pub fn sync_folder(folder: &Path) -> Result<(), CheckpointError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| CheckpointError::io("sync", folder, e))
 }
 
-/// Opens the existing regular file `path`, an output of this run, to append to it; a link is not followed.
-///
-/// # Errors
-/// [`CheckpointError::Io`].
-pub fn append_to_file(path: &Path) -> Result<File, CheckpointError> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let no_follow = OFlags::NOFOLLOW.bits() as i32;
-    let opened = File::options().append(true).custom_flags(no_follow).open(path);
-    opened.map_err(|e| CheckpointError::io("open", path, e))
-}
-
-/// Creates the new file `path`, open for reading and writing, inside a folder that is an output already.
-///
-/// # Errors
-/// [`CheckpointError::Io`], also where it exists.
-pub fn create_new_file(path: &Path) -> Result<File, CheckpointError> {
-    let created = fs::File::options().read(true).write(true).create_new(true).open(path);
-    created.map_err(|e| CheckpointError::io("create", path, e))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 
@@ -271,6 +262,9 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 
         fs::write(dir.path().join("victim"), b"precious").unwrap();
+        fs::hard_link(dir.path().join("victim"), dir.path().join(".out.neuroada-tmp")).unwrap();
+        write_atomic(&target, Existing::Replace, b"new").unwrap();
+        assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"precious");
         symlink("victim", dir.path().join(".out.neuroada-tmp")).unwrap();
         let error = write_atomic(&target, Existing::Replace, b"newer").unwrap_err();
         assert!(error.to_string().contains("is a symbolic link"), "{error}");

@@ -195,16 +195,14 @@ impl CheckpointError {
     pub fn committed(path: &Path, what: &'static str, source: io::Error) -> Self {
         Self::Committed { path: path.to_owned(), what, source }
     }
-    /// This failure, met after the work was done.
-    pub fn after_commit(self, what: &'static str) -> Self {
-        match self {
-            Self::Io { path, source, .. } => Self::committed(&path, what, source),
-            Self::Committed { .. } => self,
-            other => {
-                let path = other.path().unwrap_or(Path::new("")).to_owned();
-                Self::Committed { path, what, source: io::Error::other(other.to_string()) }
-            }
-        }
+    /// This failure, met after the work on `output` was done; `what` is a verb and what it applies to.
+    pub fn after_commit(self, output: &Path, what: &'static str) -> Self {
+        let words = match &self {
+            Self::Committed { .. } => return self,
+            Self::Io { source, .. } => format!("{self}: {source}"),
+            other => other.to_string(),
+        };
+        Self::committed(output, what, io::Error::other(words))
     }
     /// The file or folder that the error is about.
     pub fn path(&self) -> Option<&Path> {

@@ -34,10 +34,11 @@ pub enum OutputKind {
 /// that must not be written there.
 pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Result<bool, CheckpointError> {
     let refused = |what: String| Err(CheckpointError::Refused { path: target.to_owned(), what });
-    if target.file_name().is_none() {
+    let Some(name) = target.file_name() else {
         return refused("not a name that an output can get".to_owned());
-    }
-    let found = probe::link_metadata(target)?;
+    };
+    // Without a slash behind it, which would lead through a link.
+    let found = probe::link_metadata(&folder_of(target).join(name))?;
     let is_replaced = found.is_some();
     let found_kind = found.as_ref().map(|meta| EntryKind::of(meta.file_type()));
     match (found_kind, kind) {

@@ -45,7 +45,7 @@ impl InUse {
     pub fn register(path: &Path) -> Result<Vec<Self>, CheckpointError> {
         let Some(meta) = probe::metadata(path)? else { return Ok(Vec::new()) };
         let mut registered = vec![Self::insert(path, Some(real(path)?), &meta)];
-        if meta.is_dir() {
+        if is_folder(&meta) {
             for (name, kind) in probe::entries(path)? {
                 let entry = path.join(name);
                 if kind == EntryKind::Link
@@ -70,7 +70,7 @@ impl InUse {
     }
 
     fn insert(path: &Path, real: Option<PathBuf>, meta: &Metadata) -> Self {
-        let input = Input { path: path.to_owned(), real, id: FileId::of(meta), is_folder: meta.is_dir() };
+        let input = Input { path: path.to_owned(), real, id: FileId::of(meta), is_folder: is_folder(meta) };
         let mut registry = REGISTRY.lock().expect("no thread panics holding the lock");
         let key = registry.next;
         registry.next += 1;
@@ -85,6 +85,10 @@ impl Drop for InUse {
             registry.inputs.remove(&self.0);
         }
     }
+}
+
+fn is_folder(meta: &Metadata) -> bool {
+    EntryKind::of(meta.file_type()) == EntryKind::Folder
 }
 
 fn real(path: &Path) -> Result<PathBuf, CheckpointError> {

@@ -4,7 +4,7 @@ use std::{cell::Cell, fmt, fs::File, io::Read, os::unix::fs::OpenOptionsExt, pat
 
 use serde::de::{self, DeserializeSeed, Deserializer, Unexpected, Visitor};
 
-use super::{CheckpointError, Printable};
+use super::{CheckpointError, EntryKind, Printable};
 
 /// Opens a file for reading; what is no regular file is refused, and a pipe without a writer is not waited for.
 pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std::fs::Metadata), CheckpointError> {
@@ -12,7 +12,7 @@ pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
     let file = File::options().read(true).custom_flags(nonblocking).open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
-    if !meta.is_file() {
+    if EntryKind::of(meta.file_type()) != EntryKind::File {
         return Err(CheckpointError::bad_file(path, "not a regular file"));
     }
     Ok((file, meta))

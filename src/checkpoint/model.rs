@@ -134,8 +134,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_interrupted(path: &Path) -> Result<Self, CheckpointError> {
-        let meta = fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))?;
-        if !meta.is_dir() {
+        if EntryKind::of(probe::existing(path)?.file_type()) != EntryKind::Folder {
             return Self::assemble(path, Layout::File, vec![Shard::open(path)?]);
         }
         let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
@@ -198,10 +197,7 @@ impl Checkpoint {
         let in_use = match layout {
             // Its shard is registered by itself.
             Layout::File => None,
-            _ => {
-                let meta = fs::metadata(root).map_err(|e| CheckpointError::io("open", root, e))?;
-                Some(InUse::folder(root, &meta)?)
-            }
+            _ => Some(InUse::folder(root, &probe::existing(root)?)?),
         };
         let codes = Codes::of(root, layout, &shards, &config)?;
         let real = fs::canonicalize(root).map_err(|e| CheckpointError::io("open", root, e))?;
@@ -368,12 +364,11 @@ pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_j
     const MOST_BYTES: u64 = 16 << 20;
     // A parsed value takes some fifty times the memory of the shortest JSON for it.
     const MOST_VALUES: usize = 1_000_000;
-    let json = match read_whole(path, MOST_BYTES) {
-        Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(serde_json::Map::new());
-        }
-        json => json?,
-    };
+    // A link that leads nowhere is there, and is told as such.
+    if !probe::is_present(path)? {
+        return Ok(serde_json::Map::new());
+    }
+    let json = read_whole(path, MOST_BYTES)?;
     let bad = |what: String| CheckpointError::bad_file(path, what);
     let n_values = json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
     if n_values > MOST_VALUES {

@@ -126,12 +126,15 @@ impl AtomicDir {
         }
         // What has the temporary name now, if anything, is removed below.
         self.partial.stays = true;
-        sync_folder(folder_of(&self.target)).map_err(|e| e.after_commit("sync the folder of"))?;
+        sync_folder(folder_of(&self.target)).map_err(|e| e.after_commit(&self.target, "sync the folder of"))?;
         if is_replaced {
             // What came into the old folder meanwhile stays, with it.
-            let removed = refuse_foreign(self.path(), &self.target, &names);
-            let removed = removed.and_then(|()| self.partial.folder.remove_all());
-            removed.map_err(|e| e.after_commit("remove what it replaced, now under a temporary name beside"))?;
+            let removed = match refuse_foreign(self.path(), &self.target, &names) {
+                Ok(()) => self.partial.folder.remove_all(),
+                Err(e) => Err(self.put_aside().err().unwrap_or(e)),
+            };
+            let what = "remove what it replaced, now under a temporary name beside";
+            removed.map_err(|e| e.after_commit(&self.target, what))?;
         }
         Ok(())
     }
@@ -152,7 +155,18 @@ impl AtomicDir {
             rename(&aside, &self.target)?;
             return Err(e);
         }
-        rename(&aside, self.path()).map_err(|e| e.after_commit("put aside what it replaced in"))
+        rename(&aside, self.path())
+            .map_err(|e| e.after_commit(&self.target, "remove what it replaced, now under another name beside"))
+    }
+
+    /// Gives the old folder, which somebody else's files came into, a name that no run clears.
+    fn put_aside(&self) -> Result<(), CheckpointError> {
+        let name = self.target.file_name().expect("outputs have names");
+        let aside = OwnFolder::at(&self.target.with_file_name(temporary_name(name, "replaced")))?;
+        match self.partial.folder.move_to(&aside)? {
+            true => sync_folder(folder_of(&self.target)),
+            false => Ok(()),
+        }
     }
 
     fn give_name(&self) -> Result<(), CheckpointError> {

@@ -142,7 +142,7 @@ impl OwnFolder {
             Err(e) => return Err(CheckpointError::io("open", &path, e.into())),
         };
         let meta = file.metadata().map_err(|e| CheckpointError::io("open", &path, e))?;
-        if !meta.is_file() {
+        if EntryKind::of(meta.file_type()) != EntryKind::File {
             return Err(self.refuse_entry(name));
         }
         Ok(Some((file, meta)))

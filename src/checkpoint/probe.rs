@@ -54,6 +54,7 @@ impl FileId {
     }
 
     /// Whether this is the identity of what `statat` found.
+    #[allow(clippy::unnecessary_cast, reason = "the types differ between systems")]
     pub(super) fn is(&self, found: &rustix::fs::Stat) -> bool {
         (self.device, self.inode) == (found.st_dev as u64, found.st_ino as u64)
     }
@@ -65,6 +66,22 @@ impl FileId {
 /// [`CheckpointError::Io`] for every failure but `ENOENT`.
 pub fn metadata(path: &Path) -> Result<Option<Metadata>, CheckpointError> {
     present_or_error(path, fs::metadata(path))
+}
+
+/// The metadata of what `path` leads to, which is there.
+///
+/// # Errors
+/// [`CheckpointError::Io`], also where it is absent.
+pub fn existing(path: &Path) -> Result<Metadata, CheckpointError> {
+    fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))
+}
+
+/// The bytes of the file that `path` leads to.
+///
+/// # Errors
+/// As [`existing`].
+pub fn n_bytes(path: &Path) -> Result<u64, CheckpointError> {
+    Ok(existing(path)?.len())
 }
 
 /// The metadata of `path` itself, a link being a link; `None` where it is absent.

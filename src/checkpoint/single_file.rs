@@ -7,6 +7,7 @@
 
 use std::{
     fs,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -16,12 +17,15 @@ use rustix::{
 };
 
 use super::{
-    AtomicFile, CheckpointError, EntryKind, Existing, Layout, OutputKind, OwnFolder, StateFolder, check_output,
-    folder_of, output_dir::Partial, probe, state_folder::is_own_entry, sync_folder,
+    AtomicFile, CheckpointError, EntryKind, Existing, Layout, OutputKind, OwnFolder, StateFolder,
+    atomic_file::temporary_name, check_output, folder_of, output_dir::Partial, probe, state_folder::is_own_entry,
+    sync_folder,
 };
 
 /// The new file's name in its temporary folder.
 const FILE: &str = "model.safetensors";
+/// The old state folder's name there, on file systems that cannot exchange two folders.
+const ASIDE: &str = "aside";
 
 /// A file and its state folder under temporary names; gone when dropped before [`SingleFile::commit`].
 pub struct SingleFile {
@@ -39,20 +43,23 @@ impl SingleFile {
     /// What [`check_output`] refuses, a state folder of others beside it, or another run that is writing it.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         let is_replaced = check_output(target, OutputKind::Checkpoint, existing)?;
-        let partial = Partial::lock(target, "partial")?;
+        let mut partial = Partial::lock(target, "partial")?;
         let state = StateFolder::at(target, Layout::File)?;
-        if state.folder().has(StateFolder::REPLACING)? {
-            if is_replaced {
-                return Err(CheckpointError::Interrupted { path: target.to_owned() });
-            }
-            // What a run left that was cut short before the file had its name.
-            state.folder().remove_all()?;
+        let is_marked = state.folder().has(StateFolder::REPLACING)? || stepped_aside(&partial.folder)?;
+        if is_marked && is_replaced {
+            // What is in the temporary folder is needed for recovery.
+            partial.stays = true;
+            return Err(CheckpointError::Interrupted { path: target.to_owned() });
         }
-        partial.clear()?;
         let foreign = foreign_entries(state.folder(), Path::new(""))?;
         if !foreign.is_empty() {
             return Err(CheckpointError::ForeignEntries { path: state.path().to_owned(), entries: foreign });
         }
+        if is_marked {
+            // What a run left that was cut short before the file had its name.
+            state.folder().remove_all()?;
+        }
+        partial.clear()?;
         if existing == Existing::Keep && state.folder().open()?.is_some() {
             return Err(CheckpointError::OutputExists { path: state.path().to_owned() });
         }
@@ -74,7 +81,7 @@ impl SingleFile {
         let (has_new, has_old) = (new.folder().open()?.is_some(), self.state.folder().open()?.is_some());
         if has_new || has_old {
             new.folder().create()?;
-            AtomicFile::create_own(new.folder(), StateFolder::REPLACING)?.commit()?;
+            write_mark(&new, &self.root())?;
             // From here on, what is in the temporary folder is needed for recovery.
             self.partial.stays = true;
             self.exchange(&new, has_old)?;
@@ -88,7 +95,7 @@ impl SingleFile {
         }
         let finished = sync_folder(folder_of(&self.target)).and_then(|()| finish(&self.state, has_new));
         self.partial.stays = false;
-        finished.map_err(|e| e.after_commit("finish the replacement of"))
+        finished.map_err(|e| e.after_commit(&self.target, "finish the replacement of"))
     }
 
     fn exchange(&self, new: &StateFolder, has_old: bool) -> Result<(), CheckpointError> {
@@ -96,15 +103,14 @@ impl SingleFile {
         let done = if has_old { new.exchange(old)? } else { new.move_to(old)? };
         if !done && has_old {
             // File systems without exchange: the old one steps aside first.
-            let aside = self.partial.folder.inside("aside");
-            aside.create()?;
-            fs::rename(old.path(), aside.path()).map_err(|e| CheckpointError::io("rename", old.path(), e))?;
+            let aside = self.partial.path().join(ASIDE);
+            fs::rename(old.path(), &aside).map_err(|e| CheckpointError::io("rename", old.path(), e))?;
         }
         if !done {
             fs::rename(new.path(), old.path()).map_err(|e| CheckpointError::io("create", old.path(), e))?;
         }
         if !done && has_old {
-            let aside = self.partial.path().join("aside");
+            let aside = self.partial.path().join(ASIDE);
             fs::rename(&aside, new.path()).map_err(|e| CheckpointError::io("rename", &aside, e))?;
         }
         sync_folder(folder_of(&self.target))
@@ -128,6 +134,30 @@ impl SingleFile {
     }
 }
 
+/// Marks a state folder as one that is taking its place, with that of the new file.
+fn write_mark(state: &StateFolder, file: &Path) -> Result<(), CheckpointError> {
+    let mark = AtomicFile::create_own(state.folder(), StateFolder::REPLACING)?;
+    let written = mark.file().write_all_at(stamp(&probe::existing(file)?).as_bytes(), 0);
+    written.map_err(|e| CheckpointError::io("write", mark.target(), e))?;
+    mark.commit()
+}
+
+/// What tells the new file from the old one, wherever both are moved.
+fn stamp(meta: &fs::Metadata) -> String {
+    format!("{} bytes, modified {}.{:09}\n", meta.len(), meta.mtime(), meta.mtime_nsec())
+}
+
+/// Fails where the file is not the one that the mark speaks of.
+fn prove_mark(state: &StateFolder, target: &Path) -> Result<(), CheckpointError> {
+    let mark = state.folder().read(StateFolder::REPLACING, 4096)?;
+    if mark.as_deref() == Some(stamp(&probe::existing(target)?).as_bytes()) {
+        return Ok(());
+    }
+    let what = "a replacement of the file was interrupted, and the temporary folder that held the rest of it is gone: whether this \
+                is the ledger of the file is not known. Nothing was deleted; merge again from the base";
+    Err(CheckpointError::bad_file(&state.path().join(StateFolder::REPLACING), what))
+}
+
 /// Removes the mark, and the state folder where the new file has none.
 fn finish(state: &StateFolder, is_kept: bool) -> Result<(), CheckpointError> {
     match is_kept {
@@ -142,10 +172,29 @@ fn finish(state: &StateFolder, is_kept: bool) -> Result<(), CheckpointError> {
     }
 }
 
+/// Whether the old state folder lies in the temporary folder of a replacement, on its way there.
+fn stepped_aside(partial: &OwnFolder) -> Result<bool, CheckpointError> {
+    Ok(partial.inside(ASIDE).open()?.is_some())
+}
+
+/// The temporary folder of the single file at `target`.
+fn temporary_folder(target: &Path) -> Result<OwnFolder, CheckpointError> {
+    OwnFolder::at(&target.with_file_name(temporary_name(target.file_name().unwrap_or_default(), "partial")))
+}
+
+/// Whether a replacement of the single file at `target` waits for recovery, of which its state folder says nothing.
+pub(super) fn is_without_state(target: &Path) -> Result<bool, CheckpointError> {
+    stepped_aside(&temporary_folder(target)?)
+}
+
 /// Puts the old state folder back.
 fn roll_back(partial: &Partial, state: &StateFolder) -> Result<(), CheckpointError> {
     let old = StateFolder::at(&partial.path().join(FILE), Layout::File)?;
-    if old.folder().open()?.is_none() {
+    if stepped_aside(&partial.folder)? {
+        state.folder().remove_all()?;
+        let aside = partial.path().join(ASIDE);
+        fs::rename(&aside, state.path()).map_err(|e| CheckpointError::io("rename", &aside, e))?;
+    } else if old.folder().open()?.is_none() {
         state.folder().remove_all()?;
     } else if !old.folder().exchange(state.folder())? {
         state.folder().remove_all()?;
@@ -158,11 +207,16 @@ fn roll_back(partial: &Partial, state: &StateFolder) -> Result<(), CheckpointErr
 /// finished.
 ///
 /// # Errors
-/// Another run that is writing it, or a failure to rename; it can be asked for again.
+/// Another run that is writing it, or a failure to rename; it can be asked for again. [`CheckpointError::BadFile`] where the temporary
+/// folder was taken away and the file is not the new one.
 pub fn recover_single_file(target: &Path) -> Result<Option<bool>, CheckpointError> {
     let state = StateFolder::at(target, Layout::File)?;
-    if !state.folder().has(StateFolder::REPLACING)? {
+    let temporary = temporary_folder(target)?;
+    if !state.folder().has(StateFolder::REPLACING)? && !stepped_aside(&temporary)? {
         return Ok(None);
+    }
+    if temporary.open()?.is_none() {
+        prove_mark(&state, target)?;
     }
     let mut partial = Partial::lock(target, "partial")?;
     partial.stays = true;
@@ -245,7 +299,7 @@ mod tests {
             let mut output = SingleFile::create(&target, Existing::Replace).unwrap();
             write(&output, "new");
             let new = StateFolder::at(&output.root(), Layout::File).unwrap();
-            fs::write(new.path().join("replacing"), "").unwrap();
+            write_mark(&new, &output.root()).unwrap();
             output.exchange(&new, true).unwrap();
             if is_named {
                 output.give_name().unwrap();
@@ -254,12 +308,61 @@ mod tests {
             output.partial.stays = true;
             drop(output);
             assert!(StateFolder::at(&target, Layout::File).unwrap().is_interrupted().unwrap());
+            // Whoever comes next takes nothing away.
+            let error = SingleFile::create(&target, Existing::Replace).err().unwrap();
+            assert!(matches!(error, CheckpointError::Interrupted { .. }), "{error}");
             assert_eq!(recover_single_file(&target).unwrap(), Some(is_named));
             let text = if is_named { "new" } else { "old" };
             assert_eq!(found(&target), (text.to_owned(), format!("of {text}")));
             assert_eq!(recover_single_file(&target).unwrap(), None);
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
         }
+    }
+
+    #[test]
+    fn a_state_folder_that_stepped_aside_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("m.safetensors");
+        let output = SingleFile::create(&target, Existing::Keep).unwrap();
+        write(&output, "old");
+        output.commit().unwrap();
+        // On file systems that cannot exchange: cut short with the old one aside, and with the new one in its place.
+        for is_placed in [false, true] {
+            let mut output = SingleFile::create(&target, Existing::Replace).unwrap();
+            write(&output, "new");
+            let new = StateFolder::at(&output.root(), Layout::File).unwrap();
+            write_mark(&new, &output.root()).unwrap();
+            fs::rename(output.state.path(), output.partial.path().join(ASIDE)).unwrap();
+            if is_placed {
+                fs::rename(new.path(), output.state.path()).unwrap();
+            }
+            output.partial.stays = true;
+            drop(output);
+            assert!(is_without_state(&target).unwrap());
+            let error = SingleFile::create(&target, Existing::Replace).err().unwrap();
+            assert!(matches!(error, CheckpointError::Interrupted { .. }), "{error}");
+            assert_eq!(recover_single_file(&target).unwrap(), Some(false));
+            assert_eq!(found(&target), ("old".to_owned(), "of old".to_owned()));
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
+    }
+
+    #[test]
+    fn without_the_temporary_folder_the_file_itself_must_be_the_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("m.safetensors");
+        fs::write(&target, "new").unwrap();
+        let state = StateFolder::at(&target, Layout::File).unwrap();
+        state.create().unwrap();
+        fs::write(state.path().join("ledger"), "of new").unwrap();
+        write_mark(&state, &target).unwrap();
+        fs::write(&target, "another").unwrap();
+        let error = recover_single_file(&target).unwrap_err();
+        assert!(error.to_string().contains("is gone"), "{error}");
+        assert!(state.is_interrupted().unwrap() && fs::read_dir(dir.path()).unwrap().count() == 2);
+        write_mark(&state, &target).unwrap();
+        assert_eq!(recover_single_file(&target).unwrap(), Some(true));
+        assert_eq!(found(&target), ("another".to_owned(), "of new".to_owned()));
     }
 
     #[test]

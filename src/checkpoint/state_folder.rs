@@ -23,7 +23,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{AtomicFile, Checkpoint, CheckpointError, EntryKind, Layout, OwnFolder, folder_of, probe};
+use super::{
+    AtomicFile, Checkpoint, CheckpointError, EntryKind, Layout, OwnFolder, folder_of, probe,
+    single_file::is_without_state,
+};
 
 /// The folder's name inside a checkpoint's folder, and its suffix behind a single file's name.
 pub const STATE_FOLDER: &str = ".neuroada";
@@ -234,6 +237,9 @@ pub(super) fn interrupted(checkpoint: &Checkpoint) -> Result<Option<PathBuf>, Ch
         return Ok(Some(root.to_owned()));
     }
     if checkpoint.layout() == Layout::File {
+        if is_without_state(root)? {
+            return Ok(Some(root.to_owned()));
+        }
         let whole = folder_of(root);
         if StateFolder::at(whole, Layout::Folder)?.is_interrupted()? {
             return Ok(Some(whole.to_owned()));

@@ -159,12 +159,24 @@ impl OutputArgs {
     }
 }
 
+/// What is reported where there was something to recover.
+const RECOVERED: &str = "an interrupted change was recovered first";
+
 pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
-    if args.output.is_in_place() && Checkpoint::open_interrupted(&args.base)?.interrupted()?.is_some() {
+    let recovers = args.output.is_in_place() && Checkpoint::open_interrupted(&args.base)?.interrupted()?.is_some();
+    if recovers {
         merge::recover(&env.context(), &args.base)?;
-        env.note("note: an interrupted change was recovered first");
     }
+    let answer = merge_all(args, inputs, recovers, env);
+    if recovers && answer.is_err() {
+        env.note(RECOVERED);
+    }
+    answer
+}
+
+/// Merges, when there is nothing to recover any more.
+fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
     // The folder holds what was converted until it is merged.
     let (inputs, _folder) = adopt(&args.base, inputs, env)?;
     let is_low_rank = |input: &MergeInput| {
@@ -195,7 +207,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
         let options = MergeOptions { allow_overflow: args.allow_overflow, ..args.output.options(!args.no_ledger) };
         merge::merge(&env.context(), &args.base, &inputs, &options)
     };
-    let report = match merged {
+    let mut report = match merged {
         Err(e @ MergeError::AlreadyMerged { .. }) => {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
         }
@@ -211,6 +223,9 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
         })?,
         merged => merged?,
     };
+    if recovered {
+        report.notes.insert(0, RECOVERED.to_owned());
+    }
     tell(&report, env)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu {

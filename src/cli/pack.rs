@@ -87,7 +87,7 @@ pub(super) fn run(args: PackArgs, env: &Env) -> anyhow::Result<Answer> {
     let report = pack_adapter(&ctx, &adapter, &options, &args.output, existing)?;
     if args.card {
         let written = card::write(&args.output, &adapter, &report, args.base_model.as_deref(), existing);
-        written.map_err(|e| e.after_commit("write the model card beside"))?;
+        written.map_err(|e| e.after_commit(&args.output, "write the model card beside"))?;
     }
     env.report_work(&report, print)?;
     Ok(Answer::Yes)

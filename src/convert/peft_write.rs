@@ -4,7 +4,7 @@
 //! for the smallest that is enough for every layer, and each layer is filled up with entries of -0 on a position that it
 //! has already: entries of one position are summed, and adding -0 changes nothing, not even a zero's sign.
 
-use std::{collections::BTreeMap, fs, io::Write, path::Path};
+use std::{collections::BTreeMap, io::Write, path::Path};
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use super::{
     export::{Deltas, Rounder},
 };
 use crate::{
-    checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file},
+    checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file, probe},
     mask::TargetInfo,
     peft::{PEFT_CONFIG, PEFT_TENSORS},
     tensor::Dtype,
@@ -60,7 +60,7 @@ pub(super) fn write(
     write_config(&config_path, &config)?;
     let mut report = ConvertReport::new("neuroada", format.name(), tensors);
     for path in [&tensors_path, &config_path] {
-        report.n_bytes += fs::metadata(path).map_err(|e| CheckpointError::io("read", path, e))?.len();
+        report.n_bytes += probe::n_bytes(path)?;
     }
     folder.commit()?;
     if format != Format::Spiel {

@@ -7,7 +7,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
     io::{BufWriter, Write},
     path::Path,
     sync::Arc,
@@ -24,7 +23,7 @@ use super::{
     zip::ZipWriter,
 };
 use crate::{
-    checkpoint::{AtomicDir, CheckpointError, Context, Existing, Printable, create_new_file},
+    checkpoint::{AtomicDir, CheckpointError, Context, Existing, Printable, create_folders, create_new_file, probe},
     mask::TargetInfo,
     tensor::{Dtype, dtype_name, projection_kind},
 };
@@ -96,7 +95,7 @@ pub(super) fn write(deltas: &Deltas<'_>, output: &Path, existing: Existing) -> R
     )?;
     let folder = AtomicDir::create(output, existing)?;
     let parameters = folder.path().join("tunable_para");
-    fs::create_dir(&parameters).map_err(|e| CheckpointError::io("create", &parameters, e))?;
+    create_folders(&parameters)?;
     write_positions(deltas, &folder.path().join(POSITIONS))?;
     let tensors = write_values(deltas, &folder.path().join(VALUES))?;
     let arguments = folder.path().join(ARGUMENTS);
@@ -106,8 +105,7 @@ pub(super) fn write(deltas: &Deltas<'_>, output: &Path, existing: Existing) -> R
     file.sync_all().map_err(|e| CheckpointError::io("sync", &arguments, e))?;
     let mut report = ConvertReport::new("neuroada", Format::Published.name(), tensors);
     for name in [POSITIONS, VALUES, ARGUMENTS] {
-        let path = folder.path().join(name);
-        report.n_bytes += fs::metadata(&path).map_err(|e| CheckpointError::io("read", &path, e))?.len();
+        report.n_bytes += probe::n_bytes(&folder.path().join(name))?;
     }
     folder.commit()?;
     Ok(report)

@@ -75,6 +75,8 @@ pub(super) fn apply(
     after: Stack,
     allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
+    // A link in their place is refused now: later there would be something to roll back, and no way to.
+    state.adapters().open()?;
     let change = Change { checkpoint, before, after: &after };
     let touched = change.touched()?;
     let files = open_for_writing(ctx, checkpoint, &touched)?;

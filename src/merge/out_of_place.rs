@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -18,8 +17,9 @@ use super::{
     stack::{Stack, copy_name},
 };
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent,
-    SingleFile, StateFolder, check_free_space, copy_file, folder_of, rewrite_shard, share_file, sync_folder, windows,
+    AtomicDir, Checkpoint, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent, SingleFile,
+    StateFolder, check_free_space, copy_file, create_folders, folder_of, give_name, remove_file, rewrite_shard,
+    share_file, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -245,29 +245,15 @@ fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
     adapters + 2 * touched.iter().map(originals).sum::<u64>()
 }
 
-/// Lets a finished shard appear.
-fn give_name(part: &Path, path: &Path) -> Result<(), MergeError> {
-    fs::rename(part, path).map_err(|e| CheckpointError::io("create", path, e))?;
-    Ok(sync_folder(folder_of(path))?)
-}
-
 /// Copies config, tokenizer and the like.
 pub(super) fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) -> Result<(), MergeError> {
     for side_file in checkpoint.side_files()? {
         let to = root.join(&side_file);
-        fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
-        remove_if_there(&to)?;
+        create_folders(folder_of(&to))?;
+        remove_file(&to)?;
         copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
     }
     Ok(())
-}
-
-/// Removes a file that an earlier run may have left in the output.
-fn remove_if_there(path: &Path) -> Result<(), MergeError> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CheckpointError::io("remove", path, e).into()),
-        _ => Ok(()),
-    }
 }
 
 /// The output under its temporary name; gone when dropped before [`Output::commit`].

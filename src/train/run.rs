@@ -24,7 +24,7 @@ use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
     checkpoint::{
         Checkpoint, CheckpointError, Context, Existing, OutputKind, Silent, append_to_file, check_output, gather_rows,
-        probe, write_atomic,
+        probe, remove_file, write_atomic,
     },
     data::{Batch, Batches, Dataset, loss_curve},
     mask::{BaseInfo, MaskFile},
@@ -431,12 +431,7 @@ impl<D: Device> Run<'_, D> {
         write_adapter(ctx, *device, model, job, &notes)?;
         let state = job.beside("state.safetensors");
         // The adapter is in its place.
-        match fs::remove_file(&state) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(CheckpointError::committed(&state, "remove the state that led to", e).into());
-            }
-            _ => {}
-        }
+        remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the state that led to"))?;
         let adapter = Adapter::open(job.output)?;
         Ok(TrainReport {
             id: adapter.id(ctx)?.to_string(),

@@ -1,5 +1,6 @@
 use std::{
     fs,
+    os::unix::fs::{FileTypeExt, MetadataExt, lchown},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -92,6 +93,63 @@ impl Place {
         format!("exit: {code}\n--- stdout\n{}--- stderr\n{}", words(&output.stdout), words(&output.stderr))
     }
 
+    /// The same as [`Self::output`] for a user without privileges, who owns the folder and what is in it. `None` where nobody else can
+    /// run the binary: the reason is printed.
+    pub(crate) fn output_of_another_user(&self, line: &str, owns: bool) -> Option<Output> {
+        const NOBODY: u32 = 65534;
+        let command = self.command(line);
+        if fs::metadata(self.folder.path()).expect("the folder is there").uid() != 0 {
+            // Whoever runs the tests has no privileges.
+            return owns.then(|| self.output(line)).or_else(|| skip("only root can be somebody else"));
+        }
+        if owns {
+            each_below(self.folder.path(), &mut |path| {
+                lchown(path, Some(NOBODY), Some(NOBODY)).expect("root gives away");
+            });
+        }
+        open_to_all(self.folder.path());
+        let as_nobody = |program: &std::ffi::OsStr, arguments: Vec<&std::ffi::OsStr>| {
+            let mut setpriv = Command::new("setpriv");
+            setpriv
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
+                .arg(program)
+                .args(arguments)
+                .current_dir(self.folder.path())
+                .env_clear()
+                .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+                .stdin(Stdio::null());
+            setpriv.output()
+        };
+        let can_run = as_nobody(command.get_program(), vec!["--version".as_ref()]);
+        if !can_run.is_ok_and(|output| output.status.success()) {
+            return skip("another user cannot run the binary here, or there is no setpriv");
+        }
+        Some(as_nobody(command.get_program(), command.get_args().collect()).expect("setpriv runs"))
+    }
+
+    /// Every entry below the folder, links not followed: its name, kind, mode, time and content. For "nothing changed".
+    pub(crate) fn tree(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        each_below(self.folder.path(), &mut |path| found.push(self.entry(path)));
+        found.sort();
+        found
+    }
+
+    fn entry(&self, path: &Path) -> String {
+        let name = path.strip_prefix(self.folder.path()).expect("below the folder").display();
+        let meta = fs::symlink_metadata(path).expect("entries can be examined");
+        let (kind, mode, time) = (meta.file_type(), meta.mode(), (meta.mtime(), meta.mtime_nsec()));
+        if kind.is_file() {
+            let content = blake3::hash(&fs::read(path).expect("files can be read"));
+            format!("{name} {mode:o} {time:?} {content}")
+        } else if kind.is_symlink() {
+            format!("{name} -> {}", fs::read_link(path).expect("links can be read").display())
+        } else {
+            let special = kind.is_fifo() || kind.is_char_device();
+            format!("{name}{} {mode:o}", if special { "|" } else { "/" })
+        }
+    }
+
     /// Names of all files below the folder, sorted: for "nothing was left behind".
     pub(crate) fn files(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -101,7 +159,32 @@ impl Place {
     }
 }
 
-fn copy(from: &Path, to: &Path) {
+/// Says why a test did not run.
+pub(crate) fn skip<T>(why: &str) -> Option<T> {
+    eprintln!("skipped: {why}");
+    None
+}
+
+/// Lets everybody enter and read the folder itself.
+fn open_to_all(folder: &Path) {
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(folder, mode).expect("the folder is ours");
+}
+
+/// Calls `f` with `folder` and everything below, links not followed.
+fn each_below(folder: &Path, f: &mut impl FnMut(&Path)) {
+    f(folder);
+    for entry in fs::read_dir(folder).expect("folders can be listed") {
+        let entry = entry.expect("folders can be listed");
+        match entry.file_type().expect("entries can be examined").is_dir() {
+            true => each_below(&entry.path(), f),
+            false => f(&entry.path()),
+        }
+    }
+}
+
+/// Copies a file, or a folder with all that is in it.
+pub(crate) fn copy(from: &Path, to: &Path) {
     if !from.is_dir() {
         fs::copy(from, to).expect("fixtures can be copied");
         return;

@@ -26,7 +26,7 @@ fn write_peft(place: &Place, name: &str, config: &str, tensors: &[(&str, &[u64],
     file.finish(&Context::default(), &BTreeMap::new()).unwrap();
 }
 
-fn write_lora(place: &Place, name: &str, value: f32) {
+pub(crate) fn write_lora(place: &Place, name: &str, value: f32) {
     let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
     let config = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"base_model_name_or_path":"/home/somebody/tiny-llama"}"#;
     write_peft(place, name, config, &[(&a, &[2, 64], value), (&b, &[64, 2], 0.5)]);

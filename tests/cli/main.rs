@@ -7,9 +7,11 @@ mod cluster;
 mod combine;
 mod convert;
 mod diff;
+mod edges;
 #[cfg(feature = "train")]
 mod eval;
 mod extract;
+mod half_merged;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
 mod init;

@@ -1,7 +1,7 @@
 //! From a checkpoint and a delta to the newer checkpoint.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{BufReader, Read},
     os::unix::fs::FileExt,
     path::Path,
@@ -14,7 +14,7 @@ use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncRepor
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, Printable, Shard,
-        SingleFile, TensorRef, copy_file, folder_of, malformed, read_whole,
+        SingleFile, TensorRef, copy_file, create_folders, folder_of, malformed, open_to_change, read_whole,
     },
     convert::{ConvertError, input::Input},
     tensor::Dtype,
@@ -365,7 +365,7 @@ impl Target {
             Self::File(file) => file.root(),
         };
         copy_file(ctx, shard.path(), &path, CopyMode::Auto)?;
-        File::options().read(true).write(true).open(&path).map_err(|e| CheckpointError::io("open", &path, e))
+        open_to_change(&path)
     }
 
     /// Brings the other files of the base along, and lets the checkpoint appear.
@@ -376,7 +376,7 @@ impl Target {
         };
         for side_file in base.side_files()? {
             let to = folder.path().join(&side_file);
-            fs::create_dir_all(folder_of(&to)).map_err(|e| CheckpointError::io("create", folder_of(&to), e))?;
+            create_folders(folder_of(&to))?;
             copy_file(ctx, &base.root().join(&side_file), &to, CopyMode::Auto)?;
         }
         folder.commit()

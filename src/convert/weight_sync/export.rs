@@ -1,6 +1,6 @@
 //! From two checkpoints to a delta.
 
-use std::{collections::BTreeMap, fs, io::Write, ops::Range, path::Path};
+use std::{collections::BTreeMap, io::Write, ops::Range, path::Path};
 
 use serde_json::json;
 use zstd::stream::write::Encoder;
@@ -9,7 +9,7 @@ use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncRepor
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, Existing, INDEX_FILE, Printable, TensorFileWriter, TensorId,
-        TensorRef, create_new_file, for_each_ordered, window_cost,
+        TensorRef, create_new_file, for_each_ordered, probe, window_cost,
     },
     convert::ConvertError,
     tensor::{Dtype, dtype_name},
@@ -73,10 +73,7 @@ pub fn export_weight_sync(
     file.finish(ctx, &checksums)?;
     let index_path = folder.path().join(INDEX_FILE);
     write_index(&index_path, options, &tensors)?;
-    let size = |path: &Path| {
-        Ok::<_, CheckpointError>(fs::metadata(path).map_err(|e| CheckpointError::io("read", path, e))?.len())
-    };
-    let n_bytes = size(&path)? + size(&index_path)?;
+    let n_bytes = probe::n_bytes(&path)? + probe::n_bytes(&index_path)?;
     folder.commit()?;
     let WeightSyncOptions { encoding, checksum, version, base_version } = *options;
     let n_same = (pairs.len() - tensors.len()) as u64;
