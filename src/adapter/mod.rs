@@ -13,12 +13,14 @@ mod file;
 mod id;
 mod init;
 mod packed;
+mod writer;
 
 pub use builder::AdapterBuilder;
 pub use error::AdapterError;
-pub use file::{Adapter, AdapterNotes, AdapterWriter, DeltaRows};
+pub use file::{Adapter, AdapterNotes, DeltaRows};
 pub use id::AdapterId;
 pub use init::{InitOptions, InitReport, init_adapter};
 pub use packed::{
     ColumnsChoice, ColumnsKind, LossyError, MergedError, PackOptions, PackReport, ValuesChoice, pack_adapter,
 };
+pub use writer::AdapterWriter;

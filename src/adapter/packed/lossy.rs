@@ -7,7 +7,7 @@ use super::{
     values::{GROUP, Group, ValueKind},
 };
 use crate::{
-    adapter::file::{narrow, widen},
+    adapter::{file::widen, writer::narrow},
     tensor::{Accumulator, Dtype, Float, with_float},
 };
 
