@@ -78,7 +78,7 @@ const PROBE_EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("src/checkpoint/lock.rs", "metadata().ok()", "who holds a lock is a courtesy of the message"),
 ];
 const MOST_LINES: usize = 700;
-const MOST_FIXTURE_BYTES: u64 = 8_000_000;
+const MOST_FIXTURE_BYTES: u64 = 16_000_000;
 
 // --- the rules
 

@@ -122,16 +122,16 @@ fn match_base<'a>(base: &'a Checkpoint, mask: &MaskFile) -> Result<Vec<TensorRef
     let mut tensors = Vec::new();
     for target in mask.targets() {
         let name = Printable(&target.name);
-        match base.tensor(&target.name) {
-            None => problems.push(format!("\"{name}\": the base has no such tensor")),
-            Some(tensor) if (tensor.info.dtype, &tensor.info.shape) != (target.dtype, &target.shape) => {
+        match base.numbers(&target.name) {
+            Err(what) => problems.push(format!("\"{name}\": {what}")),
+            Ok(tensor) if (tensor.info.dtype, &tensor.info.shape) != (target.dtype, &target.shape) => {
                 let (made_for, found) = (dtype_name(target.dtype), dtype_name(tensor.info.dtype));
                 let (shape, found_shape) = (&target.shape, &tensor.info.shape);
                 problems.push(format!(
                     "\"{name}\": the mask was made for {made_for} {shape:?}, the base has {found} {found_shape:?}"
                 ));
             }
-            Some(tensor) => tensors.push(tensor),
+            Ok(tensor) => tensors.push(tensor),
         }
     }
     if problems.is_empty() {

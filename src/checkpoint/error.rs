@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::CodedWeight;
+
 /// What kind of failure an error is; the command line turns it into an exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ErrorKind {
@@ -109,6 +111,20 @@ pub enum CheckpointError {
         /// What the system said.
         source: io::Error,
     },
+    /// A weight is stored as codes, which are no numbers by themselves.
+    #[error(
+        "{}: \"{}\" is stored as {layout}; codes are not numbers, and this layout is not supported yet",
+        Printable::path(.path),
+        Printable(.weight)
+    )]
+    Coded {
+        /// The file or checkpoint.
+        path: PathBuf,
+        /// The weight as the model names it.
+        weight: String,
+        /// How it is stored.
+        layout: String,
+    },
     /// A change in place was interrupted: the weights may be a mixture of two states.
     #[error("{}: a change was interrupted and waits for `recover`", Printable::path(.path))]
     Interrupted {
@@ -159,6 +175,22 @@ impl CheckpointError {
     pub fn bad_tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
         Self::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), what: what.into() }
     }
+    /// A weight that is stored as codes.
+    pub(crate) fn coded(path: &Path, weight: &CodedWeight) -> Self {
+        Self::Coded { path: path.to_owned(), weight: weight.name.clone(), layout: weight.layout.clone() }
+    }
+    /// The first of several weights that are stored as codes, and how many more there are; nothing where there are none.
+    pub(crate) fn coded_weights<'a>(
+        path: &Path,
+        mut weights: impl Iterator<Item = &'a CodedWeight>,
+    ) -> Result<(), Self> {
+        let Some(first) = weights.next() else { return Ok(()) };
+        let layout = match weights.count() {
+            0 => first.layout.clone(),
+            n => format!("{} (and {n} more)", first.layout),
+        };
+        Err(Self::Coded { path: path.to_owned(), weight: first.name.clone(), layout })
+    }
     /// A failure after the work was done; `what` is a verb and what it applies to.
     pub fn committed(path: &Path, what: &'static str, source: io::Error) -> Self {
         Self::Committed { path: path.to_owned(), what, source }
@@ -183,6 +215,7 @@ impl CheckpointError {
             | Self::OutputExists { path }
             | Self::OutputIsInput { path, .. }
             | Self::ForeignEntries { path, .. }
+            | Self::Coded { path, .. }
             | Self::Committed { path, .. }
             | Self::Interrupted { path }
             | Self::Refused { path, .. }
@@ -202,6 +235,7 @@ impl CheckpointError {
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
             | Self::ForeignEntries { .. }
+            | Self::Coded { .. }
             | Self::Refused { .. }
             | Self::MemoryLimit { .. } => ErrorKind::Refused,
             Self::Interrupted { .. } => ErrorKind::Interrupted,

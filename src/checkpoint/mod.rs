@@ -10,6 +10,7 @@
 //! without following links ([`OwnFolder`]). Whether something is there is asked in [`probe`] alone.
 
 mod atomic_file;
+mod codes;
 mod context;
 mod copy;
 mod direct;
@@ -40,6 +41,7 @@ mod single_file;
 mod state_folder;
 
 pub use atomic_file::{AtomicFile, Existing, sync_folder, write_atomic};
+pub use codes::{CodedWeight, Codes};
 pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};
 pub(crate) use error::indented_list;

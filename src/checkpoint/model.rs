@@ -6,7 +6,8 @@ use std::{
 };
 
 use super::{
-    CheckpointError, Context, EntryKind, INDEX_FILE, InUse, Index, Printable, Shard, TensorInfo, Window,
+    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Index, Printable, Shard, TensorInfo,
+    Window,
     index::Bounds,
     json::{malformed, read_whole},
     probe, state_folder,
@@ -38,6 +39,7 @@ pub struct Checkpoint {
     /// Tensor (shard, position in its header), sorted by name.
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
+    codes: Codes,
     /// No output replaces, holds or lies in the folder meanwhile.
     _in_use: Option<InUse>,
 }
@@ -51,9 +53,10 @@ pub struct TensorRef<'a> {
     pub shard_index: usize,
     /// Name, type, shape and place.
     pub info: &'a TensorInfo,
+    codes: &'a Codes,
 }
 
-impl TensorRef<'_> {
+impl<'a> TensorRef<'a> {
     /// The bytes `range` of the tensor, in bytes from its start.
     pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
         self.shard.window(ctx, self.info, range)
@@ -62,7 +65,8 @@ impl TensorRef<'_> {
     /// The tensor as rows of several elements.
     ///
     /// # Errors
-    /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns.
+    /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns;
+    /// [`CheckpointError::Coded`] where it holds codes or scales.
     pub fn rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
         let layout = self.any_rows(transposed)?;
         // Nothing is chosen among one element.
@@ -77,7 +81,24 @@ impl TensorRef<'_> {
     /// # Errors
     /// As [`Self::rows`], which refuses vectors.
     pub fn any_rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
+        self.numbers()?;
         RowLayout::of(self.info.dtype, &self.info.shape, transposed).map_err(|what| self.bad(what))
+    }
+
+    /// The coded weight that this tensor is a part of: codes, scales or the like.
+    pub fn coded(&self) -> Option<&'a CodedWeight> {
+        self.codes.of_tensor(&self.info.name)
+    }
+
+    /// Fails where the tensor's elements are no numbers by themselves.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Coded`].
+    pub fn numbers(&self) -> Result<(), CheckpointError> {
+        match self.coded() {
+            Some(weight) => Err(CheckpointError::coded(self.shard.path(), weight)),
+            None => Ok(()),
+        }
     }
 
     fn bad(&self, what: String) -> CheckpointError {
@@ -178,10 +199,11 @@ impl Checkpoint {
             Layout::File => None,
             _ => Some(InUse::folder(root, &probe::existing(root)?)?),
         };
+        let codes = Codes::of(root, layout, &shards, &config)?;
         let real = fs::canonicalize(root).map_err(|e| CheckpointError::io("open", root, e))?;
         let name = if layout == Layout::File { real.file_stem() } else { real.file_name() };
         let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        Ok(Self { root: root.to_owned(), name, layout, shards, tensors, config, _in_use: in_use })
+        Ok(Self { root: root.to_owned(), name, layout, shards, tensors, config, codes, _in_use: in_use })
     }
 
     /// The checkpoint that waits for recovery, where there is one: this one, the folder that its file belongs to, or one of its files.
@@ -218,7 +240,32 @@ impl Checkpoint {
 
     fn at(&self, (s, t): (u32, u32)) -> TensorRef<'_> {
         let shard = &self.shards[s as usize];
-        TensorRef { shard, shard_index: s as usize, info: &shard.header().tensors()[t as usize] }
+        TensorRef { shard, shard_index: s as usize, info: &shard.header().tensors()[t as usize], codes: &self.codes }
+    }
+
+    /// The tensor of this name, to be used as numbers.
+    ///
+    /// # Errors
+    /// Words for a list of problems: there is none, or the weight is stored as codes.
+    pub fn numbers(&self, name: &str) -> Result<TensorRef<'_>, String> {
+        match (self.codes.find(name), self.tensor(name)) {
+            (Some(weight), _) => Err(weight.refusal()),
+            (None, Some(tensor)) => Ok(tensor),
+            (None, None) => Err("the base has no such tensor".to_owned()),
+        }
+    }
+
+    /// Fails where any weight is stored as codes: for those who need all of them as numbers.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Coded`] names the first, and how many there are.
+    pub fn refuse_codes(&self) -> Result<(), CheckpointError> {
+        CheckpointError::coded_weights(&self.root, self.codes.weights().iter())
+    }
+
+    /// The weights that are stored as codes.
+    pub fn codes(&self) -> &Codes {
+        &self.codes
     }
 
     /// Elements of all tensors: the parameters of the model as it is stored.
@@ -313,7 +360,7 @@ impl Checkpoint {
 }
 
 /// Reads `config.json`, or nothing where there is none.
-fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
+pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
     const MOST_BYTES: u64 = 16 << 20;
     // A parsed value takes some fifty times the memory of the shortest JSON for it.
     const MOST_VALUES: usize = 1_000_000;

@@ -240,6 +240,7 @@ impl Job<'_> {
                     .collect();
                 let mut of_piece = combine_rows(inputs, target, &parts, options.method, &dice, rows.start);
                 if let Some(tensor) = options.base.and_then(|base| base.tensor(&info.name)) {
+                    tensor.numbers()?;
                     of_piece.base_values = gather_rows(ctx, tensor, info.layout, rows.start, &of_piece.columns)?;
                 }
                 ctx.observer.advance(parts.iter().map(|part| part.values.len() as u64).sum());

@@ -268,6 +268,7 @@ fn survey_rows(
     let at_base = |columns: &RowColumns| -> Result<Vec<u8>, CombineError> {
         match base.and_then(|base| base.tensor(&target.info.name)) {
             Some(tensor) if (tensor.info.dtype, &tensor.info.shape) == (target.info.dtype, &target.info.shape) => {
+                tensor.numbers()?;
                 Ok(gather_rows(ctx, tensor, target.info.layout, rows.start, columns)?)
             }
             // What is missing is told when all anchors are compared.

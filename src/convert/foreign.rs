@@ -152,6 +152,9 @@ fn match_one<'a>(target: &'a ForeignTarget, base: &'a Checkpoint, format: Format
         Format::Shira | Format::SuperTuning | Format::Spiel => ModuleNames::new(base).find(&target.name),
         _ => base.tensor(&target.name),
     };
+    if let Some(weight) = base.codes().find_by_end(&target.name) {
+        return Err(weight.refusal());
+    }
     let tensor = found.ok_or("the base has no such tensor")?;
     let layout = tensor.rows(false).map_err(|e| match e {
         CheckpointError::BadTensor { what, .. } => what,

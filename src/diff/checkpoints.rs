@@ -41,9 +41,9 @@ pub struct ChangedTensor {
     pub n_changed: u64,
     /// `n_changed / n_elements`.
     pub share: f64,
-    /// The largest `|b - a|` of finite elements; none where elements are no floats.
+    /// The largest `|b - a|` of finite elements; none where elements are codes, or no floats.
     pub largest_change: Option<f64>,
-    /// L2 norm of `b - a` over finite elements; none where elements are no floats.
+    /// L2 norm of `b - a` over finite elements; none where elements are codes, or no floats.
     pub change_norm: Option<f64>,
     /// L2 norm of A's finite elements that changed.
     pub norm_of_changed: Option<f64>,
@@ -230,7 +230,9 @@ fn compare_bits(dtype: Dtype, a: &[u8], b: &[u8]) -> Changes {
 
 fn changed_tensor(tensor: TensorRef<'_>, changes: &Changes) -> ChangedTensor {
     let info = tensor.info;
-    let of_floats = |x: f64| crate::tensor::is_float(info.dtype).then_some(x);
+    // Differences of codes are none of the weights.
+    let is_number = crate::tensor::is_float(info.dtype) && tensor.numbers().is_ok();
+    let of_floats = |x: f64| is_number.then_some(x);
     ChangedTensor {
         tensor: info.name.clone(),
         dtype: dtype_name(info.dtype),

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::MaskError;
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Printable, RowScan, TensorRef},
-    tensor::{Dtype, RowLayout, dtype_name, is_float, projection_kind},
+    checkpoint::{Checkpoint, CheckpointError, CodedWeight, Printable, RowScan, TensorRef},
+    tensor::{RowLayout, dtype_name, is_float, projection_kind},
 };
 
 /// The seven projections of a Llama layer: what takes part where nothing else is asked for.
@@ -61,11 +61,7 @@ impl Pattern {
         let name = tensor.info.name.as_str();
         match self {
             Self::AllLinear => {
-                let module = weight_module(name);
-                let is_other = |part: &str| NOT_LINEAR.iter().any(|other| part == *other || part.ends_with("norm"));
-                module.is_some_and(|module| !module.split('.').any(is_other))
-                    && matches!(tensor.info.shape.len(), 2 | 3)
-                    && is_float(tensor.info.dtype)
+                is_linear(name) && matches!(tensor.info.shape.len(), 2 | 3) && is_float(tensor.info.dtype)
             }
             Self::Glob(glob) => glob.is_match(name),
             Self::Name(wanted) => {
@@ -140,15 +136,17 @@ pub(crate) fn select_rows<'a>(
     let given = if patterns.is_empty() { &defaults } else { patterns };
     let parsed = given.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let parsed_transposed = transposed.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
+    refuse_codes(checkpoint, &parsed)?;
     let mut n_selected = vec![0usize; parsed.len()];
     let mut n_transposed = vec![0usize; parsed_transposed.len()];
     let mut selection = Selection::default();
     for tensor in checkpoint.tensors() {
-        if !parsed.iter().any(|pattern| pattern.matches(&tensor)) {
+        // Scales, zero points and the like are no weights.
+        if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(&tensor)) {
             continue;
         }
         let is_transposed = parsed_transposed.iter().any(|pattern| pattern.matches(&tensor));
-        match rows_of(checkpoint, tensor, is_transposed, read) {
+        match rows_of(tensor, is_transposed, read) {
             Ok(scan) => selection.targets.push(scan),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
             Err(MaskError::Checkpoint(CheckpointError::BadTensor { what, .. })) => {
@@ -179,26 +177,32 @@ pub(crate) fn select_rows<'a>(
     Err(MaskError::NoMatch { path: checkpoint.root().to_owned(), patterns: unmatched, kinds: kinds(checkpoint) })
 }
 
-fn rows_of<'a>(
-    checkpoint: &Checkpoint,
-    tensor: TensorRef<'a>,
-    transposed: bool,
-    read: Read<'a>,
-) -> Result<RowScan<'a>, MaskError> {
+/// Fails where a pattern names a weight that is stored as codes, or a stored tensor of one: nothing is left out in silence.
+fn refuse_codes(checkpoint: &Checkpoint, patterns: &[Pattern]) -> Result<(), MaskError> {
+    let named = |weight: &&CodedWeight| {
+        let is_named = |pattern: &Pattern| match pattern {
+            Pattern::AllLinear => is_linear(&weight.name),
+            Pattern::Glob(glob) => glob.is_match(&weight.name),
+            Pattern::Name(wanted) => {
+                weight.tensors.contains(wanted)
+                    || pattern.is_exact(&weight.name)
+                    || weight_module(&weight.name).is_some_and(|module| ends_with(module, wanted))
+            }
+        };
+        patterns.iter().any(is_named)
+    };
+    let coded = checkpoint.codes().weights().iter().filter(named);
+    Ok(CheckpointError::coded_weights(checkpoint.root(), coded)?)
+}
+
+/// Whether a weight of this name belongs to a linear layer that is neither embedding nor output head.
+fn is_linear(name: &str) -> bool {
+    let is_other = |part: &str| NOT_LINEAR.iter().any(|other| part == *other || part.ends_with("norm"));
+    weight_module(name).is_some_and(|module| !module.split('.').any(is_other))
+}
+
+fn rows_of<'a>(tensor: TensorRef<'a>, transposed: bool, read: Read<'a>) -> Result<RowScan<'a>, MaskError> {
     let layout = read(&tensor, transposed)?;
-    let name = &tensor.info.name;
-    if matches!(tensor.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
-        let scales = [format!("{name}_scale_inv"), format!("{name}_scale")];
-        if let Some(scale) = scales.iter().find(|scale| checkpoint.tensor(scale).is_some()) {
-            let path = checkpoint.root().to_owned();
-            let scale = Printable(scale);
-            let what = format!(
-                "\"{}\" has block scales in \"{scale}\": scaled 8-bit floats are not supported yet",
-                Printable(name)
-            );
-            return Err(CheckpointError::Refused { path, what }.into());
-        }
-    }
     Ok(RowScan { tensor, layout })
 }
 
@@ -218,7 +222,10 @@ fn kinds(checkpoint: &Checkpoint) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Context, Existing, TensorFileWriter};
+    use crate::{
+        checkpoint::{Context, Existing, TensorFileWriter},
+        tensor::Dtype,
+    };
 
     fn checkpoint(tensors: &[(&str, Dtype, &[u64])]) -> (tempfile::TempDir, Checkpoint) {
         let folder = tempfile::tempdir().unwrap();
@@ -276,6 +283,6 @@ mod tests {
             ("a.q_proj.weight_scale_inv", Dtype::F32, &[1, 1]),
         ]);
         let error = select(&found, &[]).unwrap_err();
-        assert!(error.contains("block scales in \"a.q_proj.weight_scale_inv\""), "{error}");
+        assert!(error.contains("stored as FP8 with scales in \"a.q_proj.weight_scale_inv\""), "{error}");
     }
 }

@@ -46,8 +46,10 @@ impl<'a> Change<'a> {
         let mut touched: BTreeMap<&str, Touched<'a>> = BTreeMap::new();
         for active in self.before.active.iter().chain(&self.after.active) {
             let mut problems = Vec::new();
+            // What an earlier version merged can be taken out again, whatever it is.
+            let is_new = !self.before.active.iter().any(|before| before.id == active.id);
             for target in active.adapter.targets() {
-                match self.match_target(target) {
+                match self.match_target(target, is_new) {
                     Ok(tensor) => {
                         let layout = target.layout;
                         let first =
@@ -72,8 +74,11 @@ impl<'a> Change<'a> {
         Ok(touched.into_values().collect())
     }
 
-    fn match_target(&self, target: &TargetInfo) -> Result<TensorRef<'a>, String> {
-        let tensor = self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?;
+    fn match_target(&self, target: &TargetInfo, is_new: bool) -> Result<TensorRef<'a>, String> {
+        let tensor = match is_new {
+            true => self.checkpoint.numbers(&target.name)?,
+            false => self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?,
+        };
         if tensor.info.shape != target.shape {
             return Err(format!("adapter was made for {:?}, base has {:?}", target.shape, tensor.info.shape));
         }

@@ -173,6 +173,7 @@ impl<D: Device> Linear<D> {
 /// As [`Model::load`].
 pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
     let config = ModelConfig::of(checkpoint)?;
+    checkpoint.refuse_codes()?;
     let (n_layers, n_tensors) = (config.n_layers, checkpoint.tensors().len());
     if n_layers > n_tensors {
         let what = format!("`num_hidden_layers` is {n_layers}, the checkpoint has {n_tensors} tensors");

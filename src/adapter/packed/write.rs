@@ -452,6 +452,7 @@ fn survey_block(
                 .filter(|tensor| (tensor.info.dtype, &tensor.info.shape) == (target.dtype, &target.shape));
             let tensor = tensor
                 .ok_or_else(|| AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base))?;
+            tensor.numbers()?;
             let originals = gather_rows(ctx, tensor, target.layout, rows.start, &columns)?;
             let merge = |values: &[f32]| {
                 let layer = Layer { columns: &columns, values, scale: adapter.scale() };

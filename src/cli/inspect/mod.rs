@@ -74,6 +74,9 @@ struct InspectReport {
     dtypes: Vec<DtypeCount>,
     kinds: Vec<KindCount>,
     shards: Vec<ShardFacts>,
+    /// Weights that are stored as codes, by layout.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    quantized: Vec<QuantizedCount>,
     /// Of `adapter_config.json`, what says how the adapter is applied.
     peft: Option<serde_json::Map<String, Value>>,
     /// Of a mask or an adapter.
@@ -141,6 +144,15 @@ struct DtypeCount {
     dtype: String,
     #[serde(flatten)]
     count: Count,
+}
+
+/// Weights that are stored as codes in one layout.
+#[derive(Serialize)]
+struct QuantizedCount {
+    layout: String,
+    n_weights: u64,
+    /// The first of them, by name.
+    example: String,
 }
 
 /// Tensors of one kind, type and shape.
@@ -225,6 +237,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         n_bytes: checkpoint.n_bytes(),
         dtypes: count_dtypes(chosen()),
         kinds: count_kinds(chosen()),
+        quantized: count_quantized(&checkpoint),
         shards: shard_facts(&checkpoint),
         peft,
         sparse,
@@ -318,6 +331,18 @@ fn count_kinds<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<KindCoun
     counts
 }
 
+/// By layout, its weights by name.
+fn count_quantized(checkpoint: &Checkpoint) -> Vec<QuantizedCount> {
+    let mut counts: BTreeMap<&str, QuantizedCount> = BTreeMap::new();
+    for weight in checkpoint.codes().weights() {
+        // Where exactly the scales are differs from weight to weight.
+        let layout = weight.layout.split(" in \"").next().unwrap_or_default();
+        let new = || QuantizedCount { layout: layout.to_owned(), n_weights: 0, example: weight.name.clone() };
+        counts.entry(layout).or_insert_with(new).n_weights += 1;
+    }
+    counts.into_values().collect()
+}
+
 fn shard_facts(checkpoint: &Checkpoint) -> Vec<ShardFacts> {
     let facts = checkpoint.shards().iter().map(|shard| ShardFacts {
         name: shard.file_name(),
@@ -343,6 +368,10 @@ fn write_page(report: &InspectReport, page: &mut Page) {
         None => facts.extend([("tensors", count(report.n_tensors)), ("parameters", count(report.n_parameters))]),
     }
     facts.push(("size", bytes(report.n_bytes)));
+    for QuantizedCount { layout, n_weights, example } in &report.quantized {
+        let example = Printable(example);
+        facts.push(("quantized", format!("{} weights as {layout}, such as {example}", count(*n_weights))));
+    }
     if let Some(peft) = &report.peft {
         facts.extend(peft.iter().map(|(key, value)| ("config", format!("{key}={}", value_text(value)))));
     }

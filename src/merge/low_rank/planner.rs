@@ -71,6 +71,9 @@ impl<'a> Planner<'a> {
 
     /// The target of a tensor, as a matrix of `n_columns` columns.
     fn target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Building<'a>, String> {
+        if let Some(weight) = tensor.coded() {
+            return Err(weight.refusal());
+        }
         let dtype = tensor.info.dtype;
         if !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
             let why = match dtype {
@@ -109,9 +112,12 @@ impl<'a> Planner<'a> {
 
     pub(super) fn add_sparse(&mut self, adapter: &'a Adapter, scale: f64, source: usize) -> usize {
         for target in adapter.targets() {
-            let Some(tensor) = self.checkpoint.tensor(&target.name) else {
-                self.problem(&target.name, "the base has no such tensor");
-                continue;
+            let tensor = match self.checkpoint.numbers(&target.name) {
+                Ok(tensor) => tensor,
+                Err(what) => {
+                    self.problem(&target.name, what);
+                    continue;
+                }
             };
             if tensor.info.shape != target.shape || tensor.info.dtype != target.dtype {
                 let (found, dtype) = (&tensor.info.shape, dtype_name(tensor.info.dtype));
@@ -169,8 +175,8 @@ impl<'a> Planner<'a> {
         }
         self.refuse_tied(lora, &full.name)?;
         let found = self.names.find(&full.name).or_else(|| self.tied_tensor(&full.name));
-        let Some(tensor) = found else {
-            self.problem(&full.name, "the base has no such tensor");
+        let Some(tensor) = found.filter(|tensor| tensor.coded().is_none()) else {
+            self.problem(&full.name, self.what_is_there(&full.name, ""));
             return Ok(());
         };
         if tensor.info.shape != info.shape {
@@ -368,6 +374,9 @@ impl<'a> Planner<'a> {
     }
 
     fn what_is_there(&self, name: &str, needed: &str) -> String {
+        if let Some(weight) = self.checkpoint.codes().find_by_end(name) {
+            return weight.refusal();
+        }
         match self.names.find(name) {
             None => "the base has no such tensor".to_owned(),
             Some(tensor) => format!("adapter was made for {needed}, base has {:?}", tensor.info.shape),

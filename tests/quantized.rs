@@ -1,0 +1,273 @@
+//! Codes are not values: checkpoints of every quantized format are named for what they are, and nobody takes their codes, or their
+//! scales, for numbers. What only compares or carries bytes goes on.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use neuroada_ckpt::{
+    adapter::{AdapterNotes, AdapterWriter},
+    checkpoint::{Checkpoint, CheckpointError, Context, ErrorKind, Existing, TensorFileWriter},
+    mask::{BaseInfo, Recipe, select_targets},
+    tensor::{Dtype, RowColumns},
+};
+
+/// Formats and words of their layouts; the coded weights that each has.
+const MODELS: [(&str, &str, usize); 24] = [
+    ("awq-gemm", "AWQ integers", 3),
+    ("bnb-int8", "bitsandbytes int8", 7),
+    ("bnb-nf4", "bitsandbytes NF4", 7),
+    ("bnb-nf4-nested", "bitsandbytes NF4", 7),
+    ("ct-float-block", "FP8 with scales", 3),
+    ("ct-float-channel", "FP8 with scales", 3),
+    ("ct-float-tensor", "FP8 with scales", 3),
+    ("ct-int4-asym-g32", "packed integers (compressed-tensors)", 3),
+    ("ct-int4-g128", "packed integers (compressed-tensors)", 4),
+    ("ct-int4-g32", "packed integers (compressed-tensors)", 5),
+    ("ct-int8", "INT8 (compressed-tensors)", 3),
+    ("ct-mxfp4", "MXFP4 or MXFP6 (compressed-tensors)", 3),
+    ("ct-mxfp8", "FP8 with scales", 2),
+    ("ct-nvfp4", "NVFP4 (compressed-tensors)", 3),
+    ("deepseek-v4-fp4-experts", "packed FP4 (DeepSeek-V4)", 5),
+    ("fp8-block", "FP8 with scales", 5),
+    ("fp8-block-ue8m0-in-e8m0", "FP8 with scales", 5),
+    ("fp8-block-ue8m0-in-f32", "FP8 with scales", 5),
+    ("fp8-tensor", "FP8 with scales", 2),
+    ("gpt-oss-mxfp4", "MXFP4 (gpt-oss)", 2),
+    ("gptq-v1", "GPTQ integers", 3),
+    ("gptq-v1-sym-actorder", "GPTQ integers", 3),
+    ("modelopt-fp8", "FP8 with scales", 3),
+    ("modelopt-nvfp4", "NVFP4 (ModelOpt)", 4),
+];
+
+fn model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/quant").join(name)
+}
+
+fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } =
+        Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt")).args(arguments).output().unwrap();
+    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Writes a plain adapter for one tensor, whatever the base says of it.
+fn write_adapter(path: &Path, tensor: &str, dtype: Dtype, shape: &[u64], stored: &[u8]) {
+    let n_rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
+    let mut columns = RowColumns::with_capacity(n_rows, n_rows);
+    (0..n_rows).for_each(|_| columns.push_row(&[0]));
+    let mut writer = AdapterWriter::create(path, Existing::Keep, Dtype::F32).unwrap();
+    writer.begin_target(tensor, dtype, shape, false, Some(1)).unwrap();
+    writer.push_rows(&columns, &vec![0.25; n_rows], stored).unwrap();
+    writer.end_target(None);
+    let base = BaseInfo { name: "base".to_owned(), model_type: None };
+    writer.finish(&Context::default(), 1.0, &Recipe::default(), &base, &AdapterNotes::default()).unwrap();
+}
+
+#[test]
+fn every_format_is_named_for_what_it_is() {
+    for (name, layout, n) in MODELS {
+        let checkpoint = Checkpoint::open(&model(name)).unwrap();
+        let weights = checkpoint.codes().weights();
+        let names: Vec<&str> = weights.iter().map(|weight| weight.name.as_str()).collect();
+        assert_eq!(weights.len(), n, "{name}: {names:?}");
+        assert!(weights.iter().any(|weight| weight.layout.starts_with(layout)), "{name}: {weights:?}");
+        for weight in weights {
+            assert!(!weight.name.ends_with("_packed") && !weight.name.ends_with("_blocks"), "{name}: {weight:?}");
+        }
+        // What is left are numbers: norms, embeddings, routers, biases.
+        for tensor in checkpoint.tensors().filter(|tensor| tensor.coded().is_none()) {
+            let info = tensor.info;
+            let is_plain = info.dtype == Dtype::BF16 || info.shape.is_empty() || info.shape == [1];
+            assert!(is_plain, "{name}: {} {:?} {:?} is no number", info.name, info.dtype, info.shape);
+        }
+        let (code, page, _) = run(&["inspect", text(&model(name))]);
+        assert!(code == Some(0) && page.contains(layout) && page.contains("quantized"), "{name}: {page}");
+        let (_, json, _) = run(&["inspect", text(&model(name)), "--json"]);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let counted: u64 =
+            json["quantized"].as_array().unwrap().iter().map(|of| of["n_weights"].as_u64().unwrap()).sum();
+        assert_eq!(counted, n as u64, "{name}");
+    }
+}
+
+#[test]
+fn codes_are_never_chosen_and_plain_weights_beside_them_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("mask.safetensors");
+    for (name, layout, _) in MODELS {
+        let path = model(name);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        for pattern in ["all-linear", "*", checkpoint.codes().weights()[0].name.as_str()] {
+            let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", pattern, "-o", text(&out)]);
+            assert_eq!(code, Some(4), "{name}: {pattern}: {said}");
+            assert!(said.contains("is stored as") && said.contains("codes are not numbers"), "{name}: {said}");
+        }
+        let (_, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", "all-linear", "-o", text(&out)]);
+        assert!(said.contains(layout) || name.starts_with("deepseek"), "{name}: {said}");
+        // Scales are no weights, even where they are named.
+        for tensor in checkpoint.tensors().filter(|tensor| tensor.coded().is_some()) {
+            let named = [tensor.info.name.clone()];
+            assert!(select_targets(&checkpoint, &named, &[]).is_err(), "{name}: {}", tensor.info.name);
+        }
+        let plain = ["embed_tokens", "embed"]
+            .into_iter()
+            .find(|pattern| select_targets(&checkpoint, &[(*pattern).to_owned()], &[]).is_ok());
+        let plain = plain.unwrap_or_else(|| panic!("{name} has an embedding"));
+        let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", plain, "-o", text(&out)]);
+        assert_eq!(code, Some(0), "{name}: {said}");
+        fs::remove_file(&out).unwrap();
+    }
+}
+
+#[test]
+fn deltas_are_never_added_to_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (adapter, out) = (dir.path().join("a.safetensors"), dir.path().join("out"));
+    for (name, ..) in MODELS {
+        let path = model(name);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        for weight in checkpoint.codes().weights() {
+            // Made for the codes, as an earlier version did it, or for the weight that a loader shows.
+            let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+            let is_f8 = matches!(codes.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
+            let (tensor, dtype) =
+                if is_f8 { (&weight.tensors[0], codes.info.dtype) } else { (&weight.name, Dtype::BF16) };
+            let shape = if is_f8 { codes.info.shape.clone() } else { vec![4, 8] };
+            let n_rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
+            write_adapter(&adapter, tensor, dtype, &shape, &vec![0; n_rows * dtype.bitsize() / 8]);
+            let (code, _, said) = run(&["merge", text(&path), "--adapter", text(&adapter), "-o", text(&out)]);
+            assert_eq!(code, Some(4), "{name}: {tensor}: {said}");
+            assert!(said.contains("codes are not numbers"), "{name}: {tensor}: {said}");
+            assert!(!out.exists());
+            fs::remove_file(&adapter).unwrap();
+        }
+    }
+}
+
+#[test]
+fn low_rank_products_are_never_added_to_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lora, out) = (dir.path().join("lora"), dir.path().join("out"));
+    fs::create_dir(&lora).unwrap();
+    fs::write(lora.join("adapter_config.json"), r#"{"peft_type":"LORA","r":2,"lora_alpha":4}"#).unwrap();
+    for (name, ..) in MODELS {
+        let path = model(name);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        for weight in checkpoint.codes().weights() {
+            let Some(module) = weight.name.strip_suffix(".weight") else { continue };
+            let mut writer =
+                TensorFileWriter::create(&lora.join("adapter_model.safetensors"), Existing::Replace).unwrap();
+            for (part, shape) in [("lora_A", [2, 8]), ("lora_B", [8, 2])] {
+                let id = writer.add_tensor(format!("base_model.model.{module}.{part}.weight"), Dtype::F32);
+                writer.append(id, &[0; 64]).unwrap();
+                writer.finish_tensor(id, shape.to_vec());
+            }
+            writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+            let (code, _, said) = run(&["merge", text(&path), "--adapter", text(&lora), "-o", text(&out)]);
+            assert!(code == Some(4) && said.contains("codes are not numbers"), "{name}: {module}: {code:?} {said}");
+            assert!(!out.exists());
+        }
+    }
+}
+
+#[test]
+fn what_only_compares_or_carries_bytes_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, ..) in MODELS {
+        let path = model(name);
+        let (code, page, said) = run(&["diff", text(&path), text(&path)]);
+        assert!(code == Some(0) && page.contains("equal"), "{name}: {said}");
+        // One changed code: a difference without a size.
+        let copy = dir.path().join(name);
+        fs::create_dir(&copy).unwrap();
+        for entry in fs::read_dir(&path).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+        }
+        let checkpoint = Checkpoint::open(&copy).unwrap();
+        let weight = &checkpoint.codes().weights()[0];
+        let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+        let (file, at) = (codes.shard.path().to_owned(), codes.shard.file_range(codes.info).start as usize);
+        let changed_name = codes.info.name.clone();
+        drop(checkpoint);
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[at] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let (code, json, _) = run(&["diff", text(&path), text(&copy), "--json"]);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let changed = &json["changed"][0];
+        assert!(code == Some(1) && changed["tensor"] == changed_name.as_str(), "{name}: {json}");
+        assert!(changed["change_norm"].is_null() && changed["largest_change"].is_null(), "{name}: {changed}");
+        // The same delta as inference servers get it, and back.
+        let (sync, again) = (dir.path().join("weight_v000001"), dir.path().join(format!("{name}-again")));
+        let base = text(&path);
+        let (code, _, said) = run(&["convert", text(&copy), "--base", base, "--to", "weight-sync", "-o", text(&sync)]);
+        assert_eq!(code, Some(0), "{name}: {said}");
+        let (code, _, said) = run(&["convert", text(&sync), "--base", base, "--to", "checkpoint", "-o", text(&again)]);
+        assert_eq!(code, Some(0), "{name}: {said}");
+        assert_eq!(run(&["diff", text(&copy), text(&again)]).0, Some(0), "{name}");
+        fs::remove_dir_all(&sync).unwrap();
+        // Codes that changed are no delta to extract.
+        let (code, _, said) = run(&["extract", base, text(&copy), "-o", text(&dir.path().join("e.safetensors"))]);
+        assert!(matches!(code, Some(3 | 4)) && said.contains("codes are not numbers"), "{name}: {code:?} {said}");
+    }
+}
+
+#[test]
+fn one_shard_knows_of_scales_in_another() {
+    for (name, shard) in
+        [("fp8-block", "model-00001-of-00002.safetensors"), ("ct-int4-g32", "model-00001-of-00002.safetensors")]
+    {
+        let checkpoint = Checkpoint::open(&model(name).join(shard)).unwrap();
+        assert!(!checkpoint.codes().weights().is_empty(), "{name}");
+        let Err(error) = select_targets(&checkpoint, &["*".to_owned()], &[]) else {
+            panic!("{name}: codes were chosen")
+        };
+        assert_eq!(error.kind(), ErrorKind::Refused, "{name}: {error}");
+    }
+}
+
+#[test]
+fn floats_of_8_bits_without_scales_are_numbers_and_scales_have_many_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let write = |tensors: &[(&str, Dtype, &[u64])]| {
+        let mut writer = TensorFileWriter::create(&path, Existing::Replace).unwrap();
+        for (name, dtype, shape) in tensors {
+            let id = writer.add_tensor((*name).to_owned(), *dtype);
+            writer.append(id, &vec![0; shape.iter().product::<u64>() as usize * dtype.bitsize() / 8]).unwrap();
+            writer.finish_tensor(id, shape.to_vec());
+        }
+        writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+        Checkpoint::open(&path).unwrap()
+    };
+    let f8 = ("a.q_proj.weight", Dtype::F8_E4M3, &[4u64, 4][..]);
+    assert!(write(&[f8]).codes().weights().is_empty(), "plain 8-bit floats");
+    for scale in [
+        "a.q_proj.weight_scale_inv",
+        "a.q_proj.weight_scale",
+        "a.q_proj.scale",
+        "a.q_proj.scale_weight",
+        "a.q_proj.qscale_weight",
+        "scaled_fp8",
+    ] {
+        let checkpoint = write(&[f8, (scale, Dtype::F32, &[1])]);
+        assert_eq!(checkpoint.codes().weights().len(), 1, "{scale}");
+        let error = checkpoint.tensor("a.q_proj.weight").unwrap().rows(false).unwrap_err();
+        assert!(matches!(error, CheckpointError::Coded { .. }), "{scale}: {error}");
+    }
+    // A parameter of its own.
+    let checkpoint = write(&[("a.q_norm.weight", Dtype::BF16, &[4]), ("a.q_norm.scale", Dtype::BF16, &[4])]);
+    assert!(
+        checkpoint.codes().weights().is_empty() && checkpoint.tensor("a.q_norm.scale").unwrap().any_rows(false).is_ok()
+    );
+}
