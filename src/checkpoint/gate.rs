@@ -1,7 +1,7 @@
 //! The gate for outputs: every file and folder that any command writes is checked here before anything is made for it.
 //!
 //! An output is refused where it is, holds or lies in an input that is [in use](super::InUse), compared by device and inode along its
-//! resolved path; where its name stands for a link, a device, a fifo or a socket; and where it exists and must be kept. Folders
+//! resolved path; where it lies in a [state folder](super::StateFolder); where its name stands for a link, a device, a fifo or a socket; and where it exists and must be kept. Folders
 //! above it may be links: they are resolved first, as `~/models` often is one.
 
 use std::{
@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    CheckpointError, EntryKind, Existing, FileId, folder_of,
+    CheckpointError, EntryKind, Existing, FileId, STATE_FOLDER, StateFolder, folder_of,
     in_use::{self, Conflict},
     probe,
     single_file::remembers_merge,
@@ -48,7 +48,11 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
         }
         _ => {}
     }
-    refuse_inputs(target, found.as_ref().map(FileId::of))?;
+    let folder = resolved_folder(target)?;
+    if is_state(&folder.join(name))? {
+        return refused("would lie in the state that a merged checkpoint is undone from".to_owned());
+    }
+    refuse_inputs(target, &folder, found.as_ref().map(FileId::of))?;
     match (found_kind, kind) {
         (Some(_), _) if existing == Existing::Keep => Err(CheckpointError::OutputExists { path: target.to_owned() }),
         (Some(EntryKind::Folder), OutputKind::File | OutputKind::Checkpoint) => {
@@ -63,10 +67,24 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
     }
 }
 
-/// Fails where an output at `target` would be, hold or lie in an input.
-fn refuse_inputs(target: &Path, found: Option<FileId>) -> Result<(), CheckpointError> {
+/// Whether a resolved path is a state folder's, or leads into one.
+fn is_state(path: &Path) -> Result<bool, CheckpointError> {
+    for folder in path.ancestors() {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        // Behind another name, the suffix alone may be anybody's.
+        if name == STATE_FOLDER
+            || (folder != path && name.ends_with(STATE_FOLDER) && StateFolder::is_state_folder(folder)?)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Fails where an output at `target`, in the resolved `folder`, would be, hold or lie in an input.
+fn refuse_inputs(target: &Path, folder: &Path, found: Option<FileId>) -> Result<(), CheckpointError> {
     let mut above = Vec::new();
-    for folder in resolved_folder(target)?.ancestors() {
+    for folder in folder.ancestors() {
         if let Some(meta) = probe::metadata(folder)? {
             above.push(FileId::of(&meta));
         }

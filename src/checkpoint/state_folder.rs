@@ -31,6 +31,8 @@ use super::{
 /// The folder's name inside a checkpoint's folder, and its suffix behind a single file's name.
 pub const STATE_FOLDER: &str = ".neuroada";
 
+/// The version of lists of file names that is written and read.
+const LIST_VERSION: u32 = 1;
 /// Lists of file names larger than this are refused.
 const MAX_LIST_BYTES: u64 = 64 << 20;
 
@@ -70,6 +72,15 @@ impl StateFolder {
     pub fn at(root: &Path, layout: Layout) -> Result<Self, CheckpointError> {
         let path = if layout == Layout::File { beside_file(root) } else { root.join(STATE_FOLDER) };
         Ok(Self(OwnFolder::at(&path)?))
+    }
+
+    /// Whether the folder at `path` is one, and in use: it remembers a merge, or a change waits in it.
+    pub(super) fn is_state_folder(path: &Path) -> Result<bool, CheckpointError> {
+        if !probe::is_present(path)? {
+            return Ok(false);
+        }
+        let state = Self(OwnFolder::at(path)?);
+        Ok(state.remembers()? || state.is_interrupted()?)
     }
 
     /// Where it lies.
@@ -152,7 +163,8 @@ impl StateFolder {
     /// A failure to write.
     pub fn write_list(&self, files: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
         let names = files.iter().map(|file| file.to_string_lossy().into_owned()).collect();
-        let mut json = serde_json::to_vec(&FileList { version: 1, files: names }).expect("strings serialise");
+        let mut json =
+            serde_json::to_vec(&FileList { version: LIST_VERSION, files: names }).expect("strings serialise");
         json.push(b'\n');
         let file = AtomicFile::create_own(&self.0, Self::FILES)?;
         file.file().write_all_at(&json, 0).map_err(|e| CheckpointError::io("write", file.target(), e))?;
@@ -167,6 +179,10 @@ impl StateFolder {
         let Some(json) = self.0.read(Self::FILES, MAX_LIST_BYTES)? else { return Ok(BTreeSet::new()) };
         let list: FileList = serde_json::from_slice(&json)
             .map_err(|e| CheckpointError::bad_file(&self.path().join(Self::FILES), format!("malformed: {e}")))?;
+        if list.version != LIST_VERSION {
+            let what = format!("has version {}, this program reads version {LIST_VERSION}", list.version);
+            return Err(CheckpointError::bad_file(&self.path().join(Self::FILES), what));
+        }
         Ok(list.files.into_iter().map(PathBuf::from).collect())
     }
 }

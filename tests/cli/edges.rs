@@ -155,6 +155,32 @@ fn a_model_card_replaces_no_input() {
 }
 
 #[test]
+fn no_output_lies_in_the_state_of_another_checkpoint() {
+    let place = inputs();
+    symlink("in/merged/.neuroada", place.path("state-alias")).unwrap();
+    for output in [
+        "in/merged/.neuroada/ledger",
+        "in/merged/.neuroada/txn",
+        "in/merged/.neuroada/new",
+        "in/merged/.neuroada/adapters/new",
+        "in/merged-one.neuroada/ledger",
+        "state-alias/ledger",
+        ".neuroada",
+    ] {
+        for command in ["mask in/base --k 1", "convert in/a --to shira", "merge in/one --adapter in/of-one"] {
+            for force in ["", " --force"] {
+                let told = refused(&place, &format!("{command} -o {output}{force}"));
+                assert!(told.contains("the state that a merged checkpoint is undone from"), "{told}");
+            }
+        }
+    }
+    // The suffix alone is nobody's.
+    fs::create_dir(place.path("mine.neuroada")).unwrap();
+    place.stdout("mask in/base --k 1 -o mine.neuroada/mask");
+    place.stdout("mask in/base --k 1 -o mask.neuroada");
+}
+
+#[test]
 fn a_snapshot_of_a_hub_cache_keeps_its_blobs() {
     let place = Place::new();
     let snapshot = "hub/models--x--tiny/snapshots/abc";
