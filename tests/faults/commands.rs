@@ -13,6 +13,11 @@ use std::{
     process::{Command, Stdio},
 };
 
+use neuroada_ckpt::{
+    checkpoint::{Context, Existing, TensorFileWriter},
+    tensor::Dtype,
+};
+
 use super::{copy_tree, cycles, program, skipped, works};
 use crate::world::{Random, tree};
 
@@ -104,8 +109,7 @@ impl Stage {
         let input = stage.root.join("in");
         fs::create_dir(&input).unwrap();
         copy_tree(&fixtures.join("tiny-llama"), &input.join("base"));
-        copy_tree(&fixtures.join("reference/peft/lora"), &input.join("lora"));
-        fs::remove_file(input.join("lora/expected.safetensors")).unwrap();
+        write_lora(&input.join("lora"));
         fs::copy(fixtures.join("tiny-llama-adapter.safetensors"), input.join("a.safetensors")).unwrap();
         fs::copy(fixtures.join("accepted/adapter-base.safetensors"), input.join("single.safetensors")).unwrap();
         fs::copy(fixtures.join("accepted/adapter-base.safetensors"), input.join("sw.safetensors")).unwrap();
@@ -183,6 +187,20 @@ impl Stage {
         }
         windows
     }
+}
+
+/// A PEFT LoRA adapter of one projection of the base.
+fn write_lora(folder: &Path) {
+    fs::create_dir(folder).unwrap();
+    fs::write(folder.join("adapter_config.json"), r#"{"peft_type":"LORA","r":2,"lora_alpha":4}"#).unwrap();
+    let mut file = TensorFileWriter::create(&folder.join("adapter_model.safetensors"), Existing::Keep).unwrap();
+    for (part, shape, value) in [("lora_A", [2, 64], 0.25f32), ("lora_B", [64, 2], 0.5)] {
+        let name = format!("base_model.model.model.layers.0.self_attn.q_proj.{part}.weight");
+        let id = file.add_tensor(name, Dtype::F32);
+        file.append(id, &value.to_le_bytes().repeat(128)).unwrap();
+        file.finish_tensor(id, shape.to_vec());
+    }
+    file.finish(&Context::default(), &BTreeMap::new()).unwrap();
 }
 
 /// What an undisturbed run prints and leaves.
@@ -307,7 +325,7 @@ fn judge(
             // The report itself may be what could not be written.
             let is_told = committed || String::from_utf8_lossy(&output.stderr).contains("the work is done");
             assert!(code == Some(5) && is_told, "{what}: it did not say that the work is done");
-        } else if case.in_place.is_none() {
+        } else if case.in_place.is_none() && case.name != "recover" {
             assert!(!committed, "{what}: it said that the work is done");
         }
     }
