@@ -47,6 +47,8 @@ pub struct AtomicFile {
     file: File,
     /// Whether a link may have the name, and is replaced.
     replaces_link: bool,
+    /// Whether it is state of this program's own: a part of some work, never the end of it.
+    is_own: bool,
     committed: bool,
 }
 
@@ -67,7 +69,11 @@ impl AtomicFile {
         let target = folder.path().join(name);
         let opened = folder.open_existing()?;
         match folder.kind_of(name)? {
-            None | Some(EntryKind::File) => Self::create_at(&target, opened, Existing::Replace),
+            None | Some(EntryKind::File) => {
+                let mut output = Self::create_at(&target, opened, Existing::Replace)?;
+                output.is_own = true;
+                Ok(output)
+            }
             Some(_) => Err(folder.refuse_entry(name)),
         }
     }
@@ -135,6 +141,7 @@ impl AtomicFile {
                 temp,
                 file,
                 replaces_link: false,
+                is_own: false,
                 committed: false,
             };
             output.file.set_len(0).map_err(|e| CheckpointError::io("create", target, e))?;
@@ -161,7 +168,10 @@ impl AtomicFile {
         self.give_name()?;
         self.committed = true;
         let synced = rustix::fs::fsync(&self.folder);
-        synced.map_err(|e| CheckpointError::committed(&self.target, "sync the folder of", e.into()))
+        synced.map_err(|e| match self.is_own {
+            true => CheckpointError::io("sync", &self.target, e.into()),
+            false => CheckpointError::committed(&self.target, "sync the folder of", e.into()),
+        })
     }
 
     fn may_replace(&self, found: FileType) -> bool {

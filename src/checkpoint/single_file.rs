@@ -79,23 +79,38 @@ impl SingleFile {
         check_output(&self.target, OutputKind::Checkpoint, self.existing)?;
         let new = StateFolder::at(&self.root(), Layout::File)?;
         let (has_new, has_old) = (new.folder().open()?.is_some(), self.state.folder().open()?.is_some());
-        if has_new || has_old {
-            new.folder().create()?;
-            write_mark(&new, &self.root())?;
-            // From here on, what is in the temporary folder is needed for recovery.
-            self.partial.stays = true;
-            self.exchange(&new, has_old)?;
+        if !has_new && !has_old {
+            self.give_name()?;
+            self.partial.stays = false;
+            let synced = sync_folder(folder_of(&self.target));
+            return synced.map_err(|e| e.after_commit(&self.target, "sync the folder of"));
         }
-        if let Err(e) = self.give_name() {
-            if has_new || has_old {
-                roll_back(&self.partial, &self.state)?;
-            }
+        new.folder().create()?;
+        write_mark(&new, &self.root())?;
+        // From here on, what is in the temporary folder is needed for recovery.
+        self.partial.stays = true;
+        let interrupted = || CheckpointError::Interrupted { path: self.target.clone() };
+        if let Err(e) = self.exchange(&new, has_old).and_then(|()| self.give_name()) {
+            self.undo_exchange().map_err(|_| interrupted())?;
             self.partial.stays = false;
             return Err(e);
         }
-        let finished = sync_folder(folder_of(&self.target)).and_then(|()| finish(&self.state, has_new));
+        // Only when the new name is durable may the mark go.
+        sync_folder(folder_of(&self.target)).map_err(|_| interrupted())?;
+        let finished = finish(&self.state, has_new);
+        if finished.is_err() && self.state.is_interrupted().unwrap_or(true) {
+            return Err(interrupted());
+        }
         self.partial.stays = false;
         finished.map_err(|e| e.after_commit(&self.target, "finish the replacement of"))
+    }
+
+    /// Puts the old state folder back, where the new one has its place.
+    fn undo_exchange(&self) -> Result<(), CheckpointError> {
+        match self.state.folder().has(StateFolder::REPLACING)? || stepped_aside(&self.partial.folder)? {
+            true => roll_back(&self.partial, &self.state),
+            false => Ok(()),
+        }
     }
 
     fn exchange(&self, new: &StateFolder, has_old: bool) -> Result<(), CheckpointError> {
