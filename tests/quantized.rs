@@ -137,10 +137,10 @@ fn deltas_are_never_added_to_codes() {
         let checkpoint = Checkpoint::open(&path).unwrap();
         for weight in checkpoint.codes().weights() {
             // Made for the codes, as an earlier version did it, or for the weight that a loader shows.
-            let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+            let codes = checkpoint.tensor(&weight.tensors()[0]).unwrap();
             let is_f8 = matches!(codes.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
             let (tensor, dtype) =
-                if is_f8 { (&weight.tensors[0], codes.info.dtype) } else { (&weight.name, Dtype::BF16) };
+                if is_f8 { (&weight.tensors()[0], codes.info.dtype) } else { (&weight.name, Dtype::BF16) };
             let shape = if is_f8 { codes.info.shape.clone() } else { vec![4, 8] };
             let n_rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
             write_adapter(&adapter, tensor, dtype, &shape, &vec![0; n_rows * dtype.bitsize() / 8]);
@@ -195,7 +195,7 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         }
         let checkpoint = Checkpoint::open(&copy).unwrap();
         let weight = &checkpoint.codes().weights()[0];
-        let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+        let codes = checkpoint.tensor(&weight.tensors()[0]).unwrap();
         let (file, at) = (codes.shard.path().to_owned(), codes.shard.file_range(codes.info).start as usize);
         let changed_name = codes.info.name.clone();
         drop(checkpoint);
