@@ -56,6 +56,14 @@ impl AdapterError {
         }
     }
 
+    /// This failure to read an adapter back, met after it was written at `path`.
+    pub(crate) fn after_commit(self, path: &Path) -> Self {
+        match self {
+            Self::Checkpoint(e) => e.after_commit(path, "read back").into(),
+            other => other,
+        }
+    }
+
     /// The base is another than the one `path` was made from; `subject` is what the file is to the reader ("it", "the mask"),
     /// `tensor` the first that differs.
     pub(crate) fn other_base(

@@ -117,6 +117,15 @@ impl Adapter {
         Shard::open_own(folder, name)?.map(Self::of_shard).transpose()
     }
 
+    /// Opens the adapter that was just written at `path`, and computes its id: what it says of itself is what lies on disk.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Committed`]: the adapter is there.
+    pub(crate) fn read_back(ctx: &Context<'_>, path: &Path) -> Result<(Self, AdapterId), AdapterError> {
+        let read = Self::open(path).and_then(|adapter| adapter.id(ctx).map(|id| (adapter, id)));
+        read.map_err(|e| e.after_commit(path))
+    }
+
     fn of_shard(shard: Shard) -> Result<Self, AdapterError> {
         let path = shard.path().to_owned();
         let path = path.as_path();

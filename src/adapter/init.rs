@@ -104,10 +104,10 @@ pub fn init_adapter(
     }
     base.unchanged()?;
     writer.finish(ctx, options.scale, mask.recipe(), &BaseInfo::of(base), &options.notes)?;
-    let adapter = super::Adapter::open(output)?;
+    let (adapter, id) = super::Adapter::read_back(ctx, output)?;
     Ok(InitReport {
         base: base.name(),
-        id: adapter.id(ctx)?.to_string(),
+        id: id.to_string(),
         n_tensors: adapter.targets().len(),
         n_deltas: adapter.nnz(),
         n_nonzero,

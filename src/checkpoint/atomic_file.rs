@@ -228,6 +228,12 @@ pub(super) fn temporary_name(name: &OsStr, suffix: &str) -> OsString {
     temp
 }
 
+/// Whether a folder of this name holds an output that is being written.
+pub(super) fn is_temporary_folder(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.starts_with('.') && (name.ends_with(".neuroada-partial") || name.ends_with(".neuroada-work"))
+}
+
 /// Writes `bytes` as a file that appears whole or not at all.
 ///
 /// # Errors

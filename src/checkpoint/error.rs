@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::CodedWeight;
+use super::{CodedWeight, atomic_file::is_temporary_folder};
 
 /// What kind of failure an error is; the command line turns it into an exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -192,8 +192,12 @@ impl CheckpointError {
         Err(Self::Coded { path: path.to_owned(), weight: first.name.clone(), layout })
     }
     /// A failure after the work was done; `what` is a verb and what it applies to.
+    /// Inside a folder under a temporary name nothing is done yet: there it is a failure like any other.
     pub fn committed(path: &Path, what: &'static str, source: io::Error) -> Self {
-        Self::Committed { path: path.to_owned(), what, source }
+        match path.iter().any(is_temporary_folder) {
+            true => Self::io(what, path, source),
+            false => Self::Committed { path: path.to_owned(), what, source },
+        }
     }
     /// This failure, met after the work on `output` was done; `what` is a verb and what it applies to.
     pub fn after_commit(self, output: &Path, what: &'static str) -> Self {

@@ -48,10 +48,12 @@ impl InUse {
         if is_folder(&meta) {
             for (name, kind) in probe::entries(path)? {
                 let entry = path.join(name);
+                // What cannot be reached through a link, because it leads to itself or is closed to us, no output can replace.
                 if kind == EntryKind::Link
-                    && let Some(meta) = probe::metadata(&entry)?
+                    && let Ok(Some(meta)) = probe::metadata(&entry)
+                    && let Ok(real) = real(&entry)
                 {
-                    registered.push(Self::insert(&entry, Some(real(&entry)?), &meta));
+                    registered.push(Self::insert(&entry, Some(real), &meta));
                 }
             }
         }

@@ -126,8 +126,8 @@ pub fn combine(
     let (mut id, mut n_bytes) = (None, None);
     if let (Some(writer), Some((path, _))) = (writer, output) {
         writer.finish(ctx, 1.0, &Recipe::custom(), &base_info, &options.notes)?;
-        let combined = Adapter::open(path)?;
-        (id, n_bytes) = (Some(combined.id(ctx)?.to_string()), Some(combined.n_bytes()));
+        let (combined, new_id) = Adapter::read_back(ctx, path)?;
+        (id, n_bytes) = (Some(new_id.to_string()), Some(combined.n_bytes()));
     }
     let input_report = |(i, input): (usize, &CombineInput)| InputReport {
         name: input.adapter.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),

@@ -27,6 +27,8 @@ pub fn export(
     existing: Existing,
 ) -> Result<ConvertReport, ConvertError> {
     let deltas = Deltas { ctx, adapter };
+    // Known before the output appears: nothing may fail after that.
+    let id = adapter.id(ctx)?.to_string();
     ctx.observer.begin("converting", adapter.nnz());
     let mut report = match format {
         Format::NeuroAda => {
@@ -37,7 +39,7 @@ pub fn export(
         Format::Shira | Format::SuperTuning | Format::Spiel => peft_write::write(&deltas, format, output, existing)?,
     };
     report.base = Some(adapter.base().name.clone());
-    report.id = Some(adapter.id(ctx)?.to_string());
+    report.id = Some(id);
     Ok(report)
 }
 

@@ -47,10 +47,10 @@ pub fn import(
     let extra = BTreeMap::from([("converted_from".to_owned(), foreign.format().name().to_owned())]);
     let recipe = Recipe { extra, ..Recipe::custom() };
     writer.finish(ctx, 1.0, &recipe, &BaseInfo::of(base), notes)?;
-    let adapter = Adapter::open(output)?;
+    let (adapter, id) = Adapter::read_back(ctx, output)?;
     let mut report = ConvertReport::new(foreign.format().name(), "neuroada", tensors);
     report.base = Some(base.name());
-    report.id = Some(adapter.id(ctx)?.to_string());
+    report.id = Some(id.to_string());
     report.n_bytes = adapter.n_bytes();
     Ok(report)
 }

@@ -94,8 +94,8 @@ pub fn extract(
     }
     let mut report = job.report();
     if let Some((path, _)) = output {
-        let adapter = Adapter::open(path)?;
-        report.id = Some(adapter.id(ctx)?.to_string());
+        let (adapter, id) = Adapter::read_back(ctx, path)?;
+        report.id = Some(id.to_string());
         report.n_bytes = Some(adapter.n_bytes());
     }
     report.dry_run = output.is_none();

@@ -432,9 +432,9 @@ impl<D: Device> Run<'_, D> {
         let state = job.beside("state.safetensors");
         // The adapter is in its place.
         remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the state that led to"))?;
-        let adapter = Adapter::open(job.output)?;
+        let (adapter, id) = Adapter::read_back(ctx, job.output)?;
         Ok(TrainReport {
-            id: adapter.id(ctx)?.to_string(),
+            id: id.to_string(),
             n_bytes: adapter.n_bytes(),
             n_trained: adapter.nnz(),
             n_steps: progress.step,

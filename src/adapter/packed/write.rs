@@ -232,7 +232,7 @@ pub fn pack_adapter(
         columns_note,
         values: options.values.name(),
         raw_bytes: adapter.plain_bytes(),
-        packed_bytes: Adapter::open(output)?.n_bytes(),
+        packed_bytes: Adapter::open(output).map_err(|e| e.after_commit(output))?.n_bytes(),
         columns_bytes,
         values_bytes: at - columns_bytes,
         header_bytes: header.len() as u64,
