@@ -137,10 +137,10 @@ fn deltas_are_never_added_to_codes() {
         let checkpoint = Checkpoint::open(&path).unwrap();
         for weight in checkpoint.codes().weights() {
             // Made for the codes, as an earlier version did it, or for the weight that a loader shows.
-            let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+            let codes = checkpoint.tensor(&weight.tensors()[0]).unwrap();
             let is_f8 = matches!(codes.info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
             let (tensor, dtype) =
-                if is_f8 { (&weight.tensors[0], codes.info.dtype) } else { (&weight.name, Dtype::BF16) };
+                if is_f8 { (&weight.tensors()[0], codes.info.dtype) } else { (&weight.name, Dtype::BF16) };
             let shape = if is_f8 { codes.info.shape.clone() } else { vec![4, 8] };
             let n_rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
             write_adapter(&adapter, tensor, dtype, &shape, &vec![0; n_rows * dtype.bitsize() / 8]);
@@ -195,7 +195,7 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         }
         let checkpoint = Checkpoint::open(&copy).unwrap();
         let weight = &checkpoint.codes().weights()[0];
-        let codes = checkpoint.tensor(&weight.tensors[0]).unwrap();
+        let codes = checkpoint.tensor(&weight.tensors()[0]).unwrap();
         let (file, at) = (codes.shard.path().to_owned(), codes.shard.file_range(codes.info).start as usize);
         let changed_name = codes.info.name.clone();
         drop(checkpoint);
@@ -241,13 +241,7 @@ fn floats_of_8_bits_without_scales_are_numbers_and_scales_have_many_names() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.safetensors");
     let write = |tensors: &[(&str, Dtype, &[u64])]| {
-        let mut writer = TensorFileWriter::create(&path, Existing::Replace).unwrap();
-        for (name, dtype, shape) in tensors {
-            let id = writer.add_tensor((*name).to_owned(), *dtype);
-            writer.append(id, &vec![0; shape.iter().product::<u64>() as usize * dtype.bitsize() / 8]).unwrap();
-            writer.finish_tensor(id, shape.to_vec());
-        }
-        writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+        write_zeros(&path, tensors);
         Checkpoint::open(&path).unwrap()
     };
     let f8 = ("a.q_proj.weight", Dtype::F8_E4M3, &[4u64, 4][..]);
@@ -270,4 +264,243 @@ fn floats_of_8_bits_without_scales_are_numbers_and_scales_have_many_names() {
     assert!(
         checkpoint.codes().weights().is_empty() && checkpoint.tensor("a.q_norm.scale").unwrap().any_rows(false).is_ok()
     );
+}
+
+/// Writes tensors of zeros as one file.
+fn write_zeros(path: &Path, tensors: &[(&str, Dtype, &[u64])]) {
+    let mut writer = TensorFileWriter::create(path, Existing::Replace).unwrap();
+    for (name, dtype, shape) in tensors {
+        let id = writer.add_tensor((*name).to_owned(), *dtype);
+        writer.append(id, &vec![0; shape.iter().product::<u64>() as usize * dtype.bitsize() / 8]).unwrap();
+        writer.finish_tensor(id, shape.to_vec());
+    }
+    writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+}
+
+#[test]
+fn a_shard_by_itself_knows_the_codes_and_the_scales_that_the_whole_model_has() {
+    for name in ["fp8-block", "ct-int4-g32"] {
+        let whole = Checkpoint::open(&model(name)).unwrap();
+        for shard in whole.shards() {
+            let alone = Checkpoint::open(shard.path()).unwrap();
+            for tensor in alone.tensors() {
+                let in_whole = whole.tensor(&tensor.info.name).unwrap().coded().map(|weight| &weight.name);
+                let in_shard = tensor.coded().map(|weight| &weight.name);
+                assert_eq!(in_shard, in_whole, "{}: {}", shard.file_name(), tensor.info.name);
+            }
+        }
+    }
+    // A shard of nothing but scales, and plain weights of another one.
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = [
+        ("a.q_proj.weight_scale_inv", Dtype::F32, &[2u64, 2][..]),
+        ("a.q_norm.scale", Dtype::F32, &[4, 4]),
+        ("a.k_proj.weight", Dtype::BF16, &[4, 4]),
+    ];
+    write_zeros(&dir.path().join("model-00001-of-00002.safetensors"), &tensors);
+    let index = r#"{"weight_map":{"a.q_proj.weight":"model-00002-of-00002.safetensors","a.q_proj.weight_scale_inv":
+        "model-00001-of-00002.safetensors","a.q_norm.scale":"model-00001-of-00002.safetensors","a.k_proj.weight":
+        "model-00001-of-00002.safetensors"}}"#;
+    fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+    let shard = Checkpoint::open(&dir.path().join("model-00001-of-00002.safetensors")).unwrap();
+    let coded: Vec<&str> = shard.tensors().filter(|it| it.coded().is_some()).map(|it| it.info.name.as_str()).collect();
+    assert_eq!(coded, ["a.q_proj.weight_scale_inv"]);
+}
+
+#[test]
+fn a_marker_of_scaled_files_is_no_weight_and_torchao_has_names_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let marker = "model.diffusion_model.scaled_fp8";
+    write_zeros(&path, &[("model.diffusion_model.a.weight", Dtype::F8_E4M3, &[4, 4]), (marker, Dtype::F8_E4M3, &[2])]);
+    let names = |checkpoint: &Checkpoint| -> Vec<String> {
+        checkpoint.codes().weights().iter().map(|weight| weight.name.clone()).collect()
+    };
+    assert_eq!(names(&Checkpoint::open(&path).unwrap()), ["model.diffusion_model.a.weight"]);
+    for dtype in [Dtype::I8, Dtype::F8_E4M3] {
+        write_zeros(&path, &[("a._weight_qdata", dtype, &[4, 4]), ("a._weight_scale", Dtype::F32, &[4, 1])]);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        assert_eq!(names(&checkpoint), ["a.weight"]);
+        assert!(checkpoint.tensors().all(|tensor| tensor.coded().is_some()), "{dtype:?}");
+    }
+}
+
+#[test]
+fn a_plain_weight_is_not_taken_for_codes_of_a_longer_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, lora, out) = (dir.path().join("m.safetensors"), dir.path().join("lora"), dir.path().join("out"));
+    write_zeros(
+        &base,
+        &[
+            ("head.weight", Dtype::BF16, &[4, 4]),
+            ("mtp.head.weight", Dtype::F8_E4M3, &[4, 4]),
+            ("mtp.head.weight_scale", Dtype::F32, &[1]),
+        ],
+    );
+    let checkpoint = Checkpoint::open(&base).unwrap();
+    let ends = |name| checkpoint.codes().find_by_end(name).map(|weight| weight.name.as_str());
+    assert_eq!(ends("head.weight"), Some("mtp.head.weight"));
+    assert_eq!(ends("model.mtp.head.weight"), Some("mtp.head.weight"));
+    assert_eq!(ends("ahead.weight"), None);
+    fs::create_dir(&lora).unwrap();
+    let config = r#"{"peft_type":"SHIRA","r":1,"mask_type":"custom","target_modules":["head"]}"#;
+    fs::write(lora.join("adapter_config.json"), config).unwrap();
+    let shira = |module: &str| {
+        let mut writer = TensorFileWriter::create(&lora.join("adapter_model.safetensors"), Existing::Replace).unwrap();
+        let id = writer.add_tensor(format!("base_model.model.{module}.shira_weight"), Dtype::F32);
+        writer.append(id, &0.25f32.to_le_bytes().repeat(4)).unwrap();
+        writer.finish_tensor(id, vec![4]);
+        let id = writer.add_tensor(format!("base_model.model.{module}.shira_indices"), Dtype::I32);
+        let indices: Vec<u8> = [0i32, 1, 2, 3, 0, 1, 2, 3].iter().flat_map(|at| at.to_le_bytes()).collect();
+        writer.append(id, &indices).unwrap();
+        writer.finish_tensor(id, vec![2, 4]);
+        writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
+    };
+    let merge = || run(&["merge", text(&base), "--adapter", text(&lora), "-o", text(&out)]);
+    shira("mtp.head");
+    let (code, _, said) = merge();
+    assert!(code == Some(4) && said.contains("is stored as FP8"), "{code:?} {said}");
+    let (code, _, said) = run(&["convert", text(&lora), "--base", text(&base), "--to", "neuroada", "-o", text(&out)]);
+    assert!(code == Some(4) && said.contains("is stored as FP8"), "{code:?} {said}");
+    shira("head");
+    let (code, _, said) = merge();
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn gradients_are_numbers_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, gradients, out] = ["m.safetensors", "g.safetensors", "out"].map(|name| dir.path().join(name));
+    write_zeros(&base, &[("a.q_proj.weight", Dtype::BF16, &[4, 4])]);
+    write_zeros(
+        &gradients,
+        &[("a.q_proj.weight", Dtype::F8_E4M3, &[4, 4]), ("a.q_proj.weight_scale", Dtype::F32, &[1])],
+    );
+    let (base, gradients, out) = (text(&base), text(&gradients), text(&out));
+    let (code, _, said) = run(&["mask", base, "--k", "1", "--score", "gradient", "--gradients", gradients, "-o", out]);
+    assert!(code == Some(4) && said.contains("codes are not numbers"), "{code:?} {said}");
+}
+
+/// A folder whose 8-bit floats are numbers, until [`make_codes`] says that they are codes.
+fn plain_f8(dir: &Path) -> PathBuf {
+    let base = dir.join("base");
+    fs::create_dir(&base).unwrap();
+    write_zeros(
+        &base.join("model.safetensors"),
+        &[("a.q_proj.weight", Dtype::F8_E4M3, &[4, 8]), ("embed.weight", Dtype::BF16, &[4, 8])],
+    );
+    fs::write(base.join("config.json"), "{}").unwrap();
+    base
+}
+
+fn make_codes(base: &Path) {
+    fs::write(base.join("config.json"), r#"{"quantization_config":{"quant_method":"fp8"}}"#).unwrap();
+}
+
+#[test]
+fn no_command_takes_the_codes_of_its_base_for_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = plain_f8(dir.path());
+    let [mask, adapter, out] = ["mask", "adapter", "out"].map(|name| dir.path().join(name));
+    let (base_text, mask, adapter) = (text(&base), text(&mask), text(&adapter));
+    let ok = |arguments: &[&str]| {
+        let (code, _, said) = run(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {said}");
+    };
+    ok(&["mask", base_text, "--k", "1", "--targets", "q_proj", "-o", mask]);
+    ok(&["init", base_text, "--mask", mask, "-o", adapter]);
+    make_codes(&base);
+    for arguments in [
+        &["init", base_text, "--mask", mask][..],
+        &["merge", base_text, "--adapter", adapter],
+        &["combine", adapter, adapter, "--base", base_text],
+        &["pack", adapter, "--base", base_text],
+        &["convert", adapter, "--base", base_text, "--to", "weight-sync"],
+    ] {
+        let name = if arguments[0] == "convert" { "weight_v000001" } else { "out" };
+        let out = out.with_file_name(name);
+        let (code, _, said) = run(&[arguments, &["-o", text(&out)]].concat());
+        assert!(code == Some(4) && said.contains("codes are not numbers"), "{arguments:?}: {code:?} {said}");
+        assert!(!out.exists(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn merges_onto_codes_by_earlier_versions_are_verified_and_undone() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = plain_f8(dir.path());
+    let weights = base.join("model.safetensors");
+    let before = fs::read(&weights).unwrap();
+    let adapter = dir.path().join("adapter");
+    write_adapter(&adapter, "a.q_proj.weight", Dtype::F8_E4M3, &[4, 8], &[0; 4]);
+    assert_eq!(run(&["merge", text(&base), "--adapter", text(&adapter), "--in-place"]).0, Some(0));
+    assert_ne!(fs::read(&weights).unwrap(), before);
+    make_codes(&base);
+    let (code, _, said) = run(&["verify", text(&base)]);
+    assert_eq!(code, Some(0), "{said}");
+    // What is merged into plain weights beside them goes on too.
+    let plain = dir.path().join("plain");
+    write_adapter(&plain, "embed.weight", Dtype::BF16, &[4, 8], &[0; 8]);
+    assert_eq!(run(&["merge", text(&base), "--adapter", text(&plain), "--in-place"]).0, Some(0));
+    assert_eq!(run(&["unmerge", text(&base), "--in-place"]).0, Some(0));
+    assert_eq!(fs::read(&weights).unwrap(), before);
+    assert_eq!(run(&["merge", text(&base), "--adapter", text(&adapter), "--in-place"]).0, Some(4));
+}
+
+#[test]
+fn what_changed_in_plain_weights_beside_codes_is_extracted() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = plain_f8(dir.path());
+    make_codes(&base);
+    let tuned = dir.path().join("tuned");
+    fs::create_dir(&tuned).unwrap();
+    let mut bytes = fs::read(base.join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(&base).unwrap();
+    let start = |name: &str| {
+        let tensor = checkpoint.tensor(name).unwrap();
+        tensor.shard.file_range(tensor.info).start as usize
+    };
+    bytes[start("embed.weight") + 1] = 0x3f;
+    fs::write(tuned.join("model.safetensors"), &bytes).unwrap();
+    fs::copy(base.join("config.json"), tuned.join("config.json")).unwrap();
+    let extract = |out: &str| run(&["extract", text(&base), text(&tuned), "-o", text(&dir.path().join(out))]);
+    let (code, _, said) = extract("plain");
+    assert_eq!(code, Some(0), "{said}");
+    // Codes of the tuned checkpoint are none of the base's numbers.
+    bytes[start("a.q_proj.weight")] = 0x38;
+    fs::write(tuned.join("model.safetensors"), &bytes).unwrap();
+    fs::write(base.join("config.json"), "{}").unwrap();
+    let (code, _, said) = extract("coded");
+    assert!(code == Some(4) && said.contains("codes are not numbers"), "{code:?} {said}");
+}
+
+/// The tiny Llama, with one weight stored as 8-bit floats with a scale.
+#[cfg(feature = "train")]
+fn llama_with_codes(dir: &Path) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
+    let to = dir.join("llama");
+    fs::create_dir(&to).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(&from).unwrap();
+    let mut tensors: Vec<(&str, Dtype, &[u64])> =
+        checkpoint.tensors().map(|it| (it.info.name.as_str(), it.info.dtype, &it.info.shape[..])).collect();
+    tensors.iter_mut().find(|it| it.0 == "model.layers.0.self_attn.q_proj.weight").unwrap().1 = Dtype::F8_E4M3;
+    tensors.push(("model.layers.0.self_attn.q_proj.weight_scale", Dtype::F32, &[1]));
+    write_zeros(&to.join("model.safetensors"), &tensors);
+    to
+}
+
+#[cfg(feature = "train")]
+#[test]
+fn no_model_computes_with_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = llama_with_codes(dir.path());
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/commonsense.jsonl");
+    let out = dir.path().join("out");
+    for arguments in [&["eval"][..], &["train", "--k", "1", "-o", text(&out)]] {
+        let (code, _, said) = run(&[arguments, &[text(&base), "--data", text(&data)]].concat());
+        assert!(code == Some(4) && said.contains("is stored as FP8"), "{arguments:?}: {code:?} {said}");
+    }
 }

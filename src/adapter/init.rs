@@ -118,6 +118,7 @@ pub fn init_adapter(
 
 /// The base's tensors, by target.
 fn match_base<'a>(base: &'a Checkpoint, mask: &MaskFile) -> Result<Vec<TensorRef<'a>>, AdapterError> {
+    base.refuse_coded(mask.targets().iter().map(|target| target.name.as_str()))?;
     let mut problems = Vec::new();
     let mut tensors = Vec::new();
     for target in mask.targets() {

@@ -177,7 +177,7 @@ impl CheckpointError {
     }
     /// A weight that is stored as codes.
     pub(crate) fn coded(path: &Path, weight: &CodedWeight) -> Self {
-        Self::Coded { path: path.to_owned(), weight: weight.name.clone(), layout: weight.layout.clone() }
+        Self::Coded { path: path.to_owned(), weight: weight.name.clone(), layout: weight.layout.to_string() }
     }
     /// The first of several weights that are stored as codes, and how many more there are; nothing where there are none.
     pub(crate) fn coded_weights<'a>(
@@ -186,7 +186,7 @@ impl CheckpointError {
     ) -> Result<(), Self> {
         let Some(first) = weights.next() else { return Ok(()) };
         let layout = match weights.count() {
-            0 => first.layout.clone(),
+            0 => first.layout.to_string(),
             n => format!("{} (and {n} more)", first.layout),
         };
         Err(Self::Coded { path: path.to_owned(), weight: first.name.clone(), layout })

@@ -95,6 +95,11 @@ impl Index {
         self.weight_map.iter().map(|(name, shard)| (name.as_str(), *shard as usize))
     }
 
+    /// Whether the model has a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.weight_map.binary_search_by(|(tensor, _)| tensor.as_str().cmp(name)).is_ok()
+    }
+
     /// Everything in which the index and its shards disagree; `shards` are those of [`Index::shard_names`].
     pub(super) fn disagreements(&self, shards: &[Shard]) -> Vec<String> {
         let mut problems = Vec::new();

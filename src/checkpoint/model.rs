@@ -263,6 +263,14 @@ impl Checkpoint {
         CheckpointError::coded_weights(&self.root, self.codes.weights().iter())
     }
 
+    /// Fails where any of these names stands for a weight that is stored as codes, or for a stored tensor of one.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Coded`] names the first, and how many there are.
+    pub fn refuse_coded<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<(), CheckpointError> {
+        CheckpointError::coded_weights(&self.root, names.filter_map(|name| self.codes.find(name)))
+    }
+
     /// The weights that are stored as codes.
     pub fn codes(&self) -> &Codes {
         &self.codes

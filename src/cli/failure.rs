@@ -217,6 +217,9 @@ fn advice(error: &anyhow::Error) -> Option<String> {
             CheckpointError::ForeignEntries { .. } => {
                 Some("move them away, or choose another place for the output".to_owned())
             }
+            CheckpointError::Coded { .. } => Some(
+                "use the 16-bit checkpoint that it was made from; its plain weights can be named by --targets".to_owned(),
+            ),
             CheckpointError::Interrupted { path } => Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
             _ => None,
         }

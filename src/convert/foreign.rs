@@ -152,7 +152,7 @@ fn match_one<'a>(target: &'a ForeignTarget, base: &'a Checkpoint, format: Format
         Format::Shira | Format::SuperTuning | Format::Spiel => ModuleNames::new(base).find(&target.name),
         _ => base.tensor(&target.name),
     };
-    if let Some(weight) = base.codes().find_by_end(&target.name) {
+    if let Some(weight) = base.codes().find_for(&target.name, found) {
         return Err(weight.refusal());
     }
     let tensor = found.ok_or("the base has no such tensor")?;

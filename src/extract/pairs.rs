@@ -86,7 +86,7 @@ pub(super) fn pairs<'a>(
         let layout = match of_name {
             Some(Some(scan)) => Ok(scan.layout),
             Some(None) if !options.targets.is_empty() => Err("not among the targets".to_owned()),
-            _ => read(&a, false).map_err(|e| match e {
+            _ => read(&a, false).and_then(|layout| b.numbers().map(|()| layout)).map_err(|e| match e {
                 CheckpointError::BadTensor { what, .. } => what,
                 other => other.to_string(),
             }),

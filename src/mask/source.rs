@@ -23,8 +23,12 @@ pub(super) struct Source<'a> {
 /// Pairs every target with its gradients or activations.
 ///
 /// # Errors
-/// A list of all targets whose gradients or activations are missing or have another shape.
+/// Gradients or activations that are stored as codes; a list of all targets for which they are missing or have another shape.
 pub(super) fn sources<'a>(options: &MaskOptions<'a>, selection: &Selection<'a>) -> Result<Vec<Source<'a>>, MaskError> {
+    for from in [options.gradients, options.activations].into_iter().flatten() {
+        let names = selection.targets.iter().map(|scan| scan.tensor.info.name.as_str());
+        from.refuse_coded(names.flat_map(|name| [name, module_of(name)]))?;
+    }
     let mut sources = Vec::with_capacity(selection.targets.len());
     let mut problems = Vec::new();
     for &scan in &selection.targets {

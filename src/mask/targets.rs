@@ -184,7 +184,7 @@ fn refuse_codes(checkpoint: &Checkpoint, patterns: &[Pattern]) -> Result<(), Mas
             Pattern::AllLinear => is_linear(&weight.name),
             Pattern::Glob(glob) => glob.is_match(&weight.name),
             Pattern::Name(wanted) => {
-                weight.tensors.contains(wanted)
+                weight.holds(wanted)
                     || pattern.is_exact(&weight.name)
                     || weight_module(&weight.name).is_some_and(|module| ends_with(module, wanted))
             }

@@ -374,10 +374,11 @@ impl<'a> Planner<'a> {
     }
 
     fn what_is_there(&self, name: &str, needed: &str) -> String {
-        if let Some(weight) = self.checkpoint.codes().find_by_end(name) {
+        let found = self.names.find(name);
+        if let Some(weight) = self.checkpoint.codes().find_for(name, found) {
             return weight.refusal();
         }
-        match self.names.find(name) {
+        match found {
             None => "the base has no such tensor".to_owned(),
             Some(tensor) => format!("adapter was made for {needed}, base has {:?}", tensor.info.shape),
         }
