@@ -276,9 +276,16 @@ impl Drop for Partial {
 /// Fails where the folder `old` holds anything but what this program wrote and `new` names; `told` is its name for messages.
 fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
     let known = StateFolder::at(old, Layout::Folder)?.list()?;
+    // What was changed since it was written, or has a listed name by chance, is somebody's own.
+    let mut unchanged = BTreeSet::new();
+    for (path, n_bytes) in known {
+        if probe::link_metadata(&old.join(&path))?.is_some_and(|meta| meta.len() == n_bytes) {
+            unchanged.insert(path);
+        }
+    }
     let is_known = |path: &Path| {
         new.contains(path)
-            || known.contains(path)
+            || unchanged.contains(path)
             || path.strip_prefix(STATE_FOLDER).is_ok_and(is_own_entry)
             || (path == Path::new(AtomicDir::PLAN_FILE))
     };
@@ -288,7 +295,7 @@ fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<()
         .map(|path| {
             // Of a folder that is foreign altogether, its name is enough.
             let top = path.iter().next().map(PathBuf::from).unwrap_or_default();
-            let is_shared = top == path || new.iter().chain(&known).any(|other| other.starts_with(&top));
+            let is_shared = top == path || new.iter().chain(&unchanged).any(|other| other.starts_with(&top));
             let shown = if is_shared || top == Path::new(STATE_FOLDER) { path } else { top.join("") };
             super::Printable::path(&shown)
         })

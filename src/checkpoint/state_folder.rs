@@ -15,7 +15,7 @@
 //! waits for recovery.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -157,12 +157,16 @@ impl StateFolder {
         Ok(())
     }
 
-    /// Writes the list of the files that this program wrote; paths from the checkpoint's folder.
+    /// Writes the list of the files that this program wrote, with their lengths; paths from the checkpoint's folder.
     ///
     /// # Errors
-    /// A failure to write.
+    /// A failure to examine a file, or to write.
     pub fn write_list(&self, files: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
-        let names = files.iter().map(|file| file.to_string_lossy().into_owned()).collect();
+        let mut names = BTreeMap::new();
+        for file in files {
+            let meta = probe::link_metadata(&folder_of(self.path()).join(file))?;
+            names.insert(file.to_string_lossy().into_owned(), meta.map_or(0, |meta| meta.len()));
+        }
         let mut json =
             serde_json::to_vec(&FileList { version: LIST_VERSION, files: names }).expect("strings serialise");
         json.push(b'\n');
@@ -171,19 +175,20 @@ impl StateFolder {
         file.commit()
     }
 
-    /// The list of the files that this program wrote; empty where there is none.
+    /// The files that this program wrote, and their lengths then; empty where there is no list. A file of another length is somebody
+    /// else's by now.
     ///
     /// # Errors
     /// A list that cannot be read.
-    pub fn list(&self) -> Result<BTreeSet<PathBuf>, CheckpointError> {
-        let Some(json) = self.0.read(Self::FILES, MAX_LIST_BYTES)? else { return Ok(BTreeSet::new()) };
+    pub fn list(&self) -> Result<BTreeMap<PathBuf, u64>, CheckpointError> {
+        let Some(json) = self.0.read(Self::FILES, MAX_LIST_BYTES)? else { return Ok(BTreeMap::new()) };
         let list: FileList = serde_json::from_slice(&json)
             .map_err(|e| CheckpointError::bad_file(&self.path().join(Self::FILES), format!("malformed: {e}")))?;
         if list.version != LIST_VERSION {
             let what = format!("has version {}, this program reads version {LIST_VERSION}", list.version);
             return Err(CheckpointError::bad_file(&self.path().join(Self::FILES), what));
         }
-        Ok(list.files.into_iter().map(PathBuf::from).collect())
+        Ok(list.files.into_iter().map(|(name, n_bytes)| (PathBuf::from(name), n_bytes)).collect())
     }
 }
 
@@ -192,7 +197,7 @@ impl StateFolder {
 #[serde(deny_unknown_fields)]
 struct FileList {
     version: u32,
-    files: Vec<String>,
+    files: BTreeMap<String, u64>,
 }
 
 /// Whether an entry of a state folder is one that this program makes; `path` from the state folder.

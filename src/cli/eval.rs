@@ -183,6 +183,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
         return show(env, &tokenizer, &args.data, &options, n_shown);
     }
     let base = Checkpoint::open(&args.base)?;
+    base.refuse_codes()?;
     let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
     let task = match args.task {
         TaskChoice::Auto => data::task_of(&args.data)?,

@@ -37,7 +37,7 @@ mod unmerge;
 mod unpack;
 mod verify;
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -145,8 +145,10 @@ pub(crate) fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => {
             // Help and versions come this way too; a reader who left early is no failure.
-            let _closed_pipe = error.print();
-            return ExitCode::from(error.exit_code() as u8);
+            return match error.print() {
+                Err(e) if error.exit_code() == 0 && e.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(5),
+                _ => ExitCode::from(error.exit_code() as u8),
+            };
         }
     };
     let json = cli.global.json;

@@ -44,7 +44,7 @@ impl ChatTemplate {
         let whole = conversation.some(conversation.turns.len(), false)?;
         let spans = match loss {
             Loss::All => conversation.all_but_ruled_out(&whole.text)?,
-            Loss::Response if self.jinja.has_generation => conversation.marked(&whole.spans)?,
+            Loss::Response if self.jinja.has_generation => marked(&conversation.turns, &whole.spans)?,
             Loss::Response => conversation.answers(&whole.text)?,
         };
         Ok(Rendered { text: whole.text, spans })
@@ -80,24 +80,6 @@ impl Conversation<'_> {
         }
         spans.push(begin..whole.len());
         Ok(spans)
-    }
-
-    /// What the template marked, without the turns that are ruled out.
-    fn marked(&self, spans: &[Range<usize>]) -> Result<Vec<Range<usize>>, Failed> {
-        let answers: Vec<&Turn<'_>> = self.turns.iter().filter(|turn| turn.is_assistant).collect();
-        if answers.iter().all(|turn| !turn.is_ruled_out) {
-            return Ok(spans.to_vec());
-        }
-        if answers.len() != spans.len() {
-            return Err(Failed::Row(format!(
-                "field \"messages\": the template marks {} answers with {{% generation %}} where {} assistant messages are, so \
-                 that those that are not to be learned cannot be told",
-                spans.len(),
-                answers.len()
-            )));
-        }
-        let learned = answers.iter().zip(spans).filter(|(turn, _)| !turn.is_ruled_out);
-        Ok(learned.map(|(_, span)| span.clone()).collect())
     }
 
     /// What assistants say, without the turns that are ruled out.
@@ -143,6 +125,47 @@ impl Conversation<'_> {
             values.extend(more.iter().map(|(name, json)| (name.as_str(), value(json))));
         }
         self.template.jinja.render(self.ctx, Value::from_pairs(values))
+    }
+}
+
+/// What a template marked, without the turns that are ruled out.
+fn marked(turns: &[Turn<'_>], spans: &[Range<usize>]) -> Result<Vec<Range<usize>>, Failed> {
+    let answers: Vec<&Turn<'_>> = turns.iter().filter(|turn| turn.is_assistant).collect();
+    if answers.iter().all(|turn| !turn.is_ruled_out) {
+        return Ok(spans.to_vec());
+    }
+    if answers.len() != spans.len() {
+        return Err(Failed::Row(format!(
+            "field \"messages\": the template marks {} answers with {{% generation %}} where {} assistant messages are, so \
+             that those that are not to be learned cannot be told",
+            spans.len(),
+            answers.len()
+        )));
+    }
+    let learned = answers.iter().zip(spans).filter(|(turn, _)| !turn.is_ruled_out);
+    Ok(learned.map(|(_, span)| span.clone()).collect())
+}
+
+/// What is learned of a row that a template of the user's own rendered: what it marked, or all, without the messages that say themselves
+/// that they are not learned. Rows whose messages say nothing of it may have any fields.
+pub(super) fn learned_of(
+    row: &Map<String, Json>,
+    loss: Loss,
+    rendered: &Rendered,
+) -> Result<Vec<Range<usize>>, Failed> {
+    let all = || vec![0..rendered.text.len()];
+    let says_so = |message: &Json| WEIGHTS.iter().any(|name| message.get(name).is_some());
+    if !matches!(row.get("messages"), Some(Json::Array(messages)) if messages.iter().any(says_so)) {
+        return Ok(if loss == Loss::All { all() } else { rendered.spans.clone() });
+    }
+    let turns = turns(row, loss)?;
+    match loss {
+        Loss::Response => marked(&turns, &rendered.spans),
+        Loss::All if turns.iter().any(|turn| turn.is_ruled_out) => Err(Failed::Row(
+            "field \"messages\": some are not to be learned, and with --loss all a template file does not tell where they are"
+                .to_owned(),
+        )),
+        Loss::All => Ok(all()),
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     Clock, DataError, Loss, Tokenizer,
-    chat::ChatTemplate,
+    chat::{ChatTemplate, learned_of},
     error::Failed,
     jinja::{Jinja, Rendered, value},
     rows::kind,
@@ -117,10 +117,7 @@ impl Form {
             Self::Chat(template) => return Ok(Text::Marked(template.render(ctx, row, loss)?)),
             Self::File { jinja, specials } if jinja.has_generation => {
                 let mut rendered = jinja.render(ctx, values(row, specials))?;
-                if loss == Loss::All {
-                    let all = 0..rendered.text.len();
-                    rendered.spans = vec![all];
-                }
+                rendered.spans = learned_of(row, loss, &rendered)?;
                 return Ok(Text::Marked(rendered));
             }
             Self::Alpaca => field(row, "output")?.to_owned(),

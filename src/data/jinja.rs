@@ -20,7 +20,7 @@ use super::{
     error::Failed,
     watch::{Abandoned, Limits, Watched},
 };
-use crate::checkpoint::{CheckpointError, Context};
+use crate::checkpoint::{CheckpointError, Context, Printable};
 
 /// Work that one rendering may do, in minijinja's measure: about an instruction or 64 bytes each. A conversation of a
 /// hundred turns needs a hundredth of it; a template that would loop forever stops within a second. It bounds instructions and most
@@ -170,7 +170,9 @@ fn measure(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
 /// minijinja's error in one line.
 fn words(error: Error) -> String {
     let place = error.line().map_or(String::new(), |line| format!("template line {line}: "));
-    match (error.kind(), error.detail()) {
+    // A template, or `raise_exception`, says what it likes.
+    let detail = error.detail().map(|detail| Printable(detail).to_string());
+    match (error.kind(), detail) {
         (ErrorKind::OutOfFuel, _) => format!("{place}the template runs for too long"),
         (ErrorKind::InvalidOperation, Some(detail)) => format!("{place}{detail}"),
         (kind, Some(detail)) => format!("{place}{kind}: {detail}"),
@@ -426,6 +428,7 @@ mod tests {
             ("{% if %}", "template line 1: syntax error: "),
             ("{{ x.y.z }}", "template line 1: undefined value"),
             ("{{ none.foo() }}", "template line 1: unknown method"),
+            ("{{ raise_exception('x\u{1b}[31m\nhint: y') }}", "template line 1: x\\u{1b}[31m\\nhint: y"),
         ] {
             let found = render(source, json!({})).expect_err("a bad template");
             assert!(found.starts_with(expected), "{found}");

@@ -166,6 +166,25 @@ fn a_message_that_is_ruled_out_is_not_learned() {
 }
 
 #[test]
+fn a_template_file_obeys_what_messages_say_too() {
+    let place = Place::new();
+    let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
+                   {% else %}({{ m.content }}){% endif %}{% endfor %}";
+    let template = Template::File(place.write("my.jinja", marking));
+    let options = ReadOptions { template, ..options() };
+    let shown = place.shown(&weighed("\"weight\":0"), &options).expect("good");
+    assert_eq!(shown, ["(hé?)in</s>(so)[the end</s>]"]);
+    assert_eq!(place.shown(&weighed("\"weight\":1"), &options).expect("good"), ["(hé?)[in</s>](so)[the end</s>]"]);
+    let words = place.shown(&weighed("\"weight\":0.5"), &options).expect_err("unclear");
+    assert_eq!(words, "rows: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5");
+    let all = ReadOptions { loss: Loss::All, ..options.clone() };
+    let words = place.shown(&weighed("\"train\":false"), &all).expect_err("where is it");
+    assert!(words.contains("some are not to be learned"), "{words}");
+    // Rows of other forms may call anything messages.
+    assert!(place.shown("{\"messages\":[{\"role\":\"assistant\",\"content\":\"x\"}]}", &options).is_ok());
+}
+
+#[test]
 fn a_weight_that_means_nothing_clear_is_refused_by_name() {
     let place = Place::new();
     place.write("chat_template.jinja", CHATML);

@@ -172,8 +172,9 @@ impl<D: Device> Linear<D> {
 /// # Errors
 /// As [`Model::load`].
 pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
-    let config = ModelConfig::of(checkpoint)?;
+    // Told first: a quantized model's config and tokenizer may be whatever they are.
     checkpoint.refuse_codes()?;
+    let config = ModelConfig::of(checkpoint)?;
     let (n_layers, n_tensors) = (config.n_layers, checkpoint.tensors().len());
     if n_layers > n_tensors {
         let what = format!("`num_hidden_layers` is {n_layers}, the checkpoint has {n_tensors} tensors");
