@@ -153,10 +153,10 @@ pub(super) fn learned_of(
     loss: Loss,
     rendered: &Rendered,
 ) -> Result<Vec<Range<usize>>, Failed> {
-    let all = || vec![0..rendered.text.len()];
+    let whole = 0..rendered.text.len();
     let says_so = |message: &Json| WEIGHTS.iter().any(|name| message.get(name).is_some());
     if !matches!(row.get("messages"), Some(Json::Array(messages)) if messages.iter().any(says_so)) {
-        return Ok(if loss == Loss::All { all() } else { rendered.spans.clone() });
+        return Ok(if loss == Loss::All { vec![whole] } else { rendered.spans.clone() });
     }
     let turns = turns(row, loss)?;
     match loss {
@@ -165,7 +165,7 @@ pub(super) fn learned_of(
             "field \"messages\": some are not to be learned, and with --loss all a template file does not tell where they are"
                 .to_owned(),
         )),
-        Loss::All => Ok(all()),
+        Loss::All => Ok(vec![whole]),
     }
 }
 
