@@ -174,6 +174,12 @@ impl AtomicFile {
         })
     }
 
+    /// Commits the file with `bytes` as all that is in it.
+    fn commit_bytes(self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file.write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", &self.target, e))?;
+        self.commit()
+    }
+
     fn may_replace(&self, found: FileType) -> bool {
         found == FileType::RegularFile || (self.replaces_link && found == FileType::Symlink)
     }
@@ -249,9 +255,15 @@ pub(super) fn is_temporary_folder(name: &OsStr) -> bool {
 /// # Errors
 /// As [`AtomicFile::create`] and [`AtomicFile::commit`].
 pub fn write_atomic(target: &Path, existing: Existing, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let output = AtomicFile::create(target, existing)?;
-    output.file().write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", target, e))?;
-    output.commit()
+    AtomicFile::create(target, existing)?.commit_bytes(bytes)
+}
+
+/// Writes `bytes` as a file of this program's own state, which replaces what has its name.
+///
+/// # Errors
+/// As [`AtomicFile::create_own`] and [`AtomicFile::commit`].
+pub(crate) fn write_own(folder: &OwnFolder, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+    AtomicFile::create_own(folder, name)?.commit_bytes(bytes)
 }
 
 /// Makes renames in a folder last through a power loss.

@@ -40,6 +40,7 @@ mod shard;
 mod single_file;
 mod state_folder;
 
+pub(crate) use atomic_file::write_own;
 pub use atomic_file::{AtomicFile, Existing, sync_folder, write_atomic};
 pub use codes::{CodedWeight, Codes};
 pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};

@@ -7,7 +7,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -17,9 +17,8 @@ use rustix::{
 };
 
 use super::{
-    AtomicFile, CheckpointError, EntryKind, Existing, Layout, OutputKind, OwnFolder, StateFolder,
-    atomic_file::temporary_name, check_output, folder_of, output_dir::Partial, probe, state_folder::is_own_entry,
-    sync_folder,
+    CheckpointError, EntryKind, Existing, Layout, OutputKind, OwnFolder, StateFolder, atomic_file::temporary_name,
+    check_output, folder_of, output_dir::Partial, probe, state_folder::is_own_entry, sync_folder, write_own,
 };
 
 /// The new file's name in its temporary folder.
@@ -151,10 +150,7 @@ impl SingleFile {
 
 /// Marks a state folder as one that is taking its place, with that of the new file.
 fn write_mark(state: &StateFolder, file: &Path) -> Result<(), CheckpointError> {
-    let mark = AtomicFile::create_own(state.folder(), StateFolder::REPLACING)?;
-    let written = mark.file().write_all_at(stamp(&probe::existing(file)?).as_bytes(), 0);
-    written.map_err(|e| CheckpointError::io("write", mark.target(), e))?;
-    mark.commit()
+    write_own(state.folder(), StateFolder::REPLACING, stamp(&probe::existing(file)?).as_bytes())
 }
 
 /// What tells the new file from the old one, wherever both are moved.

@@ -17,15 +17,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsString,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AtomicFile, Checkpoint, CheckpointError, EntryKind, Layout, OwnFolder, folder_of, probe,
-    single_file::is_without_state,
+    Checkpoint, CheckpointError, EntryKind, Layout, OwnFolder, folder_of, probe, single_file::is_without_state,
+    write_own,
 };
 
 /// The folder's name inside a checkpoint's folder, and its suffix behind a single file's name.
@@ -170,9 +169,7 @@ impl StateFolder {
         let mut json =
             serde_json::to_vec(&FileList { version: LIST_VERSION, files: names }).expect("strings serialise");
         json.push(b'\n');
-        let file = AtomicFile::create_own(&self.0, Self::FILES)?;
-        file.file().write_all_at(&json, 0).map_err(|e| CheckpointError::io("write", file.target(), e))?;
-        file.commit()
+        write_own(&self.0, Self::FILES, &json)
     }
 
     /// The files that this program wrote, and their lengths then; empty where there is no list. A file of another length is somebody

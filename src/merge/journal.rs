@@ -3,12 +3,10 @@
 //! Two lines of text: a JSON document with the digests of the ledger before and after the change, and the BLAKE3 of that
 //! document in hexadecimal. Its presence says that the weights may be those of either ledger, or a mixture.
 
-use std::os::unix::fs::FileExt;
-
 use serde::{Deserialize, Serialize};
 
 use super::MergeError;
-use crate::checkpoint::{AtomicFile, CheckpointError, StateFolder};
+use crate::checkpoint::{StateFolder, write_own};
 
 /// Journals larger than this are refused.
 const MAX_BYTES: u64 = 4096;
@@ -68,10 +66,7 @@ impl Journal {
 
     /// Writes the journal, durably: from here on a crash needs recovery.
     pub fn write(&self, state: &StateFolder) -> Result<(), MergeError> {
-        let file = AtomicFile::create_own(state.folder(), StateFolder::TXN)?;
-        let written = file.file().write_all_at(&self.to_bytes(), 0);
-        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
-        Ok(file.commit()?)
+        Ok(write_own(state.folder(), StateFolder::TXN, &self.to_bytes())?)
     }
 
     fn to_bytes(&self) -> Vec<u8> {

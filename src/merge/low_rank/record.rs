@@ -9,7 +9,6 @@
 
 use std::{
     collections::BTreeMap,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -21,7 +20,7 @@ use super::{
     sources::{AnyAdapter, Source},
 };
 use crate::{
-    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, StateFolder},
+    checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, StateFolder, write_own},
     merge::{MergeError, MergeInput, stack::copy_name, state::state_of},
     peft::{PEFT_CONFIG, PEFT_TENSORS},
 };
@@ -173,10 +172,7 @@ impl RecordFolder {
             }
         }
         adapters.sync()?;
-        let file = AtomicFile::create_own(self.0.folder(), StateFolder::LOW_RANK)?;
-        let written = file.file().write_all_at(&record.to_bytes(), 0);
-        written.map_err(|e| CheckpointError::io("write", file.target(), e))?;
-        Ok(file.commit()?)
+        Ok(write_own(self.0.folder(), StateFolder::LOW_RANK, &record.to_bytes())?)
     }
 
     /// The recorded adapters, as inputs of a merge. What is opened by these paths is proven by its id.
