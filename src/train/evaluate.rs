@@ -245,30 +245,32 @@ fn rank_together<D: Device>(
     Ok(ranked)
 }
 
-/// What [`rank`] takes at a time.
-pub(super) fn size_of_ranking(questions: &[Question], most_tokens: usize) -> EvalSize {
-    let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
-    let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
-    let cached = |run: std::ops::Range<usize>| {
-        let run = &questions[run];
-        let longest = run.iter().map(|question| question.prompt.len() + question.n_shared()).max().unwrap_or(0);
-        let candidates = run.iter().flat_map(|question| &question.candidates);
-        let more = candidates.clone().map(Vec::len).max().unwrap_or(0);
-        run.len() * longest + candidates.count() * (longest + more)
-    };
-    let n_cached = runs(&sizes, most_tokens).into_iter().map(cached).max().unwrap_or(0);
-    EvalSize { most_tokens: most_tokens_of_all, most_supervised: most_tokens_of_all, n_cached }
-}
+impl EvalSize {
+    /// That of [`rank`].
+    pub fn of_ranking(questions: &[Question], most_tokens: usize) -> Self {
+        let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
+        let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
+        let cached = |run: std::ops::Range<usize>| {
+            let run = &questions[run];
+            let longest = run.iter().map(|question| question.prompt.len() + question.n_shared()).max().unwrap_or(0);
+            let candidates = run.iter().flat_map(|question| &question.candidates);
+            let more = candidates.clone().map(Vec::len).max().unwrap_or(0);
+            run.len() * longest + candidates.count() * (longest + more)
+        };
+        let n_cached = runs(&sizes, most_tokens).into_iter().map(cached).max().unwrap_or(0);
+        Self { most_tokens: most_tokens_of_all, most_supervised: most_tokens_of_all, n_cached }
+    }
 
-/// What [`generate`] takes at a time.
-pub(super) fn size_of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> EvalSize {
-    let mut sizes: Vec<usize> = prompts.iter().map(Vec::len).collect();
-    sizes.sort_unstable();
-    let most_tokens = sizes.last().copied().unwrap_or(0).max(options.most_tokens);
-    let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.most_new);
-    let all = runs(&sizes, options.most_tokens);
-    let most_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
-    EvalSize { most_tokens, most_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
+    /// That of [`generate`].
+    pub fn of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> Self {
+        let mut sizes: Vec<usize> = prompts.iter().map(Vec::len).collect();
+        sizes.sort_unstable();
+        let most_tokens = sizes.last().copied().unwrap_or(0).max(options.most_tokens);
+        let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.most_new);
+        let all = runs(&sizes, options.most_tokens);
+        let most_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
+        Self { most_tokens, most_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
+    }
 }
 
 /// When a model stops writing.

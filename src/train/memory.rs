@@ -5,7 +5,6 @@ use serde::Serialize;
 use super::{
     config::ModelConfig,
     cpu::CpuDevice,
-    evaluate::{self, GenerateOptions, Question},
     pass::{Keep, Workspace},
 };
 use crate::{checkpoint::Checkpoint, tensor::Dtype};
@@ -50,16 +49,6 @@ pub struct EvalSize {
 }
 
 impl EvalSize {
-    /// That of [`rank`](super::rank).
-    pub fn of_ranking(questions: &[Question], most_tokens: usize) -> Self {
-        evaluate::size_of_ranking(questions, most_tokens)
-    }
-
-    /// That of [`generate`](super::generate).
-    pub fn of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> Self {
-        evaluate::size_of_answers(prompts, options)
-    }
-
     /// The larger of each: what is enough for both, one after the other.
     pub fn max(self, other: Self) -> Self {
         Self {
