@@ -6,21 +6,23 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Observer, Shard, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Shard, TensorFileWriter},
     mask::{BaseInfo, Recipe},
     merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which},
     tensor::{Dtype, RowColumns},
 };
 
+#[path = "support/stop_at.rs"]
+mod stop_at;
 #[path = "support/world.rs"]
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
+use stop_at::stop_at;
 use world::{Random, World, tree, values_at};
 
 fn merge_new(world: &World, which: &[usize], name: &str) -> PathBuf {
@@ -342,37 +344,6 @@ fn a_dry_run_reports_the_same_and_writes_nothing() {
     options.dry_run = false;
     let real = merge::merge(&Context::default(), &world.base(), &[world.input(0)], &options).unwrap();
     assert_eq!((dry.kinds, dry.total, dry.bytes_written), (real.kinds, real.total, real.bytes_written));
-}
-
-/// Stops, or ends the whole process, at the n-th block of a pass.
-struct StopAt {
-    pass: &'static str,
-    block: u64,
-    abort: bool,
-    in_pass: AtomicU64,
-    seen: AtomicU64,
-}
-
-impl Observer for StopAt {
-    fn begin(&self, what: &str, _bytes: u64) {
-        self.in_pass.store(u64::from(what == self.pass), Ordering::SeqCst);
-    }
-    fn advance(&self, _bytes: u64) {
-        if self.in_pass.load(Ordering::SeqCst) == 1
-            && self.seen.fetch_add(1, Ordering::SeqCst) == self.block
-            && self.abort
-        {
-            // As sudden as a kill: no destructor runs.
-            std::process::abort();
-        }
-    }
-    fn is_cancelled(&self) -> bool {
-        !self.abort && self.seen.load(Ordering::SeqCst) > self.block
-    }
-}
-
-fn stop_at(pass: &'static str, block: u64, abort: bool) -> StopAt {
-    StopAt { pass, block, abort, in_pass: AtomicU64::new(0), seen: AtomicU64::new(0) }
 }
 
 #[test]

@@ -6,7 +6,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use neuroada_ckpt::{
@@ -17,37 +16,16 @@ use neuroada_ckpt::{
     tensor::{Dtype, RowColumns, RowLayout},
 };
 
+#[path = "support/stop_at.rs"]
+mod stop_at;
 #[path = "support/world.rs"]
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
+use stop_at::stop_at;
 use world::{World, tree};
 
 const SHARD: &str = "model-00001-of-00002.safetensors";
-
-/// Stops at the n-th block of a pass.
-struct StopAt {
-    pass: &'static str,
-    block: u64,
-    in_pass: AtomicU64,
-    seen: AtomicU64,
-}
-
-impl Observer for StopAt {
-    fn begin(&self, what: &str, _bytes: u64) {
-        self.in_pass.store(u64::from(what == self.pass), Ordering::SeqCst);
-    }
-    fn advance(&self, _bytes: u64) {
-        self.seen.fetch_add(self.in_pass.load(Ordering::SeqCst), Ordering::SeqCst);
-    }
-    fn is_cancelled(&self) -> bool {
-        self.seen.load(Ordering::SeqCst) > self.block
-    }
-}
-
-fn stop_at(pass: &'static str, block: u64) -> StopAt {
-    StopAt { pass, block, in_pass: AtomicU64::new(0), seen: AtomicU64::new(0) }
-}
 
 /// A world, what an undisturbed merge of its first adapter makes, and a merge of it that stopped in the second shard.
 struct Stopped {
@@ -87,7 +65,7 @@ impl Stopped {
     /// Stopped later and later, until it is in the second shard.
     fn stop(&self, adapter: usize) {
         let stopped = (0..).find(|&block| {
-            self.merge(adapter, &stop_at("merging", block)).unwrap_err();
+            self.merge(adapter, &stop_at("merging", block, false)).unwrap_err();
             self.shard().exists()
         });
         assert!(stopped > Some(0), "pieces of the first shard come first");
@@ -215,7 +193,7 @@ fn shards_patched_after_they_were_copied_are_recorded_too() {
     let options = resumable(&out, false);
     let mut named = BTreeSet::new();
     for block in 0.. {
-        if merge(&out, &stop_at("patching", block), &options).is_ok() {
+        if merge(&out, &stop_at("patching", block, false), &options).is_ok() {
             break;
         }
         if partial.join(SHARD).exists() {
@@ -236,7 +214,7 @@ fn linked_shards_are_linked_again() {
     };
     merge(&Silent, &MergeOptions::new_checkpoint(&plain)).unwrap();
     let options = resumable(&out, true);
-    merge(&stop_at("merging", 0), &options).unwrap_err();
+    merge(&stop_at("merging", 0, false), &options).unwrap_err();
     assert!(merge(&Silent, &options).unwrap().notes.is_empty());
     assert!(tree(&out) == tree(&plain));
     assert_eq!(inode(&out.join(SHARD)), inode(&world.base().join(SHARD)));
