@@ -21,18 +21,10 @@ pub(super) struct Planner<'a> {
     pub(super) originals: &'a Checkpoint,
     pub(super) names: ModuleNames<'a>,
     pub(super) reading: LowRankReading,
-    targets: BTreeMap<&'a str, Building<'a>>,
+    targets: BTreeMap<&'a str, Target<'a>>,
     pub(super) notes: Vec<String>,
     /// Of the current adapter.
     pub(super) problems: Vec<String>,
-}
-
-/// A target that is being put together.
-struct Building<'a> {
-    target: Target<'a>,
-    /// Which source each step comes from, and which the full tensor.
-    step_sources: Vec<usize>,
-    full_source: Option<usize>,
 }
 
 /// Which way a weight is stored.
@@ -70,7 +62,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The target of a tensor, as a matrix of `n_columns` columns.
-    fn target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Building<'a>, String> {
+    fn target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Target<'a>, String> {
         if let Some(weight) = tensor.coded() {
             return Err(weight.refusal());
         }
@@ -87,23 +79,20 @@ impl<'a> Planner<'a> {
             return Err(format!("the base has shape {:?}, rows of {n_columns} are needed", tensor.info.shape));
         }
         let n_rows = n_elements / n_columns;
-        let new = || {
-            let target = Target::untouched(tensor, n_rows, n_columns);
-            Building { target, step_sources: Vec::new(), full_source: None }
-        };
-        let building = self.targets.entry(&tensor.info.name).or_insert_with(new);
-        if building.target.n_columns != n_columns {
+        let new = || Target::untouched(tensor, n_rows, n_columns);
+        let target = self.targets.entry(&tensor.info.name).or_insert_with(new);
+        if target.n_columns != n_columns {
             return Err("two adapters read it as different matrices".to_owned());
         }
-        Ok(building)
+        Ok(target)
     }
 
     fn add_step(&mut self, tensor: TensorRef<'a>, n_columns: u64, step: Step<'a>, source: usize) {
         match self.target(tensor, n_columns) {
             Err(what) => self.problem(&tensor.info.name, what),
-            Ok(building) => {
-                building.target.steps.push(step);
-                building.step_sources.push(source);
+            Ok(target) => {
+                target.steps.push(step);
+                target.step_sources.push(source);
             }
         }
     }
@@ -197,12 +186,12 @@ impl<'a> Planner<'a> {
         let n_columns = if info.shape.len() > 1 { *info.shape.last().expect("not empty") } else { 1 };
         match self.target(tensor, n_columns) {
             Err(what) => self.problem(&full.name, what),
-            Ok(building) if building.full_source.is_some() => {
+            Ok(target) if target.full_source.is_some() => {
                 self.problem(&full.name, "two adapters hold it in full");
             }
-            Ok(building) => {
-                building.target.full = Some((lora.shard(), info));
-                building.full_source = Some(index);
+            Ok(target) => {
+                target.full = Some((lora.shard(), info));
+                target.full_source = Some(index);
             }
         }
         Ok(())
@@ -418,9 +407,8 @@ impl<'a> Planner<'a> {
     pub(super) fn finish(self, n_sources: usize) -> Result<Plan<'a>, MergeError> {
         let mut n_tensors = vec![0; n_sources];
         let mut targets = Vec::new();
-        for (name, building) in self.targets {
-            let Building { target, step_sources, full_source } = building;
-            let mut sources: Vec<usize> = step_sources.iter().copied().chain(full_source).collect();
+        for (name, target) in self.targets {
+            let mut sources: Vec<usize> = target.step_sources.iter().copied().chain(target.full_source).collect();
             sources.sort_unstable();
             sources.dedup();
             sources.iter().for_each(|&source| n_tensors[source] += 1);
@@ -428,7 +416,7 @@ impl<'a> Planner<'a> {
                 path: self.checkpoint.root().to_owned(),
                 what: format!("\"{}\": {what}", Printable(name)),
             };
-            if full_source.is_some() && sources.len() > 1 {
+            if target.full_source.is_some() && sources.len() > 1 {
                 return Err(refused("one adapter holds it in full, another adds to it; merge one of them"));
             }
             if target.has_magnitudes() && sources.len() > 1 {
@@ -436,20 +424,20 @@ impl<'a> Planner<'a> {
                     "an adapter with magnitudes (DoRA) cannot share a weight with another; merge one of them",
                 ));
             }
-            refuse_overlaps(&target, &step_sources).map_err(|what| refused(&what))?;
+            refuse_overlaps(&target).map_err(|what| refused(&what))?;
             let is_product = |step: &Step<'_>| matches!(step, Step::LowRank(product) if product.magnitude.is_none());
             // Products of one adapter lie on different rows.
             let is_simple = target.full.is_none() && sources.len() <= 1 && target.steps.iter().all(is_product);
-            targets.push(Target { is_simple, step_sources, full_source, ..target });
+            targets.push(Target { is_simple, ..target });
         }
         Ok(Plan { targets, notes: self.notes, n_tensors })
     }
 }
 
 /// Of one adapter, no two modules may lie on the same rows.
-fn refuse_overlaps(target: &Target<'_>, sources: &[usize]) -> Result<(), String> {
+fn refuse_overlaps(target: &Target<'_>) -> Result<(), String> {
     let mut rows: Vec<(usize, Range<u64>)> = Vec::new();
-    for (step, &source) in target.steps.iter().zip(sources) {
+    for (step, &source) in target.steps.iter().zip(&target.step_sources) {
         let of_columns = matches!(step, Step::LowRank(p) if p.magnitude.is_some_and(|m| m.of_columns));
         match step {
             Step::LowRank(product) if of_columns && product.n_rows != target.n_rows => {
