@@ -95,11 +95,9 @@ pub(super) fn apply(
             active.adapter.write_own(ctx, &state.adapters(), &copy_name(&active.id))?;
         }
         state.adapters().sync()?;
-        writer.finish(ctx)?;
-        // Opened anew, so that what is trusted from here on is what lies on disk.
-        let after = Stack::open_ledger(ctx, state, StateFolder::LEDGER_NEW)?
-            .ok_or_else(|| missing(state, StateFolder::LEDGER_NEW, "it was written and is not there any more"))?;
-        let digest = after.ledger.as_ref().expect("it was opened from a ledger").digest();
+        let ledger = writer.finish(ctx)?;
+        let digest = ledger.digest();
+        let after = Stack::of_ledger(ctx, state, ledger)?;
         Journal::new(before.ledger.as_ref().map(Ledger::digest), digest).write(state)?;
         Ok(after)
     })();
@@ -133,11 +131,6 @@ pub(super) fn apply(
         Err(e) => return Err(roll_back(ctx, checkpoint, state, &touched, &files, [&after, before], e)),
     }
     Ok(report)
-}
-
-/// The error for an entry of the state folder that should be there.
-pub(super) fn missing(state: &StateFolder, name: &str, what: &str) -> MergeError {
-    MergeError::BadLedger { path: state.path().join(name), what: what.to_owned() }
 }
 
 /// Makes the new ledger the ledger, then forgets that a change was under way.

@@ -1,11 +1,10 @@
 //! `txn`: the record of the change under way.
 //!
-//! Two lines of text: a JSON document with the digests of the ledger before and after the change, and the BLAKE3 of that
-//! document in hexadecimal. Its presence says that the weights may be those of either ledger, or a mixture.
+//! Two lines of text ([`checksummed`]): the digests of the ledger before and after the change, and a checksum. Its presence says that the weights may be those of either ledger, or a mixture.
 
 use serde::{Deserialize, Serialize};
 
-use super::MergeError;
+use super::{MergeError, checksummed};
 use crate::checkpoint::{StateFolder, write_own};
 
 /// Journals larger than this are refused.
@@ -51,12 +50,7 @@ impl Journal {
     /// # Errors
     /// What is wrong with them.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let damaged = || "the journal is damaged: its checksum does not match".to_owned();
-        let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
-        let (document, rest) = text.split_once('\n').ok_or_else(damaged)?;
-        if rest != format!("{}\n", blake3::hash(document.as_bytes()).to_hex()) {
-            return Err(damaged());
-        }
+        let document = checksummed::document_of(bytes).ok_or("the journal is damaged: its checksum does not match")?;
         let journal: Self = serde_json::from_str(document).map_err(|e| format!("the journal is malformed: {e}"))?;
         match journal.version {
             1 => Ok(journal),
@@ -66,12 +60,7 @@ impl Journal {
 
     /// Writes the journal, durably: from here on a crash needs recovery.
     pub fn write(&self, state: &StateFolder) -> Result<(), MergeError> {
-        Ok(write_own(state.folder(), StateFolder::TXN, &self.to_bytes())?)
-    }
-
-    fn to_bytes(&self) -> Vec<u8> {
-        let document = serde_json::to_string(self).expect("strings serialise");
-        format!("{document}\n{}\n", blake3::hash(document.as_bytes()).to_hex()).into_bytes()
+        Ok(write_own(state.folder(), StateFolder::TXN, &checksummed::to_bytes(self))?)
     }
 }
 
@@ -82,7 +71,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_of_a_journal_is_found() {
         let journal = Journal::new(Some(blake3::hash(b"a")), blake3::hash(b"b"));
-        let bytes = journal.to_bytes();
+        let bytes = checksummed::to_bytes(&journal);
         assert_eq!(Journal::parse(&bytes).unwrap(), journal);
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();

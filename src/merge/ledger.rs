@@ -161,6 +161,10 @@ impl Ledger {
         Ok(())
     }
 
+    /// The file.
+    pub(super) fn path(&self) -> &Path {
+        self.shard.path()
+    }
     /// What the ledger says.
     pub(super) fn document(&self) -> &LedgerDocument {
         &self.document

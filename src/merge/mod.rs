@@ -11,6 +11,7 @@
 
 mod apply;
 mod change;
+mod checksummed;
 mod error;
 mod examine;
 mod in_place;

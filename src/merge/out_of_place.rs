@@ -99,8 +99,9 @@ pub(super) fn apply(
     for active in &after.active {
         active.adapter.write_own(ctx, &state.adapters(), &copy_name(&active.id))?;
     }
-    let ledger_bytes = writer.finish(ctx)?.n_bytes();
-    let after = Stack::open(ctx, &state)?;
+    let ledger = writer.finish(ctx)?;
+    let ledger_bytes = ledger.n_bytes();
+    let after = Stack::of_ledger(ctx, &state, ledger)?;
     for Waiting { index, later, part, path, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();

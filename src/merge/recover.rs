@@ -91,9 +91,9 @@ pub(super) fn recover_locked(
         state.tidy(&before.copies())?;
         return Ok(Recovered::Finished);
     }
-    let bad = |what: &str| in_place::missing(state, StateFolder::TXN, what);
+    let bad = |name: &str, what: &str| MergeError::BadLedger { path: state.path().join(name), what: what.to_owned() };
     if journal.as_ref().is_some_and(|journal| digest != journal.before) {
-        return Err(bad("the journal speaks of another ledger than the one beside it"));
+        return Err(bad(StateFolder::TXN, "the journal speaks of another ledger than the one beside it"));
     }
     let after = match (Stack::open_ledger(ctx, state, StateFolder::LEDGER_NEW)?, &journal) {
         (Some(after), _) => after,
@@ -101,7 +101,7 @@ pub(super) fn recover_locked(
         (None, Some(_)) => {
             let what = "is missing: a change was interrupted, and without the originals in it the weights cannot be put back; \
                         nothing was deleted. Restore it from a backup, or the weights from the base";
-            return Err(in_place::missing(state, StateFolder::LEDGER_NEW, what));
+            return Err(bad(StateFolder::LEDGER_NEW, what));
         }
         (None, None) => return Ok(Recovered::Nothing),
     };
@@ -109,7 +109,7 @@ pub(super) fn recover_locked(
         after.ledger.as_ref().is_some_and(|ledger| ledger.digest().to_hex().as_str() == journal.after)
     };
     if !journal.as_ref().is_none_or(is_same) {
-        return Err(bad("the journal speaks of another new ledger than the one beside it"));
+        return Err(bad(StateFolder::TXN, "the journal speaks of another new ledger than the one beside it"));
     }
     // Without a journal the weights should be the old ones. Writing those again costs little, and heals what a journal that was
     // taken away would have told of.

@@ -1,7 +1,6 @@
 //! Going on after a merge that was cut short: shards that an earlier run finished are proven before this one takes them over.
 //!
-//! Beside each finished shard `NAME` lies its record, `.NAME.record`: two lines of text, a JSON document and the BLAKE3 of that
-//! document in hexadecimal. The document names the plan (see [`super::out_of_place`]), the shard's bytes, and the BLAKE3 of each run
+//! Beside each finished shard `NAME` lies its record, `.NAME.record`: two lines of text ([`checksummed`]). The document names the plan (see [`super::out_of_place`]), the shard's bytes, and the BLAKE3 of each run
 //! of them, taken while they were written. The order on disk is: the shard's bytes under a temporary name, its record, its name; each
 //! durable before the next. Whatever a kill or a power loss leaves is therefore a shard with its record, or something that is removed.
 
@@ -9,7 +8,7 @@ use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt, pa
 
 use serde::{Deserialize, Serialize};
 
-use super::MergeError;
+use super::{MergeError, checksummed};
 use crate::checkpoint::{
     AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, Existing, OwnFolder, Printable, Shard,
     for_each_ordered, windows, write_atomic,
@@ -42,18 +41,9 @@ struct ShardRecord {
 }
 
 impl ShardRecord {
-    fn to_bytes(&self) -> Vec<u8> {
-        let document = serde_json::to_string(self).expect("strings and numbers serialise");
-        format!("{document}\n{}\n", blake3::hash(document.as_bytes()).to_hex()).into_bytes()
-    }
-
     /// Parses the two lines; none where a bit of them is not as written.
     fn parse(bytes: &[u8]) -> Option<Self> {
-        let (document, rest) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
-        if rest != format!("{}\n", blake3::hash(document.as_bytes()).to_hex()) {
-            return None;
-        }
-        serde_json::from_str(document).ok().filter(|record: &Self| record.version == 1)
+        serde_json::from_str(checksummed::document_of(bytes)?).ok().filter(|record: &Self| record.version == 1)
     }
 
     /// The pieces with their ranges; none where they are not the whole file.
@@ -119,7 +109,11 @@ impl Resume {
     pub(super) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), MergeError> {
         let n_bytes = pieces.last().map_or(0, |piece| piece.0);
         let record = ShardRecord { version: 1, plan: self.plan.clone(), n_bytes, pieces };
-        Ok(write_atomic(&self.folder.path().join(record_name(name)), Existing::Replace, &record.to_bytes())?)
+        Ok(write_atomic(
+            &self.folder.path().join(record_name(name)),
+            Existing::Replace,
+            &checksummed::to_bytes(&record),
+        )?)
     }
 
     /// The same for a shard whose bytes are those of the finished file at `path`.
@@ -231,7 +225,7 @@ mod tests {
     fn every_flipped_bit_of_a_shard_record_is_found() {
         let pieces = vec![Piece::new(8, blake3::hash(b"a")), Piece::new(20, blake3::hash(b"b"))];
         let record = ShardRecord { version: 1, plan: "00".to_owned(), n_bytes: 20, pieces };
-        let bytes = record.to_bytes();
+        let bytes = checksummed::to_bytes(&record);
         assert_eq!(ShardRecord::parse(&bytes).as_ref(), Some(&record));
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();

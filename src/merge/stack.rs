@@ -1,6 +1,6 @@
 //! The adapters that are in a checkpoint, and the originals beneath them.
 
-use std::{collections::BTreeMap, ops::Range, str::FromStr};
+use std::{collections::BTreeMap, fmt::Display, ops::Range, str::FromStr};
 
 use super::{MergeError, ledger::Ledger};
 use crate::{
@@ -74,8 +74,15 @@ impl Stack {
 
     /// The same for a ledger under another name, such as `ledger.new`; `None` where there is none.
     pub(super) fn open_ledger(ctx: &Context<'_>, state: &StateFolder, name: &str) -> Result<Option<Self>, MergeError> {
-        let Some(ledger) = Ledger::open(ctx, state, name)? else { return Ok(None) };
-        let path = state.path().join(name);
+        Ledger::open(ctx, state, name)?.map(|ledger| Self::of_ledger(ctx, state, ledger)).transpose()
+    }
+
+    /// The stack that an open ledger of a state folder records. Reads and checks every adapter's copy, whole.
+    ///
+    /// # Errors
+    /// [`MergeError::BadLedger`] where a copy is not what was written.
+    pub(super) fn of_ledger(ctx: &Context<'_>, state: &StateFolder, ledger: Ledger) -> Result<Self, MergeError> {
+        let path = ledger.path().to_owned();
         let bad = |what: String| MergeError::BadLedger { path: path.clone(), what };
         let mut active = Vec::new();
         for entry in &ledger.document().active {
@@ -97,7 +104,7 @@ impl Stack {
         }
         let stack = Self { active, ledger: Some(ledger) };
         stack.check_targets().map_err(bad)?;
-        Ok(Some(stack))
+        Ok(stack)
     }
 
     /// Ledger and adapters must name the same tensors, alike.
@@ -217,6 +224,6 @@ impl Stack {
 }
 
 /// The name of an adapter's copy in the state folder.
-pub(super) fn copy_name(id: &AdapterId) -> String {
+pub(super) fn copy_name(id: &impl Display) -> String {
     format!("{id}.safetensors")
 }

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, StateFolder, write_own},
-    merge::{MergeError, MergeInput, stack::copy_name, state::state_of},
+    merge::{MergeError, MergeInput, checksummed, stack::copy_name, state::state_of},
     peft::{PEFT_CONFIG, PEFT_TENSORS},
 };
 
@@ -97,22 +97,13 @@ impl LowRankRecord {
     /// # Errors
     /// What is wrong with them.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let damaged = || "the record of a low-rank merge is damaged: its checksum does not match".to_owned();
-        let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
-        let (document, rest) = text.split_once('\n').ok_or_else(damaged)?;
-        if rest != format!("{}\n", blake3::hash(document.as_bytes()).to_hex()) {
-            return Err(damaged());
-        }
+        let document = checksummed::document_of(bytes)
+            .ok_or("the record of a low-rank merge is damaged: its checksum does not match")?;
         let record: Self = serde_json::from_str(document).map_err(|e| format!("the record is malformed: {e}"))?;
         match record.version {
             1 => Ok(record),
             version => Err(format!("the record has version {version}, this program reads version 1")),
         }
-    }
-
-    fn to_bytes(&self) -> Vec<u8> {
-        let document = serde_json::to_string(self).expect("strings and numbers serialise");
-        format!("{document}\n{}\n", blake3::hash(document.as_bytes()).to_hex()).into_bytes()
     }
 
     /// Bytes of all originals.
@@ -172,7 +163,7 @@ impl RecordFolder {
             }
         }
         adapters.sync()?;
-        Ok(write_own(self.0.folder(), StateFolder::LOW_RANK, &record.to_bytes())?)
+        Ok(write_own(self.0.folder(), StateFolder::LOW_RANK, &checksummed::to_bytes(record))?)
     }
 
     /// The recorded adapters, as inputs of a merge. What is opened by these paths is proven by its id.
@@ -185,7 +176,7 @@ impl RecordFolder {
             blake3::Hash::from_hex(&active.id).map_err(|_| self.bad("an adapter's id is malformed"))?;
             let (name, kind) = match active.kind.as_str() {
                 "lora" => (active.id.clone(), EntryKind::Folder),
-                _ => (format!("{}.safetensors", active.id), EntryKind::File),
+                _ => (copy_name(&active.id), EntryKind::File),
             };
             let adapter = self.refuse_other(&adapters, &name, kind)?;
             Ok(MergeInput { adapter, scale: Some(active.scale) })
@@ -262,7 +253,7 @@ mod tests {
             merged: "1".to_owned(),
         };
         record.targets.insert("w".to_owned(), target);
-        let bytes = record.to_bytes();
+        let bytes = checksummed::to_bytes(&record);
         assert_eq!(LowRankRecord::parse(&bytes).unwrap(), record);
         assert_eq!(record.n_original_bytes(), 12);
         for bit in 0..bytes.len() * 8 {
