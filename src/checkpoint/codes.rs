@@ -162,7 +162,7 @@ pub struct Codes {
     by_end: OnceLock<Vec<usize>>,
 }
 
-/// The names and types that codes are told by.
+/// Tensor names and types, by which quantized weights are recognised.
 struct Names<'a> {
     infos: Vec<&'a TensorInfo>,
     stored: HashMap<&'a str, Dtype>,

@@ -1,7 +1,7 @@
 //! Files and folders inside an output that grows under its temporary name, and files beside an output that belong to it.
 //!
-//! The gate has let the output pass, and its temporary folder is this run's alone: what is made, renamed and removed here is this
-//! program's. A link is never followed by its last name.
+//! The gate has let the output pass, and its temporary folder is this run's alone: every file and folder that is created,
+//! renamed or removed here is this program's own. A link is never followed by its last name.
 
 use std::{
     fs::{self, File},

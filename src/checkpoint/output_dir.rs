@@ -181,7 +181,7 @@ impl AtomicDir {
     }
 }
 
-/// A temporary folder beside an output, for what is made on the way; gone when dropped.
+/// A temporary folder beside an output, for intermediate files; deleted when dropped.
 ///
 /// Its name is the same in every run, `.NAME.neuroada-work`, and locked: what a killed run left is removed by the next run on the same
 /// output.

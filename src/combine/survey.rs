@@ -184,7 +184,7 @@ fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineErro
     Ok(targets)
 }
 
-/// Bytes of memory that a run of rows takes, with what is made of it.
+/// Bytes of memory that a run of rows takes, including the results computed from it.
 pub(super) fn members_bytes(ctx: &Context<'_>, inputs: &[CombineInput], target: &Target<'_>, rows: &Range<u64>) -> u64 {
     let of_member = |&i: &usize| {
         let adapter = &inputs[i].adapter;
