@@ -12,7 +12,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{AtomicFile, CheckpointError, Context, Shard};
+use super::{AtomicFile, Checkpoint, CheckpointError, Context, Shard, create_folders, folder_of, remove_file};
 
 /// Bytes between two looks at whether the user asked to stop.
 const CHUNK_BYTES: usize = 8 << 20;
@@ -93,6 +93,21 @@ pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode
     };
     to.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?;
     Ok(copied)
+}
+
+/// Copies what a checkpoint's folder holds beside its shards, such as config and tokenizer, into the new folder `root`, replacing what an
+/// earlier run left there.
+///
+/// # Errors
+/// As [`Checkpoint::side_files`] and [`copy_file`].
+pub fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) -> Result<(), CheckpointError> {
+    for side_file in checkpoint.side_files()? {
+        let to = root.join(&side_file);
+        create_folders(folder_of(&to))?;
+        remove_file(&to)?;
+        copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
+    }
+    Ok(())
 }
 
 /// Gives a shard that is a link, or has other names, a file of its own under its name: a copy, put in its place in one step. What else

@@ -44,7 +44,7 @@ pub(crate) use atomic_file::write_own;
 pub use atomic_file::{AtomicFile, Existing, sync_folder, write_atomic};
 pub use codes::{CodedWeight, Codes};
 pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
-pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};
+pub use copy::{Copied, CopyMode, check_free_space, copy_file, copy_side_files, share_file, unshare};
 pub(crate) use error::indented_list;
 pub use error::{CheckpointError, ErrorKind, Printable};
 pub use gate::{OutputKind, check_output};

@@ -18,8 +18,7 @@ use super::{
 };
 use crate::checkpoint::{
     AtomicDir, Checkpoint, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent, SingleFile,
-    StateFolder, check_free_space, copy_file, create_folders, folder_of, give_name, remove_file, rewrite_shard,
-    share_file, windows,
+    StateFolder, check_free_space, copy_side_files, folder_of, give_name, rewrite_shard, share_file, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -244,17 +243,6 @@ fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
         after.nnz(target.name) * target.tensor.info.dtype.bitsize() as u64 / 8 + target.layout.n_rows() / 4
     };
     adapters + 2 * touched.iter().map(originals).sum::<u64>()
-}
-
-/// Copies config, tokenizer and the like.
-pub(super) fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) -> Result<(), MergeError> {
-    for side_file in checkpoint.side_files()? {
-        let to = root.join(&side_file);
-        create_folders(folder_of(&to))?;
-        remove_file(&to)?;
-        copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
-    }
-    Ok(())
 }
 
 /// The output under its temporary name; gone when dropped before [`Output::commit`].

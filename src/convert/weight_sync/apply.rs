@@ -14,7 +14,7 @@ use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncRepor
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, Printable, Shard,
-        SingleFile, TensorRef, copy_file, create_folders, folder_of, malformed, open_to_change, read_whole,
+        SingleFile, TensorRef, copy_file, copy_side_files, malformed, open_to_change, read_whole,
     },
     convert::{ConvertError, input::Input},
     tensor::Dtype,
@@ -374,11 +374,7 @@ impl Target {
             Self::File(file) => return file.commit(),
             Self::Folder(folder) => folder,
         };
-        for side_file in base.side_files()? {
-            let to = folder.path().join(&side_file);
-            create_folders(folder_of(&to))?;
-            copy_file(ctx, &base.root().join(&side_file), &to, CopyMode::Auto)?;
-        }
+        copy_side_files(ctx, base, folder.path())?;
         folder.commit()
     }
 }

@@ -15,11 +15,12 @@ use crate::{
     backend::{Merger, PatchCounts, gather, largest_magnitude, overflows},
     checkpoint::{
         Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
-        check_free_space, check_output, folder_of, for_each_ordered, rewrite_shard, share_file, window_cost, windows,
+        check_free_space, check_output, copy_side_files, folder_of, for_each_ordered, rewrite_shard, share_file,
+        window_cost, windows,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
-        out_of_place::{Output, Target as OutputTarget, copy_side_files},
+        out_of_place::{Output, Target as OutputTarget},
         plausible::{Implausible, Overflows},
         report::kind_reports_of,
         verify::open_base,
