@@ -12,6 +12,7 @@
 //! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
+//! - [`weights`]: the map of weights, what each one is and which stored tensors hold it
 //! - [`peft`]: adapters as other tools leave them on disk
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
 //! - `gpu`: device slices and launches (feature `cuda`)
@@ -34,3 +35,4 @@ pub mod peft;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod train;
+pub mod weights;

@@ -16,6 +16,7 @@ use neuroada_ckpt::{
     mask::{BaseInfo, Recipe},
     merge::{self, MergeInput, MergeOptions},
     tensor::{Dtype, RowColumns},
+    weights::{Answers, WeightMap},
 };
 use tempfile::TempDir;
 
@@ -55,7 +56,8 @@ fn bf16_model(folder: &Path) -> PathBuf {
 
 fn to(format: Format, input: &Path, base: Option<&Path>, output: &Path) -> Result<ConvertReport, ConvertError> {
     let base = base.map(open);
-    convert(&Context::default(), input, base.as_ref(), format, output, Existing::Keep)
+    let map = base.as_ref().map(|base| WeightMap::new(base, Answers::default()).unwrap());
+    convert(&Context::default(), input, map.as_ref(), format, output, Existing::Keep)
 }
 
 /// BLAKE3 of each tensor of `base` with `adapter` in it.
@@ -209,7 +211,8 @@ fn broken_pickles_and_archives_are_refused_in_words() {
             fs::write(place.at(name), &changed).unwrap();
             let input = if name.ends_with("npz") { place.at(name) } else { broken.clone() };
             let output = place.at("out.safetensors");
-            match convert(&ctx, &input, Some(&base), Format::NeuroAda, &output, Existing::Replace) {
+            let map = WeightMap::new(&base, Answers::default()).unwrap();
+            match convert(&ctx, &input, Some(&map), Format::NeuroAda, &output, Existing::Replace) {
                 // A position or a value may be another one that is just as good.
                 Ok(_) => fs::remove_file(&output).unwrap(),
                 Err(error) => {
@@ -259,7 +262,8 @@ fn entries_in_any_order_give_the_same_adapter_in_any_memory() {
     to(Format::Npz, &at("a"), None, &at("a.npz")).unwrap();
     for (max_memory, name) in [(1 << 30, "much"), (16 << 20, "little")] {
         let ctx = Context { max_memory, ..Context::default() };
-        convert(&ctx, &at("a.npz"), Some(&base), Format::NeuroAda, &at(name), Existing::Keep).unwrap();
+        let map = WeightMap::new(&base, Answers::default()).unwrap();
+        convert(&ctx, &at("a.npz"), Some(&map), Format::NeuroAda, &at(name), Existing::Keep).unwrap();
     }
     assert!(fs::read(at("much")).unwrap() == fs::read(at("little")).unwrap());
     assert_eq!(Adapter::open(&at("much")).unwrap().nnz(), 80_000);

@@ -20,7 +20,8 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("checkpoint", &["tensor"]),
     ("backend", &["tensor", "gpu"]),
     ("peft", &["tensor", "checkpoint"]),
-    ("mask", &["tensor", "gpu", "checkpoint", "backend"]),
+    ("weights", &["tensor", "checkpoint"]),
+    ("mask", &["tensor", "gpu", "checkpoint", "backend", "weights"]),
     ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
     ("data", &["tensor", "checkpoint"]),
     ("merge", BELOW_COMMANDS),
@@ -28,7 +29,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
     ("convert", BELOW_COMMANDS),
-    ("train", &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter", "data"]),
+    ("train", &["tensor", "gpu", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
     (
         "cli",
         &[
@@ -37,6 +38,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "checkpoint",
             "backend",
             "peft",
+            "weights",
             "mask",
             "adapter",
             "data",
@@ -49,7 +51,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "peft", "mask", "adapter"];
+const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "peft", "weights", "mask", "adapter"];
 
 const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "indicatif", "signal_hook"];

@@ -14,10 +14,10 @@ use neuroada_ckpt::{
     backend::Merger,
     checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
     merge::{
-        self, ExpertAxes, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, MergeError, MergeInput,
-        MergeReport, Which,
+        self, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, MergeError, MergeInput, MergeReport, Which,
     },
     tensor::Dtype,
+    weights::Axes,
 };
 use tempfile::TempDir;
 
@@ -224,7 +224,7 @@ fn a_product_is_scaled_and_added_whichever_way_the_weight_is_stored() {
 }
 
 #[test]
-fn a_square_weight_is_read_as_the_config_and_the_other_weights_say() {
+fn a_square_weight_of_an_unknown_kind_is_read_as_the_config_says_or_asked_about() {
     let place = Place::new();
     place.base(Dtype::F32, "{}", &[("s.weight", &[2, 2], vec![0.0; 4]), ("t.weight", &[3, 2], vec![0.0; 6])]);
     let square: Tensors<'_> =
@@ -234,7 +234,15 @@ fn a_square_weight_is_read_as_the_config_and_the_other_weights_say() {
     assert_eq!(place.merged(turned)["s.weight"], [1.0, 3.0, 2.0, 6.0]);
     let mut both = square.to_vec();
     both.extend([("t.lora_A.weight", &[1u64, 3][..], vec![0.0; 3]), ("t.lora_B.weight", &[2, 1], vec![0.0; 2])]);
-    assert_eq!(place.merged(place.lora("c", r#""r":1,"lora_alpha":1"#, &both))["s.weight"], [1.0, 3.0, 2.0, 6.0]);
+    // Another kind is stored the other way round, and nothing is known of this one.
+    let both = place.lora("c", r#""r":1,"lora_alpha":1"#, &both);
+    let refused = said(place.merge(std::slice::from_ref(&both), LowRankReading::default()));
+    assert!(refused.contains("\"s.weight\": it is square, and neither its shape"), "{refused}");
+    for (axes, expected) in [("s=out-in", [1.0, 2.0, 3.0, 6.0]), ("s=in-out", [1.0, 3.0, 2.0, 6.0])] {
+        let reading = LowRankReading { axes: vec![axes.parse().unwrap()], ..LowRankReading::default() };
+        place.merge(std::slice::from_ref(&both), reading).unwrap();
+        assert_eq!(read(&place.path("out"))["s.weight"], expected);
+    }
 }
 
 #[test]
@@ -357,7 +365,7 @@ fn square_experts_are_asked_about() {
     assert!(
         said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default())).contains("its experts are square")
     );
-    for (axes, first) in [(ExpertAxes::OutIn, [1., 2., 3., 6.]), (ExpertAxes::InOut, [1., 3., 2., 6.])] {
+    for (axes, first) in [(Axes::OutIn, [1., 2., 3., 6.]), (Axes::InOut, [1., 3., 2., 6.])] {
         let reading = LowRankReading { expert_axes: Some(axes), ..Default::default() };
         place.merge(std::slice::from_ref(&adapter), reading).unwrap();
         assert_eq!(read(&place.path("out"))["m.experts.down_proj"][..4], first);
@@ -373,10 +381,13 @@ fn a_tied_head_is_changed_on_request_and_once() {
         &[("lm_head.lora_A.weight", &[1, 2], vec![1.0, 10.0]), ("lm_head.lora_B.weight", &[3, 1], vec![1.0, 2.0, 3.0])];
     let adapter = place.lora("a", config, head);
     let refused = said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default()));
-    assert!(refused.contains("trained on the head alone: merged, it would change the embedding too"), "{refused}");
+    assert!(
+        refused.contains("the adapter was trained for this one alone: merged, it would change the others too"),
+        "{refused}"
+    );
     let expected = [2.0, 11.0, 3.0, 21.0, 4.0, 31.0];
     let report = place.merge(&[adapter], LowRankReading { tied_head: true, ..Default::default() }).unwrap();
-    assert!(report.notes[0].contains("is head and embedding"), "{:?}", report.notes);
+    assert!(report.notes[0].contains("what is merged into one changes the others"), "{:?}", report.notes);
     assert_eq!(read(&place.path("out"))["model.embed_tokens.weight"], expected);
     // An adapter of both, with the same factors, needs no asking and is added once.
     let mut both = head.to_vec();
@@ -387,7 +398,7 @@ fn a_tied_head_is_changed_on_request_and_once() {
     assert_eq!(read(&place.path("out"))["model.embed_tokens.weight"], expected);
     both[2].2[0] = 9.0;
     let refused = said(place.merge(&[place.lora("c", config, &both)], LowRankReading::default()));
-    assert!(refused.contains("different factors for the two"), "{refused}");
+    assert!(refused.contains("different matrices for the two"), "{refused}");
 }
 
 // --- laws

@@ -15,6 +15,7 @@ use neuroada_ckpt::{
     checkpoint::{Checkpoint, CheckpointError, Context, ErrorKind, Existing, TensorFileWriter},
     mask::{BaseInfo, Recipe, select_targets},
     tensor::{Dtype, RowColumns},
+    weights::{Answers, WeightMap},
 };
 
 /// Formats and words of their layouts; the coded weights that each has.
@@ -106,6 +107,7 @@ fn codes_are_never_chosen_and_plain_weights_beside_them_are() {
     for (name, layout, _) in MODELS {
         let path = model(name);
         let checkpoint = Checkpoint::open(&path).unwrap();
+        let map = WeightMap::new(&checkpoint, Answers::default()).unwrap();
         for pattern in ["all-linear", "*", checkpoint.codes().weights()[0].name.as_str()] {
             let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", pattern, "-o", text(&out)]);
             assert_eq!(code, Some(4), "{name}: {pattern}: {said}");
@@ -116,11 +118,11 @@ fn codes_are_never_chosen_and_plain_weights_beside_them_are() {
         // Scales are no weights, even where they are named.
         for tensor in checkpoint.tensors().filter(|tensor| tensor.coded().is_some()) {
             let named = [tensor.info.name.clone()];
-            assert!(select_targets(&checkpoint, &named, &[]).is_err(), "{name}: {}", tensor.info.name);
+            assert!(select_targets(&map, &named, &[]).is_err(), "{name}: {}", tensor.info.name);
         }
         let plain = ["embed_tokens", "embed"]
             .into_iter()
-            .find(|pattern| select_targets(&checkpoint, &[(*pattern).to_owned()], &[]).is_ok());
+            .find(|pattern| select_targets(&map, &[(*pattern).to_owned()], &[]).is_ok());
         let plain = plain.unwrap_or_else(|| panic!("{name} has an embedding"));
         let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", plain, "-o", text(&out)]);
         assert_eq!(code, Some(0), "{name}: {said}");
@@ -229,9 +231,8 @@ fn one_shard_knows_of_scales_in_another() {
     {
         let checkpoint = Checkpoint::open(&model(name).join(shard)).unwrap();
         assert!(!checkpoint.codes().weights().is_empty(), "{name}");
-        let Err(error) = select_targets(&checkpoint, &["*".to_owned()], &[]) else {
-            panic!("{name}: codes were chosen")
-        };
+        let map = WeightMap::new(&checkpoint, Answers::default()).unwrap();
+        let Err(error) = select_targets(&map, &["*".to_owned()], &[]) else { panic!("{name}: codes were chosen") };
         assert_eq!(error.kind(), ErrorKind::Refused, "{name}: {error}");
     }
 }

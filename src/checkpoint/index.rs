@@ -9,7 +9,7 @@ use std::{
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::{
-    CheckpointError, Printable, Shard,
+    CheckpointError, Printable, Shard, TensorInfo,
     json::{Allowance, Text, malformed, not_a_string, read_whole},
 };
 
@@ -106,10 +106,8 @@ impl Index {
         let file_name = |shard: usize| Printable(&self.shards[shard]).to_string();
         let listed = |name: &str| self.weight_map.binary_search_by(|(listed, _)| listed.as_str().cmp(name)).is_ok();
         let mut stored: Vec<(&str, usize)> = Vec::new();
-        let mut total = 0u64;
         for (position, shard) in shards.iter().enumerate() {
             for tensor in shard.header().by_name() {
-                total = total.saturating_add(tensor.n_bytes());
                 stored.push((&tensor.name, position));
             }
         }
@@ -128,12 +126,33 @@ impl Index {
         if problems.len() == MAX_PROBLEMS {
             problems.push("the search stopped here".to_owned());
         }
-        if let Some(total_size) = self.total_size
-            && total_size != total
-        {
-            problems.push(format!("metadata.total_size is {total_size}, the tensors have {total} bytes"));
-        }
         problems
+    }
+
+    /// `metadata.total_size` and the bytes of the tensors, where they differ. Loaders do not look at it.
+    pub(super) fn wrong_total(&self, shards: &[Shard]) -> Option<WrongTotal> {
+        let tensors = shards.iter().flat_map(|shard| shard.header().tensors());
+        let found = tensors.map(TensorInfo::n_bytes).fold(0, u64::saturating_add);
+        let said = self.total_size.filter(|&said| said != found)?;
+        Some(WrongTotal { said, found })
+    }
+}
+
+/// An index's `metadata.total_size` that is not what the tensors have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct WrongTotal {
+    pub(super) said: u64,
+    pub(super) found: u64,
+}
+
+impl WrongTotal {
+    /// The index's JSON with the right number in it.
+    pub(super) fn corrected(self, json: &[u8]) -> serde_json::Result<Vec<u8>> {
+        let mut index: serde_json::Value = serde_json::from_slice(json)?;
+        index["metadata"]["total_size"] = self.found.into();
+        let mut json = serde_json::to_vec_pretty(&index)?;
+        json.push(b'\n');
+        Ok(json)
     }
 }
 

@@ -59,6 +59,7 @@ pub use json::read_whole;
 pub(crate) use json::{malformed, open_regular};
 pub use lock::{CheckpointLock, in_place_hazards};
 pub use mmap::Window;
+pub(crate) use model::config_beside;
 pub use model::{Checkpoint, Layout, TensorRef};
 pub use output::{TensorFileWriter, TensorId, folder_of, tensor_file_header};
 pub use output_dir::{AtomicDir, WorkFolder};

@@ -7,8 +7,8 @@ use std::{
 
 use super::{
     CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Index, Printable, Shard, TensorInfo,
-    Window,
-    index::Bounds,
+    Window, folder_of,
+    index::{Bounds, WrongTotal},
     json::{malformed, read_whole},
     probe, state_folder,
 };
@@ -40,6 +40,7 @@ pub struct Checkpoint {
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
     codes: Codes,
+    wrong_total: Option<WrongTotal>,
     /// No output replaces, holds or lies in the folder meanwhile.
     _in_use: Option<InUse>,
 }
@@ -180,7 +181,8 @@ impl Checkpoint {
         if !problems.is_empty() {
             return Err(many("the index and its shards disagree", problems));
         }
-        Self::assemble(root, Layout::Sharded, shards)
+        let wrong_total = index.wrong_total(&shards);
+        Ok(Self { wrong_total, ..Self::assemble(root, Layout::Sharded, shards)? })
     }
 
     fn assemble(root: &Path, layout: Layout, shards: Vec<Shard>) -> Result<Self, CheckpointError> {
@@ -203,7 +205,17 @@ impl Checkpoint {
         let real = fs::canonicalize(root).map_err(|e| CheckpointError::io("open", root, e))?;
         let name = if layout == Layout::File { real.file_stem() } else { real.file_name() };
         let name = name.map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        Ok(Self { root: root.to_owned(), name, layout, shards, tensors, config, codes, _in_use: in_use })
+        Ok(Self {
+            root: root.to_owned(),
+            name,
+            layout,
+            shards,
+            tensors,
+            config,
+            codes,
+            wrong_total: None,
+            _in_use: in_use,
+        })
     }
 
     /// The checkpoint that waits for recovery, where there is one: this one, the folder that its file belongs to, or one of its files.
@@ -236,6 +248,11 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
         let found = self.tensors.binary_search_by(|&at| self.at(at).info.name.as_str().cmp(name)).ok()?;
         Some(self.at(self.tensors[found]))
+    }
+
+    /// The tensor at this place among all, in the order of [`Self::tensors`].
+    pub(crate) fn tensor_at(&self, at: usize) -> Option<TensorRef<'_>> {
+        Some(self.at(*self.tensors.get(at)?))
     }
 
     fn at(&self, (s, t): (u32, u32)) -> TensorRef<'_> {
@@ -296,6 +313,20 @@ impl Checkpoint {
     /// `config.json`, empty where there is none.
     pub fn config(&self) -> &serde_json::Map<String, serde_json::Value> {
         &self.config
+    }
+
+    /// What is odd about it and does no harm, in words.
+    pub fn notes(&self) -> Vec<String> {
+        let wrong = self.wrong_total.map(|wrong| {
+            let WrongTotal { said, found } = wrong;
+            format!("{INDEX_FILE}: metadata.total_size is {said}, the tensors have {found} bytes")
+        });
+        wrong.into_iter().collect()
+    }
+
+    /// What is wrong with its index, and does no harm.
+    pub(super) fn wrong_total(&self) -> Option<WrongTotal> {
+        self.wrong_total
     }
 
     /// Fails where a file changed since it was opened.
@@ -365,6 +396,11 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// `config.json` beside a file, empty where there is none.
+pub(crate) fn config_beside(file: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
+    read_config(&folder_of(file).join(CONFIG_FILE))
 }
 
 /// Reads `config.json`, or nothing where there is none.

@@ -8,6 +8,7 @@ use neuroada_ckpt::{
     checkpoint::{Checkpoint, Existing},
     convert::{self, ForeignAdapter},
     merge::{MergeInput, Originals},
+    weights::{Answers, WeightMap},
 };
 use tempfile::TempDir;
 
@@ -18,6 +19,7 @@ use super::env::Env;
 pub(super) fn adopt(
     base: &Path,
     inputs: Vec<MergeInput>,
+    answers: &Answers,
     env: &Env,
 ) -> anyhow::Result<(Vec<MergeInput>, Option<TempDir>)> {
     let ctx = env.context();
@@ -37,7 +39,8 @@ pub(super) fn adopt(
         let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let path = folder.path().join(format!("{i}-{name}.safetensors"));
         let notes = AdapterNotes::default();
-        let report = convert::import(&ctx, &foreign, checkpoint, originals, &notes, &path, Existing::Keep)?;
+        let map = WeightMap::new(checkpoint, answers.clone())?;
+        let report = convert::import(&ctx, &foreign, &map, originals, &notes, &path, Existing::Keep)?;
         if !report.exact {
             let (n, of) = (report.n_rounded, report.n_entries);
             env.note(&format!("{}: {n} of {of} deltas were rounded, as {} does it", name, report.from));

@@ -13,6 +13,7 @@ use super::{
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count, number, percent},
+    weights::{AxesArgs, with_axes_hint},
 };
 
 /// Make an adapter of what changed between two checkpoints
@@ -43,9 +44,11 @@ pub(super) struct ExtractArgs {
     /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: all]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     targets: Vec<String>,
-    /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)
+    /// Targets stored as [d_in, d_out], beside those of families known to store them so (GPT-2, gpt-oss)
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     transposed: Vec<String>,
+    #[command(flatten)]
+    axes: AxesArgs,
     #[command(flatten)]
     notes: NotesArgs,
     /// List every tensor instead of a line per kind
@@ -90,6 +93,7 @@ pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
         max_density: args.max_density,
         targets: args.targets,
         transposed: args.transposed,
+        axes: args.axes.axes,
         notes: args.notes.notes(),
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
@@ -98,6 +102,7 @@ pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
         Err(e @ ExtractError::Unfit { .. }) if args.k.is_none() => {
             Err(e).hint("--targets chooses the tensors that take part, -k keeps the largest changes of each row")?
         }
+        Err(ExtractError::Mask(e)) => with_axes_hint(Err(e))?,
         report => report?,
     };
     env.report_work(&report, |report, page| print(report, args.tensors, page))?;

@@ -13,6 +13,7 @@ use super::{
     Answer,
     env::Env,
     page::{Page, Table, count, percent},
+    weights::{AxesArgs, with_axes_hint},
 };
 
 /// Choose the important connections of every neuron
@@ -42,9 +43,11 @@ pub(super) struct MaskArgs {
     /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: the seven Llama projections]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     targets: Vec<String>,
-    /// Targets stored as [d_in, d_out] (GPT-2's Conv1D, gpt-oss experts)
+    /// Targets stored as [d_in, d_out], beside those of families known to store them so (GPT-2, gpt-oss)
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     transposed: Vec<String>,
+    #[command(flatten)]
+    axes: AxesArgs,
     /// For --score random and --neuron-fraction
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -112,6 +115,7 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let chooser = gpu.as_ref().map_or_else(Chooser::cpu, Chooser::gpu);
     #[cfg(not(feature = "cuda"))]
     let chooser = Chooser::cpu();
+    let defaults = MaskOptions::new(1);
     let options = MaskOptions {
         amount: args.budget.unwrap_or(Amount::K(args.k.unwrap_or(1))),
         score: match args.score {
@@ -132,15 +136,17 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
         neuron_fraction: args.neuron_fraction,
         targets: args.targets,
         transposed: args.transposed,
+        axes: args.axes.axes,
         gradients: gradients.as_ref(),
         activations: activations.as_ref(),
         partition: args.partition,
         hash: args.hash,
         chooser,
+        ..defaults
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
-    let report = mask::create_mask(&env.context(), &checkpoint, &options, output)?;
+    let report = with_axes_hint(mask::create_mask(&env.context(), &checkpoint, &options, output))?;
     env.report_work(&report, print)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu.filter(|_| !report.dry_run) {

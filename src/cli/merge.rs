@@ -8,9 +8,10 @@ use neuroada_ckpt::{
     backend::Merger,
     checkpoint::{Checkpoint, Existing, probe},
     merge::{
-        self, ExpertAxes, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError,
-        MergeInput, MergeOptions, MergeOutput, MergeReport, Undecided,
+        self, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError, MergeInput,
+        MergeOptions, MergeOutput, MergeReport, Undecided,
     },
+    weights::Axes,
 };
 
 use super::{
@@ -19,6 +20,7 @@ use super::{
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count, number, percent},
+    weights::{AxesArgs, RenameArgs, axes_hint},
 };
 
 /// Add adapters to a checkpoint
@@ -57,12 +59,16 @@ struct LowRankArgs {
     /// LoRA on stacks of experts: how the second factor is laid out, which its file does not tell; PEFT writes rank-first
     #[arg(long, value_enum, value_name = "ORDER")]
     expert_order: Option<ExpertOrderArg>,
-    /// LoRA on stacks of square experts: how the base stores each
-    #[arg(long, value_enum, value_name = "AXES")]
-    expert_axes: Option<ExpertAxesArg>,
-    /// LoRA on an embedding that is the head too, or on such a head: change both
-    #[arg(long)]
-    tied_head: bool,
+    #[command(flatten)]
+    axes: AxesArgs,
+    /// How all stacks of experts are stored
+    #[arg(long, value_name = "AXES", hide = true, value_parser = |text: &str| text.parse::<Axes>())]
+    expert_axes: Option<Axes>,
+    #[command(flatten)]
+    renames: RenameArgs,
+    /// LoRA trained for some of the names of a weight that the model shares, such as embedding and head: change it for all of them
+    #[arg(long = "tied-weights", alias = "tied-head")]
+    tied: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -73,28 +79,18 @@ enum ExpertOrderArg {
     ExpertFirst,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum ExpertAxesArg {
-    /// [E, d_out, d_in]
-    OutIn,
-    /// [E, d_in, d_out]
-    InOut,
-}
-
 impl LowRankArgs {
     fn reading(&self) -> LowRankReading {
         let order = |order| match order {
             ExpertOrderArg::RankFirst => ExpertOrder::RankFirst,
             ExpertOrderArg::ExpertFirst => ExpertOrder::ExpertFirst,
         };
-        let axes = |axes| match axes {
-            ExpertAxesArg::OutIn => ExpertAxes::OutIn,
-            ExpertAxesArg::InOut => ExpertAxes::InOut,
-        };
         LowRankReading {
             expert_order: self.expert_order.map(order),
-            expert_axes: self.expert_axes.map(axes),
-            tied_head: self.tied_head,
+            axes: self.axes.axes.clone(),
+            expert_axes: self.expert_axes,
+            renames: self.renames.renames.clone(),
+            tied_head: self.tied,
         }
     }
 }
@@ -178,7 +174,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 /// Merges, when there is nothing to recover any more.
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
     // The folder holds what was converted until it is merged.
-    let (inputs, _folder) = adopt(&args.base, inputs, env)?;
+    let (inputs, _folder) = adopt(&args.base, inputs, &args.low_rank.renames.answers(&args.low_rank.axes), env)?;
     let is_low_rank = |input: &MergeInput| {
         // Files are opened where they are merged.
         if probe::is_folder(&input.adapter)? { merge::is_low_rank(&input.adapter) } else { Ok(false) }
@@ -216,11 +212,16 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
             Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
         }
         Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
-        Err(e @ MergeError::Undecided { open, .. }) => Err(e).hint(match open {
-            Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT",
-            Undecided::ExpertAxes => "--expert-axes out-in or in-out says it",
-            Undecided::TiedHead => "--tied-head merges it all the same; or give the model a head of its own first",
-        })?,
+        Err(MergeError::Undecided { path, tensor, open, what }) => {
+            let hint = match &open {
+                Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT".to_owned(),
+                Undecided::Axes { kind } => axes_hint(kind),
+                Undecided::TiedHead => {
+                    "--tied-weights merges it all the same; or give the model a head of its own first".to_owned()
+                }
+            };
+            Err(MergeError::Undecided { path, tensor, open, what }).hint(&hint)?
+        }
         merged => merged?,
     };
     if recovered {

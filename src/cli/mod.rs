@@ -36,6 +36,7 @@ mod train;
 mod unmerge;
 mod unpack;
 mod verify;
+mod weights;
 
 use std::{io, process::ExitCode};
 

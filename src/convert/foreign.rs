@@ -4,9 +4,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{ConvertError, Format, elements::Elements, input::Input};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Printable, TensorRef},
-    peft::ModuleNames,
+    checkpoint::{CheckpointError, Printable, TensorRef},
     tensor::{Dtype, RowLayout, dtype_name},
+    weights::{Unplaced, WeightMap},
 };
 
 /// A foreign adapter, opened and understood; positions and deltas are still in its files.
@@ -119,11 +119,11 @@ impl ForeignAdapter {
     ///
     /// # Errors
     /// [`ConvertError::Unmatched`] lists all that the base does not have, or not as matrices of the right shape.
-    pub(super) fn matched<'a>(&'a self, base: &'a Checkpoint) -> Result<Vec<Matched<'a>>, ConvertError> {
+    pub(super) fn matched<'a>(&'a self, map: &WeightMap<'a>) -> Result<Vec<Matched<'a>>, ConvertError> {
         let mut problems = Vec::new();
         let mut matched: Vec<Matched<'_>> = Vec::new();
         for target in &self.targets {
-            match match_one(target, base, self.format) {
+            match match_one(target, map) {
                 Ok(found) => matched.push(found),
                 Err(what) => problems.push(format!("\"{}\": {what}", Printable(&target.name))),
             }
@@ -137,7 +137,7 @@ impl ForeignAdapter {
             return Ok(matched);
         }
         let n_targets = self.targets.len();
-        Err(ConvertError::Unmatched { path: self.path.clone(), base: base.name(), n_targets, problems })
+        Err(ConvertError::Unmatched { path: self.path.clone(), base: map.checkpoint().name(), n_targets, problems })
     }
 
     /// Fails where a file changed since it was opened.
@@ -146,24 +146,20 @@ impl ForeignAdapter {
     }
 }
 
-fn match_one<'a>(target: &'a ForeignTarget, base: &'a Checkpoint, format: Format) -> Result<Matched<'a>, String> {
-    let found = match format {
-        // These name modules as they are in memory, which may be otherwise on disk.
-        Format::Shira | Format::SuperTuning | Format::Spiel => ModuleNames::new(base).find(&target.name),
-        _ => base.tensor(&target.name),
+fn match_one<'a>(target: &'a ForeignTarget, map: &WeightMap<'a>) -> Result<Matched<'a>, String> {
+    let fits = |tensor: TensorRef<'_>| target.shape.as_ref().is_none_or(|shape| *shape == tensor.info.shape);
+    let tensor = match map.find(&target.name, fits) {
+        Ok(found) => found.tensor,
+        Err(Unplaced::Shape { found, .. }) => {
+            let made_for = target.shape.as_deref().unwrap_or_default();
+            return Err(format!("the deltas were made for {made_for:?}, the base has {found:?}"));
+        }
+        Err(unplaced) => return Err(unplaced.to_string()),
     };
-    if let Some(weight) = base.codes().find_for(&target.name, found) {
-        return Err(weight.refusal());
-    }
-    let tensor = found.ok_or("the base has no such tensor")?;
     let layout = tensor.rows(false).map_err(|e| match e {
         CheckpointError::BadTensor { what, .. } => what,
         other => other.to_string(),
     })?;
-    let shape = &tensor.info.shape;
-    if let Some(made_for) = target.shape.as_ref().filter(|made_for| *made_for != shape) {
-        return Err(format!("the deltas were made for {made_for:?}, the base has {shape:?}"));
-    }
     let stored = match target.values.dtype {
         Dtype::F64 => Dtype::F32,
         other => other,

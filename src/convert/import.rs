@@ -9,12 +9,13 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{BaseValues, Checkpoint, Context, Existing},
+    checkpoint::{BaseValues, Context, Existing},
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, dtype_name},
+    weights::WeightMap,
 };
 
-/// Writes `foreign` as an adapter for `base` at `output`.
+/// Writes `foreign` as an adapter for the checkpoint of `map` at `output`.
 ///
 /// The adapter knows its base as every other does: by the values at its positions, which foreign formats do not keep. So the base
 /// given here is believed to be the right one; that all positions lie inside its tensors is checked. Entries of one position
@@ -29,13 +30,14 @@ use crate::{
 pub fn import(
     ctx: &Context<'_>,
     foreign: &ForeignAdapter,
-    base: &Checkpoint,
+    map: &WeightMap<'_>,
     values: &dyn BaseValues,
     notes: &AdapterNotes,
     output: &Path,
     existing: Existing,
 ) -> Result<ConvertReport, ConvertError> {
-    let matched = foreign.matched(base)?;
+    let base = map.checkpoint();
+    let matched = foreign.matched(map)?;
     let mut writer = AdapterWriter::create(output, existing, Dtype::F32)?;
     let mut tensors = Vec::new();
     ctx.observer.begin("converting", matched.iter().map(|matched| matched.target.n()).sum());

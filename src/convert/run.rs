@@ -5,7 +5,8 @@ use std::path::Path;
 use super::{ConvertError, ConvertReport, ForeignAdapter, Format, export, import};
 use crate::{
     adapter::{Adapter, AdapterNotes},
-    checkpoint::{Checkpoint, Context, Existing, OutputKind, Printable, WorkFolder, check_output},
+    checkpoint::{Context, Existing, OutputKind, Printable, WorkFolder, check_output},
+    weights::WeightMap,
 };
 
 /// Reads the adapter at `input`, whatever its format, and writes it at `output` in the format `to`.
@@ -18,7 +19,7 @@ use crate::{
 pub fn convert(
     ctx: &Context<'_>,
     input: &Path,
-    base: Option<&Checkpoint>,
+    base: Option<&WeightMap<'_>>,
     to: Format,
     output: &Path,
     existing: Existing,
@@ -26,7 +27,7 @@ pub fn convert(
     let Some(foreign) = ForeignAdapter::open(ctx, input)? else {
         // A packed adapter may need its base to know its columns.
         let adapter = match base {
-            Some(base) => Adapter::open_with_base(ctx, input, base)?,
+            Some(base) => Adapter::open_with_base(ctx, input, base.checkpoint())?,
             None => Adapter::open(input)?,
         };
         if to == Format::NeuroAda {
@@ -39,13 +40,13 @@ pub fn convert(
     let base = base.ok_or_else(no_base)?;
     let notes = AdapterNotes::default();
     if to == Format::NeuroAda {
-        return import(ctx, &foreign, base, base, &notes, output, existing);
+        return import(ctx, &foreign, base, base.checkpoint(), &notes, output, existing);
     }
     let kind = if to == Format::Npz { OutputKind::File } else { OutputKind::Folder };
     check_output(output, kind, existing)?;
     let folder = WorkFolder::beside(output)?;
     let between = folder.path().join("adapter.safetensors");
-    let read = import(ctx, &foreign, base, base, &notes, &between, Existing::Keep)?;
+    let read = import(ctx, &foreign, base, base.checkpoint(), &notes, &between, Existing::Keep)?;
     let written = export(ctx, &Adapter::open(&between)?, to, output, existing)?;
     Ok(read.then(written))
 }

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     checkpoint::{Checkpoint, Context, TensorRef, n_readers, read_and_map_ordered, window_cost},
     tensor::{Accumulator, Dtype, Float, dtype_name, with_float},
+    weights::{Answers, Pairing, WeightMap},
 };
 
 /// A tensor that both have, not alike.
@@ -89,12 +90,11 @@ pub struct CheckpointDiff {
 /// # Errors
 /// [`DiffError`] where a file cannot be read or changed meanwhile; checkpoints that differ are a report.
 pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Result<CheckpointDiff, DiffError> {
-    let only_in = |a: &Checkpoint, b: &Checkpoint| -> Vec<String> {
-        a.tensors().map(|tensor| &tensor.info.name).filter(|name| b.tensor(name).is_none()).cloned().collect()
-    };
+    let found = WeightMap::new(a, Answers::default())?.pairs(&WeightMap::new(b, Answers::default())?);
+    let names = |tensors: &[TensorRef<'_>]| tensors.iter().map(|tensor| tensor.info.name.clone()).collect();
+    let (removed, added): (Vec<String>, Vec<String>) = (names(&found.only_a), names(&found.only_b));
     let (mut pairs, mut retyped) = (Vec::new(), Vec::new());
-    for tensor in a.tensors() {
-        let Some(other) = b.tensor(&tensor.info.name) else { continue };
+    for Pairing { a: tensor, b: other } in found.both.into_iter().chain(found.copies_b) {
         if (tensor.info.dtype, &tensor.info.shape) == (other.info.dtype, &other.info.shape) {
             pairs.push((tensor, other));
         } else {
@@ -145,7 +145,6 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
         .filter(|(_, changes)| changes.n_changed > 0)
         .map(|((tensor, _), changes)| changed_tensor(*tensor, changes))
         .collect();
-    let (removed, added) = (only_in(a, b), only_in(b, a));
     Ok(CheckpointDiff {
         equal: changed.is_empty() && removed.is_empty() && added.is_empty() && retyped.is_empty(),
         removed,

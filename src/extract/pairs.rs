@@ -7,6 +7,7 @@ use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef, window_cost},
     mask::{ROW_BYTES, Read, select_rows},
     tensor::dtype_name,
+    weights::{Answers, Pairing, WeightMap},
 };
 
 /// A tensor of the base and the same of the tuned checkpoint.
@@ -59,28 +60,34 @@ pub(super) fn pairs<'a>(
     tuned: &'a Checkpoint,
     options: &ExtractOptions,
 ) -> Result<Vec<Pair<'a>>, ExtractError> {
+    let answers = Answers { axes: options.axes.clone(), ..Answers::default() };
+    let map = WeightMap::new(base, answers)?;
+    let found = map.pairs(&WeightMap::new(tuned, Answers::default())?);
     let mut problems = Vec::new();
+    problems.extend(found.only_a.iter().map(|a| format!("\"{}\" was removed", Printable(&a.info.name))));
     let mut matched = Vec::new();
-    for a in base.tensors() {
-        let name = Printable(&a.info.name);
-        match tuned.tensor(&a.info.name) {
-            None => problems.push(format!("\"{name}\" was removed")),
-            Some(b) if (b.info.dtype, &b.info.shape) != (a.info.dtype, &a.info.shape) => {
-                let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
-                problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
-            }
-            Some(b) => matched.push((a, b)),
+    for Pairing { a, b } in found.both {
+        if (b.info.dtype, &b.info.shape) == (a.info.dtype, &a.info.shape) {
+            matched.push((a, b));
+            continue;
         }
+        let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
+        let name = Printable(&a.info.name);
+        problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
     }
-    for b in tuned.tensors().filter(|b| base.tensor(&b.info.name).is_none()) {
-        problems.push(format!("\"{}\" was added", Printable(&b.info.name)));
-    }
+    problems.extend(
+        found
+            .only_b
+            .iter()
+            .chain(found.copies_b.iter().map(|copy| &copy.b))
+            .map(|b| format!("\"{}\" was added", Printable(&b.info.name))),
+    );
     if !problems.is_empty() {
         return Err(ExtractError::Unlike { tuned: tuned.root().to_owned(), base: base.name(), problems });
     }
     // An exact adapter takes vectors too; nothing of them can be chosen.
     let read: Read<'a> = if options.k.is_some() { TensorRef::rows } else { TensorRef::any_rows };
-    let wanted = wanted(base, options, read)?;
+    let wanted = wanted(&map, options, read)?;
     let pair = |(a, b): (TensorRef<'a>, TensorRef<'a>)| {
         let of_name = wanted.as_ref().map(|wanted| wanted.get(a.info.name.as_str()));
         let layout = match of_name {
@@ -101,15 +108,16 @@ pub(super) fn pairs<'a>(
 
 /// The tensors that patterns name, where there are patterns.
 fn wanted<'a>(
-    base: &'a Checkpoint,
+    map: &WeightMap<'a>,
     options: &ExtractOptions,
     read: Read<'a>,
 ) -> Result<Option<BTreeMap<&'a str, RowScan<'a>>>, ExtractError> {
-    if options.targets.is_empty() && options.transposed.is_empty() {
+    // An exact adapter is the same whichever way its rows are read.
+    if options.targets.is_empty() && options.transposed.is_empty() && options.k.is_none() {
         return Ok(None);
     }
     let every = ["*".to_owned()];
     let patterns = if options.targets.is_empty() { &every[..] } else { &options.targets };
-    let selection = select_rows(base, patterns, &options.transposed, read)?;
+    let selection = select_rows(map, patterns, &options.transposed, read)?;
     Ok(Some(selection.targets.into_iter().map(|scan| (scan.tensor.info.name.as_str(), scan)).collect()))
 }

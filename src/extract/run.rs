@@ -14,6 +14,7 @@ use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, for_each_ordered},
     mask::{BaseInfo, POSITION_BYTES, Recipe},
     tensor::{Dtype, dtype_name, projection_kind},
+    weights::KindAxes,
 };
 
 /// The types that deltas are stored in, in the order in which they are tried.
@@ -33,6 +34,8 @@ pub struct ExtractOptions {
     pub targets: Vec<String>,
     /// Patterns of tensors stored as `[d_in, d_out]`.
     pub transposed: Vec<String>,
+    /// Which way round kinds of weights are stored, where neither shapes nor the model's type tell.
+    pub axes: Vec<KindAxes>,
     /// What people want to know of the adapter.
     pub notes: AdapterNotes,
 }
@@ -45,6 +48,7 @@ impl Default for ExtractOptions {
             max_density: 0.25,
             targets: Vec::new(),
             transposed: Vec::new(),
+            axes: Vec::new(),
             notes: AdapterNotes::default(),
         }
     }

@@ -1,6 +1,9 @@
 //! Choosing connections, out of core.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use serde::Serialize;
 
@@ -9,7 +12,7 @@ use super::{
     cut::{Cut, find_cut},
     source::{Source, sources},
     sparse::{POSITION_BYTES, ROW_BYTES},
-    targets::{LLAMA_PROJECTIONS, select_targets},
+    targets::{LLAMA_PROJECTIONS, Selection, select_named, select_targets},
 };
 use crate::{
     backend::{CutRows, KeySpace, cut_rows, gather},
@@ -17,6 +20,7 @@ use crate::{
         Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows_keeping,
     },
     tensor::{RowBlock, RowColumns, projection_kind},
+    weights::{Answers, TargetPattern, WeightMap},
 };
 
 /// Bytes that an entry takes while its block is chosen at a cut: its column, twice, the weight, whether it is a tie.
@@ -97,7 +101,13 @@ pub fn create_mask(
     output: Option<(&Path, Existing)>,
 ) -> Result<MaskReport, MaskError> {
     options.check()?;
-    let selection = select_targets(checkpoint, &options.targets, &options.transposed)?;
+    let selection = match &options.named {
+        Some(names) => select_named(checkpoint, names)?,
+        None => {
+            let map = WeightMap::new(checkpoint, Answers { axes: options.axes.clone(), ..Answers::default() })?;
+            select_targets(&map, &options.targets, &options.transposed)?
+        }
+    };
     let sources = sources(options, &selection)?;
     let mine = match options.partition {
         Some(partition) => {
@@ -132,13 +142,28 @@ pub fn create_mask(
     report.dry_run = output.is_none();
     report.skipped.clone_from(&selection.skipped);
     if let Some(writer) = job.writer {
-        writer.finish(ctx, &recipe(options, k), &BaseInfo::of(checkpoint))?;
+        writer.finish(ctx, &recipe(options, &selection, k), &BaseInfo::of(checkpoint))?;
     }
     Ok(report)
 }
 
+/// The patterns that name the targets which are stored as `[d_in, d_out]` and no others: those that were given, then kinds, and names
+/// where a kind is stored both ways.
+fn transposed_patterns(options: &MaskOptions<'_>, selection: &Selection<'_>) -> Vec<String> {
+    let given: Vec<TargetPattern> = options.transposed.iter().filter_map(|text| text.parse().ok()).collect();
+    let (turned, others): (Vec<_>, Vec<_>) = selection.targets.iter().partition(|scan| scan.layout.transposed);
+    let name = |scan: &RowScan<'_>| scan.tensor.info.name.clone();
+    let plain: BTreeSet<String> = others.into_iter().map(|scan| projection_kind(&name(scan)).to_owned()).collect();
+    let mut found = BTreeSet::new();
+    for name in turned.into_iter().map(name).filter(|name| !given.iter().any(|pattern| pattern.names(name))) {
+        let kind = projection_kind(&name);
+        found.insert(if plain.contains(kind) { name } else { kind.to_owned() });
+    }
+    options.transposed.iter().cloned().chain(found).collect()
+}
+
 /// Enough to choose the same again.
-fn recipe(options: &MaskOptions<'_>, k: Option<u64>) -> Recipe {
+fn recipe(options: &MaskOptions<'_>, selection: &Selection<'_>, k: Option<u64>) -> Recipe {
     let patterns = match &options.targets[..] {
         [] => LLAMA_PROJECTIONS.map(str::to_owned).into(),
         given => given.to_vec(),
@@ -157,7 +182,7 @@ fn recipe(options: &MaskOptions<'_>, k: Option<u64>) -> Recipe {
         scope: options.scope.name().to_owned(),
         seed: is_random.then_some(options.seed),
         targets: patterns,
-        transposed: options.transposed.clone(),
+        transposed: transposed_patterns(options, selection),
         neuron_fraction: (options.neuron_fraction < 1.0).then_some(options.neuron_fraction),
         partition: options.partition,
         extra: extra.into_iter().filter_map(|(what, from)| Some((what.to_owned(), from?.name()))).collect(),

@@ -70,6 +70,20 @@ pub enum MaskError {
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Gpu(#[from] crate::gpu::GpuError),
+    /// Nothing tells which way round a weight is stored.
+    #[error(
+        "{}: tensor \"{}\": neither its shape nor the model's type tells whether it is stored as [d_out, d_in] or as [d_in, d_out]",
+        Printable::path(.path),
+        Printable(.tensor)
+    )]
+    Axes {
+        /// The shard that holds it.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its kind.
+        kind: String,
+    },
     /// A request that makes no sense, whatever the files hold.
     #[error("{0}")]
     Usage(String),
@@ -83,7 +97,7 @@ impl MaskError {
             Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
             #[cfg(feature = "cuda")]
             Self::Gpu(_) => ErrorKind::Io,
-            Self::Parts { .. } => ErrorKind::Refused,
+            Self::Parts { .. } | Self::Axes { .. } => ErrorKind::Refused,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
         }
     }

@@ -1,6 +1,6 @@
 //! What a mask is asked to be.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +8,7 @@ use super::{MaskError, Partition, Recipe};
 use crate::{
     backend::{Chooser, ScoreKind},
     checkpoint::Checkpoint,
+    weights::KindAxes,
 };
 
 /// Within what weights compete.
@@ -80,8 +81,12 @@ pub struct MaskOptions<'a> {
     pub neuron_fraction: f64,
     /// Patterns of tensors that take part; the seven Llama projections where empty.
     pub targets: Vec<String>,
-    /// Patterns of targets stored as `[d_in, d_out]`.
+    /// Patterns of targets stored as `[d_in, d_out]`, beside those that the map of weights knows.
     pub transposed: Vec<String>,
+    /// Which way round kinds of weights are stored, where neither shapes nor the model's type tell.
+    pub axes: Vec<KindAxes>,
+    /// The very targets, and whether each is read as `[d_in, d_out]`, in place of patterns.
+    pub named: Option<BTreeMap<String, bool>>,
     /// Gradients by the names and shapes of the weights, for scores that need them.
     pub gradients: Option<&'a Checkpoint>,
     /// Norms of activations per column, `[d_in]` (or `[E, d_in]` for stacks) by the names of weights or their modules, for `wanda`.
@@ -106,6 +111,8 @@ impl MaskOptions<'_> {
             neuron_fraction: 1.0,
             targets: Vec::new(),
             transposed: Vec::new(),
+            axes: Vec::new(),
+            named: None,
             gradients: None,
             activations: None,
             partition: None,
@@ -114,8 +121,10 @@ impl MaskOptions<'_> {
         }
     }
 
-    /// How to choose again what `recipe` chose, where that takes nothing but the base and rows compete among themselves.
-    pub(crate) fn following(recipe: &Recipe) -> Option<MaskOptions<'static>> {
+    /// How to choose again what `recipe` chose in targets of these names, each with whether it is read as `[d_in, d_out]`, where that
+    /// takes nothing but the base and rows compete among themselves. Which tensors the recipe's patterns named, and which way round
+    /// they were read, is not asked again: what is known about models grows.
+    pub(crate) fn following(recipe: &Recipe, targets: BTreeMap<String, bool>) -> Option<MaskOptions<'static>> {
         let score = match recipe.score.as_str() {
             "magnitude" => ScoreKind::Magnitude,
             "smallest" => ScoreKind::Smallest,
@@ -128,9 +137,7 @@ impl MaskOptions<'_> {
             score,
             seed: recipe.seed.unwrap_or(0),
             neuron_fraction,
-            targets: recipe.targets.clone(),
-            transposed: recipe.transposed.clone(),
-            partition: recipe.partition,
+            named: Some(targets),
             ..MaskOptions::new(k)
         })
     }

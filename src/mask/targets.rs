@@ -2,46 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use globset::{Glob, GlobMatcher};
 use serde::Serialize;
 
 use super::MaskError;
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, CodedWeight, Printable, RowScan, TensorRef},
     tensor::{RowLayout, dtype_name, is_float, projection_kind},
+    weights::{ALL_LINEAR, Axes, TargetPattern, WeightMap},
 };
 
 /// The seven projections of a Llama layer: what takes part where nothing else is asked for.
 pub const LLAMA_PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// The pattern for every linear layer but embeddings and the output head.
-const ALL_LINEAR: &str = "all-linear";
-/// Parts of module paths that are embeddings, output heads or norms.
-const NOT_LINEAR: [&str; 12] = [
-    "embed_tokens",
-    "tok_embeddings",
-    "wte",
-    "wpe",
-    "embeddings",
-    "embed_in",
-    "lm_head",
-    "embed_out",
-    "output_layer",
-    "score",
-    "classifier",
-    "norm",
-];
-
 /// A way to name tensors.
 ///
 /// - `all-linear`: every matrix or stack of matrices of floats but embeddings, output heads and norms
-/// - with `*`, `?`, `[` or `{`: a glob on the whole name; `*` matches dots too
-/// - else a tensor's name, a module's path, or the end of one: `q_proj` names `model.layers.0.self_attn.q_proj.weight`
+/// - else a [`TargetPattern`]
 #[derive(Debug)]
 enum Pattern {
     AllLinear,
-    Glob(GlobMatcher),
-    Name(String),
+    Of(TargetPattern),
 }
 
 impl Pattern {
@@ -49,44 +29,23 @@ impl Pattern {
         if text == ALL_LINEAR {
             return Ok(Self::AllLinear);
         }
-        if !text.contains(['*', '?', '[', '{']) {
-            return Ok(Self::Name(text.to_owned()));
-        }
-        let glob =
-            Glob::new(text).map_err(|e| MaskError::Usage(format!("pattern \"{}\": {}", Printable(text), e.kind())))?;
-        Ok(Self::Glob(glob.compile_matcher()))
+        text.parse().map(Self::Of).map_err(MaskError::Usage)
     }
 
-    fn matches(&self, tensor: &TensorRef<'_>) -> bool {
+    fn matches(&self, map: &WeightMap<'_>, tensor: &TensorRef<'_>) -> bool {
         let name = tensor.info.name.as_str();
         match self {
             Self::AllLinear => {
-                is_linear(name) && matches!(tensor.info.shape.len(), 2 | 3) && is_float(tensor.info.dtype)
+                map.is_linear(name) && matches!(tensor.info.shape.len(), 2 | 3) && is_float(tensor.info.dtype)
             }
-            Self::Glob(glob) => glob.is_match(name),
-            Self::Name(wanted) => {
-                self.is_exact(name) || weight_module(name).is_some_and(|module| ends_with(module, wanted))
-            }
+            Self::Of(pattern) => pattern.names(name),
         }
     }
 
     /// Whether the pattern is this very name, so that nothing else can be meant.
     fn is_exact(&self, name: &str) -> bool {
-        matches!(self, Self::Name(wanted) if wanted == name)
+        matches!(self, Self::Of(pattern) if pattern.is_exact(name))
     }
-}
-
-/// The module whose weight a tensor is; biases have none.
-fn weight_module(name: &str) -> Option<&str> {
-    match name.strip_suffix(".weight") {
-        Some(module) => Some(module),
-        None => (!name.ends_with(".bias")).then_some(name),
-    }
-}
-
-/// Whether `module` is `wanted`, or ends with it behind a dot.
-fn ends_with(module: &str, wanted: &str) -> bool {
-    module.strip_suffix(wanted).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
 /// A tensor that a pattern named but that cannot take part.
@@ -107,19 +66,41 @@ pub struct Selection<'a> {
     pub skipped: Vec<SkippedTensor>,
 }
 
-/// Selects the tensors that `patterns` name; those that `transposed` name too are stored as `[d_in, d_out]`.
+/// Selects the tensors that `patterns` name. Which way round each is stored the map says; those that `transposed` name are
+/// `[d_in, d_out]` in any case.
 ///
 /// With no pattern, [`LLAMA_PROJECTIONS`].
 ///
 /// # Errors
 /// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, where none was given); a tensor that was
-/// named in full and is no matrix of floats; 8-bit floats with block scales beside them.
+/// named in full and is no matrix of floats; [`MaskError::Axes`] for a weight of which nothing tells how it is stored; weights that
+/// are stored as codes.
 pub fn select_targets<'a>(
-    checkpoint: &'a Checkpoint,
+    map: &WeightMap<'a>,
     patterns: &[String],
     transposed: &[String],
 ) -> Result<Selection<'a>, MaskError> {
-    select_rows(checkpoint, patterns, transposed, TensorRef::rows)
+    select_rows(map, patterns, transposed, TensorRef::rows)
+}
+
+/// Selects exactly the tensors of these names, each with whether it is read as `[d_in, d_out]`.
+///
+/// # Errors
+/// A name that no tensor has, or one that is no matrix of floats.
+pub(super) fn select_named<'a>(
+    checkpoint: &'a Checkpoint,
+    names: &BTreeMap<String, bool>,
+) -> Result<Selection<'a>, MaskError> {
+    let mut selection = Selection::default();
+    for (name, &is_transposed) in names {
+        let tensor = checkpoint.tensor(name).ok_or_else(|| MaskError::NoMatch {
+            path: checkpoint.root().to_owned(),
+            patterns: vec![name.clone()],
+            kinds: kinds(checkpoint),
+        })?;
+        selection.targets.push(rows_of(tensor, is_transposed, TensorRef::rows)?);
+    }
+    Ok(selection)
 }
 
 /// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] where vectors take part.
@@ -127,25 +108,28 @@ pub(crate) type Read<'a> = fn(&TensorRef<'a>, bool) -> Result<RowLayout, Checkpo
 
 /// The same, where more can be read as rows.
 pub(crate) fn select_rows<'a>(
-    checkpoint: &'a Checkpoint,
+    map: &WeightMap<'a>,
     patterns: &[String],
     transposed: &[String],
     read: Read<'a>,
 ) -> Result<Selection<'a>, MaskError> {
+    let checkpoint = map.checkpoint();
     let defaults: Vec<String> = LLAMA_PROJECTIONS.map(str::to_owned).into();
     let given = if patterns.is_empty() { &defaults } else { patterns };
     let parsed = given.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let parsed_transposed = transposed.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
-    refuse_codes(checkpoint, &parsed)?;
+    refuse_codes(map, &parsed)?;
     let mut n_selected = vec![0usize; parsed.len()];
     let mut n_transposed = vec![0usize; parsed_transposed.len()];
     let mut selection = Selection::default();
     for tensor in checkpoint.tensors() {
         // Scales, zero points and the like are no weights.
-        if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(&tensor)) {
+        if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(map, &tensor)) {
             continue;
         }
-        let is_transposed = parsed_transposed.iter().any(|pattern| pattern.matches(&tensor));
+        let is_told = parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
+        let is_matrix = tensor.info.shape.len() > 1 && is_float(tensor.info.dtype);
+        let is_transposed = is_told || (is_matrix && is_stored_transposed(map, tensor)?);
         match rows_of(tensor, is_transposed, read) {
             Ok(scan) => selection.targets.push(scan),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
@@ -157,7 +141,7 @@ pub(crate) fn select_rows<'a>(
         }
         let count = |patterns: &[Pattern], counts: &mut [usize]| {
             for (pattern, n) in patterns.iter().zip(counts) {
-                *n += usize::from(pattern.matches(&tensor));
+                *n += usize::from(pattern.matches(map, &tensor));
             }
         };
         count(&parsed, &mut n_selected);
@@ -177,28 +161,31 @@ pub(crate) fn select_rows<'a>(
     Err(MaskError::NoMatch { path: checkpoint.root().to_owned(), patterns: unmatched, kinds: kinds(checkpoint) })
 }
 
+/// Whether a weight is stored as `[d_in, d_out]`.
+fn is_stored_transposed(map: &WeightMap<'_>, tensor: TensorRef<'_>) -> Result<bool, MaskError> {
+    match map.axes(tensor) {
+        Ok((axes, _)) => Ok(axes == Axes::InOut),
+        Err(kind) => {
+            let (path, tensor) = (tensor.shard.path().to_owned(), tensor.info.name.clone());
+            Err(MaskError::Axes { path, tensor, kind })
+        }
+    }
+}
+
 /// Fails where a pattern names a weight that is stored as codes, or a stored tensor of one: nothing is left out in silence.
-fn refuse_codes(checkpoint: &Checkpoint, patterns: &[Pattern]) -> Result<(), MaskError> {
+fn refuse_codes(map: &WeightMap<'_>, patterns: &[Pattern]) -> Result<(), MaskError> {
     let named = |weight: &&CodedWeight| {
         let is_named = |pattern: &Pattern| match pattern {
-            Pattern::AllLinear => is_linear(&weight.name),
-            Pattern::Glob(glob) => glob.is_match(&weight.name),
-            Pattern::Name(wanted) => {
-                weight.holds(wanted)
-                    || pattern.is_exact(&weight.name)
-                    || weight_module(&weight.name).is_some_and(|module| ends_with(module, wanted))
+            Pattern::AllLinear => map.is_linear(&weight.name),
+            Pattern::Of(pattern) => {
+                pattern.names(&weight.name) || matches!(pattern, TargetPattern::Name(wanted) if weight.holds(wanted))
             }
         };
         patterns.iter().any(is_named)
     };
+    let checkpoint = map.checkpoint();
     let coded = checkpoint.codes().weights().iter().filter(named);
     Ok(CheckpointError::coded_weights(checkpoint.root(), coded)?)
-}
-
-/// Whether a weight of this name belongs to a linear layer that is neither embedding nor output head.
-fn is_linear(name: &str) -> bool {
-    let is_other = |part: &str| NOT_LINEAR.iter().any(|other| part == *other || part.ends_with("norm"));
-    weight_module(name).is_some_and(|module| !module.split('.').any(is_other))
 }
 
 fn rows_of<'a>(tensor: TensorRef<'a>, transposed: bool, read: Read<'a>) -> Result<RowScan<'a>, MaskError> {
@@ -225,6 +212,7 @@ mod tests {
     use crate::{
         checkpoint::{Context, Existing, TensorFileWriter},
         tensor::Dtype,
+        weights::Answers,
     };
 
     fn checkpoint(tensors: &[(&str, Dtype, &[u64])]) -> (tempfile::TempDir, Checkpoint) {
@@ -248,7 +236,8 @@ mod tests {
 
     fn select(checkpoint: &Checkpoint, patterns: &[&str]) -> Result<Vec<String>, String> {
         let patterns: Vec<String> = patterns.iter().map(|&pattern| pattern.to_owned()).collect();
-        select_targets(checkpoint, &patterns, &[]).map(|selection| names(&selection)).map_err(|e| e.to_string())
+        let map = WeightMap::new(checkpoint, Answers::default()).unwrap();
+        select_targets(&map, &patterns, &[]).map(|selection| names(&selection)).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -257,20 +246,22 @@ mod tests {
             ("lm_head.weight", Dtype::BF16, &[4, 2]),
             ("model.embed_tokens.weight", Dtype::BF16, &[4, 2]),
             ("model.layers.0.input_layernorm.weight", Dtype::BF16, &[2]),
-            ("model.layers.0.mlp.experts.gate_up_proj", Dtype::BF16, &[3, 2, 2]),
+            ("model.layers.0.mlp.experts.down_proj", Dtype::BF16, &[3, 2, 2]),
+            ("model.layers.0.mlp.experts.gate_up_proj", Dtype::BF16, &[3, 4, 2]),
             ("model.layers.0.self_attn.q_proj.bias", Dtype::BF16, &[2]),
             ("model.layers.0.self_attn.q_proj.weight", Dtype::BF16, &[2, 2]),
             ("model.layers.1.self_attn.xq_proj.weight", Dtype::BF16, &[2, 2]),
         ]);
         let q = "model.layers.0.self_attn.q_proj.weight".to_owned();
-        assert_eq!(select(&found, &[]), Ok(vec![q.clone()]));
+        let down = "model.layers.0.mlp.experts.down_proj".to_owned();
+        assert_eq!(select(&found, &[]), Ok(vec![down, q.clone()]));
         assert_eq!(select(&found, &["q_proj"]), Ok(vec![q.clone()]));
         assert_eq!(select(&found, &[&q]), Ok(vec![q.clone()]));
         assert_eq!(select(&found, &["self_attn.q_proj", "lm_head"]).unwrap().len(), 2);
         assert_eq!(select(&found, &["model.layers.*.weight"]).unwrap().len(), 2, "the norm is skipped");
-        assert_eq!(select(&found, &["all-linear"]).unwrap().len(), 3);
+        assert_eq!(select(&found, &["all-linear"]).unwrap().len(), 4);
         let error = select(&found, &["q_proj", "v_proj"]).unwrap_err();
-        assert!(error.contains("\"v_proj\"") && error.contains("gate_up_proj: 1 tensor of BF16 [3, 2, 2]"), "{error}");
+        assert!(error.contains("\"v_proj\"") && error.contains("gate_up_proj: 1 tensor of BF16 [3, 4, 2]"), "{error}");
         let error = select(&found, &["model.layers.0.input_layernorm.weight"]).unwrap_err();
         assert!(error.contains("shape [2] is no matrix"), "{error}");
         assert!(select(&found, &["a[b"]).unwrap_err().contains("pattern \"a[b\""));

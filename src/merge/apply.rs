@@ -370,6 +370,9 @@ pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Fi
         bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
         bytes_written: findings.n_touched * touched.iter().map(width).max().unwrap_or(0),
         ledger_bytes: 0,
-        notes: findings.implausible.notes(|index| change.after.active[index].id.short()),
+        notes: {
+            let implausible = findings.implausible.notes(|index| change.after.active[index].id.short());
+            change.checkpoint.notes().into_iter().chain(implausible).collect()
+        },
     }
 }

@@ -10,12 +10,15 @@ use crate::{
 };
 
 /// What a low-rank adapter may leave open, by the field of [`super::LowRankReading`] that says it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Undecided {
     /// `expert_order`
     ExpertOrder,
-    /// `expert_axes`
-    ExpertAxes,
+    /// `axes`
+    Axes {
+        /// Of which kind of weight.
+        kind: String,
+    },
     /// `tied_head`
     TiedHead,
 }

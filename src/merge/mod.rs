@@ -34,8 +34,8 @@ pub use error::{MergeError, Undecided};
 pub use journal::Journal;
 pub use ledger::{ActiveAdapter, LedgerDocument, LedgerTarget};
 pub use low_rank::{
-    ExpertAxes, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, LowRankRecord, RecordedAdapter,
-    RecordedTarget, adapter_id, holds_low_rank, is_low_rank, merge_low_rank, undo_low_rank, verify_low_rank,
+    ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, LowRankRecord, RecordedAdapter, RecordedTarget,
+    adapter_id, holds_low_rank, is_low_rank, merge_low_rank, undo_low_rank, verify_low_rank,
 };
 pub use originals::Originals;
 pub use recover::{Recovered, recover};

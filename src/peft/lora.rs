@@ -278,7 +278,7 @@ impl Found {
         }
         let mut modules = Vec::new();
         for ((module, depth), parts) in &parts {
-            let parameter = match parameter_of(config, module, *depth, &depths[module.as_str()]) {
+            let parameter = match parameter_of(config, module, parts, *depth, &depths[module.as_str()]) {
                 Ok(parameter) => parameter,
                 Err(what) => {
                     self.problems.push(format!("\"{}\": {what}", Printable(module)));
@@ -296,10 +296,24 @@ impl Found {
 }
 
 /// The parameter of `module` that the factors at `depth` are for, or `None` for the weight of a module targeted as such.
-fn parameter_of(config: &LoraConfig, module: &str, depth: usize, depths: &[usize]) -> Result<Option<String>, String> {
-    let ends = |key: &&String| {
-        let (owner, _) = key.rsplit_once('.').unwrap_or(("", key));
-        module == owner || module.strip_suffix(owner).is_some_and(|rest| owner.is_empty() || rest.ends_with('.'))
+///
+/// PEFT targets a parameter whose full name ends with a key of `target_parameters`. A key without an owner, such as `gate_up_proj`,
+/// fits the name of every module that has such a parameter, which the adapter's file does not tell; but it is a parameter of
+/// its own, so its factors are those of a stack, and no linear layer's.
+fn parameter_of(
+    config: &LoraConfig,
+    module: &str,
+    parts: &BTreeMap<String, TensorInfo>,
+    depth: usize,
+    depths: &[usize],
+) -> Result<Option<String>, String> {
+    let n_rows = |part: &str| Some(*parts.get(part)?.shape.first()?);
+    let is_stack = || depths.len() > 1 || n_rows("lora_A").is_some_and(|rows| rows != config.rank(module));
+    let ends = |key: &&String| match key.rsplit_once('.') {
+        Some((owner, _)) => {
+            module == owner || module.strip_suffix(owner).is_some_and(|rest| owner.is_empty() || rest.ends_with('.'))
+        }
+        None => projection_kind(module) == "experts" || is_stack(),
     };
     let mut named: Vec<&str> =
         config.target_parameters.iter().filter(ends).map(|key| projection_or_weight(key)).collect();
@@ -473,6 +487,23 @@ mod tests {
         ];
         assert_eq!(told, expected.map(|(name, shape)| (name.to_owned(), shape)));
         assert_eq!(adapter.full()[0].name, "lm_head.weight");
+    }
+
+    #[test]
+    fn a_parameter_without_an_owner_claims_stacks_alone() {
+        let config = r#","target_parameters":["gate_up_proj"]"#;
+        let adapter = open(
+            config,
+            &[
+                ("m.experts.lora_A.weight", &[6, 5], 1.0),
+                ("m.experts.lora_B.weight", &[8, 6], 1.0),
+                ("m.q_proj.lora_A.weight", &[2, 5], 1.0),
+                ("m.q_proj.lora_B.weight", &[3, 2], 1.0),
+            ],
+        )
+        .unwrap();
+        let told: Vec<_> = adapter.modules().iter().map(LoraModule::target).collect();
+        assert_eq!(told, ["m.experts.gate_up_proj", "m.q_proj.weight"]);
     }
 
     #[test]

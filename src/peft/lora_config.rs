@@ -90,6 +90,8 @@ pub struct LoraConfig {
     pub alpha_pattern: Patterns<f64>,
     /// Parameters that are targeted by their own name, such as `mlp.experts.down_proj`.
     pub target_parameters: Vec<String>,
+    /// The major and minor version of PEFT that wrote the adapter, where the config names it.
+    pub peft_version: Option<(u64, u64)>,
     /// What the base was called where the adapter was made.
     pub base: Option<String>,
 }
@@ -147,6 +149,7 @@ impl LoraConfig {
             rank_pattern: rank_pattern.map_err(|what| config.bad("rank_pattern", &what))?,
             alpha_pattern: alpha_pattern.map_err(|what| config.bad("alpha_pattern", &what))?,
             target_parameters: config.words("target_parameters")?.into_iter().map(str::to_owned).collect(),
+            peft_version: config.text("peft_version")?.and_then(version),
             base: config.text("base_model_name_or_path")?.filter(|base| !base.is_empty()).map(str::to_owned),
         })
     }
@@ -162,6 +165,12 @@ impl LoraConfig {
         let r = self.rank(name) as f64;
         if self.use_rslora { alpha / r.sqrt() } else { alpha / r }
     }
+}
+
+/// The first two numbers of a version, such as `0.19.1.dev0`.
+fn version(text: &str) -> Option<(u64, u64)> {
+    let mut numbers = text.split('.').map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 fn refuse_changed_base(config: &PeftConfig) -> Result<(), PeftError> {

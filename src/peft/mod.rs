@@ -2,8 +2,7 @@
 //!
 //! A [`PeftFolder`] holds `adapter_config.json`, parsed strictly into a [`PeftConfig`], and `adapter_model.safetensors`, opened as
 //! any other shard. [`LoraAdapter`] reads such a folder as low-rank factors: every tensor of the file has a role, every shape
-//! is checked against the config, and what this program does not implement is refused by name. [`ModuleNames`] finds the
-//! checkpoint's tensor for a module of the adapter, also where the model names or fuses it otherwise in memory.
+//! is checked against the config, and what this program does not implement is refused by name.
 //! [`AdapterKind`] says what a path given as an adapter is.
 //!
 //! Sources: <https://huggingface.co/docs/peft/developer_guides/checkpoint>, and files that PEFT 0.21 wrote.
@@ -16,7 +15,6 @@ mod lora;
 mod lora_config;
 mod names;
 mod pattern;
-mod place;
 
 pub use config::{PeftConfig, PeftType};
 pub use error::PeftError;
@@ -26,4 +24,3 @@ pub use lora::{FullTensor, LoraAdapter, LoraModule, LoraShape};
 pub use lora_config::{LoraConfig, SavedBias};
 pub use names::{PeftName, base_name};
 pub use pattern::Patterns;
-pub use place::{ModuleNames, Part, Place};

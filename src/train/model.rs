@@ -14,6 +14,7 @@ use super::{
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef},
     tensor::{Dtype, dtype_name, widened},
+    weights::{Answers, TiedWeight, WeightMap},
 };
 
 /// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
@@ -174,7 +175,10 @@ impl<D: Device> Linear<D> {
 pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
     // Told first: a quantized model's config and tokenizer may be whatever they are.
     checkpoint.refuse_codes()?;
-    let config = ModelConfig::of(checkpoint)?;
+    let mut config = ModelConfig::of(checkpoint)?;
+    // A config that does not say it may still be that of a tied model.
+    let map = WeightMap::new(checkpoint, Answers::default())?;
+    config.is_tied |= map.tie(HEAD).is_some_and(TiedWeight::is_head_tied);
     let (n_layers, n_tensors) = (config.n_layers, checkpoint.tensors().len());
     if n_layers > n_tensors {
         let what = format!("`num_hidden_layers` is {n_layers}, the checkpoint has {n_tensors} tensors");

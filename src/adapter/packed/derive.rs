@@ -34,10 +34,12 @@ impl DerivedColumns {
         targets: &[TargetInfo],
         base: &Checkpoint,
     ) -> Result<Result<Self, String>, AdapterError> {
-        let Some(options) = MaskOptions::following(recipe) else {
+        let (vectors, targets): (Vec<_>, Vec<_>) = targets.iter().partition(|target| is_vector(target));
+        let names = targets.iter().map(|target| (target.name.clone(), target.transposed)).collect();
+        let Some(options) = MaskOptions::following(recipe, names) else {
             return Ok(Err("its columns come from no recipe that can be followed with the base alone".to_owned()));
         };
-        for target in targets {
+        for target in vectors.iter().chain(&targets) {
             let fits = base
                 .tensor(&target.name)
                 .is_some_and(|tensor| (tensor.info.dtype, &tensor.info.shape) == (target.dtype, &target.shape));
@@ -46,7 +48,6 @@ impl DerivedColumns {
                 return Ok(Err(format!("tensor \"{name}\": the base has none of this type and shape")));
             }
         }
-        let (vectors, targets): (Vec<_>, Vec<_>) = targets.iter().partition(|target| is_vector(target));
         if let Some(part) = vectors.iter().find(|vector| vector.uniform_k.is_none()) {
             return Ok(Err(format!("tensor \"{}\": it has some of its elements only", Printable(&part.name))));
         }

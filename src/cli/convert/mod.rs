@@ -11,6 +11,7 @@ use neuroada_ckpt::{
     checkpoint::{Checkpoint, Existing},
     convert::{self, ConvertError, ConvertReport, ConvertedTensor, Format},
     tensor::projection_kind,
+    weights::WeightMap,
 };
 
 use super::{
@@ -18,6 +19,7 @@ use super::{
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count},
+    weights::{AxesArgs, RenameArgs},
 };
 
 /// Read other tools' sparse adapters, and write them
@@ -43,6 +45,10 @@ pub(super) struct ConvertArgs {
     /// The checkpoint that the deltas were trained on, or that servers have
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
+    #[command(flatten)]
+    axes: AxesArgs,
+    #[command(flatten)]
+    renames: RenameArgs,
     /// Weight sync: how changes are told [default: overwrite]
     #[arg(long, value_enum)]
     encoding: Option<EncodingArg>,
@@ -112,6 +118,8 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
     }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let existing = args.existing();
+    let answers = args.renames.answers(&args.axes);
+    let base = base.as_ref().map(|base| WeightMap::new(base, answers)).transpose()?;
     let report = match convert::convert(&env.context(), &args.input, base.as_ref(), format, &args.output, existing) {
         Err(e @ ConvertError::NoBase { .. }) => {
             Err(e).hint("--base BASE names the checkpoint that the deltas were trained on")?

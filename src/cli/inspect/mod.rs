@@ -2,6 +2,7 @@
 //! tools; what a mask or an adapter says about its targets is read in [`sparse`].
 
 mod sparse;
+mod weights;
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,7 @@ use neuroada_ckpt::{
 use serde::Serialize;
 use serde_json::Value;
 
-use self::sparse::SparseFacts;
+use self::{sparse::SparseFacts, weights::WeightFacts};
 use super::{
     Answer, device,
     env::Env,
@@ -77,6 +78,9 @@ struct InspectReport {
     /// Weights that are stored as codes, by layout.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     quantized: Vec<QuantizedCount>,
+    /// Of a checkpoint.
+    #[serde(flatten)]
+    weights: WeightFacts,
     /// Of `adapter_config.json`, what says how the adapter is applied.
     peft: Option<serde_json::Map<String, Value>>,
     /// Of a mask or an adapter.
@@ -238,6 +242,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         dtypes: count_dtypes(chosen()),
         kinds: count_kinds(chosen()),
         quantized: count_quantized(&checkpoint),
+        weights: if kind == Kind::Checkpoint { WeightFacts::of(&checkpoint)? } else { WeightFacts::default() },
         shards: shard_facts(&checkpoint),
         peft,
         sparse,
@@ -372,6 +377,7 @@ fn write_page(report: &InspectReport, page: &mut Page) {
         let example = Printable(example);
         facts.push(("quantized", format!("{} weights as {layout}, such as {example}", count(*n_weights))));
     }
+    facts.extend(report.weights.facts());
     if let Some(peft) = &report.peft {
         facts.extend(peft.iter().map(|(key, value)| ("config", format!("{key}={}", value_text(value)))));
     }

@@ -65,7 +65,7 @@ fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointE
     for (step, &source) in target.steps.iter().zip(&target.step_sources) {
         match step {
             Step::LowRank(product) => {
-                bound.raise(source, product_bound(ctx, product, target.n_columns)?);
+                bound.raise(source, product_bound(ctx, product)?);
                 if let Some(magnitude) = &product.magnitude {
                     let n = if magnitude.of_columns { target.n_columns } else { product.n_rows };
                     let start = magnitude.start;
@@ -104,8 +104,8 @@ fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointE
 }
 
 /// The largest length of a row of `u` times that of a column of `v`, scaled: no element of the product is larger.
-fn product_bound(ctx: &Context<'_>, product: &Product<'_>, n_columns: u64) -> Result<f64, CheckpointError> {
-    let rank = product.rank;
+fn product_bound(ctx: &Context<'_>, product: &Product<'_>) -> Result<f64, CheckpointError> {
+    let (rank, n_columns) = (product.rank, product.columns.n);
     let step = (ctx.window_bytes() / 8 / rank.max(1)).max(1);
     let mut row = 0.0f64;
     for first in (0..product.n_rows).step_by(step as usize) {

@@ -95,7 +95,7 @@ fn merge_products(
             continue;
         }
         computer.merger.left((shared.end - shared.start) * target.n_columns);
-        let sums = sums_of(ctx, product, &shared, target.n_columns)?;
+        let sums = sums_of(ctx, product, &shared)?;
         counts.add(merge_sums(dtype, bytes, &sums, product.scale));
     }
     Ok(counts)
@@ -168,13 +168,13 @@ fn intersection(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
     (both.start < both.end).then_some(both)
 }
 
-/// The product's sums for `rows` of the tensor, `[rows, n_columns]`.
+/// The product's sums for `rows` of the tensor, `[rows, columns.n]`.
 pub(super) fn sums_of(
     ctx: &Context<'_>,
     product: &Product<'_>,
     rows: &Range<u64>,
-    n_columns: u64,
 ) -> Result<Vec<f32>, CheckpointError> {
+    let n_columns = product.columns.n;
     let own = rows.start - product.first_row..rows.end - product.first_row;
     let n_rows = own.end - own.start;
     let mut sums = vec![0.0; (n_rows * n_columns) as usize];
@@ -264,9 +264,18 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
         product: &Product<'_>,
         rows: &Range<u64>,
     ) -> Result<(), CheckpointError> {
-        let sums = sums_of(ctx, product, rows, self.target.n_columns)?;
-        let at = self.elements(rows);
-        self.add(at, sums.iter().map(|sum| sum * product.scale));
+        let sums = sums_of(ctx, product, rows)?;
+        let columns = product.columns;
+        if columns.is_all() {
+            self.add(self.elements(rows), sums.iter().map(|sum| sum * product.scale));
+            return Ok(());
+        }
+        for (row, sums) in (rows.start..).zip(sums.chunks_exact(columns.n as usize)) {
+            let start = self.elements(&(row..row + 1)).start + columns.first as usize;
+            for (at, sum) in (start..).step_by(columns.step as usize).zip(sums) {
+                self.add(at..at + 1, std::iter::once(sum * product.scale));
+            }
+        }
         Ok(())
     }
 

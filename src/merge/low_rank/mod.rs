@@ -40,7 +40,10 @@ pub(super) use record::record_of;
 pub use sources::{adapter_id, is_low_rank};
 
 use super::MergeError;
-use crate::checkpoint::{Checkpoint, Existing};
+use crate::{
+    checkpoint::{Checkpoint, Existing},
+    weights::{Answers, Axes, KindAxes, Rename},
+};
 
 /// Whether a checkpoint remembers a low-rank merge.
 ///
@@ -60,29 +63,36 @@ pub enum ExpertOrder {
     ExpertFirst,
 }
 
-/// How each expert of a stack is stored; told by the shapes unless they are square.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ExpertAxes {
-    /// `[E, d_out, d_in]`.
-    OutIn,
-    /// `[E, d_in, d_out]`.
-    InOut,
-}
-
 /// What the files leave open, and the user has to say.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LowRankReading {
     /// How second factors of experts are read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_order: Option<ExpertOrder>,
-    /// How square experts are stored.
+    /// Which way round all stacks of experts are stored, where `axes` does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub expert_axes: Option<ExpertAxes>,
-    /// Whether an adapter of the embedding or of the head may change the one tensor that is both.
+    pub expert_axes: Option<Axes>,
+    /// Which way round kinds of weights are stored.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub axes: Vec<KindAxes>,
+    /// What keys of the adapters are called in the checkpoint.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub renames: Vec<Rename>,
+    /// Whether an adapter of some of the modules that share one weight may change the others too: embedding and head.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub tied_head: bool,
+}
+
+impl LowRankReading {
+    /// What the map of weights needs of it.
+    pub(super) fn answers(&self) -> Answers {
+        Answers { axes: self.axes.clone(), expert_axes: self.expert_axes, renames: self.renames.clone() }
+    }
+    /// Whether it says nothing that records of version 1 cannot.
+    pub(super) fn is_of_version_1(&self) -> bool {
+        self.axes.is_empty() && self.renames.is_empty()
+    }
 }
 
 /// What a merged checkpoint keeps for undoing.

@@ -13,6 +13,7 @@ use crate::{
     checkpoint::{Checkpoint, Shard, TensorInfo, TensorRef},
     mask::TargetInfo,
     merge::MergeError,
+    weights::{Columns, WeightMap},
 };
 
 /// A merge, ready to be computed: every tensor of every adapter has its place.
@@ -85,14 +86,16 @@ pub(super) enum Step<'a> {
     },
 }
 
-/// `u v * scale`, for a run of rows of the tensor.
+/// `u v * scale`, for a run of rows of the tensor, and for all of its columns or some.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product<'a> {
     pub(super) first_row: u64,
     pub(super) n_rows: u64,
+    /// Whose number is `columns.n`.
+    pub(super) columns: Columns,
     /// `[n_rows, rank]`.
     pub(super) u: Matrix<'a>,
-    /// `[rank, n_columns]`.
+    /// `[rank, columns.n]`.
     pub(super) v: Matrix<'a>,
     pub(super) rank: u64,
     pub(super) scale: f32,
@@ -126,9 +129,12 @@ impl<'a> Plan<'a> {
         checkpoint: &'a Checkpoint,
         originals: &'a Checkpoint,
         sources: &'a [Source],
-        reading: LowRankReading,
+        reading: &LowRankReading,
     ) -> Result<Self, MergeError> {
-        let mut planner = Planner::new(checkpoint, originals, reading);
+        let map = WeightMap::new(checkpoint, reading.answers())?;
+        let names = sources.iter().flat_map(Source::parameters);
+        map.check_renames(names.collect::<Vec<_>>().iter().map(String::as_str)).map_err(MergeError::Usage)?;
+        let mut planner = Planner::new(&map, originals, reading);
         for (index, source) in sources.iter().enumerate() {
             planner.problems.clear();
             let n_targets = match &source.adapter {

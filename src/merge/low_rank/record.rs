@@ -27,6 +27,8 @@ use crate::{
 
 /// Records larger than this are refused: a hundred bytes for each of a million tensors.
 const MOST_BYTES: u64 = 256 << 20;
+/// Version 2 also says which way round weights were read, and what keys were renamed to.
+const NEWEST_VERSION: u32 = 2;
 
 /// The record's document.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -89,7 +91,8 @@ impl LowRankRecord {
             kind: source.kind().to_owned(),
         });
         let (kind, active) = (RecordKind::LowRank, active.collect());
-        Self { kind, version: 1, base, active, reading, has_originals, targets: BTreeMap::new() }
+        let version = if reading.is_of_version_1() { 1 } else { NEWEST_VERSION };
+        Self { kind, version, base, active, reading, has_originals, targets: BTreeMap::new() }
     }
 
     /// Parses the two lines.
@@ -99,10 +102,16 @@ impl LowRankRecord {
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         let document = checksummed::document_of(bytes)
             .ok_or("the record of a low-rank merge is damaged: its checksum does not match")?;
-        let record: Self = serde_json::from_str(document).map_err(|e| format!("the record is malformed: {e}"))?;
-        match record.version {
-            1 => Ok(record),
-            version => Err(format!("the record has version {version}, this program reads version 1")),
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let malformed = |e: serde_json::Error| format!("the record is malformed: {e}");
+        match serde_json::from_str(document).map_err(malformed)? {
+            Version { version: 1..=NEWEST_VERSION } => serde_json::from_str(document).map_err(malformed),
+            Version { version } => {
+                Err(format!("the record has version {version}, this program reads versions up to {NEWEST_VERSION}"))
+            }
         }
     }
 

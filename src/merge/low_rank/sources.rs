@@ -6,7 +6,7 @@ use super::super::{AdapterEntry, MergeError, MergeInput};
 use crate::{
     adapter::{Adapter, AdapterId},
     checkpoint::{Checkpoint, CheckpointError, Context, Printable},
-    peft::{AdapterKind, LoraAdapter, PeftType},
+    peft::{AdapterKind, LoraAdapter, LoraModule, PeftType},
 };
 
 /// Whether a path given as an adapter is a low-rank one; a PEFT adapter of another method is neither that nor a sparse one.
@@ -97,6 +97,16 @@ impl Source {
         match &self.adapter {
             AnyAdapter::Sparse(sparse) => sparse.path(),
             AnyAdapter::Lora(lora) => lora.path(),
+        }
+    }
+    /// The parameters that it is for, as it names them.
+    pub(super) fn parameters(&self) -> Vec<String> {
+        match &self.adapter {
+            AnyAdapter::Sparse(sparse) => sparse.targets().iter().map(|target| target.name.clone()).collect(),
+            AnyAdapter::Lora(lora) => {
+                let modules = lora.modules().iter().map(LoraModule::target);
+                modules.chain(lora.full().iter().map(|full| full.name.clone())).collect()
+            }
         }
     }
     pub(super) fn kind(&self) -> &'static str {

@@ -1,140 +1,183 @@
-//! Heads that are the embedding: one tensor, which must not be changed for the sake of one of the two, nor twice.
+//! Weights that the model shares under several names: one weight, which must not be changed for the sake of one of its names, nor
+//! more than once.
 
-use super::{factors::Matrix, planner::Planner};
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    factors::Matrix,
+    planner::{Lora, Planner, same_bytes},
+};
 use crate::{
-    checkpoint::{Printable, TensorRef},
+    checkpoint::Printable,
     merge::{MergeError, Undecided},
-    peft::{LoraAdapter, LoraModule, LoraShape},
-    tensor::projection_kind,
+    peft::{FullTensor, LoraAdapter, LoraModule, LoraShape},
+    weights::TiedWeight,
 };
 
-/// Last words of modules that embed tokens, and of those that turn states into tokens.
-const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"];
-const HEADS: [&str; 3] = ["lm_head", "embed_out", "output"];
+/// Parts of an adapter that are for one tied weight.
+#[derive(Default)]
+struct Sharers<'a> {
+    modules: Vec<&'a LoraModule>,
+    full: Vec<&'a FullTensor>,
+}
 
-impl<'a> Planner<'a> {
-    /// Whether the head is the embedding.
-    fn is_tied(&self) -> bool {
-        let said = self.checkpoint.config().get("tie_word_embeddings").and_then(serde_json::Value::as_bool);
-        let said = said.or_else(|| self.checkpoint.config().get("text_config")?.get("tie_word_embeddings")?.as_bool());
-        let has_head = || HEADS.iter().any(|head| self.names.find(&format!("{head}.weight")).is_some());
-        said.unwrap_or_else(|| !has_head() && self.embedding().is_some())
+impl Sharers<'_> {
+    fn names(&self) -> Vec<String> {
+        self.modules
+            .iter()
+            .map(|module| module.target())
+            .chain(self.full.iter().map(|full| full.name.clone()))
+            .collect()
     }
+}
 
-    fn embedding(&self) -> Option<TensorRef<'a>> {
-        let is_embedding = |tensor: &TensorRef<'_>| EMBEDDINGS.contains(&projection_kind(&tensor.info.name));
-        let mut found = self.checkpoint.tensors().filter(is_embedding);
-        found.next().filter(|_| found.next().is_none())
-    }
-
-    /// The embedding, where `name` is the head and there is no other.
-    pub(super) fn tied_tensor(&self, name: &str) -> Option<TensorRef<'a>> {
-        let is_head = name.ends_with(".weight") && HEADS.contains(&projection_kind(name));
-        if is_head && self.is_tied() { self.embedding() } else { None }
-    }
-
-    /// Refuses to change a tensor that is embedding and head for the sake of one of them, unless told to.
-    pub(super) fn refuse_tied(&mut self, lora: &LoraAdapter, name: &str) -> Result<(), MergeError> {
-        let kind = projection_kind(name);
-        let (is_head, is_embedding) = (HEADS.contains(&kind), EMBEDDINGS.contains(&kind));
-        if !name.ends_with(".weight") || !(is_head || is_embedding) || !self.is_tied() {
-            return Ok(());
+impl<'a> Planner<'_, 'a> {
+    /// Adds what an adapter has for tied weights, each once, and returns the names of all of it.
+    pub(super) fn add_tied(&mut self, lora: &Lora<'a>) -> Result<BTreeSet<String>, MergeError> {
+        let mut by_weight: BTreeMap<&'a str, Sharers<'a>> = BTreeMap::new();
+        for full in lora.adapter.full() {
+            if let Some(tie) = self.map.tie(&full.name)
+                && !self.is_unchanged_copy(lora.adapter, full)?
+            {
+                by_weight.entry(&tie.stored[0].info.name).or_default().full.push(full);
+            }
         }
-        let has_both = |kinds: &[&str]| lora.modules().iter().any(|m| kinds.contains(&projection_kind(&m.target())));
-        if is_embedding && has_both(&HEADS) && has_both(&EMBEDDINGS) && self.names.find("lm_head.weight").is_none() {
-            // Two adapters of the one tensor; that they are the same one is proven where the head's turn comes.
-            return Ok(());
+        for module in lora.adapter.modules() {
+            if let Some(tie) = self.map.tie(&module.target()) {
+                by_weight.entry(&tie.stored[0].info.name).or_default().modules.push(module);
+            }
         }
-        if is_head && self.names.find(name).is_some() {
+        let mut names = BTreeSet::new();
+        for sharers in by_weight.into_values() {
+            let of_this = sharers.names();
+            let tie = self.map.tie(&of_this[0]).expect("they were found by it");
+            self.check_tied(lora, tie, &sharers)?;
+            match (sharers.full.first(), sharers.modules.first()) {
+                (Some(full), _) => self.add_full(lora, full)?,
+                (None, Some(module)) => self.add_module(lora, module)?,
+                (None, None) => {}
+            }
+            names.extend(of_this);
+        }
+        Ok(names)
+    }
+
+    /// Fails where parts of an adapter want different things of one weight, or where what they want would change more than they are
+    /// for.
+    fn check_tied(&mut self, lora: &Lora<'a>, tie: &TiedWeight<'a>, sharers: &Sharers<'a>) -> Result<(), MergeError> {
+        let names = sharers.names();
+        let stored = tie.stored[0];
+        for copy in &tie.stored[1..] {
+            let same_type = (copy.info.dtype, &copy.info.shape) == (stored.info.dtype, &stored.info.shape);
+            if !same_type || !same_bytes((stored.shard, stored.info), (copy.shard, copy.info))? {
+                return Err(self.refused(format!(
+                    "\"{}\": config.json says that it is one weight with \"{}\" (`tie_word_embeddings`), and the two differ: which one \
+                     a loader takes depends on its version; set it to false, or remove one of them",
+                    Printable(&copy.info.name),
+                    Printable(&stored.info.name)
+                )));
+            }
+        }
+        let same_full = |pair: &[&FullTensor]| {
+            lora.holds_same(lora.adapter.tensor(&pair[0].tensor), lora.adapter.tensor(&pair[1].tensor))
+        };
+        let mut is_same = sharers.full.is_empty() || sharers.modules.is_empty();
+        for pair in sharers.full.windows(2) {
+            is_same &= same_full(pair)?;
+        }
+        for pair in sharers.modules.windows(2) {
+            is_same &= is_same_product(lora.adapter, pair[0], pair[1])?;
+        }
+        if !is_same {
             return Err(self.refused(format!(
-                "\"{}\": config.json says that the head is the embedding (`tie_word_embeddings`), so nobody would read what is merged \
-                 here; set it to false first",
-                Printable(name)
+                "\"{}\" and \"{}\" are one weight (`tie_word_embeddings`), and the adapter has different matrices for the two; give the \
+                 model a head of its own first",
+                Printable(&names[0]),
+                Printable(&names[1])
             )));
         }
+        let given: Vec<&str> = names.iter().map(String::as_str).collect();
+        if names.len() > 1 {
+            self.note_once(format!(
+                "{} are one weight, and so is what the adapter has for them: merged once",
+                listed(&names)
+            ));
+        }
+        if tie.is_covered_by(&self.map.names(), &given) {
+            return Ok(());
+        }
         if !self.reading.tied_head {
-            let (this, other) = if is_head { ("head", "embedding") } else { ("embedding", "head") };
             let what = format!(
-                "the head is the embedding, one tensor, and the adapter was trained on the {this} alone: merged, it would change the \
-                 {other} too"
+                "the model shares this weight under several names ({}), and the adapter was trained for {} alone: merged, it would \
+                 change the others too",
+                tie.uses(),
+                if names.len() == 1 { "this one" } else { "some of them" }
             );
-            return Err(self.undecided(name, Undecided::TiedHead, what));
+            return Err(self.undecided(&names[0], Undecided::TiedHead, what));
         }
-        let note = format!("{} is head and embedding: what is merged into one changes the other", Printable(name));
-        if !self.notes.contains(&note) {
-            self.notes.push(note);
-        }
+        self.note_once(format!(
+            "{} is shared ({}): what is merged into one changes the others",
+            Printable(&names[0]),
+            tie.uses()
+        ));
         Ok(())
     }
 
-    /// Whether the adapter's full tensor `name` is the base's own, byte for byte: PEFT saves embeddings that it adapts.
-    pub(super) fn is_unchanged_copy(&self, lora: &LoraAdapter, name: &str) -> Result<bool, MergeError> {
-        let Some(full) = lora.full().iter().find(|full| full.name == name) else { return Ok(false) };
+    fn note_once(&mut self, note: String) {
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
+    }
+
+    /// Whether the adapter's full tensor is the base's own, byte for byte: PEFT saves embeddings that it adapts.
+    pub(super) fn is_unchanged_copy(&self, lora: &LoraAdapter, full: &FullTensor) -> Result<bool, MergeError> {
         let info = lora.tensor(&full.tensor);
-        let found = self.names.find(name).or_else(|| self.tied_tensor(name));
-        let found = found.and_then(|tensor| self.originals.tensor(&tensor.info.name));
-        let Some(tensor) = found.filter(|t| (t.info.dtype, &t.info.shape) == (info.dtype, &info.shape)) else {
+        let same = |tensor: crate::checkpoint::TensorRef<'_>| {
+            (tensor.info.dtype, &tensor.info.shape) == (info.dtype, &info.shape)
+        };
+        let Ok(found) = self.map.find(&full.name, same) else { return Ok(false) };
+        let Some(tensor) = self.originals.tensor(&found.tensor.info.name).filter(|tensor| same(*tensor)) else {
             return Ok(false);
         };
-        let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-        for start in (0..info.n_bytes()).step_by(1 << 20) {
-            let n = (info.n_bytes() - start).min(1 << 20) as usize;
-            lora.shard().read_at(&mut a[..n], lora.shard().file_range(info).start + start)?;
-            tensor.shard.read_at(&mut b[..n], tensor.shard.file_range(tensor.info).start + start)?;
-            if a[..n] != b[..n] {
+        same_bytes((lora.shard(), info), (tensor.shard, tensor.info))
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    names.iter().map(|name| Printable(name).to_string()).collect::<Vec<_>>().join(" and ")
+}
+
+/// Whether two modules add the same to a table of `[vocabulary, d]`, one of them perhaps as an embedding and one as a linear layer.
+fn is_same_product(lora: &LoraAdapter, a: &LoraModule, b: &LoraModule) -> Result<bool, MergeError> {
+    /// The factors of the table, `[vocabulary, r]` and the transposed of `[r, d]`, and their numbers of rows.
+    fn factors<'l>(lora: &'l LoraAdapter, module: &LoraModule) -> Option<[(u64, Matrix<'l>); 2]> {
+        let matrix = |tensor: &str, row_len| Matrix::rows(lora.shard(), lora.tensor(tensor), row_len);
+        let rank = module.rank;
+        match module.shape {
+            LoraShape::Linear { d_out, d_in } => {
+                Some([(d_out, matrix(&module.b, rank)), (d_in, matrix(&module.a, d_in).transposed())])
+            }
+            LoraShape::Embedding { vocabulary, d_out } => {
+                Some([(vocabulary, matrix(&module.a, vocabulary).transposed()), (d_out, matrix(&module.b, rank))])
+            }
+            LoraShape::Experts { .. } => None,
+        }
+    }
+    let is_plain = |module: &LoraModule| module.magnitude.is_none() && module.bias.is_none();
+    let (Some(of_a), Some(of_b)) = (factors(lora, a), factors(lora, b)) else { return Ok(false) };
+    if (a.rank, a.scaling) != (b.rank, b.scaling) || !is_plain(a) || !is_plain(b) {
+        return Ok(false);
+    }
+    for ((n_rows, a_rows), (n, b_rows)) in of_a.into_iter().zip(of_b) {
+        if n_rows != n {
+            return Ok(false);
+        }
+        for first in (0..n_rows).step_by(4096) {
+            let part = first..n_rows.min(first + 4096);
+            if a_rows.read(part.clone(), 0..a.rank)? != b_rows.read(part, 0..a.rank)? {
                 return Ok(false);
             }
         }
-        Ok(true)
     }
-
-    /// Whether `module` is the head, tied, and its factors are those of the embedding: the product is added once.
-    pub(super) fn is_tied_head_done_with(
-        &mut self,
-        lora: &LoraAdapter,
-        module: &LoraModule,
-    ) -> Result<bool, MergeError> {
-        let name = module.target();
-        if self.tied_tensor(&name).is_none() || self.names.find(&name).is_some() {
-            return Ok(false);
-        }
-        let is_embedding = |other: &&LoraModule| {
-            matches!(other.shape, LoraShape::Embedding { .. }) && EMBEDDINGS.contains(&projection_kind(&other.target()))
-        };
-        let (Some(embedding), LoraShape::Linear { d_out, d_in }) =
-            (lora.modules().iter().find(is_embedding), module.shape)
-        else {
-            return Ok(false);
-        };
-        let same_shape = embedding.shape == LoraShape::Embedding { vocabulary: d_out, d_out: d_in };
-        let matrix = |tensor: &str, row_len: u64| {
-            let info = lora.tensor(tensor);
-            (info.n_elements(), Matrix::rows(lora.shard(), info, row_len))
-        };
-        let same = |(n, a): (u64, Matrix<'_>), (_, b): (u64, Matrix<'_>)| -> Result<bool, MergeError> {
-            let (rows, columns) = (n / module.rank, module.rank);
-            for first in (0..rows).step_by(4096) {
-                let part = first..rows.min(first + 4096);
-                if a.read(part.clone(), 0..columns)? != b.transposed().read(part, 0..columns)? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        };
-        let is_same = same_shape
-            && embedding.rank == module.rank
-            && embedding.scaling == module.scaling
-            && embedding.magnitude.is_none()
-            && module.magnitude.is_none()
-            && same(matrix(&module.b, module.rank), matrix(&embedding.a, d_out))?
-            && same(matrix(&embedding.b, module.rank), matrix(&module.a, d_in))?;
-        if !is_same {
-            return Err(self.refused(format!(
-                "\"{}\": the head is the embedding, one tensor, and the adapter has different factors for the two",
-                Printable(&name)
-            )));
-        }
-        self.notes.push(format!("{} is the embedding, and so is its adapter: merged once", Printable(&name)));
-        Ok(true)
-    }
+    Ok(true)
 }

@@ -62,7 +62,7 @@ pub fn undo_low_rank(
         // What was let in must come out.
         allow_overflow: true,
         base: record.base.clone(),
-        reading: record.reading,
+        reading: record.reading.clone(),
     };
     let mut report = job.run(ctx, options)?;
     let stays = |id: &&String| sources.iter().any(|source| source.id.to_string() == **id);
@@ -162,7 +162,7 @@ pub(super) fn restoring_plan<'a>(
     sources: &'a [Source],
     record: &LowRankRecord,
 ) -> Result<Plan<'a>, MergeError> {
-    let mut plan = Plan::new(merged, originals, sources, record.reading)?;
+    let mut plan = Plan::new(merged, originals, sources, &record.reading)?;
     let mut targets: BTreeMap<String, Target<'a>> =
         plan.targets.drain(..).map(|target| (target.name().to_owned(), target)).collect();
     for (name, recorded) in &record.targets {

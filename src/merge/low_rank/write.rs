@@ -55,7 +55,7 @@ pub fn merge_low_rank(
     }
     let checkpoint = open_base(base)?;
     let sources = Source::open_all(ctx, adapters, Some(&checkpoint))?;
-    let plan = Plan::new(&checkpoint, &checkpoint, &sources, reading)?;
+    let plan = Plan::new(&checkpoint, &checkpoint, &sources, &reading)?;
     let job = Job {
         copied: &checkpoint,
         originals: &checkpoint,
@@ -163,7 +163,7 @@ impl Job<'_> {
         self.unchanged()?;
         if options.keep != KeptOriginals::Nothing && !self.sources.is_empty() {
             let has_originals = options.keep == KeptOriginals::All;
-            let mut record = LowRankRecord::new(self.base.clone(), self.sources, self.reading, has_originals);
+            let mut record = LowRankRecord::new(self.base.clone(), self.sources, self.reading.clone(), has_originals);
             record.targets = std::mem::take(&mut gathering.recorded);
             folder.write(ctx, &record, self.sources)?;
             output.write_list(state)?;
@@ -363,7 +363,13 @@ impl Job<'_> {
             bytes_checked: self.touched_bytes(),
             bytes_written: self.copied.n_bytes(),
             ledger_bytes,
-            notes: self.plan.notes.iter().cloned().chain(gathering.implausible.notes(id)).collect(),
+            notes: self
+                .copied
+                .notes()
+                .into_iter()
+                .chain(self.plan.notes.iter().cloned())
+                .chain(gathering.implausible.notes(id))
+                .collect(),
         }
     }
 }

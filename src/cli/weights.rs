@@ -1,0 +1,46 @@
+//! What users say about a checkpoint's weights where the files leave it open.
+
+use clap::Args;
+use neuroada_ckpt::weights::{Answers, KindAxes, Rename};
+
+use super::failure::Hint;
+
+/// Which way round weights are stored.
+#[derive(Args, Clone)]
+pub(super) struct AxesArgs {
+    /// How weights of a kind are stored, where neither shapes nor the model's type tell, as in c_proj=in-out; may be given several times
+    #[arg(long, value_name = "KIND=out-in|in-out", value_parser = |text: &str| text.parse::<KindAxes>())]
+    pub(super) axes: Vec<KindAxes>,
+}
+
+/// What an adapter's names are in the base.
+#[derive(Args, Clone)]
+pub(super) struct RenameArgs {
+    /// A name in the adapter and the base's name for it, as in 'model.*=backbone.*'; * stands for the same text on both sides; may be
+    /// given several times
+    #[arg(long = "rename", value_name = "FROM=TO", value_parser = |text: &str| text.parse::<Rename>())]
+    pub(super) renames: Vec<Rename>,
+}
+
+impl RenameArgs {
+    pub(super) fn answers(&self, axes: &AxesArgs) -> Answers {
+        Answers { axes: axes.axes.clone(), renames: self.renames.clone(), ..Answers::default() }
+    }
+}
+
+/// The option that answers which way round a kind of weight is stored.
+pub(super) fn axes_hint(kind: &str) -> String {
+    format!("--axes {kind}=out-in or --axes {kind}=in-out says it")
+}
+
+/// Names that option where a mask's error asks for it.
+pub(super) fn with_axes_hint<T>(result: Result<T, neuroada_ckpt::mask::MaskError>) -> anyhow::Result<T> {
+    use neuroada_ckpt::mask::MaskError;
+    match result {
+        Err(MaskError::Axes { path, tensor, kind }) => {
+            let hint = axes_hint(&kind);
+            Err(MaskError::Axes { path, tensor, kind }).hint(&hint)
+        }
+        other => Ok(other?),
+    }
+}

@@ -1,0 +1,146 @@
+//! Weights that a model shares under several names: its embedding and its head above all.
+
+use std::collections::HashMap;
+
+use super::{
+    config::Families,
+    names::{Rules, is_number},
+    rules::{TIES, Tie},
+};
+use crate::checkpoint::{Checkpoint, TensorRef};
+
+/// A weight with several names in the model, stored once, or more often than needed.
+#[derive(Clone, Debug)]
+pub struct TiedWeight<'a> {
+    /// The tensors that hold it, the embedding first; equal copies of one weight where there are several.
+    pub stored: Vec<TensorRef<'a>>,
+    /// Canonical names of the modules that read it as an embedding.
+    embeddings: Vec<String>,
+    /// Canonical names that its head may have; empty where the model has none.
+    heads: Vec<String>,
+}
+
+impl TiedWeight<'_> {
+    /// Whether modules of these names are all that share the weight, so that nothing else changes with it.
+    pub fn is_covered_by(&self, rules: &Names<'_>, names: &[&str]) -> bool {
+        let given: Vec<String> = names.iter().map(|name| module_of(&rules.0.canonical(name))).collect();
+        let has = |name: &String| given.contains(name);
+        // Where encoder and decoder have tables of their own, the shared one is a name and no more.
+        let (shared, readers) = self.embeddings.split_first().expect("a tied weight is an embedding");
+        let reads_all = if readers.is_empty() { has(shared) } else { readers.iter().all(has) };
+        reads_all && (self.heads.is_empty() || self.heads.iter().any(has))
+    }
+
+    /// The modules that share the weight, for people: by their last words.
+    pub fn uses(&self) -> String {
+        let mut words: Vec<&str> = self.embeddings.iter().map(String::as_str).collect();
+        let stored_head = |head: &&String| self.stored.iter().any(|stored| stored.info.name.contains(head.as_str()));
+        words.extend(self.heads.iter().find(stored_head).or(self.heads.first()).map(String::as_str));
+        words.join(", ")
+    }
+
+    /// Whether this tensor holds the weight.
+    pub fn holds(&self, tensor: &str) -> bool {
+        self.stored.iter().any(|stored| stored.info.name == tensor)
+    }
+
+    /// Whether the model's head is this weight.
+    pub fn is_head_tied(&self) -> bool {
+        !self.heads.is_empty()
+    }
+}
+
+/// How names are brought to their canonical form.
+pub struct Names<'r>(pub(super) &'r Rules);
+
+fn module_of(canonical: &str) -> String {
+    canonical.strip_suffix(".weight").unwrap_or(canonical).to_owned()
+}
+
+/// The tied weights of a model, by the canonical names of the modules that share them.
+#[derive(Debug, Default)]
+pub(super) struct Ties<'a> {
+    pub(super) weights: Vec<TiedWeight<'a>>,
+    by_module: HashMap<String, usize>,
+}
+
+impl<'a> Ties<'a> {
+    /// Finds them from names and config alone.
+    pub(super) fn find(checkpoint: &'a Checkpoint, rules: &Rules, families: Families<'_>) -> Self {
+        // A table of tokens is no part of a numbered layer.
+        let outside = |tensor: &TensorRef<'_>| {
+            tensor.info.name.ends_with(".weight") && !tensor.info.name.split('.').any(is_number)
+        };
+        let modules: Vec<(String, TensorRef<'a>)> = checkpoint
+            .tensors()
+            .filter(outside)
+            .map(|tensor| (module_of(&rules.canonical(&tensor.info.name)), tensor))
+            .collect();
+        let mut ties = Self::default();
+        for tie in TIES {
+            for (module, tensor) in &modules {
+                let is_taken = ties.by_module.contains_key(module);
+                let Some(prefix) = module.strip_suffix(tie.embedding).filter(|before| !is_taken && ends_word(before))
+                else {
+                    continue;
+                };
+                ties.add(checkpoint, families, tie, (prefix, *tensor), &modules);
+            }
+        }
+        ties
+    }
+
+    fn add(
+        &mut self,
+        checkpoint: &Checkpoint,
+        families: Families<'_>,
+        tie: &Tie,
+        (prefix, tensor): (&str, TensorRef<'a>),
+        modules: &[(String, TensorRef<'a>)],
+    ) {
+        let stored = |names: &[String]| -> Vec<TensorRef<'a>> {
+            modules.iter().filter(|(module, _)| names.contains(module)).map(|(_, tensor)| *tensor).collect()
+        };
+        // Heads lie beside the embedding, or beside what holds it.
+        let mut heads: Vec<String> = Vec::new();
+        let mut place = prefix;
+        loop {
+            heads.extend(tie.heads.iter().map(|head| format!("{place}{head}")));
+            let Some(up) = place.strip_suffix('.') else { break };
+            place = up.rfind('.').map_or("", |dot| &up[..=dot]);
+        }
+        // A head that is stored belongs to the model whatever its architecture is called.
+        let has_head = families.has_head().unwrap_or(true);
+        let is_tied = has_head && families.is_tied(prefix).unwrap_or_else(|| stored(&heads).is_empty());
+        if !is_tied {
+            heads.clear();
+        }
+        let part_is_there = |name: &&&str| {
+            let part = format!("{}.", name.split('.').next().unwrap_or(name));
+            checkpoint.tensors().any(|tensor| tensor.info.name.contains(&part))
+        };
+        let readers = tie.also.iter().filter(part_is_there).map(|also| format!("{prefix}{also}"));
+        let embeddings: Vec<String> = std::iter::once(format!("{prefix}{}", tie.embedding)).chain(readers).collect();
+        if embeddings.len() == 1 && heads.is_empty() {
+            return;
+        }
+        let mut tensors = vec![tensor];
+        tensors.extend(stored(&embeddings[1..]));
+        tensors.extend(stored(&heads));
+        for name in embeddings.iter().chain(&heads) {
+            self.by_module.entry(name.clone()).or_insert(self.weights.len());
+        }
+        self.weights.push(TiedWeight { stored: tensors, embeddings, heads });
+    }
+
+    /// The tied weight that a parameter's canonical name stands for.
+    pub(super) fn get(&self, canonical: &str) -> Option<&TiedWeight<'a>> {
+        let module = canonical.strip_suffix(".weight")?;
+        Some(&self.weights[*self.by_module.get(module)?])
+    }
+}
+
+/// Whether a name may begin behind this text.
+fn ends_word(before: &str) -> bool {
+    before.is_empty() || before.ends_with('.')
+}
