@@ -53,6 +53,8 @@ const FLOORS: &[(&str, &[&str])] = &[
 ];
 const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "peft", "weights", "mask", "adapter"];
 
+/// Names that only one place may know; the trainer knows those of the models that it runs.
+const MODULE_NAMES: &[&str] = &["lm_head", "embed_tokens", "wte", "embed_out", "c_attn", "c_proj", "block_sparse_moe"];
 const PRINTING_MACROS: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 const COMMAND_LINE_CRATES: &[&str] = &["anyhow", "clap", "clap_complete", "clap_mangen", "indicatif", "signal_hook"];
 /// Questions whether something is there. `src/checkpoint/probe.rs` asks them, for everybody.
@@ -148,6 +150,23 @@ fn exceptions_to_the_probe_rule_are_still_needed() {
 fn only_the_checkpoint_floor_changes_folders() {
     check("files are created, renamed and removed in src/checkpoint alone, behind the gate for outputs", |source| {
         if source.floor() == Some("checkpoint") { Vec::new() } else { changes(&without_tests(source)) }
+    });
+}
+
+#[test]
+fn only_the_map_of_weights_knows_what_modules_are_called() {
+    check("embeddings, heads and modules stored the other way round are told apart in src/weights", |source| {
+        if matches!(source.floor(), Some("weights" | "train")) {
+            return Vec::new();
+        }
+        let code = source.raw.split("#[cfg(test)]").next().unwrap_or_default();
+        let names = |line: &str| MODULE_NAMES.iter().find(|name| line.contains(&format!("\"{name}"))).copied();
+        let is_comment = |line: &str| line.trim_start().starts_with("//");
+        (1..)
+            .zip(code.lines())
+            .filter(|(_, line)| !is_comment(line))
+            .filter_map(|(at, line)| Some((at, names(line)?.to_owned())))
+            .collect()
     });
 }
 

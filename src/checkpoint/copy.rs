@@ -13,8 +13,10 @@ use rustix::{
 };
 
 use super::{
-    AtomicFile, Checkpoint, CheckpointError, Context, INDEX_FILE, Shard, create_folders, folder_of, index::WrongTotal,
-    json::read_whole, remove_file,
+    AtomicFile, Checkpoint, CheckpointError, Context, INDEX_FILE, Shard, create_folders, folder_of,
+    index::{MAX_INDEX_BYTES, WrongTotal},
+    json::read_whole,
+    remove_file,
 };
 
 /// Bytes between two looks at whether the user asked to stop.
@@ -119,7 +121,7 @@ pub fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) 
 
 /// Writes an index with the right `total_size`, synced.
 fn write_index(source: &Path, target: &Path, wrong: WrongTotal) -> Result<(), CheckpointError> {
-    let json = read_whole(source, u64::MAX)?;
+    let json = read_whole(source, MAX_INDEX_BYTES)?;
     let json = wrong.corrected(&json).map_err(|e| CheckpointError::bad_file(source, e.to_string()))?;
     let meta = File::open(source).and_then(|file| file.metadata());
     let to = create_like(&meta.map_err(|e| CheckpointError::io("read", source, e))?, target)?;

@@ -17,7 +17,7 @@ use super::{
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Index files larger than this are refused: six times that of the largest published model.
-const MAX_INDEX_BYTES: u64 = 100_000_000;
+pub(super) const MAX_INDEX_BYTES: u64 = 100_000_000;
 /// Memory for all that is kept of an index.
 const MAX_PARSED_BYTES: usize = 170_000_000;
 /// More shards than this are refused: ten times as many as the largest published model has.

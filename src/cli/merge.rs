@@ -211,6 +211,9 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
         Err(e @ MergeError::Overflow { .. }) => {
             Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
         }
+        Err(e @ MergeError::Unmatched { .. }) if any_low_rank => Err(e).hint(
+            "where the names alone differ, --rename FROM=TO says which is which, as in --rename 'encoder.*=vision_model.encoder.*'",
+        )?,
         Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
         Err(MergeError::Undecided { path, tensor, open, what }) => {
             let hint = match &open {

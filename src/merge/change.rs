@@ -17,6 +17,7 @@ use crate::{
     checkpoint::{Checkpoint, Context, Patcher, Place, Printable, TensorRef, for_each_ordered},
     mask::TargetInfo,
     tensor::{RowColumns, RowLayout, dtype_name},
+    weights::{Answers, Unplaced, WeightMap},
 };
 
 /// Chosen columns in one block of rows, about.
@@ -43,13 +44,14 @@ impl<'a> Change<'a> {
     /// # Errors
     /// [`MergeError::Unmatched`] lists all tensors of an adapter that the checkpoint does not have as the adapter needs them.
     pub(super) fn touched(&self) -> Result<Vec<Touched<'a>>, MergeError> {
+        let map = WeightMap::new(self.checkpoint, Answers::default())?;
         let mut touched: BTreeMap<&str, Touched<'a>> = BTreeMap::new();
         for active in self.before.active.iter().chain(&self.after.active) {
             let mut problems = Vec::new();
             // What an earlier version merged can be taken out again, whatever it is.
             let is_new = !self.before.active.iter().any(|before| before.id == active.id);
             for target in active.adapter.targets() {
-                match self.match_target(target, is_new) {
+                match self.match_target(&map, target, is_new) {
                     Ok(tensor) => {
                         let layout = target.layout;
                         let first =
@@ -74,9 +76,31 @@ impl<'a> Change<'a> {
         Ok(touched.into_values().collect())
     }
 
-    fn match_target(&self, target: &TargetInfo, is_new: bool) -> Result<TensorRef<'a>, String> {
+    /// Why a target has no tensor, with the names that are most like its own.
+    fn nearest(&self, map: &WeightMap<'a>, target: &TargetInfo) -> String {
+        match map.find(&target.name, |_| false) {
+            Err(Unplaced::Shape { name, .. }) if name != target.name => {
+                format!("the base has no such tensor; the nearest is \"{}\"", Printable(&name))
+            }
+            Err(unplaced @ (Unplaced::Missing { .. } | Unplaced::Coded(_))) => map.explain(&unplaced),
+            _ => "the base has no such tensor".to_owned(),
+        }
+    }
+
+    fn match_target(&self, map: &WeightMap<'a>, target: &TargetInfo, is_new: bool) -> Result<TensorRef<'a>, String> {
         let tensor = match is_new {
-            true => self.checkpoint.numbers(&target.name)?,
+            true => {
+                let tensor = self.checkpoint.numbers(&target.name).map_err(|_| self.nearest(map, target))?;
+                if let Some(tie) = map.tie(&target.name).filter(|tie| tie.stored.len() > 1) {
+                    return Err(format!(
+                        "the model shares this weight ({}), and the checkpoint stores it {} times: a sparse merge would change one of \
+                         the copies; remove the others first",
+                        tie.uses(),
+                        tie.stored.len()
+                    ));
+                }
+                tensor
+            }
             false => self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?,
         };
         if tensor.info.shape != target.shape {

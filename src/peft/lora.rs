@@ -74,7 +74,7 @@ impl LoraModule {
     }
 }
 
-/// A tensor that an adapter holds in full.
+/// A tensor that an adapter holds in full. Of one that it holds twice both are here.
 #[derive(Clone, PartialEq, Debug)]
 pub struct FullTensor {
     /// The parameter as the model names it.
@@ -113,7 +113,10 @@ impl LoraAdapter {
         if modules.is_empty() && found.full.is_empty() {
             return Err(CheckpointError::bad_file(folder.shard().path(), "has no tensors: nothing to merge").into());
         }
-        let full = found.full.into_iter().map(|(name, tensor)| FullTensor { name, tensor }).collect();
+        let of_name = |(name, tensors): (String, Vec<String>)| {
+            tensors.into_iter().map(move |tensor| FullTensor { name: name.clone(), tensor })
+        };
+        let full = found.full.into_iter().flat_map(of_name).collect();
         Ok(Self { folder, config, modules, full })
     }
 
@@ -226,7 +229,8 @@ fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
 struct Found {
     /// By module and nesting depth, the parts by name.
     parts: BTreeMap<(String, usize), BTreeMap<String, TensorInfo>>,
-    full: BTreeMap<String, String>,
+    /// By the parameter's name; PEFT may save one of a module in `modules_to_save` under two names.
+    full: BTreeMap<String, Vec<String>>,
     problems: Vec<String>,
 }
 
@@ -245,7 +249,14 @@ impl Found {
                 .problem(info, format!("shape {:?} is empty: was it gathered before it was saved?", info.shape));
         }
         let Some(name) = PeftName::parse(&info.name, PART_PREFIX) else {
-            if self.full.insert(base_name(&info.name), info.name.clone()).is_some() {
+            // The module that one in `modules_to_save` stands in for: PEFT saves its bias with all others, and never uses it.
+            if info.name.split('.').any(|word| word == "original_module") {
+                return;
+            }
+            let is_saved_module = |name: &String| name.contains(".modules_to_save.");
+            let tensors = self.full.entry(base_name(&info.name)).or_default();
+            tensors.push(info.name.clone());
+            if tensors.len() > 1 && !tensors.iter().any(is_saved_module) {
                 self.problem(info, "is there twice, under two names".to_owned());
             }
             return;

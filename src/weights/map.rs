@@ -1,6 +1,13 @@
 //! The map itself: made once per checkpoint, asked by name.
 
-use std::{borrow::Cow, fmt, sync::OnceLock};
+use std::{
+    borrow::Cow,
+    fmt,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use serde_json::{Map, Value};
 
@@ -37,6 +44,7 @@ pub struct WeightMap<'a> {
     config: Cow<'a, Map<String, Value>>,
     ties: Ties<'a>,
     index: OnceLock<Index>,
+    n_explained: AtomicUsize,
 }
 
 impl fmt::Debug for WeightMap<'_> {
@@ -45,16 +53,17 @@ impl fmt::Debug for WeightMap<'_> {
     }
 }
 
-/// A weight that a name stands for.
+/// A weight that a name stands for, and where it is stored. A plain one is one tensor; how the tensors of other layouts make a weight
+/// is for this type to say, and for nobody else.
 #[derive(Clone, Debug)]
-pub struct Found<'a> {
+pub struct Weight<'a> {
     /// The tensor that holds it.
     pub tensor: TensorRef<'a>,
     /// Others that hold the same weight: a tied one that is stored more than once.
     others: Vec<TensorRef<'a>>,
 }
 
-impl<'a> Found<'a> {
+impl<'a> Weight<'a> {
     fn alone(tensor: TensorRef<'a>) -> Self {
         Self { tensor, others: Vec::new() }
     }
@@ -69,8 +78,8 @@ impl<'a> Found<'a> {
 pub enum Unplaced {
     /// There is no such weight.
     Missing {
-        /// The names that are most like it.
-        nearest: Vec<String>,
+        /// The name, after the user's renames.
+        name: String,
     },
     /// Several weights may be meant.
     Ambiguous {
@@ -117,15 +126,9 @@ impl Unplaced {
 
 impl fmt::Display for Unplaced {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |names: &[String]| {
-            names.iter().map(|name| format!("\"{}\"", Printable(name))).collect::<Vec<_>>().join(", ")
-        };
         match self {
-            Self::Missing { nearest } if nearest.is_empty() => f.write_str("the base has no such tensor"),
-            Self::Missing { nearest } => {
-                write!(f, "the base has no such tensor; the nearest are {}", list(nearest))
-            }
-            Self::Ambiguous { names } => write!(f, "several tensors of the base may be meant: {}", list(names)),
+            Self::Missing { .. } => f.write_str("the base has no such tensor"),
+            Self::Ambiguous { names } => write!(f, "several tensors of the base may be meant: {}", quoted(names)),
             Self::Shape { name, found, needed } => {
                 write!(f, "the base has shape {found:?} (\"{}\")", Printable(name))?;
                 match &needed[..] {
@@ -137,6 +140,10 @@ impl fmt::Display for Unplaced {
             Self::Axes { what, .. } | Self::Unsupported { what, .. } => f.write_str(what),
         }
     }
+}
+
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|name| format!("\"{}\"", Printable(name))).collect::<Vec<_>>().join(", ")
 }
 
 impl<'a> WeightMap<'a> {
@@ -152,8 +159,8 @@ impl<'a> WeightMap<'a> {
         let families = Families::new(&config);
         let rules = Rules::of(&families.model_types());
         let ties = Ties::find(checkpoint, &rules, families);
-        let (conv1d, index) = (OwnWitnesses::default(), OnceLock::new());
-        Ok(Self { checkpoint, answers, rules, conv1d, config, ties, index })
+        let (conv1d, index, n_explained) = (OwnWitnesses::default(), OnceLock::new(), AtomicUsize::new(0));
+        Ok(Self { checkpoint, answers, rules, conv1d, config, ties, index, n_explained })
     }
 
     /// The checkpoint.
@@ -212,7 +219,7 @@ impl<'a> WeightMap<'a> {
     ///
     /// # Errors
     /// [`Unplaced`].
-    pub fn find(&self, name: &str, fits: impl Fn(TensorRef<'a>) -> bool) -> Result<Found<'a>, Unplaced> {
+    pub fn find(&self, name: &str, fits: impl Fn(TensorRef<'a>) -> bool) -> Result<Weight<'a>, Unplaced> {
         let name = &*self.renamed(name);
         let exact = self.checkpoint.tensor(name);
         if let Some(weight) = self.checkpoint.codes().find_for(name, exact) {
@@ -257,15 +264,27 @@ impl<'a> WeightMap<'a> {
         match (weight, unfit) {
             (Some(weight), _) => Unplaced::Coded(weight.refusal()),
             (None, Some(tensor)) => Unplaced::shape(tensor, &[]),
-            (None, None) => {
-                let names = self.checkpoint.tensors().map(|tensor| tensor.info.name.as_str());
-                Unplaced::Missing { nearest: nearest(names, name) }
-            }
+            (None, None) => Unplaced::Missing { name: name.to_owned() },
         }
     }
 
-    fn with_copies(&self, tensor: TensorRef<'a>) -> Found<'a> {
-        let mut found = Found::alone(tensor);
+    /// Why a name has no place, for a list of problems; for the first few names with those that are most like them.
+    pub fn explain(&self, unplaced: &Unplaced) -> String {
+        /// Each takes a comparison with all names.
+        const MAX_EXPLAINED: usize = 8;
+        let Unplaced::Missing { name } = unplaced else { return unplaced.to_string() };
+        if self.n_explained.fetch_add(1, Ordering::Relaxed) >= MAX_EXPLAINED {
+            return unplaced.to_string();
+        }
+        match &nearest(self.checkpoint.tensors().map(|tensor| tensor.info.name.as_str()), name)[..] {
+            [] => unplaced.to_string(),
+            [one] => format!("{unplaced}; the nearest is \"{}\"", Printable(one)),
+            several => format!("{unplaced}; the nearest are {}", quoted(several)),
+        }
+    }
+
+    fn with_copies(&self, tensor: TensorRef<'a>) -> Weight<'a> {
+        let mut found = Weight::alone(tensor);
         if let Some(tie) = self.ties.get(&self.rules.canonical(&tensor.info.name)) {
             found.others.extend(tie.stored.iter().filter(|other| other.info.name != tensor.info.name));
         }

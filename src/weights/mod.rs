@@ -21,7 +21,7 @@ mod rules;
 mod ties;
 
 pub use axes::{Axes, KindAxes, Witness, Witnesses};
-pub use map::{Answers, Found, Unplaced, WeightMap};
+pub use map::{Answers, Unplaced, Weight, WeightMap};
 pub use pairs::{Pairing, Pairs};
 pub use pattern::{ALL_LINEAR, TargetPattern};
 pub use place::{Columns, Part, Place, Placement, Reading};

@@ -17,12 +17,10 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// The rules for these model types; all of them where there are none.
+    /// The rules for these model types, and those for all.
     pub(super) fn of(model_types: &[String]) -> Self {
         let applies = |rule: &&NameRule| {
-            rule.model_types.is_empty()
-                || model_types.is_empty()
-                || rule.model_types.iter().any(|of| model_types.iter().any(|found| found == of))
+            rule.model_types.is_empty() || rule.model_types.iter().any(|of| model_types.iter().any(|found| found == of))
         };
         let words = |rule: &NameRule| (rule.from.split('.').collect(), rule.to.split('.').collect());
         Self { renames: RENAMES.iter().filter(applies).map(words).collect() }

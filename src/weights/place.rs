@@ -2,7 +2,7 @@
 
 use super::{
     Axes, Unplaced, WeightMap, Witness, Witnesses,
-    map::Found,
+    map::Weight,
     names::is_number,
     rules::{FUSED, GATE_UP},
 };
@@ -97,7 +97,7 @@ impl<'a> WeightMap<'a> {
             let tensor = found.tensor;
             if let (Some(axes), &[_, _]) = (fits(tensor, d_out, d_in), &tensor.info.shape[..]) {
                 let name = &tensor.info.name;
-                witnesses.add(Self::kind_of(&self.rules.canonical(name)), axes, name);
+                witnesses.add(self.kind_of(name), axes, name);
             }
         }
         witnesses
@@ -123,7 +123,7 @@ impl<'a> WeightMap<'a> {
         elsewhere.map_err(|unplaced| unplaced.unwrap_or(missing))
     }
 
-    fn linear_axes(&self, found: &Found<'a>, d_out: u64, d_in: u64, reading: &Reading) -> Result<Axes, Unplaced> {
+    fn linear_axes(&self, found: &Weight<'a>, d_out: u64, d_in: u64, reading: &Reading) -> Result<Axes, Unplaced> {
         let tensor = found.tensor;
         let told = self.told_axes(&tensor.info.name);
         if tensor.info.shape.len() != 2 {
@@ -212,10 +212,14 @@ impl<'a> WeightMap<'a> {
         }
         let name = &tensor.info.name;
         let kind = || projection_kind(name).to_owned();
+        let stacks = self.stacks_of(name);
+        if let Some((row, _)) = stacks.as_ref().filter(|(row, _)| row.factors == row.old_factors) {
+            return Ok(row.factors);
+        }
         let Some(exchanges) = reading.exchanges_dimensions else {
             return Err(Unplaced::axes(tensor, kind(), NO_VERSION));
         };
-        match self.stacks_of(name) {
+        match stacks {
             Some((row, _)) if exchanges => Ok(row.factors),
             Some((row, _)) => Ok(row.old_factors),
             // Experts that lie apart are `nn.Linear`s, which transformers stacks as they are.
@@ -362,7 +366,7 @@ fn fits(tensor: TensorRef<'_>, d_out: u64, d_in: u64) -> Option<Axes> {
 }
 
 /// The same rows of every copy of a weight.
-fn copies<'a>(found: &Found<'a>, (first_row, n_rows): (u64, u64), columns: Columns) -> Vec<Place<'a>> {
+fn copies<'a>(found: &Weight<'a>, (first_row, n_rows): (u64, u64), columns: Columns) -> Vec<Place<'a>> {
     let part = Part { matrix: 0, first_row: 0, n_rows };
     found.copies().map(|tensor| Place { tensor, first_row, columns, part }).collect()
 }

@@ -48,7 +48,7 @@ pub(super) const WRAPPERS: &[&str] = &[
 
 /// One of several names for the same thing, and the name that stands for all of them.
 pub(super) struct NameRule {
-    /// `model_type` of the families that the rule is for; empty for all of them. A model without a config takes all rules.
+    /// `model_type` of the families that the rule is for; empty for all of them.
     pub(super) model_types: &'static [&'static str],
     /// Mostly the name on disk.
     pub(super) from: &'static str,

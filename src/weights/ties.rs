@@ -31,11 +31,10 @@ impl TiedWeight<'_> {
         reads_all && (self.heads.is_empty() || self.heads.iter().any(has))
     }
 
-    /// The modules that share the weight, for people: by their last words.
+    /// The modules that share the weight, for people.
     pub fn uses(&self) -> String {
         let mut words: Vec<&str> = self.embeddings.iter().map(String::as_str).collect();
-        let stored_head = |head: &&String| self.stored.iter().any(|stored| stored.info.name.contains(head.as_str()));
-        words.extend(self.heads.iter().find(stored_head).or(self.heads.first()).map(String::as_str));
+        words.extend(self.is_head_tied().then_some("the head"));
         words.join(", ")
     }
 

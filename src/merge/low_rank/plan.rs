@@ -132,8 +132,6 @@ impl<'a> Plan<'a> {
         reading: &LowRankReading,
     ) -> Result<Self, MergeError> {
         let map = WeightMap::new(checkpoint, reading.answers())?;
-        let names = sources.iter().flat_map(Source::parameters);
-        map.check_renames(names.collect::<Vec<_>>().iter().map(String::as_str)).map_err(MergeError::Usage)?;
         let mut planner = Planner::new(&map, originals, reading);
         for (index, source) in sources.iter().enumerate() {
             planner.problems.clear();

@@ -99,7 +99,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                     continue;
                 }
                 Err(unplaced) => {
-                    self.problem(&target.name, unplaced);
+                    self.problem(&target.name, self.map.explain(&unplaced));
                     continue;
                 }
             };
@@ -166,7 +166,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                 return Ok(());
             }
             Err(unplaced) => {
-                self.problem(&full.name, unplaced);
+                self.problem(&full.name, self.map.explain(&unplaced));
                 return Ok(());
             }
         };
@@ -234,7 +234,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                 return Ok(());
             }
             Err(unplaced) => {
-                self.problem(&name, unplaced);
+                self.problem(&name, self.map.explain(&unplaced));
                 return Ok(());
             }
         };

@@ -26,6 +26,7 @@ use crate::{
         verify::open_base,
     },
     tensor::{RowBlock, dtype_name},
+    weights::WeightMap,
 };
 
 /// Adds adapters to a checkpoint, of which some or all are low-rank, as a new checkpoint.
@@ -55,6 +56,9 @@ pub fn merge_low_rank(
     }
     let checkpoint = open_base(base)?;
     let sources = Source::open_all(ctx, adapters, Some(&checkpoint))?;
+    let names: Vec<String> = sources.iter().flat_map(Source::parameters).collect();
+    let map = WeightMap::new(&checkpoint, reading.answers())?;
+    map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     let plan = Plan::new(&checkpoint, &checkpoint, &sources, &reading)?;
     let job = Job {
         copied: &checkpoint,
