@@ -131,6 +131,31 @@ fn what_may_be_two_weights_is_refused_and_settled_by_a_rename() {
 }
 
 #[test]
+fn the_class_that_an_adapter_was_trained_on_tells_its_part_of_the_model() {
+    let place = Place::new();
+    let [text, vision] =
+        ["text_model", "vision_model"].map(|tower| format!("{tower}.encoder.layers.0.self_attn.q_proj.weight"));
+    let zeros = || vec![0.0; 4];
+    place.base(Dtype::F32, r#"{"model_type":"clip"}"#, &[(&text, SQUARE, zeros()), (&vision, SQUARE, zeros())]);
+    for (class, name, other) in [("CLIPTextModel", &text, &vision), ("CLIPVisionModel", &vision, &text)] {
+        let config = format!("{CONFIG},\"auto_mapping\":{{\"base_model_class\":\"{class}\"}}");
+        let key = "encoder.layers.0.self_attn.q_proj";
+        let found = merged(&place, &config, &[key], LowRankReading::default()).unwrap();
+        assert_eq!((&found[name][..], &found[other][..]), (&OUT_IN[..], &[0.0; 4][..]), "{class}");
+    }
+}
+
+#[test]
+fn an_expert_of_a_renamed_module_is_found_in_its_stack() {
+    let place = Place::new();
+    let stack = "odd.layers.0.experts.down_proj";
+    place.base(Dtype::F32, r#"{"model_type":"gpt_oss"}"#, &[(stack, &[1, 2, 2], vec![0.0; 4])]);
+    let reading = renaming("model.layers.0.mlp.experts.*=odd.layers.0.experts.*");
+    let found = merged(&place, CONFIG, &["model.layers.0.mlp.experts.0.down_proj"], reading).unwrap();
+    assert_eq!(found[stack], IN_OUT);
+}
+
+#[test]
 fn a_name_that_is_not_there_is_refused_with_the_nearest() {
     let place = Place::new();
     let tensors: Tensors<'_> = &[

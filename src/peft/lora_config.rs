@@ -92,6 +92,8 @@ pub struct LoraConfig {
     pub target_parameters: Vec<String>,
     /// The major and minor version of PEFT that wrote the adapter, where the config names it.
     pub peft_version: Option<(u64, u64)>,
+    /// The class of the model that the adapter was trained on, where the config names it.
+    pub base_class: Option<String>,
     /// What the base was called where the adapter was made.
     pub base: Option<String>,
 }
@@ -150,6 +152,10 @@ impl LoraConfig {
             alpha_pattern: alpha_pattern.map_err(|what| config.bad("alpha_pattern", &what))?,
             target_parameters: config.words("target_parameters")?.into_iter().map(str::to_owned).collect(),
             peft_version: config.text("peft_version")?.and_then(version),
+            base_class: config
+                .entries("auto_mapping")?
+                .into_iter()
+                .find_map(|(key, value)| (key == "base_model_class").then(|| value.as_str().map(str::to_owned))?),
             base: config.text("base_model_name_or_path")?.filter(|base| !base.is_empty()).map(str::to_owned),
         })
     }

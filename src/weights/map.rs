@@ -16,7 +16,7 @@ use super::{
     axes::OwnWitnesses,
     config::Families,
     names::{Index, Rules, nearest},
-    rules::NOT_LINEAR,
+    rules::{NOT_LINEAR, PARTS},
     ties::{Names, TiedWeight, Ties},
 };
 use crate::checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef, config_beside};
@@ -220,7 +220,15 @@ impl<'a> WeightMap<'a> {
     /// # Errors
     /// [`Unplaced`].
     pub fn find(&self, name: &str, fits: impl Fn(TensorRef<'a>) -> bool) -> Result<Weight<'a>, Unplaced> {
-        let name = &*self.renamed(name);
+        self.find_renamed(&self.renamed(name), fits)
+    }
+
+    /// The same of a name that the user's renames were applied to.
+    pub(super) fn find_renamed(
+        &self,
+        name: &str,
+        fits: impl Fn(TensorRef<'a>) -> bool,
+    ) -> Result<Weight<'a>, Unplaced> {
         let exact = self.checkpoint.tensor(name);
         if let Some(weight) = self.checkpoint.codes().find_for(name, exact) {
             return Err(Unplaced::Coded(weight.refusal()));
@@ -256,6 +264,21 @@ impl<'a> WeightMap<'a> {
                 let names = same.iter().chain(&longer).take(3).map(|tensor| tensor.info.name.clone());
                 Err(Unplaced::Ambiguous { names: names.collect() })
             }
+        }
+    }
+
+    /// What `name` is called in the whole model, for a name that was given in the part of it that `class` is, such as
+    /// `CLIPTextModel`; as it is where it is clear by itself, or where the class does not tell.
+    pub fn within_part<'n>(&self, name: &'n str, class: &str) -> Cow<'n, str> {
+        if !matches!(self.find(name, |_| true), Err(Unplaced::Ambiguous { .. })) {
+            return Cow::Borrowed(name);
+        }
+        let parts = PARTS.iter().filter(|(word, _)| class.contains(word)).flat_map(|(_, prefixes)| *prefixes);
+        let candidates = parts.map(|prefix| format!("{prefix}.{name}"));
+        let found: Vec<String> = candidates.filter(|name| self.find(name, |_| true).is_ok()).collect();
+        match <[String; 1]>::try_from(found) {
+            Ok([only]) => Cow::Owned(only),
+            Err(_) => Cow::Borrowed(name),
         }
     }
 

@@ -108,7 +108,8 @@ impl<'a> WeightMap<'a> {
     /// # Errors
     /// [`Unplaced`]: the checkpoint has no such weight, or another shape, or the files do not tell which way round it is.
     pub fn place_linear(&self, name: &str, d_out: u64, d_in: u64, reading: &Reading) -> Placed<'a> {
-        let missing = match self.find(name, |tensor| fits(tensor, d_out, d_in).is_some()) {
+        let name = &*self.renamed(name);
+        let missing = match self.find_renamed(name, |tensor| fits(tensor, d_out, d_in).is_some()) {
             Ok(found) => {
                 let axes = self.linear_axes(&found, d_out, d_in, reading)?;
                 let (n_rows, n_columns) = axes.stored(d_out, d_in);
@@ -167,6 +168,7 @@ impl<'a> WeightMap<'a> {
     /// # Errors
     /// As [`Self::place_linear`].
     pub fn place_stack(&self, name: &str, n: u64, d_out: u64, d_in: u64, reading: &Reading) -> Placed<'a> {
+        let name = &*self.renamed(name);
         let told = self.told_stack_axes(name);
         let both = [Axes::OutIn, Axes::InOut].into_iter().filter(|axes| told.is_none_or(|told| told == *axes));
         let as_stored = |axes: Axes| axes.stored(d_out, d_in);
@@ -174,7 +176,7 @@ impl<'a> WeightMap<'a> {
             let (rows, columns) = as_stored(axes);
             tensor.info.shape == [n, rows, columns] || (n == 1 && tensor.info.shape == [rows, columns])
         };
-        let missing = match self.find(name, |tensor| both.clone().any(|axes| stacked(tensor, axes))) {
+        let missing = match self.find_renamed(name, |tensor| both.clone().any(|axes| stacked(tensor, axes))) {
             Ok(found) => {
                 let fitting: Vec<Axes> = both.filter(|&axes| stacked(found.tensor, axes)).collect();
                 let axes = self.factor_axes(found.tensor, &fitting, reading)?;
@@ -241,7 +243,7 @@ impl<'a> WeightMap<'a> {
         for matrix in 0..n {
             for (first_row, name) in (0..).step_by(share as usize).zip(names) {
                 let name = format!("{module}.{matrix}.{name}.weight");
-                let found = self.find(&name, |tensor| tensor.info.shape == [share, n_columns]).ok()?;
+                let found = self.find_renamed(&name, |tensor| tensor.info.shape == [share, n_columns]).ok()?;
                 places.push(Place {
                     tensor: found.tensor,
                     first_row: 0,
@@ -268,12 +270,12 @@ impl<'a> WeightMap<'a> {
         let expert: u64 = expert.parse().map_err(|_| None)?;
         let module = module.join(".");
         let (gate_up, halves) = GATE_UP;
-        let whole = self.find(&format!("{module}.{projection}"), |tensor| tensor.info.shape.len() == 3);
+        let whole = self.find_renamed(&format!("{module}.{projection}"), |tensor| tensor.info.shape.len() == 3);
         let half = halves.iter().position(|half| *half == projection);
         let (found, half) = match (whole, half) {
             (Ok(found), _) => (found, None),
             (Err(_), Some(half)) => {
-                let found = self.find(&format!("{module}.{gate_up}"), |tensor| tensor.info.shape.len() == 3);
+                let found = self.find_renamed(&format!("{module}.{gate_up}"), |tensor| tensor.info.shape.len() == 3);
                 (found.map_err(|_| None)?, Some(half as u64))
             }
             (Err(_), None) => return Err(None),
@@ -323,7 +325,8 @@ impl<'a> WeightMap<'a> {
                     continue;
                 }
                 let part = |(matrix, part): (u64, &&str)| {
-                    let found = self.find(&format!("{before}{part}.weight"), |t| t.info.shape == [share, d_in]).ok()?;
+                    let found =
+                        self.find_renamed(&format!("{before}{part}.weight"), |t| t.info.shape == [share, d_in]).ok()?;
                     let part = Part { matrix: 0, first_row: matrix * share, n_rows: share };
                     Some(Place { tensor: found.tensor, first_row: 0, columns: Columns::all(d_in), part })
                 };
@@ -334,7 +337,9 @@ impl<'a> WeightMap<'a> {
             for (at, part) in (0..).zip(fused.parts) {
                 let Some(before) = before(part) else { continue };
                 let shape = [d_out.saturating_mul(n), d_in];
-                let Ok(found) = self.find(&format!("{before}{}.weight", fused.whole), |t| t.info.shape == shape) else {
+                let Ok(found) =
+                    self.find_renamed(&format!("{before}{}.weight", fused.whole), |t| t.info.shape == shape)
+                else {
                     continue;
                 };
                 let part = Part { matrix: 0, first_row: 0, n_rows: d_out };

@@ -488,6 +488,13 @@ pub(super) const HEADED_ARCHITECTURES: &[&str] = &[
     "ForTextToSpeech",
 ];
 
+/// Words in names of classes, and what the part of a model that such a class is may be called in a model of several parts.
+pub(super) const PARTS: &[(&str, &[&str])] = &[
+    ("Text", &["text_model", "text_encoder"]),
+    ("Vision", &["vision_model", "vision_tower", "visual"]),
+    ("Audio", &["audio_model", "audio_tower"]),
+];
+
 /// Words in modules' names that are embeddings, heads over a vocabulary or over classes, or norms: `all-linear` leaves them out.
 pub(super) const NOT_LINEAR: &[&str] = &[
     "embed_tokens",

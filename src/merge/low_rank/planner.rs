@@ -1,6 +1,7 @@
 //! From adapters and a checkpoint to a [`Plan`].
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
@@ -153,9 +154,16 @@ impl<'m, 'a> Planner<'m, 'a> {
         }
     }
 
+    /// A parameter's name in the whole model, where the adapter was trained on a part of it and its config says which.
+    fn within_part<'n>(&self, lora: &Lora<'_>, name: &'n str) -> Cow<'n, str> {
+        let class = lora.adapter.config().base_class.as_deref();
+        class.map_or(Cow::Borrowed(name), |class| self.map.within_part(name, class))
+    }
+
     pub(super) fn add_full(&mut self, lora: &Lora<'a>, full: &'a FullTensor) -> Result<(), MergeError> {
         let info = lora.adapter.tensor(&full.tensor);
-        let found = match self.map.find(&full.name, |tensor| tensor.info.shape == info.shape) {
+        let name = self.within_part(lora, &full.name);
+        let found = match self.map.find(&name, |tensor| tensor.info.shape == info.shape) {
             Ok(found) => found,
             Err(Unplaced::Shape { found, .. }) => {
                 let what = format!(
@@ -209,7 +217,7 @@ impl<'m, 'a> Planner<'m, 'a> {
     }
 
     pub(super) fn add_module(&mut self, lora: &Lora<'a>, module: &'a LoraModule) -> Result<(), MergeError> {
-        let name = module.target();
+        let name = self.within_part(lora, &module.target()).into_owned();
         let placed = match module.shape {
             LoraShape::Linear { d_out, d_in } => self.map.place_linear(&name, d_out, d_in, &lora.reading),
             LoraShape::Embedding { vocabulary, d_out } => self.map.place_embedding(&name, vocabulary, d_out),
@@ -291,7 +299,7 @@ impl<'m, 'a> Planner<'m, 'a> {
 
     /// The bias of a module's second factor.
     fn add_bias(&mut self, lora: &Lora<'a>, module: &LoraModule, info: &'a TensorInfo) {
-        let name = format!("{}.bias", module.module);
+        let name = self.within_part(lora, &format!("{}.bias", module.module)).into_owned();
         match self.map.find(&name, |tensor| tensor.info.shape == [info.n_elements()]) {
             Err(_) => self.problem(&name, "the adapter adds to a bias that the base has not"),
             Ok(found) => {
