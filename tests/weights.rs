@@ -121,7 +121,12 @@ fn what_may_be_two_weights_is_refused_and_settled_by_a_rename() {
     let options = LowRankOptions::new(place.path("back"));
     merge::undo_low_rank(&Context::default(), &out, &Which::All, Some(&base), &options).unwrap();
     assert_eq!(read(&place.path("back")), read(&base));
-    // A rule for no key, and two rules for one, are mistakes.
+    // A rule that leads nowhere, one for no key, and two for one, are mistakes.
+    let nowhere = merged(&place, CONFIG, &[key], renaming("encoder.*=nowhere.*")).unwrap_err();
+    assert!(
+        nowhere.contains("no tensor \"nowhere.layers.0.self_attn.q_proj.weight\", which a rename made of it"),
+        "{nowhere}"
+    );
     let idle = merged(&place, CONFIG, &[key], renaming("decoder.*=vision_model.encoder.*")).unwrap_err();
     assert!(idle.contains("no key of an adapter is called so"), "{idle}");
     let mut twice = renaming("encoder.*=vision_model.encoder.*");
@@ -351,10 +356,16 @@ fn a_mask_has_the_rows_of_the_neurons_however_they_are_stored() {
     assert!(target.transposed && mask.recipe().transposed == ["c_fc"]);
     assert_eq!(mask.read_columns(&ctx, target, 0..2).unwrap().columns(), [1, 2]);
     drop(mask);
-    // The user's word counts more.
-    let options = MaskOptions { axes: vec!["c_fc=out-in".parse().unwrap()], ..options };
-    create_mask(&ctx, &checkpoint, &options, Some((&path, Existing::Replace))).unwrap();
-    assert!(!MaskFile::open(&path).unwrap().target(c_fc).unwrap().transposed);
+    // What is known is not for the user to decide, and an answer about nothing is a mistake.
+    for (axes, said) in [
+        (&["c_fc=out-in"][..], "is stored as in-out, as is known from the model type gpt2"),
+        (&["c_fc=in-out", "mlp.c_fc=out-in"], "--axes c_fc=in-out and --axes mlp.c_fc=out-in contradict each other"),
+        (&["c_fc=in-out", "nosuch=in-out"], "--axes nosuch=in-out: no weight is of this kind"),
+    ] {
+        let axes = axes.iter().map(|axes| axes.parse().unwrap()).collect();
+        let refused = create_mask(&ctx, &checkpoint, &MaskOptions { axes, ..options.clone() }, None).unwrap_err();
+        assert!(refused.to_string().contains(said), "{refused}");
+    }
 }
 
 // --- ties
@@ -413,11 +424,18 @@ fn an_encoder_without_a_head_and_an_untied_model_are_not_asked_about() {
             "bert.embeddings.word_embeddings",
         ),
         (r#"{"model_type":"llama","tie_word_embeddings":false}"#, "model.embed_tokens"),
+        (r#"{"model_type":"bart","tie_word_embeddings":false}"#, "model.shared"),
         (r#"{"model_type":"qwen3","architectures":["Qwen3Model"],"tie_word_embeddings":true}"#, "embed_tokens"),
     ] {
         let place = Place::new();
         let name = format!("{stored}.weight");
-        place.base(Dtype::F32, config, &[(&name, TABLE, vec![0.0; 6])]);
+        // An untied BART stores a table for each reader.
+        let own = ["model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"];
+        place.base(
+            Dtype::F32,
+            config,
+            &[(&name, TABLE, vec![0.0; 6]), (own[0], TABLE, vec![1.0; 6]), (own[1], TABLE, vec![2.0; 6])],
+        );
         assert_eq!(place.merged(place.lora("a", CONFIG, &borrowed(&embedding(stored))))[&name], CHANGED, "{config}");
     }
 }

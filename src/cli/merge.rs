@@ -211,16 +211,19 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
         Err(e @ MergeError::Overflow { .. }) => {
             Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
         }
-        Err(e @ MergeError::Unmatched { .. }) if any_low_rank => Err(e).hint(
-            "where the names alone differ, --rename FROM=TO says which is which, as in --rename 'encoder.*=vision_model.encoder.*'",
-        )?,
+        Err(MergeError::Unmatched { adapter, base, n_targets, problems })
+            if any_low_rank && problems.iter().any(|problem| is_about_names(problem)) =>
+        {
+            let e = MergeError::Unmatched { adapter, base, n_targets, problems };
+            Err(e).hint(RENAME_HINT)?
+        }
         Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
         Err(MergeError::Undecided { path, tensor, open, what }) => {
             let hint = match &open {
                 Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT".to_owned(),
                 Undecided::Axes { kind } => axes_hint(kind),
                 Undecided::TiedHead => {
-                    "--tied-weights merges it all the same; or give the model a head of its own first".to_owned()
+                    "--tied-weights merges it for all of them; or untie them in the base first".to_owned()
                 }
             };
             Err(MergeError::Undecided { path, tensor, open, what }).hint(&hint)?
@@ -253,6 +256,14 @@ fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
                      --gpu-memory and --max-memory have room for";
         env.note(&format!("note: weights merged on the CPU: {which}; {takes}"));
     }
+}
+
+const RENAME_HINT: &str =
+    "where names alone differ, --rename FROM=TO says which is which, as in --rename 'encoder.*=vision_model.encoder.*'";
+
+/// Whether a problem is that a name was not found, or that it may mean several tensors.
+fn is_about_names(problem: &str) -> bool {
+    problem.contains("no such tensor") || problem.contains("may be meant")
 }
 
 /// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.

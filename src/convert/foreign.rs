@@ -154,7 +154,7 @@ fn match_one<'a>(target: &'a ForeignTarget, map: &WeightMap<'a>) -> Result<Match
             let made_for = target.shape.as_deref().unwrap_or_default();
             return Err(format!("the deltas were made for {made_for:?}, the base has {found:?}"));
         }
-        Err(unplaced) => return Err(map.explain(&unplaced)),
+        Err(unplaced) => return Err(map.explain(&target.name, &unplaced)),
     };
     let layout = tensor.rows(false).map_err(|e| match e {
         CheckpointError::BadTensor { what, .. } => what,

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, ops::Range};
 use super::{ExtractError, ExtractOptions};
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef, window_cost},
-    mask::{ROW_BYTES, Read, select_rows},
+    mask::{MaskError, ROW_BYTES, Read, select_rows},
     tensor::dtype_name,
     weights::{Answers, Pairing, WeightMap},
 };
@@ -62,6 +62,7 @@ pub(super) fn pairs<'a>(
 ) -> Result<Vec<Pair<'a>>, ExtractError> {
     let answers = Answers { axes: options.axes.clone(), ..Answers::default() };
     let map = WeightMap::new(base, answers)?;
+    map.check_axes(std::iter::empty()).map_err(MaskError::Usage)?;
     let found = map.pairs(&WeightMap::new(tuned, Answers::default())?);
     let mut problems = Vec::new();
     problems.extend(found.only_a.iter().map(|a| format!("\"{}\" was removed", Printable(&a.info.name))));

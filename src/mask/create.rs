@@ -105,6 +105,7 @@ pub fn create_mask(
         Some(names) => select_named(checkpoint, names)?,
         None => {
             let map = WeightMap::new(checkpoint, Answers { axes: options.axes.clone(), ..Answers::default() })?;
+            map.check_axes(std::iter::empty()).map_err(MaskError::Usage)?;
             select_targets(&map, &options.targets, &options.transposed)?
         }
     };

@@ -82,7 +82,7 @@ impl<'a> Change<'a> {
             Err(Unplaced::Shape { name, .. }) if name != target.name => {
                 format!("the base has no such tensor; the nearest is \"{}\"", Printable(&name))
             }
-            Err(unplaced @ (Unplaced::Missing { .. } | Unplaced::Coded(_))) => map.explain(&unplaced),
+            Err(unplaced @ (Unplaced::Missing { .. } | Unplaced::Coded(_))) => map.explain(&target.name, &unplaced),
             _ => "the base has no such tensor".to_owned(),
         }
     }

@@ -176,6 +176,11 @@ impl WeightMap<'_> {
         self.answers.axes.iter().find(|answer| answer.matches(name)).map(|answer| answer.axes)
     }
 
+    /// Whether the user said that this weight is stored as `[d_out, d_in]`.
+    pub fn is_told_out_in(&self, name: &str) -> bool {
+        self.told_axes(name) == Some(Axes::OutIn)
+    }
+
     /// The part of the model that a name tells, and the kind of module as the file has it: `decoder.h.c_proj`.
     pub(super) fn kind_of(&self, name: &str) -> String {
         let canonical = self.rules.canonical(name);
@@ -185,12 +190,63 @@ impl WeightMap<'_> {
         words[..part].iter().copied().chain([projection_kind(name)]).collect::<Vec<_>>().join(".")
     }
 
+    /// Fails where what the user said about orders contradicts itself or what is known, or is about no weight. `keys` are an adapter's
+    /// names, which may be those of stacks that lie apart.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn check_axes<'n>(&self, keys: impl Iterator<Item = &'n str>) -> Result<(), String> {
+        let answers = &self.answers.axes;
+        if answers.is_empty() {
+            return Ok(());
+        }
+        let mut is_used = vec![false; answers.len()];
+        let mut check = |name: &str, known: &dyn Fn() -> Settled| {
+            let mut hits = answers.iter().enumerate().filter(|(_, answer)| answer.matches(name));
+            let Some((first, answer)) = hits.next() else { return Ok(()) };
+            is_used[first] = true;
+            for (at, other) in hits {
+                is_used[at] = true;
+                if other.axes != answer.axes {
+                    let [a, b] = [&answer.text, &other.text].map(|text| Printable(text));
+                    return Err(format!("\"{}\": --axes {a} and --axes {b} contradict each other", Printable(name)));
+                }
+            }
+            match known() {
+                Ok((axes, witness @ (Witness::Family(_) | Witness::Sibling(_)))) if axes != answer.axes => {
+                    Err(format!(
+                        "--axes {}: \"{}\" is stored as {axes}, as is known from the {witness}",
+                        Printable(&answer.text),
+                        Printable(name)
+                    ))
+                }
+                _ => Ok(()),
+            }
+        };
+        for tensor in self.checkpoint.tensors().filter(|tensor| matches!(tensor.info.shape.len(), 2 | 3)) {
+            let is_stack = tensor.info.shape.len() == 3;
+            check(&tensor.info.name, &|| match is_stack {
+                true => self.known_stack_axes(tensor),
+                false => self.known_matrix_axes(tensor, &Witnesses::default()),
+            })?;
+        }
+        keys.into_iter().try_for_each(|key| check(key, &|| Err(String::new())))?;
+        match is_used.iter().position(|used| !used) {
+            None => Ok(()),
+            Some(idle) => Err(format!("--axes {}: no weight is of this kind", Printable(&answers[idle].text))),
+        }
+    }
+
     /// The order of the dimensions of a matrix, where its shape leaves it open. `others` are an adapter's other weights.
     pub(super) fn matrix_axes(&self, tensor: TensorRef<'_>, others: &Witnesses) -> Settled {
-        let name = &tensor.info.name;
-        if let Some(axes) = self.told_axes(name) {
-            return Ok((axes, Witness::Option));
+        match self.told_axes(&tensor.info.name) {
+            Some(axes) => Ok((axes, Witness::Option)),
+            None => self.known_matrix_axes(tensor, others),
         }
+    }
+
+    fn known_matrix_axes(&self, tensor: TensorRef<'_>, others: &Witnesses) -> Settled {
+        let name = &tensor.info.name;
         let last = projection_kind(name);
         if !CONV1D_KINDS.contains(&last) {
             return Ok((Axes::OutIn, Witness::Convention));
@@ -253,10 +309,14 @@ impl WeightMap<'_> {
 
     /// The order in which each expert of a stack is stored.
     pub(super) fn stack_axes(&self, tensor: TensorRef<'_>) -> Settled {
-        let name = &tensor.info.name;
-        if let Some(axes) = self.told_stack_axes(name) {
-            return Ok((axes, Witness::Option));
+        match self.told_stack_axes(&tensor.info.name) {
+            Some(axes) => Ok((axes, Witness::Option)),
+            None => self.known_stack_axes(tensor),
         }
+    }
+
+    fn known_stack_axes(&self, tensor: TensorRef<'_>) -> Settled {
+        let name = &tensor.info.name;
         // What hidden and intermediate size are is clear where both stacks of a layer are there.
         if let Some((axes, sibling)) = self.axes_beside(name) {
             return Ok((axes, Witness::Sibling(sibling)));

@@ -291,11 +291,14 @@ impl<'a> WeightMap<'a> {
         }
     }
 
-    /// Why a name has no place, for a list of problems; for the first few names with those that are most like them.
-    pub fn explain(&self, unplaced: &Unplaced) -> String {
+    /// Why an adapter's key has no place, for a list of problems; for the first few with the names that are most like it.
+    pub fn explain(&self, key: &str, unplaced: &Unplaced) -> String {
         /// Each takes a comparison with all names.
         const MAX_EXPLAINED: usize = 8;
         let Unplaced::Missing { name } = unplaced else { return unplaced.to_string() };
+        if name != key && *self.renamed(key) == *name {
+            return format!("the base has no tensor \"{}\", which a rename made of it", Printable(name));
+        }
         if self.n_explained.fetch_add(1, Ordering::Relaxed) >= MAX_EXPLAINED {
             return unplaced.to_string();
         }

@@ -179,7 +179,7 @@ impl<'a> WeightMap<'a> {
         let missing = match self.find_renamed(name, |tensor| both.clone().any(|axes| stacked(tensor, axes))) {
             Ok(found) => {
                 let fitting: Vec<Axes> = both.filter(|&axes| stacked(found.tensor, axes)).collect();
-                let axes = self.factor_axes(found.tensor, &fitting, reading)?;
+                let axes = self.factor_axes(name, found.tensor, &fitting, reading)?;
                 let (n_rows, n_columns) = as_stored(axes);
                 let place = |matrix| Place {
                     tensor: found.tensor,
@@ -200,7 +200,7 @@ impl<'a> WeightMap<'a> {
             0 => Err(missing),
             _ => {
                 let fitting: Vec<Axes> = found.iter().map(|(axes, _)| *axes).collect();
-                let axes = self.factor_axes(found[0].1[0].tensor, &fitting, reading)?;
+                let axes = self.factor_axes(name, found[0].1[0].tensor, &fitting, reading)?;
                 let at = fitting.iter().position(|fits| *fits == axes).expect("one of them was chosen");
                 Ok(Placement { axes, places: found.swap_remove(at).1 })
             }
@@ -208,12 +208,18 @@ impl<'a> WeightMap<'a> {
     }
 
     /// How the factors of a whole stack meet what is stored, where both ways fit.
-    fn factor_axes(&self, tensor: TensorRef<'_>, fitting: &[Axes], reading: &Reading) -> Result<Axes, Unplaced> {
+    fn factor_axes(
+        &self,
+        stack: &str,
+        tensor: TensorRef<'_>,
+        fitting: &[Axes],
+        reading: &Reading,
+    ) -> Result<Axes, Unplaced> {
         if let [only] = fitting {
             return Ok(*only);
         }
         let name = &tensor.info.name;
-        let kind = || projection_kind(name).to_owned();
+        let kind = || projection_kind(stack).to_owned();
         let stacks = self.stacks_of(name);
         if let Some((row, _)) = stacks.as_ref().filter(|(row, _)| row.factors == row.old_factors) {
             return Ok(row.factors);

@@ -118,7 +118,11 @@ impl<'a> Ties<'a> {
             let part = format!("{}.", name.split('.').next().unwrap_or(name));
             checkpoint.tensors().any(|tensor| tensor.info.name.contains(&part))
         };
+        // An untied model may store a table for each of them.
+        let is_own =
+            |name: &String| families.is_tied(prefix) == Some(false) && !stored(std::slice::from_ref(name)).is_empty();
         let readers = tie.also.iter().filter(part_is_there).map(|also| format!("{prefix}{also}"));
+        let readers = readers.filter(|name| !is_own(name));
         let embeddings: Vec<String> = std::iter::once(format!("{prefix}{}", tie.embedding)).chain(readers).collect();
         if embeddings.len() == 1 && heads.is_empty() {
             return;

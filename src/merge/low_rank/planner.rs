@@ -100,7 +100,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                     continue;
                 }
                 Err(unplaced) => {
-                    self.problem(&target.name, self.map.explain(&unplaced));
+                    self.problem(&target.name, self.map.explain(&target.name, &unplaced));
                     continue;
                 }
             };
@@ -174,7 +174,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                 return Ok(());
             }
             Err(unplaced) => {
-                self.problem(&full.name, self.map.explain(&unplaced));
+                self.problem(&full.name, self.map.explain(&full.name, &unplaced));
                 return Ok(());
             }
         };
@@ -242,7 +242,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                 return Ok(());
             }
             Err(unplaced) => {
-                self.problem(&name, self.map.explain(&unplaced));
+                self.problem(&name, self.map.explain(&name, &unplaced));
                 return Ok(());
             }
         };

@@ -88,10 +88,18 @@ impl<'a> Planner<'_, 'a> {
         for pair in sharers.modules.windows(2) {
             is_same &= is_same_product(lora.adapter, pair[0], pair[1])?;
         }
+        if let (Some(full), Some(module)) = (sharers.full.first(), sharers.modules.first()) {
+            return Err(self.refused(format!(
+                "\"{}\": the adapter adds to \"{}\", which is the same weight, and holds it in full besides, with other values than the base \
+                 has: it was trained on another base, or on a model with a head of its own",
+                Printable(&full.name),
+                Printable(&module.target())
+            )));
+        }
         if !is_same {
             return Err(self.refused(format!(
-                "\"{}\" and \"{}\" are one weight (`tie_word_embeddings`), and the adapter has different matrices for the two; give the \
-                 model a head of its own first",
+                "\"{}\" and \"{}\" are one weight (`tie_word_embeddings`), and the adapter has different matrices for the two; \
+                 untie them in the base first",
                 Printable(&names[0]),
                 Printable(&names[1])
             )));
