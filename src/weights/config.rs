@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::rules::{HEADED_ARCHITECTURES, TIED_BY_DEFAULT};
+use super::rules::{HEADED_MODELS, HEADLESS_ARCHITECTURES, TIED_BY_DEFAULT};
 
 /// Keys of `config.json` that hold the config of a part of the model.
 const TEXT: [&str; 3] = ["text_config", "llm_config", "thinker_config"];
@@ -77,7 +77,9 @@ impl<'a> Families<'a> {
         let names = self.config.get("architectures")?.as_array()?;
         let mut names = names.iter().filter_map(Value::as_str).peekable();
         names.peek()?;
-        Some(names.any(|name| HEADED_ARCHITECTURES.iter().any(|mark| name.contains(mark))))
+        let is_bare = |name: &str| name.ends_with("Model") && !HEADED_MODELS.iter().any(|end| name.ends_with(end));
+        let is_headless = |name: &str| is_bare(name) || HEADLESS_ARCHITECTURES.iter().any(|mark| name.contains(mark));
+        Some(!names.all(is_headless))
     }
 }
 
@@ -110,5 +112,17 @@ mod tests {
         );
         assert_eq!((families.is_tied(""), families.has_head()), (Some(false), None));
         assert_eq!(families.model_types(), ["llava", "llama", "clip_vision_model"]);
+        for (architecture, has_head) in [
+            ("Qwen3ForCausalLM", true),
+            ("GPT2LMHeadModel", true),
+            ("SomebodysOwnChatModel", true),
+            ("SomebodysOwnLM", true),
+            ("BertModel", false),
+            ("T5EncoderModel", false),
+            ("Qwen3ForSequenceClassification", false),
+        ] {
+            let config = json!({"architectures": [architecture]});
+            assert_eq!(Families::new(config.as_object().unwrap()).has_head(), Some(has_head), "{architecture}");
+        }
     }
 }

@@ -471,22 +471,21 @@ pub(super) const TIED_BY_DEFAULT: &[&str] = &[
     "zamba2",
 ];
 
-/// What names of architectures have in them where the model has a head over its vocabulary.
-pub(super) const HEADED_ARCHITECTURES: &[&str] = &[
-    "ForCausalLM",
-    "ForConditionalGeneration",
-    "ForImageTextToText",
-    "ForMaskedLM",
-    "ForPreTraining",
-    "ForSeq2SeqLM",
-    "ForSpeechSeq2Seq",
-    "ForVision2Seq",
-    "EncoderDecoderModel",
-    "LMHead",
-    "DoubleHeads",
-    "WithLMHead",
-    "ForTextToSpeech",
+/// What names of architectures have in them where the model has no head over its vocabulary.
+pub(super) const HEADLESS_ARCHITECTURES: &[&str] = &[
+    "Classification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "NextSentence",
+    "EncoderModel",
+    "Detection",
+    "Segmentation",
+    "Retrieval",
+    "RewardModel",
 ];
+/// Ends of names that bare models do not have, though they end with `Model`.
+pub(super) const HEADED_MODELS: &[&str] =
+    &["LMHeadModel", "DoubleHeadsModel", "EncoderDecoderModel", "ChatModel", "ChatGLMModel"];
 
 /// Words in names of classes, and what the part of a model that such a class is may be called in a model of several parts.
 pub(super) const PARTS: &[(&str, &[&str])] = &[

@@ -108,7 +108,7 @@ impl<'a> Ties<'a> {
             let Some(up) = place.strip_suffix('.') else { break };
             place = up.rfind('.').map_or("", |dot| &up[..=dot]);
         }
-        // A head that is stored belongs to the model whatever its architecture is called.
+        // Without a word about architectures there is a head, as there is one in most models.
         let has_head = families.has_head().unwrap_or(true);
         let is_tied = has_head && families.is_tied(prefix).unwrap_or_else(|| stored(&heads).is_empty());
         if !is_tied {
