@@ -6,7 +6,7 @@ use super::{
     MergeError, MergeReport,
     change::{Change, Touched},
     examine::Findings,
-    in_place, low_rank, out_of_place,
+    in_place, low_rank, new_checkpoint, out_of_place,
     recover::recover,
     report::{entries, kind_reports},
     stack::{Active, Stack},
@@ -262,7 +262,7 @@ fn apply(
         MergeOutput::New { path: output, existing, ledger, link, resume } if !options.dry_run => {
             let (before, after) = open_stacks()?;
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
-            let target = out_of_place::Target { path: output, existing, keep_ledger, link, resume };
+            let target = new_checkpoint::Destination { path: output, existing, keep_ledger, link, resume };
             out_of_place::apply(ctx, &checkpoint, &before, after, &target, options.allow_overflow)
         }
         _ => {

@@ -18,6 +18,7 @@ mod in_place;
 mod journal;
 mod ledger;
 mod low_rank;
+mod new_checkpoint;
 mod originals;
 mod out_of_place;
 mod plausible;

@@ -1,10 +1,6 @@
 //! A new checkpoint of the same layout: shards copied, examined and patched in one pass, side files brought along.
 
-use std::{
-    collections::BTreeSet,
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use super::{
     MergeError, MergeReport,
@@ -12,23 +8,15 @@ use super::{
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
     ledger::{GROUP_ROWS, LedgerWriter},
+    new_checkpoint::{Destination, Output, RowBlocks, pieces},
     plausible::can_overflow,
     resume::{Piece, Resume},
     stack::{Stack, copy_name},
 };
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, Context, CopyMode, Existing, Layout, Patcher, STATE_FOLDER, Shard, Silent, SingleFile,
-    StateFolder, check_free_space, copy_side_files, folder_of, give_name, rewrite_shard, share_file, windows,
+    Checkpoint, Context, CopyMode, Layout, Patcher, Shard, Silent, StateFolder, check_free_space, copy_side_files,
+    folder_of, give_name, rewrite_shard, share_file,
 };
-
-/// Where a new checkpoint goes, and how.
-pub(super) struct Target<'a> {
-    pub(super) path: &'a Path,
-    pub(super) existing: Existing,
-    pub(super) keep_ledger: bool,
-    pub(super) link: bool,
-    pub(super) resume: bool,
-}
 
 /// Writes the checkpoint that `after` makes of `checkpoint`, which `before` describes.
 ///
@@ -38,7 +26,7 @@ pub(super) fn apply(
     checkpoint: &Checkpoint,
     before: &Stack,
     after: Stack,
-    target: &Target<'_>,
+    target: &Destination<'_>,
     allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     let change = Change { checkpoint, before, after: &after };
@@ -158,11 +146,19 @@ fn rewrite<'a>(
     let is_long = |target: &Touched<'_>| ctx.pass_bytes() / 8 < GROUP_ROWS * row_bytes(target);
     let (later, at_once): (Vec<_>, Vec<_>) =
         of_shard.iter().partition(|target| target.layout.transposed || is_long(target));
+    let row_blocks_of = |target: &Touched<'_>| RowBlocks {
+        tensor: shard.file_range(target.tensor.info),
+        row_bytes: row_bytes(target),
+        rows: row_blocks(ctx, target, &[change.before, change.after]),
+    };
     rewrite_shard(
         ctx,
         shard,
         part,
-        pieces(ctx, change, shard, &at_once).map(|(range, rows)| (range.clone(), (range.end, rows))),
+        pieces(ctx, shard, at_once.iter().map(row_blocks_of)).map(|(range, rows)| {
+            let rows = rows.map(|(number, rows)| (&at_once[number], rows));
+            (range.clone(), (range.end, rows))
+        }),
         |(_, rows)| rows.as_ref().map_or(0, |(target, rows)| change.block_bytes(ctx, target, rows)),
         |(_, rows), bytes| {
             let block = match rows {
@@ -187,30 +183,6 @@ fn rewrite<'a>(
 
 fn row_bytes(target: &Touched<'_>) -> u64 {
     target.tensor.info.n_bytes() / target.layout.n_rows()
-}
-
-/// A shard's bytes in order: blocks of rows of `targets`, which ascend, and windows of all that lies between.
-fn pieces<'t>(
-    ctx: &'t Context<'_>,
-    change: &'t Change<'_>,
-    shard: &'t Shard,
-    targets: &'t [Touched<'t>],
-) -> impl Iterator<Item = (Range<u64>, Option<(&'t Touched<'t>, Range<u64>)>)> + Send + 't {
-    let ends = targets.iter().map(|target| shard.file_range(target.tensor.info).end);
-    let starts = std::iter::once(0).chain(ends);
-    let upto = targets.iter().map(Some).chain([None]);
-    starts.zip(upto).flat_map(move |(start, target)| {
-        let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), |t| shard.file_range(t.tensor.info));
-        let between = windows(ctx, start..tensor.start).map(|range| (range, None));
-        let blocks = target.into_iter().flat_map(move |target| {
-            let row_bytes = row_bytes(target);
-            row_blocks(ctx, target, &[change.before, change.after]).map(move |rows| {
-                let place = tensor.start + rows.start * row_bytes..tensor.start + rows.end * row_bytes;
-                (place, Some((target, rows)))
-            })
-        });
-        between.chain(blocks)
-    })
 }
 
 /// Fails before anything is written where the smallest tensor shows that the base is another, or where a finite weight would become
@@ -243,72 +215,6 @@ fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
         after.nnz(target.name) * target.tensor.info.dtype.bitsize() as u64 / 8 + target.layout.n_rows() / 4
     };
     adapters + 2 * touched.iter().map(originals).sum::<u64>()
-}
-
-/// The output under its temporary name; gone when dropped before [`Output::commit`].
-pub(super) enum Output {
-    /// A checkpoint's folder.
-    Folder(AtomicDir),
-    /// A single file and its ledger.
-    File(SingleFile),
-}
-
-impl Output {
-    /// `plan` says what the output will be, for a later run to compare.
-    pub(super) fn create(
-        target: &Target<'_>,
-        is_file: bool,
-        plan: impl FnOnce() -> String,
-    ) -> Result<Self, MergeError> {
-        Ok(match (is_file, target.resume) {
-            (true, _) => Self::File(SingleFile::create(target.path, target.existing)?),
-            (false, true) => Self::Folder(AtomicDir::create_resumable(target.path, target.existing, &plan())?),
-            (false, false) => Self::Folder(AtomicDir::create(target.path, target.existing)?),
-        })
-    }
-
-    /// Fails before the work where the folder to be replaced holds what is not this program's, and will not be in the copy of
-    /// `checkpoint` either.
-    pub(super) fn check_replaced(&self, checkpoint: &Checkpoint, has_ledger: bool) -> Result<(), MergeError> {
-        let Self::Folder(output) = self else { return Ok(()) };
-        let mut planned: BTreeSet<PathBuf> = checkpoint.side_files()?.into_iter().collect();
-        planned.extend(checkpoint.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
-        if has_ledger {
-            planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
-        }
-        Ok(output.check_replaced(&planned)?)
-    }
-
-    /// What becomes the checkpoint.
-    pub(super) fn root(&self) -> PathBuf {
-        match self {
-            Self::Folder(output) => output.path().to_owned(),
-            Self::File(output) => output.root(),
-        }
-    }
-
-    /// Writes the list of this program's files into the state folder: a later `--force` replaces those and no others.
-    pub(super) fn write_list(&self, state: &StateFolder) -> Result<(), MergeError> {
-        match self {
-            Self::Folder(output) => Ok(state.write_list(&output.files()?)?),
-            Self::File(_) => Ok(()),
-        }
-    }
-
-    /// Removes what was written, for good.
-    fn discard(self) {
-        if let Self::Folder(output) = self {
-            output.discard();
-        }
-    }
-
-    /// Lets the output appear.
-    pub(super) fn commit(self) -> Result<(), MergeError> {
-        match self {
-            Self::Folder(output) => Ok(output.commit()?),
-            Self::File(output) => Ok(output.commit()?),
-        }
-    }
 }
 
 /// Everything that the output's bytes depend on: the input's files as they are, and the adapters before and after.

@@ -16,11 +16,11 @@ use crate::{
     checkpoint::{
         Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
         check_free_space, check_output, copy_side_files, folder_of, for_each_ordered, rewrite_shard, share_file,
-        window_cost, windows,
+        window_cost,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
-        out_of_place::{Output, Target as OutputTarget},
+        new_checkpoint::{Destination, Output, RowBlocks, pieces},
         plausible::{Implausible, Overflows},
         report::kind_reports_of,
         verify::open_base,
@@ -131,7 +131,7 @@ impl Job<'_> {
             self.examine(ctx, &factors, |target| self.bounds[target].can_overflow, &mut gathering)?;
             gathering.judge()?;
         }
-        let target = OutputTarget {
+        let target = Destination {
             path: &options.output,
             existing: options.existing,
             keep_ledger: options.keep != KeptOriginals::Nothing,
@@ -224,11 +224,18 @@ impl Job<'_> {
         }
         let keeps = gathering.originals.is_some();
         let own = self.originals.root() == self.copied.root();
+        let row_blocks_of = |index: &usize| {
+            let target = &self.plan.targets[*index];
+            let info = shard.header().tensor(target.name()).expect("the shard has its targets");
+            let rows = row_blocks(ctx, target.n_rows, target.n_columns);
+            RowBlocks { tensor: shard.file_range(info), row_bytes: target.row_bytes(), rows }
+        };
         rewrite_shard(
             ctx,
             shard,
             path,
-            self.pieces(ctx, shard, of_shard),
+            pieces(ctx, shard, of_shard.iter().map(row_blocks_of))
+                .map(|(range, rows)| (range, rows.map(|(number, rows)| (of_shard[number], rows)))),
             |piece: &Piece| {
                 let Some((index, rows)) = piece else { return 0 };
                 let target = &self.plan.targets[*index];
@@ -259,33 +266,6 @@ impl Job<'_> {
             by_shard[tensor.shard_index].push(index);
         }
         by_shard
-    }
-
-    /// A shard's bytes in order: blocks of rows of its targets, and windows of all that lies between.
-    fn pieces<'p>(
-        &'p self,
-        ctx: &'p Context<'_>,
-        shard: &'p Shard,
-        targets: &'p [usize],
-    ) -> impl Iterator<Item = (Range<u64>, Piece)> + Send + 'p {
-        let place = move |target: usize| {
-            let name = self.plan.targets[target].name();
-            shard.file_range(shard.header().tensor(name).expect("the shard has its targets"))
-        };
-        let starts = std::iter::once(0).chain(targets.iter().map(move |&target| place(target).end));
-        let upto = targets.iter().copied().map(Some).chain([None]);
-        starts.zip(upto).flat_map(move |(start, target)| {
-            let tensor = target.map_or(shard.file_bytes()..shard.file_bytes(), place);
-            let between = windows(ctx, start..tensor.start).map(|range| (range, None));
-            let blocks = target.into_iter().flat_map(move |index| {
-                let target = &self.plan.targets[index];
-                let (start, row_bytes) = (tensor.start, target.row_bytes());
-                row_blocks(ctx, target.n_rows, target.n_columns).map(move |rows| {
-                    (start + rows.start * row_bytes..start + rows.end * row_bytes, Some((index, rows)))
-                })
-            });
-            between.chain(blocks)
-        })
     }
 
     fn original_rows(&self, ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> Result<Vec<u8>, MergeError> {
