@@ -8,7 +8,8 @@ use std::{
 
 use super::MergeError;
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, Context, Existing, STATE_FOLDER, Shard, SingleFile, StateFolder, windows,
+    AtomicDir, Checkpoint, Context, Existing, Layout, STATE_FOLDER, Shard, SingleFile, StateFolder, check_free_space,
+    copy_side_files, folder_of, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -20,70 +21,108 @@ pub(super) struct Destination<'a> {
     pub(super) resume: bool,
 }
 
-/// The output under its temporary name; gone when dropped before [`Output::commit`].
-pub(super) enum Output {
+/// A checkpoint under its temporary name, of the layout of the one that it is made from; gone when dropped before
+/// [`NewCheckpoint::commit`].
+pub(super) struct NewCheckpoint<'a> {
+    from: &'a Checkpoint,
+    output: Output,
+    root: PathBuf,
+    state: StateFolder,
+}
+
+enum Output {
     /// A checkpoint's folder.
     Folder(AtomicDir),
     /// A single file and its ledger.
     File(SingleFile),
 }
 
-impl Output {
-    /// `plan` says what the output will be, for a later run to compare.
-    pub(super) fn create(
-        target: &Destination<'_>,
-        is_file: bool,
+impl<'a> NewCheckpoint<'a> {
+    /// Begins the checkpoint that is made of `from`, when it is known that `state_bytes` more than its size are free. `plan` says what the
+    /// output will be, for a later run to compare.
+    ///
+    /// # Errors
+    /// An output that exists, or that is or holds what this program did not write; too little space.
+    pub(super) fn begin(
+        from: &'a Checkpoint,
+        destination: &Destination<'_>,
         plan: impl FnOnce() -> String,
+        state_bytes: u64,
     ) -> Result<Self, MergeError> {
-        Ok(match (is_file, target.resume) {
-            (true, _) => Self::File(SingleFile::create(target.path, target.existing)?),
-            (false, true) => Self::Folder(AtomicDir::create_resumable(target.path, target.existing, &plan())?),
-            (false, false) => Self::Folder(AtomicDir::create(target.path, target.existing)?),
-        })
-    }
-
-    /// Fails before the work where the folder to be replaced holds what is not this program's, and will not be in the copy of
-    /// `checkpoint` either.
-    pub(super) fn check_replaced(&self, checkpoint: &Checkpoint, has_ledger: bool) -> Result<(), MergeError> {
-        let Self::Folder(output) = self else { return Ok(()) };
-        let mut planned: BTreeSet<PathBuf> = checkpoint.side_files()?.into_iter().collect();
-        planned.extend(checkpoint.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
-        if has_ledger {
-            planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
-        }
-        Ok(output.check_replaced(&planned)?)
+        let Destination { path, existing, .. } = *destination;
+        let output = match (from.layout(), destination.resume) {
+            (Layout::File, _) => Output::File(SingleFile::create(path, existing)?),
+            (_, true) => Output::Folder(AtomicDir::create_resumable(path, existing, &plan())?),
+            (_, false) => Output::Folder(AtomicDir::create(path, existing)?),
+        };
+        check_free_space(folder_of(path), from.n_bytes() + state_bytes)?;
+        let root = match &output {
+            Output::Folder(output) => {
+                check_replaced(output, from, destination.keep_ledger)?;
+                output.path().to_owned()
+            }
+            Output::File(output) => output.root(),
+        };
+        let state = StateFolder::at(&root, from.layout())?;
+        Ok(Self { from, output, root, state })
     }
 
     /// What becomes the checkpoint.
-    pub(super) fn root(&self) -> PathBuf {
-        match self {
-            Self::Folder(output) => output.path().to_owned(),
-            Self::File(output) => output.root(),
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+    /// What it remembers of the merge.
+    pub(super) fn state(&self) -> &StateFolder {
+        &self.state
+    }
+    /// Where a shard goes.
+    pub(super) fn shard_path(&self, shard: &Shard) -> PathBuf {
+        match self.output {
+            Output::Folder(_) => self.root.join(shard.file_name()),
+            Output::File(_) => self.root.clone(),
         }
     }
 
-    /// Writes the list of this program's files into the state folder: a later `--force` replaces those and no others.
-    pub(super) fn write_list(&self, state: &StateFolder) -> Result<(), MergeError> {
-        match self {
-            Self::Folder(output) => Ok(state.write_list(&output.files()?)?),
-            Self::File(_) => Ok(()),
+    /// Brings along what the folder holds beside its shards.
+    pub(super) fn copy_side_files(&self, ctx: &Context<'_>) -> Result<(), MergeError> {
+        Ok(copy_side_files(ctx, self.from, &self.root)?)
+    }
+
+    /// Completes the state with the list of this program's files, which a later `--force` replaces and no others, or removes it.
+    pub(super) fn finish_state(&self, is_kept: bool) -> Result<(), MergeError> {
+        if !is_kept {
+            return Ok(self.state.folder().remove_all()?);
         }
+        if let Output::Folder(output) = &self.output {
+            self.state.write_list(&output.files()?)?;
+        }
+        Ok(self.state.folder().sync()?)
     }
 
     /// Removes what was written, for good.
     pub(super) fn discard(self) {
-        if let Self::Folder(output) = self {
+        if let Output::Folder(output) = self.output {
             output.discard();
         }
     }
 
-    /// Lets the output appear.
+    /// Lets the checkpoint appear.
     pub(super) fn commit(self) -> Result<(), MergeError> {
-        match self {
-            Self::Folder(output) => Ok(output.commit()?),
-            Self::File(output) => Ok(output.commit()?),
+        match self.output {
+            Output::Folder(output) => Ok(output.commit()?),
+            Output::File(output) => Ok(output.commit()?),
         }
     }
+}
+
+/// Fails before the work where the folder to be replaced holds what is not this program's, and will not be in the copy of `from` either.
+fn check_replaced(output: &AtomicDir, from: &Checkpoint, has_ledger: bool) -> Result<(), MergeError> {
+    let mut planned: BTreeSet<PathBuf> = from.side_files()?.into_iter().collect();
+    planned.extend(from.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
+    if has_ledger {
+        planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
+    }
+    Ok(output.check_replaced(&planned)?)
 }
 
 /// A tensor of a shard that is computed block by block.

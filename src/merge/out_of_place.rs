@@ -8,14 +8,13 @@ use super::{
     change::{Change, Touched, patch, row_blocks},
     examine::Examination,
     ledger::{GROUP_ROWS, LedgerWriter},
-    new_checkpoint::{Destination, Output, RowBlocks, pieces},
+    new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     plausible::can_overflow,
     resume::{Piece, Resume},
     stack::{Stack, copy_name},
 };
 use crate::checkpoint::{
-    Checkpoint, Context, CopyMode, Layout, Patcher, Shard, Silent, StateFolder, check_free_space, copy_side_files,
-    folder_of, give_name, rewrite_shard, share_file,
+    Checkpoint, Context, CopyMode, Layout, Patcher, Shard, Silent, StateFolder, give_name, rewrite_shard, share_file,
 };
 
 /// Writes the checkpoint that `after` makes of `checkpoint`, which `before` describes.
@@ -33,19 +32,15 @@ pub(super) fn apply(
     let touched = change.touched()?;
     refuse_early(ctx, &change, &touched, allow_overflow)?;
     let is_file = checkpoint.layout() == Layout::File;
-    let output = Output::create(target, is_file, || plan(&change))?;
-    check_free_space(folder_of(target.path), checkpoint.n_bytes() + state_bytes(&after, &touched))?;
-    output.check_replaced(checkpoint, target.keep_ledger)?;
-    let root = output.root();
+    let output = NewCheckpoint::begin(checkpoint, target, || plan(&change), state_bytes(&after, &touched))?;
     let resume = match target.resume && !is_file {
-        true => Some(Resume::begin(ctx, &root, &plan(&change), checkpoint)?),
+        true => Some(Resume::begin(ctx, output.root(), &plan(&change), checkpoint)?),
         false => None,
     };
-    let state = StateFolder::at(&root, checkpoint.layout())?;
+    let state = output.state();
     state.create()?;
-    let shard_path = |name: String| if is_file { root.clone() } else { root.join(name) };
 
-    let mut writer = LedgerWriter::create(&state, StateFolder::LEDGER, &after.entries())?;
+    let mut writer = LedgerWriter::create(state, StateFolder::LEDGER, &after.entries())?;
     let mut examination = Examination::new(&change, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut waiting = Vec::new();
@@ -53,7 +48,7 @@ pub(super) fn apply(
     touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(*target));
     for (index, (shard, mut of_shard)) in checkpoint.shards().iter().zip(by_shard).enumerate() {
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
-        let path = shard_path(shard.file_name());
+        let path = output.shard_path(shard);
         if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
             of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
             continue;
@@ -88,7 +83,7 @@ pub(super) fn apply(
     }
     let ledger = writer.finish(ctx)?;
     let ledger_bytes = ledger.n_bytes();
-    let after = Stack::of_ledger(ctx, &state, ledger)?;
+    let after = Stack::of_ledger(ctx, state, ledger)?;
     for Waiting { index, later, part, path, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
@@ -100,18 +95,16 @@ pub(super) fn apply(
         }
         give_name(&part, &path)?;
     }
-    copy_side_files(ctx, checkpoint, &root)?;
+    output.copy_side_files(ctx)?;
     checkpoint.unchanged()?;
 
     report.bytes_written = checkpoint.n_bytes();
-    if target.keep_ledger && !after.active.is_empty() {
+    let is_kept = target.keep_ledger && !after.active.is_empty();
+    if is_kept {
         report.ledger_bytes = ledger_bytes;
-        output.write_list(&state)?;
-        state.folder().sync()?;
-    } else {
-        drop(after);
-        state.folder().remove_all()?;
     }
+    drop(after);
+    output.finish_state(is_kept)?;
     if let Some(resume) = resume {
         report.notes.extend(resume.finish(checkpoint)?);
     }

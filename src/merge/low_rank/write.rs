@@ -15,12 +15,11 @@ use crate::{
     backend::{Merger, PatchCounts, gather, largest_magnitude, overflows},
     checkpoint::{
         Checkpoint, Context, CopyMode, Layout, OutputKind, Printable, Shard, StateFolder, TensorFileWriter, TensorId,
-        check_free_space, check_output, copy_side_files, folder_of, for_each_ordered, rewrite_shard, share_file,
-        window_cost,
+        check_output, for_each_ordered, rewrite_shard, share_file, window_cost,
     },
     merge::{
         MergeError, MergeInput, MergeReport,
-        new_checkpoint::{Destination, Output, RowBlocks, pieces},
+        new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
         plausible::{Implausible, Overflows},
         report::kind_reports_of,
         verify::open_base,
@@ -138,11 +137,8 @@ impl Job<'_> {
             link: options.link,
             resume: false,
         };
-        let output = Output::create(&target, is_file, String::new)?;
-        check_free_space(folder_of(&options.output), self.copied.n_bytes() + self.state_bytes(options.keep))?;
-        output.check_replaced(self.copied, options.keep != KeptOriginals::Nothing)?;
-        let root = output.root();
-        let folder = RecordFolder::of(&StateFolder::at(&root, self.copied.layout())?);
+        let output = NewCheckpoint::begin(self.copied, &target, String::new, self.state_bytes(options.keep))?;
+        let folder = RecordFolder::of(output.state());
         let state = folder.state();
         if options.keep != KeptOriginals::Nothing {
             state.create()?;
@@ -153,7 +149,7 @@ impl Job<'_> {
         ctx.observer.begin("merging", self.copied.shards().iter().map(Shard::file_bytes).sum());
         for (shard, mut of_shard) in self.copied.shards().iter().zip(self.targets_by_shard()) {
             of_shard.sort_by_key(|&target| self.plan.targets[target].tensor.info.data.start);
-            let path = if is_file { root.clone() } else { root.join(shard.file_name()) };
+            let path = output.shard_path(shard);
             self.write_shard(ctx, (shard, &of_shard), &path, options.link, &factors, &mut gathering)?;
         }
         gathering.judge()?;
@@ -164,18 +160,16 @@ impl Job<'_> {
                 folder.originals_bytes()?
             }
         };
-        copy_side_files(ctx, self.copied, &root)?;
+        output.copy_side_files(ctx)?;
         self.unchanged()?;
-        if options.keep != KeptOriginals::Nothing && !self.sources.is_empty() {
+        let is_kept = options.keep != KeptOriginals::Nothing && !self.sources.is_empty();
+        if is_kept {
             let has_originals = options.keep == KeptOriginals::All;
             let mut record = LowRankRecord::new(self.base.clone(), self.sources, self.reading.clone(), has_originals);
             record.targets = std::mem::take(&mut gathering.recorded);
             folder.write(ctx, &record, self.sources)?;
-            output.write_list(state)?;
-            state.folder().sync()?;
-        } else {
-            state.folder().remove_all()?;
         }
+        output.finish_state(is_kept)?;
         output.commit()?;
         Ok(self.report(&gathering, n_originals))
     }
