@@ -155,7 +155,7 @@ fn only_the_checkpoint_floor_changes_folders() {
 
 #[test]
 fn only_the_map_of_weights_knows_what_modules_are_called() {
-    check("embeddings, heads and modules stored the other way round are told apart in src/weights", |source| {
+    check("names of embeddings, heads and transposed modules are known in src/weights alone", |source| {
         if matches!(source.floor(), Some("weights" | "train")) {
             return Vec::new();
         }

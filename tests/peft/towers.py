@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 import transformers as tf
 
@@ -91,8 +93,24 @@ QWEN_TOKENS = dict(
     image_token_id=IMAGE_TOKEN, video_token_id=93, vision_start_token_id=91, vision_end_token_id=92,
     tie_word_embeddings=False,
 )
-FAMILIES["qwen2.5-vl"] = Family(
-    build=lambda: tf.Qwen2_5_VLForConditionalGeneration(
+def qwen_vl(build: Callable[[], Module]) -> Family:
+    """Both generations have the same modules."""
+    return Family(
+        build=build,
+        inputs=qwen_image,
+        task=None,
+        attention=("q_proj", "k_proj", "v_proj", "o_proj", "qkv"),
+        regex=r".*visual\.blocks\.0\.attn\.(qkv|proj)",
+        plain="self_attn.q_proj.weight",
+        towers={
+            "text": child("model.language_model", "FEATURE_EXTRACTION", ("q_proj", "k_proj", "v_proj", "o_proj")),
+            "vision": child("model.visual", None, ("qkv",)),
+        },
+    )
+
+
+FAMILIES["qwen2.5-vl"] = qwen_vl(
+    lambda: tf.Qwen2_5_VLForConditionalGeneration(
         tf.Qwen2_5_VLConfig(
             text_config=llama_like(
                 rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
@@ -101,18 +119,9 @@ FAMILIES["qwen2.5-vl"] = Family(
             **QWEN_TOKENS,
         )
     ),
-    inputs=qwen_image,
-    task=None,
-    attention=("q_proj", "k_proj", "v_proj", "o_proj", "qkv"),
-    regex=r".*visual\.blocks\.0\.attn\.(qkv|proj)",
-    plain="self_attn.q_proj.weight",
-    towers={
-        "text": child("model.language_model", "FEATURE_EXTRACTION", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        "vision": child("model.visual", None, ("qkv",)),
-    },
 )
-FAMILIES["qwen3-vl"] = Family(
-    build=lambda: tf.Qwen3VLForConditionalGeneration(
+FAMILIES["qwen3-vl"] = qwen_vl(
+    lambda: tf.Qwen3VLForConditionalGeneration(
         tf.Qwen3VLConfig(
             text_config=llama_like(
                 head_dim=8,
@@ -122,15 +131,6 @@ FAMILIES["qwen3-vl"] = Family(
             **QWEN_TOKENS,
         )
     ),
-    inputs=qwen_image,
-    task=None,
-    attention=("q_proj", "k_proj", "v_proj", "o_proj", "qkv"),
-    regex=r".*visual\.blocks\.0\.attn\.(qkv|proj)",
-    plain="self_attn.q_proj.weight",
-    towers={
-        "text": child("model.language_model", "FEATURE_EXTRACTION", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        "vision": child("model.visual", None, ("qkv",)),
-    },
 )
 FAMILIES["gemma3-vlm"] = Family(
     build=lambda: tf.Gemma3ForConditionalGeneration(
