@@ -27,7 +27,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::{CheckpointError, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, model::read_config, probe};
+use super::{CheckpointError, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, model::config_beside, probe};
 use crate::tensor::Dtype;
 
 /// How the name of a stored tensor follows from that of the weight it is a part of.
@@ -194,9 +194,8 @@ impl Codes {
         }
         let (mut method, mut index) = (method_of(config), None);
         if is_file {
-            let folder = folder_of(root);
-            method = method_of(&read_config(&folder.join("config.json"))?);
-            let path = folder.join(super::INDEX_FILE);
+            method = method_of(&config_beside(root)?);
+            let path = folder_of(root).join(super::INDEX_FILE);
             index = if probe::is_present(&path)? { Some(Index::open(&path)?) } else { None };
         }
         let has_marker = infos.iter().any(|info| is_comfyui_marker(&info.name));

@@ -33,6 +33,11 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    /// Whether another tensor has the same type and shape.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.dtype, &self.shape) == (other.dtype, &other.shape)
+    }
+
     /// Bytes of the tensor's data.
     pub fn n_bytes(&self) -> u64 {
         self.data.end - self.data.start

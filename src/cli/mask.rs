@@ -115,7 +115,6 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let chooser = gpu.as_ref().map_or_else(Chooser::cpu, Chooser::gpu);
     #[cfg(not(feature = "cuda"))]
     let chooser = Chooser::cpu();
-    let defaults = MaskOptions::new(1);
     let options = MaskOptions {
         amount: args.budget.unwrap_or(Amount::K(args.k.unwrap_or(1))),
         score: match args.score {
@@ -142,7 +141,7 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
         partition: args.partition,
         hash: args.hash,
         chooser,
-        ..defaults
+        ..MaskOptions::new(1)
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));

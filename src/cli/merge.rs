@@ -174,7 +174,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 /// Merges, when there is nothing to recover any more.
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
     // The folder holds what was converted until it is merged.
-    let (inputs, _folder) = adopt(&args.base, inputs, &args.low_rank.renames.answers(&args.low_rank.axes), env)?;
+    let (inputs, _folder) = adopt(&args.base, inputs, &args.low_rank.renames.answers(), env)?;
     let is_low_rank = |input: &MergeInput| {
         // Files are opened where they are merged.
         if probe::is_folder(&input.adapter)? { merge::is_low_rank(&input.adapter) } else { Ok(false) }
@@ -211,22 +211,17 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
         Err(e @ MergeError::Overflow { .. }) => {
             Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
         }
-        Err(MergeError::Unmatched { adapter, base, n_targets, problems })
-            if any_low_rank && problems.iter().any(|problem| is_about_names(problem)) =>
-        {
-            let e = MergeError::Unmatched { adapter, base, n_targets, problems };
-            Err(e).hint(RENAME_HINT)?
-        }
+        Err(e @ MergeError::Unmatched { .. }) if any_low_rank && is_about_names(&e) => Err(e).hint(RENAME_HINT)?,
         Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
-        Err(MergeError::Undecided { path, tensor, open, what }) => {
-            let hint = match &open {
+        Err(MergeError::Undecided { ref open, .. }) => {
+            let hint = match open {
                 Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT".to_owned(),
                 Undecided::Axes { kind } => axes_hint(kind),
                 Undecided::TiedHead => {
                     "--tied-weights merges it for all of them; or untie them in the base first".to_owned()
                 }
             };
-            Err(MergeError::Undecided { path, tensor, open, what }).hint(&hint)?
+            merged.hint(&hint)?
         }
         merged => merged?,
     };
@@ -261,9 +256,10 @@ fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
 const RENAME_HINT: &str =
     "where names alone differ, --rename FROM=TO says which is which, as in --rename 'encoder.*=vision_model.encoder.*'";
 
-/// Whether a problem is that a name was not found, or that it may mean several tensors.
-fn is_about_names(problem: &str) -> bool {
-    problem.contains("no such tensor") || problem.contains("may be meant")
+/// Whether one of the problems is that a name was not found, or that it may mean several tensors.
+fn is_about_names(error: &MergeError) -> bool {
+    let MergeError::Unmatched { problems, .. } = error else { return false };
+    problems.iter().any(|problem| problem.contains("no such tensor") || problem.contains("may be meant"))
 }
 
 /// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.

@@ -1,7 +1,10 @@
 //! What users say about a checkpoint's weights where the files leave it open.
 
 use clap::Args;
-use neuroada_ckpt::weights::{Answers, KindAxes, Rename};
+use neuroada_ckpt::{
+    mask::MaskError,
+    weights::{Answers, KindAxes, Rename},
+};
 
 use super::failure::Hint;
 
@@ -23,8 +26,9 @@ pub(super) struct RenameArgs {
 }
 
 impl RenameArgs {
-    pub(super) fn answers(&self, axes: &AxesArgs) -> Answers {
-        Answers { axes: axes.axes.clone(), renames: self.renames.clone(), ..Answers::default() }
+    /// What a conversion of another tool's adapter asks: its positions are those of the stored tensor, whichever way round that is.
+    pub(super) fn answers(&self) -> Answers {
+        Answers { renames: self.renames.clone(), ..Answers::default() }
     }
 }
 
@@ -34,13 +38,12 @@ pub(super) fn axes_hint(kind: &str) -> String {
 }
 
 /// Names that option where a mask's error asks for it.
-pub(super) fn with_axes_hint<T>(result: Result<T, neuroada_ckpt::mask::MaskError>) -> anyhow::Result<T> {
-    use neuroada_ckpt::mask::MaskError;
-    match result {
-        Err(MaskError::Axes { path, tensor, kind }) => {
-            let hint = axes_hint(&kind);
-            Err(MaskError::Axes { path, tensor, kind }).hint(&hint)
+pub(super) fn with_axes_hint<T>(result: Result<T, MaskError>) -> anyhow::Result<T> {
+    match &result {
+        Err(MaskError::Axes { kind, .. }) => {
+            let hint = axes_hint(kind);
+            result.hint(&hint)
         }
-        other => Ok(other?),
+        _ => Ok(result?),
     }
 }

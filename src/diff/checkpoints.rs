@@ -95,7 +95,7 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
     let (removed, added): (Vec<String>, Vec<String>) = (names(&found.only_a), names(&found.only_b));
     let (mut pairs, mut retyped) = (Vec::new(), Vec::new());
     for Pairing { a: tensor, b: other } in found.both.into_iter().chain(found.copies_b) {
-        if (tensor.info.dtype, &tensor.info.shape) == (other.info.dtype, &other.info.shape) {
+        if tensor.info.is_like(other.info) {
             pairs.push((tensor, other));
         } else {
             retyped.push(RetypedTensor {

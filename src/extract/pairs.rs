@@ -68,7 +68,7 @@ pub(super) fn pairs<'a>(
     problems.extend(found.only_a.iter().map(|a| format!("\"{}\" was removed", Printable(&a.info.name))));
     let mut matched = Vec::new();
     for Pairing { a, b } in found.both {
-        if (b.info.dtype, &b.info.shape) == (a.info.dtype, &a.info.shape) {
+        if b.info.is_like(a.info) {
             matched.push((a, b));
             continue;
         }

@@ -152,11 +152,11 @@ pub fn create_mask(
 /// where a kind is stored both ways.
 fn transposed_patterns(options: &MaskOptions<'_>, selection: &Selection<'_>) -> Vec<String> {
     let given: Vec<TargetPattern> = options.transposed.iter().filter_map(|text| text.parse().ok()).collect();
-    let (turned, others): (Vec<_>, Vec<_>) = selection.targets.iter().partition(|scan| scan.layout.transposed);
+    let (transposed, others): (Vec<_>, Vec<_>) = selection.targets.iter().partition(|scan| scan.layout.transposed);
     let name = |scan: &RowScan<'_>| scan.tensor.info.name.clone();
     let plain: BTreeSet<String> = others.into_iter().map(|scan| projection_kind(&name(scan)).to_owned()).collect();
     let mut found = BTreeSet::new();
-    for name in turned.into_iter().map(name).filter(|name| !given.iter().any(|pattern| pattern.names(name))) {
+    for name in transposed.into_iter().map(name).filter(|name| !given.iter().any(|pattern| pattern.names(name))) {
         let kind = projection_kind(&name);
         found.insert(if plain.contains(kind) { name } else { kind.to_owned() });
     }

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, ops::Range};
 use super::{
     MergeError,
     ledger::GROUP_ROWS,
-    stack::{Stack, StackRows},
+    stack::{Active, Stack, StackRows},
 };
 use crate::{
     backend::{merged_values, pick, union_columns},
@@ -44,14 +44,19 @@ impl<'a> Change<'a> {
     /// # Errors
     /// [`MergeError::Unmatched`] lists all tensors of an adapter that the checkpoint does not have as the adapter needs them.
     pub(super) fn touched(&self) -> Result<Vec<Touched<'a>>, MergeError> {
-        let map = WeightMap::new(self.checkpoint, Answers::default())?;
+        // What was merged before is not matched again.
+        let is_new = |active: &Active| !self.before.active.iter().any(|before| before.id == active.id);
+        let map = match self.after.active.iter().any(is_new) {
+            true => Some(WeightMap::new(self.checkpoint, Answers::default())?),
+            false => None,
+        };
         let mut touched: BTreeMap<&str, Touched<'a>> = BTreeMap::new();
         for active in self.before.active.iter().chain(&self.after.active) {
             let mut problems = Vec::new();
             // What an earlier version merged can be taken out again, whatever it is.
-            let is_new = !self.before.active.iter().any(|before| before.id == active.id);
+            let map = map.as_ref().filter(|_| is_new(active));
             for target in active.adapter.targets() {
-                match self.match_target(&map, target, is_new) {
+                match self.match_target(map, target) {
                     Ok(tensor) => {
                         let layout = target.layout;
                         let first =
@@ -87,9 +92,10 @@ impl<'a> Change<'a> {
         }
     }
 
-    fn match_target(&self, map: &WeightMap<'a>, target: &TargetInfo, is_new: bool) -> Result<TensorRef<'a>, String> {
-        let tensor = match is_new {
-            true => {
+    /// The tensor of a target; `map` is there for those of new adapters.
+    fn match_target(&self, map: Option<&WeightMap<'a>>, target: &TargetInfo) -> Result<TensorRef<'a>, String> {
+        let tensor = match map {
+            Some(map) => {
                 let tensor = self.checkpoint.numbers(&target.name).map_err(|_| self.nearest(map, target))?;
                 if let Some(tie) = map.tie(&target.name).filter(|tie| tie.stored.len() > 1) {
                     return Err(format!(
@@ -101,7 +107,7 @@ impl<'a> Change<'a> {
                 }
                 tensor
             }
-            false => self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?,
+            None => self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?,
         };
         if tensor.info.shape != target.shape {
             return Err(format!("adapter was made for {:?}, base has {:?}", target.shape, tensor.info.shape));

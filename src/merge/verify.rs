@@ -218,8 +218,7 @@ fn compare_tensors(
     ctx.observer.begin("comparing", base.n_bytes());
     let mut pairs = Vec::new();
     for tensor in checkpoint.tensors() {
-        let same =
-            |found: &TensorRef<'_>| (found.info.dtype, &found.info.shape) == (tensor.info.dtype, &tensor.info.shape);
+        let same = |found: &TensorRef<'_>| found.info.is_like(tensor.info);
         match base.tensor(&tensor.info.name).filter(same) {
             Some(_) if expected(&tensor.info.name).is_none() => {}
             Some(original) => pairs.push((tensor, original)),

@@ -23,14 +23,8 @@ pub enum Axes {
 }
 
 impl Axes {
-    /// The other order.
-    #[must_use]
-    pub fn flipped(self) -> Self {
-        match self {
-            Self::OutIn => Self::InOut,
-            Self::InOut => Self::OutIn,
-        }
-    }
+    /// Both orders, in which they are tried.
+    pub(super) const BOTH: [Self; 2] = [Self::OutIn, Self::InOut];
 
     /// Rows and columns, as stored, of a matrix that turns `d_in` inputs into `d_out` outputs.
     pub(super) fn stored(self, d_out: u64, d_in: u64) -> (u64, u64) {
@@ -71,10 +65,6 @@ pub struct KindAxes {
 }
 
 impl KindAxes {
-    /// As the option has it.
-    pub fn text(&self) -> &str {
-        &self.text
-    }
     pub(super) fn matches(&self, name: &str) -> bool {
         self.pattern.names(name)
     }
@@ -195,7 +185,7 @@ impl WeightMap<'_> {
     ///
     /// # Errors
     /// What is wrong, in words.
-    pub fn check_axes<'n>(&self, keys: impl Iterator<Item = &'n str>) -> Result<(), String> {
+    pub fn check_axes<'n>(&self, mut keys: impl Iterator<Item = &'n str>) -> Result<(), String> {
         let answers = &self.answers.axes;
         if answers.is_empty() {
             return Ok(());
@@ -230,7 +220,7 @@ impl WeightMap<'_> {
                 false => self.known_matrix_axes(tensor, &Witnesses::default()),
             })?;
         }
-        keys.into_iter().try_for_each(|key| check(key, &|| Err(String::new())))?;
+        keys.try_for_each(|key| check(key, &|| Err(String::new())))?;
         match is_used.iter().position(|used| !used) {
             None => Ok(()),
             Some(idle) => Err(format!("--axes {}: no weight is of this kind", Printable(&answers[idle].text))),

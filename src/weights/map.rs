@@ -17,9 +17,12 @@ use super::{
     config::Families,
     names::{Index, Rules, nearest},
     rules::{NOT_LINEAR, PARTS},
-    ties::{Names, TiedWeight, Ties},
+    ties::{TiedWeight, Ties},
 };
-use crate::checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef, config_beside};
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError, Layout, Printable, TensorRef, config_beside},
+    tensor::module_of,
+};
 
 /// What the user said about what files leave open.
 #[derive(Clone, Debug, Default)]
@@ -92,8 +95,6 @@ pub enum Unplaced {
         name: String,
         /// Its shape.
         found: Vec<u64>,
-        /// What would fit, where there is one; as stored.
-        needed: Vec<(u64, u64)>,
     },
     /// It is stored as codes.
     Coded(String),
@@ -116,8 +117,8 @@ pub enum Unplaced {
 }
 
 impl Unplaced {
-    pub(super) fn shape(tensor: TensorRef<'_>, needed: &[(u64, u64)]) -> Self {
-        Self::Shape { name: tensor.info.name.clone(), found: tensor.info.shape.clone(), needed: needed.to_vec() }
+    pub(super) fn shape(tensor: TensorRef<'_>) -> Self {
+        Self::Shape { name: tensor.info.name.clone(), found: tensor.info.shape.clone() }
     }
     pub(super) fn axes(tensor: TensorRef<'_>, kind: String, what: &str) -> Self {
         Self::Axes { name: tensor.info.name.clone(), kind, what: what.to_owned() }
@@ -129,13 +130,7 @@ impl fmt::Display for Unplaced {
         match self {
             Self::Missing { .. } => f.write_str("the base has no such tensor"),
             Self::Ambiguous { names } => write!(f, "several tensors of the base may be meant: {}", quoted(names)),
-            Self::Shape { name, found, needed } => {
-                write!(f, "the base has shape {found:?} (\"{}\")", Printable(name))?;
-                match &needed[..] {
-                    [] => Ok(()),
-                    [(rows, columns), ..] => write!(f, ", [{rows}, {columns}] is needed"),
-                }
-            }
+            Self::Shape { name, found } => write!(f, "the base has shape {found:?} (\"{}\")", Printable(name)),
             Self::Coded(why) => f.write_str(why),
             Self::Axes { what, .. } | Self::Unsupported { what, .. } => f.write_str(what),
         }
@@ -172,11 +167,6 @@ impl<'a> WeightMap<'a> {
         Families::new(&self.config)
     }
 
-    /// How names are compared.
-    pub fn names(&self) -> Names<'_> {
-        Names(&self.rules)
-    }
-
     /// The weights that the model shares under several names.
     pub fn ties(&self) -> &[TiedWeight<'a>] {
         &self.ties.weights
@@ -185,6 +175,12 @@ impl<'a> WeightMap<'a> {
     /// The tied weight that a name stands for, of a model in memory or of the checkpoint.
     pub fn tie(&self, name: &str) -> Option<&TiedWeight<'a>> {
         self.ties.get(&self.rules.canonical(&self.renamed(name)))
+    }
+
+    /// Whether modules of these names are all that share a weight, so that nothing else changes with it.
+    pub fn is_covered(&self, tie: &TiedWeight<'_>, names: &[String]) -> bool {
+        let given: Vec<String> = names.iter().map(|name| module_of(&self.rules.canonical(name)).to_owned()).collect();
+        tie.is_covered_by(&given)
     }
 
     /// The name that an adapter's key has after the user's renames.
@@ -233,14 +229,11 @@ impl<'a> WeightMap<'a> {
         if let Some(weight) = self.checkpoint.codes().find_for(name, exact) {
             return Err(Unplaced::Coded(weight.refusal()));
         }
-        let mut unfit = exact;
-        if let Some(tensor) = exact {
-            return if fits(tensor) { Ok(self.with_copies(tensor)) } else { Err(Unplaced::shape(tensor, &[])) };
+        let tied = || Some(self.ties.get(&self.rules.canonical(name))?.stored[0]);
+        if let Some(tensor) = exact.or_else(tied) {
+            return if fits(tensor) { Ok(self.with_copies(tensor)) } else { Err(Unplaced::shape(tensor)) };
         }
-        if let Some(tie) = self.ties.get(&self.rules.canonical(name)) {
-            let tensor = tie.stored[0];
-            return if fits(tensor) { Ok(self.with_copies(tensor)) } else { Err(Unplaced::shape(tensor, &[])) };
-        }
+        let mut unfit = None;
         let index = self.index.get_or_init(|| Index::new(&self.rules, self.checkpoint));
         let candidates = index.candidates(&self.rules, name);
         let mut among = |places: &[u32]| -> Vec<TensorRef<'a>> {
@@ -286,7 +279,7 @@ impl<'a> WeightMap<'a> {
         let weight = unfit.and_then(|tensor| tensor.coded()).or_else(|| self.checkpoint.codes().find(name));
         match (weight, unfit) {
             (Some(weight), _) => Unplaced::Coded(weight.refusal()),
-            (None, Some(tensor)) => Unplaced::shape(tensor, &[]),
+            (None, Some(tensor)) => Unplaced::shape(tensor),
             (None, None) => Unplaced::Missing { name: name.to_owned() },
         }
     }

@@ -26,4 +26,4 @@ pub use pairs::{Pairing, Pairs};
 pub use pattern::{ALL_LINEAR, TargetPattern};
 pub use place::{Columns, Part, Place, Placement, Reading};
 pub use rename::Rename;
-pub use ties::{Names, TiedWeight};
+pub use ties::TiedWeight;

@@ -43,12 +43,9 @@ impl<'a> WeightMap<'a> {
                 None => rest.push(a),
             }
         }
-        // Nothing is looked for under other names where all names are the same.
-        let mut left: Vec<TensorRef<'b>> =
-            other.checkpoint.tensors().filter(|b| !taken.contains(b.info.name.as_str())).collect();
         for a in rest {
             let name = &a.info.name;
-            let same = |b: TensorRef<'b>| (b.info.dtype, &b.info.shape) == (a.info.dtype, &a.info.shape);
+            let same = |b: TensorRef<'b>| b.info.is_like(a.info);
             match other.find(name, same) {
                 Ok(found)
                     if !taken.contains(found.tensor.info.name.as_str())
@@ -60,9 +57,8 @@ impl<'a> WeightMap<'a> {
                 _ => pairs.only_a.push(a),
             }
         }
-        left.retain(|b| !taken.contains(b.info.name.as_str()));
-        for b in left {
-            let same = |a: TensorRef<'a>| (a.info.dtype, &a.info.shape) == (b.info.dtype, &b.info.shape);
+        for b in other.checkpoint.tensors().filter(|b| !taken.contains(b.info.name.as_str())) {
+            let same = |a: TensorRef<'a>| a.info.is_like(b.info);
             match self.tie(&b.info.name).and_then(|_| self.find(&b.info.name, same).ok()) {
                 Some(found) => pairs.copies_b.push(Pairing { a: found.tensor, b }),
                 None => pairs.only_b.push(b),

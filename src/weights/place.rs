@@ -126,14 +126,13 @@ impl<'a> WeightMap<'a> {
 
     fn linear_axes(&self, found: &Weight<'a>, d_out: u64, d_in: u64, reading: &Reading) -> Result<Axes, Unplaced> {
         let tensor = found.tensor;
-        let told = self.told_axes(&tensor.info.name);
         if tensor.info.shape.len() != 2 {
             return Ok(Axes::OutIn);
         }
         if d_out != d_in {
             let axes = fits(tensor, d_out, d_in).expect("it was found by its shape");
-            return match told {
-                Some(told) if told != axes => Err(Unplaced::shape(tensor, &[told.stored(d_out, d_in)])),
+            return match self.told_axes(&tensor.info.name) {
+                Some(told) if told != axes => Err(Unplaced::shape(tensor)),
                 _ => Ok(axes),
             };
         }
@@ -170,7 +169,7 @@ impl<'a> WeightMap<'a> {
     pub fn place_stack(&self, name: &str, n: u64, d_out: u64, d_in: u64, reading: &Reading) -> Placed<'a> {
         let name = &*self.renamed(name);
         let told = self.told_stack_axes(name);
-        let both = [Axes::OutIn, Axes::InOut].into_iter().filter(|axes| told.is_none_or(|told| told == *axes));
+        let both = Axes::BOTH.into_iter().filter(|axes| told.is_none_or(|told| told == *axes));
         let as_stored = |axes: Axes| axes.stored(d_out, d_in);
         let stacked = |tensor: TensorRef<'_>, axes: Axes| {
             let (rows, columns) = as_stored(axes);
@@ -293,10 +292,9 @@ impl<'a> WeightMap<'a> {
         }
         let share = if half.is_some() { 2 } else { 1 };
         let needed = |axes: Axes| axes.stored(d_out.saturating_mul(share), d_in);
-        let fitting: Vec<Axes> =
-            [Axes::OutIn, Axes::InOut].into_iter().filter(|&axes| needed(axes) == (rows, columns)).collect();
+        let fitting: Vec<Axes> = Axes::BOTH.into_iter().filter(|&axes| needed(axes) == (rows, columns)).collect();
         let axes = match fitting[..] {
-            [] => return Err(Some(Unplaced::shape(tensor, &[needed(Axes::OutIn), needed(Axes::InOut)]))),
+            [] => return Err(Some(Unplaced::shape(tensor))),
             [only] => only,
             _ => self.stack_axes(tensor).map_err(|kind| Unplaced::axes(tensor, kind, SQUARE_EXPERTS))?.0,
         };

@@ -7,7 +7,10 @@ use super::{
     names::{Rules, is_number},
     rules::{TIES, Tie},
 };
-use crate::checkpoint::{Checkpoint, TensorRef};
+use crate::{
+    checkpoint::{Checkpoint, TensorRef},
+    tensor::module_of,
+};
 
 /// A weight with several names in the model, stored once, or more often than needed.
 #[derive(Clone, Debug)]
@@ -21,9 +24,8 @@ pub struct TiedWeight<'a> {
 }
 
 impl TiedWeight<'_> {
-    /// Whether modules of these names are all that share the weight, so that nothing else changes with it.
-    pub fn is_covered_by(&self, rules: &Names<'_>, names: &[&str]) -> bool {
-        let given: Vec<String> = names.iter().map(|name| module_of(&rules.0.canonical(name))).collect();
+    /// Whether modules of these canonical names are all that share the weight.
+    pub(super) fn is_covered_by(&self, given: &[String]) -> bool {
         let has = |name: &String| given.contains(name);
         // Where encoder and decoder have tables of their own, the shared one is a name and no more.
         let (shared, readers) = self.embeddings.split_first().expect("a tied weight is an embedding");
@@ -49,13 +51,6 @@ impl TiedWeight<'_> {
     }
 }
 
-/// How names are brought to their canonical form.
-pub struct Names<'r>(pub(super) &'r Rules);
-
-fn module_of(canonical: &str) -> String {
-    canonical.strip_suffix(".weight").unwrap_or(canonical).to_owned()
-}
-
 /// The tied weights of a model, by the canonical names of the modules that share them.
 #[derive(Debug, Default)]
 pub(super) struct Ties<'a> {
@@ -73,7 +68,7 @@ impl<'a> Ties<'a> {
         let modules: Vec<(String, TensorRef<'a>)> = checkpoint
             .tensors()
             .filter(outside)
-            .map(|tensor| (module_of(&rules.canonical(&tensor.info.name)), tensor))
+            .map(|tensor| (module_of(&rules.canonical(&tensor.info.name)).to_owned(), tensor))
             .collect();
         let mut ties = Self::default();
         for tie in TIES {
@@ -109,9 +104,8 @@ impl<'a> Ties<'a> {
             place = up.rfind('.').map_or("", |dot| &up[..=dot]);
         }
         // Without a word about architectures there is a head, as there is one in most models.
-        let has_head = families.has_head().unwrap_or(true);
-        let is_tied = has_head && families.is_tied(prefix).unwrap_or_else(|| stored(&heads).is_empty());
-        if !is_tied {
+        let (has_head, said) = (families.has_head().unwrap_or(true), families.is_tied(prefix));
+        if !has_head || !said.unwrap_or_else(|| stored(&heads).is_empty()) {
             heads.clear();
         }
         let part_is_there = |name: &&&str| {
@@ -119,8 +113,7 @@ impl<'a> Ties<'a> {
             checkpoint.tensors().any(|tensor| tensor.info.name.contains(&part))
         };
         // An untied model may store a table for each of them.
-        let is_own =
-            |name: &String| families.is_tied(prefix) == Some(false) && !stored(std::slice::from_ref(name)).is_empty();
+        let is_own = |name: &String| said == Some(false) && modules.iter().any(|(module, _)| module == name);
         let readers = tie.also.iter().filter(part_is_there).map(|also| format!("{prefix}{also}"));
         let readers = readers.filter(|name| !is_own(name));
         let embeddings: Vec<String> = std::iter::once(format!("{prefix}{}", tie.embedding)).chain(readers).collect();

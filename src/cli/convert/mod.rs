@@ -19,7 +19,7 @@ use super::{
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count},
-    weights::{AxesArgs, RenameArgs},
+    weights::RenameArgs,
 };
 
 /// Read other tools' sparse adapters, and write them
@@ -45,8 +45,6 @@ pub(super) struct ConvertArgs {
     /// The checkpoint that the deltas were trained on, or that servers have
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
-    #[command(flatten)]
-    axes: AxesArgs,
     #[command(flatten)]
     renames: RenameArgs,
     /// Weight sync: how changes are told [default: overwrite]
@@ -118,7 +116,7 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
     }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let existing = args.existing();
-    let answers = args.renames.answers(&args.axes);
+    let answers = args.renames.answers();
     let base = base.as_ref().map(|base| WeightMap::new(base, answers)).transpose()?;
     let report = match convert::convert(&env.context(), &args.input, base.as_ref(), format, &args.output, existing) {
         Err(e @ ConvertError::NoBase { .. }) => {

@@ -45,7 +45,7 @@ pub(super) fn export(args: &ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
             let folder = WorkFolder::beside(&args.output)?;
             let path = folder.path().join(base_path.file_name().unwrap_or("merged".as_ref()));
             let input = MergeInput { adapter: args.input.clone(), scale: None };
-            let (inputs, _adopted) = adopt(base_path, vec![input], &args.renames.answers(&args.axes), env)?;
+            let (inputs, _adopted) = adopt(base_path, vec![input], &args.renames.answers(), env)?;
             let merged = merge::merge(&ctx, base_path, &inputs, &MergeOptions::new_checkpoint(&path))?;
             merged.notes.iter().for_each(|note| env.note(note));
             (Checkpoint::open(&path)?, Some(folder))

@@ -1,8 +1,8 @@
-//! What the map of weights knows that tensors alone do not show: ties, and weights stored the other way round.
+//! What the map of weights knows that tensors alone do not show: ties, and weights that are stored as `[d_in, d_out]`.
 
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, CheckpointError, Printable},
-    weights::{Answers, WeightMap},
+    weights::{Answers, TiedWeight, WeightMap, Witness},
 };
 use serde::Serialize;
 
@@ -39,14 +39,11 @@ impl WeightFacts {
     /// Of a model's checkpoint; headers and `config.json` alone are read.
     pub(super) fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
         let map = WeightMap::new(checkpoint, Answers::default())?;
-        let tied = |tie: &neuroada_ckpt::weights::TiedWeight<'_>| TiedFacts {
+        let tied = |tie: &TiedWeight<'_>| TiedFacts {
             tensors: tie.stored.iter().map(|tensor| tensor.info.name.clone()).collect(),
             shared_by: tie.uses(),
         };
-        let kind = |(kind, witness): (String, neuroada_ckpt::weights::Witness)| KindFacts {
-            kind,
-            witness: witness.to_string(),
-        };
+        let kind = |(kind, witness): (String, Witness)| KindFacts { kind, witness: witness.to_string() };
         Ok(Self {
             tied: map.ties().iter().map(tied).collect(),
             stored_in_out: map.stored_in_out().into_iter().map(kind).collect(),

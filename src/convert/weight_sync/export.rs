@@ -156,7 +156,7 @@ fn pairs<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint) -> Result<Vec<Pair<'a>
         let name = Printable(&b.info.name);
         match base.tensor(&b.info.name) {
             None => problems.push(format!("\"{name}\": the base has no such tensor")),
-            Some(a) if (a.info.dtype, &a.info.shape) != (b.info.dtype, &b.info.shape) => {
+            Some(a) if !a.info.is_like(b.info) => {
                 let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
                 problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
             }

@@ -120,19 +120,18 @@ pub(super) struct Magnitude<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Brings adapters together with a checkpoint, whose originals are in `originals` (the same one before a merge).
+    /// Brings adapters together with the checkpoint of `map`, whose originals are in `originals` (the same one before a merge).
     ///
     /// # Errors
     /// [`MergeError::Unmatched`] lists everything of an adapter that the checkpoint does not have as the adapter needs it;
     /// [`MergeError::Refused`] where the files leave something open, or adapters cannot be combined.
     pub(super) fn new(
-        checkpoint: &'a Checkpoint,
+        map: &WeightMap<'a>,
         originals: &'a Checkpoint,
         sources: &'a [Source],
         reading: &LowRankReading,
     ) -> Result<Self, MergeError> {
-        let map = WeightMap::new(checkpoint, reading.answers())?;
-        let mut planner = Planner::new(&map, originals, reading);
+        let mut planner = Planner::new(map, originals, reading);
         for (index, source) in sources.iter().enumerate() {
             planner.problems.clear();
             let n_targets = match &source.adapter {
@@ -142,7 +141,7 @@ impl<'a> Plan<'a> {
             if !planner.problems.is_empty() {
                 return Err(MergeError::Unmatched {
                     adapter: source.path().to_owned(),
-                    base: checkpoint.name(),
+                    base: map.checkpoint().name(),
                     n_targets,
                     problems: planner.problems,
                 });

@@ -268,7 +268,7 @@ impl<'m, 'a> Planner<'m, 'a> {
         axes: Axes,
     ) -> Result<Vec<(Matrix<'a>, Matrix<'a>)>, MergeError> {
         let (info_a, info_b) = (lora.tensor(&module.a), lora.tensor(&module.b));
-        let turned = |a: Matrix<'a>, b: Matrix<'a>| match axes {
+        let stored = |a: Matrix<'a>, b: Matrix<'a>| match axes {
             Axes::OutIn => (b, a),
             Axes::InOut => (a.transposed(), b.transposed()),
         };
@@ -293,7 +293,7 @@ impl<'m, 'a> Planner<'m, 'a> {
         };
         let a = Matrix::rows(lora.shard(), info_a, row_len);
         let b = Matrix { shard: lora.shard(), info: info_b, start: 0, row_stride, column_stride };
-        let product = |expert: u64| turned(a.from(expert * rank, 0), Matrix { start: expert * step, ..b });
+        let product = |expert: u64| stored(a.from(expert * rank, 0), Matrix { start: expert * step, ..b });
         Ok((0..n_experts).map(product).collect())
     }
 
@@ -381,26 +381,23 @@ fn refuse_overlaps(target: &Target<'_>) -> Result<(), String> {
     let mut parts: Vec<(usize, Range<u64>, Columns)> = Vec::new();
     for (step, &source) in target.steps.iter().zip(&target.step_sources) {
         match step {
-            Step::LowRank(product) => {
-                let is_whole = product.n_rows == target.n_rows && product.columns.is_all();
-                match product.magnitude {
-                    Some(magnitude) if magnitude.of_columns && product.n_rows != target.n_rows => {
-                        return Err("magnitudes of columns need the whole weight".to_owned());
-                    }
-                    Some(_) if !is_whole && !product.columns.is_all() => {
-                        return Err("magnitudes of rows need whole rows".to_owned());
-                    }
-                    _ => parts.push((source, product.rows(), product.columns)),
+            Step::LowRank(product) => match product.magnitude {
+                Some(magnitude) if magnitude.of_columns && product.n_rows != target.n_rows => {
+                    return Err("magnitudes of columns need the whole weight".to_owned());
                 }
-            }
+                Some(_) if !product.columns.is_all() => {
+                    return Err("magnitudes of rows need whole rows".to_owned());
+                }
+                _ => parts.push((source, product.rows(), product.columns)),
+            },
             Step::Sparse { .. } => {}
             Step::Bias { .. } => parts.push((source, 0..target.n_rows, Columns::all(target.n_columns))),
         }
     }
     parts.sort_by_key(|(source, rows, _)| (*source, rows.start));
     for (at, (source, rows, columns)) in parts.iter().enumerate() {
-        let after = parts[at + 1..].iter().take_while(|(other, next, _)| other == source && next.start < rows.end);
-        if after.into_iter().any(|(_, _, others)| columns.meets(*others)) {
+        let mut after = parts[at + 1..].iter().take_while(|(other, next, _)| other == source && next.start < rows.end);
+        if after.any(|(_, _, others)| columns.meets(*others)) {
             return Err("two modules of one adapter lead to it".to_owned());
         }
     }
@@ -423,7 +420,7 @@ impl Lora<'_> {
     /// Whether two of the adapter's tensors are equal, byte for byte.
     pub(super) fn holds_same(&self, a: &TensorInfo, b: &TensorInfo) -> Result<bool, MergeError> {
         let shard = self.adapter.shard();
-        Ok((a.dtype, &a.shape) == (b.dtype, &b.shape) && same_bytes((shard, a), (shard, b))?)
+        Ok(a.is_like(b) && same_bytes((shard, a), (shard, b))?)
     }
 }
 

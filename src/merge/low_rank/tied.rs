@@ -8,7 +8,7 @@ use super::{
     planner::{Lora, Planner, same_bytes},
 };
 use crate::{
-    checkpoint::Printable,
+    checkpoint::{Printable, TensorRef},
     merge::{MergeError, Undecided},
     peft::{FullTensor, LoraAdapter, LoraModule, LoraShape},
     weights::TiedWeight,
@@ -32,13 +32,14 @@ impl Sharers<'_> {
 }
 
 impl<'a> Planner<'_, 'a> {
-    /// Adds what an adapter has for tied weights, each once, and returns the names of all of it.
+    /// Adds what an adapter has for tied weights, each once, and returns the names of all of it: what is the base's own included.
     pub(super) fn add_tied(&mut self, lora: &Lora<'a>) -> Result<BTreeSet<String>, MergeError> {
+        let mut names = BTreeSet::new();
         let mut by_weight: BTreeMap<&'a str, Sharers<'a>> = BTreeMap::new();
         for full in lora.adapter.full() {
-            if let Some(tie) = self.map.tie(&full.name)
-                && !self.is_unchanged_copy(lora.adapter, full)?
-            {
+            let Some(tie) = self.map.tie(&full.name) else { continue };
+            names.insert(full.name.clone());
+            if !self.is_unchanged_copy(lora.adapter, full)? {
                 by_weight.entry(&tie.stored[0].info.name).or_default().full.push(full);
             }
         }
@@ -47,7 +48,6 @@ impl<'a> Planner<'_, 'a> {
                 by_weight.entry(&tie.stored[0].info.name).or_default().modules.push(module);
             }
         }
-        let mut names = BTreeSet::new();
         for sharers in by_weight.into_values() {
             let of_this = sharers.names();
             let tie = self.map.tie(&of_this[0]).expect("they were found by it");
@@ -68,8 +68,7 @@ impl<'a> Planner<'_, 'a> {
         let names = sharers.names();
         let stored = tie.stored[0];
         for copy in &tie.stored[1..] {
-            let same_type = (copy.info.dtype, &copy.info.shape) == (stored.info.dtype, &stored.info.shape);
-            if !same_type || !same_bytes((stored.shard, stored.info), (copy.shard, copy.info))? {
+            if !copy.info.is_like(stored.info) || !same_bytes((stored.shard, stored.info), (copy.shard, copy.info))? {
                 return Err(self.refused(format!(
                     "\"{}\": config.json says that it is one weight with \"{}\" (`tie_word_embeddings`), and the two differ: which one \
                      a loader takes depends on its version; set it to false, or remove one of them",
@@ -104,14 +103,13 @@ impl<'a> Planner<'_, 'a> {
                 Printable(&names[1])
             )));
         }
-        let given: Vec<&str> = names.iter().map(String::as_str).collect();
         if names.len() > 1 {
             self.note_once(format!(
                 "{} are one weight, and so is what the adapter has for them: merged once",
                 listed(&names)
             ));
         }
-        if tie.is_covered_by(&self.map.names(), &given) {
+        if self.map.is_covered(tie, &names) {
             return Ok(());
         }
         if !self.reading.tied_head {
@@ -140,9 +138,7 @@ impl<'a> Planner<'_, 'a> {
     /// Whether the adapter's full tensor is the base's own, byte for byte: PEFT saves embeddings that it adapts.
     pub(super) fn is_unchanged_copy(&self, lora: &LoraAdapter, full: &FullTensor) -> Result<bool, MergeError> {
         let info = lora.tensor(&full.tensor);
-        let same = |tensor: crate::checkpoint::TensorRef<'_>| {
-            (tensor.info.dtype, &tensor.info.shape) == (info.dtype, &info.shape)
-        };
+        let same = |tensor: TensorRef<'_>| tensor.info.is_like(info);
         let Ok(found) = self.map.find(&full.name, same) else { return Ok(false) };
         let Some(tensor) = self.originals.tensor(&found.tensor.info.name).filter(|tensor| same(*tensor)) else {
             return Ok(false);

@@ -17,6 +17,7 @@ use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef, for_each_ordered, window_cost},
     merge::{MergeError, MergeReport, Which, verify::open_base},
     tensor::dtype_name,
+    weights::WeightMap,
 };
 
 /// Takes adapters out of a checkpoint that holds a low-rank merge, as a new checkpoint.
@@ -162,7 +163,8 @@ pub(super) fn restoring_plan<'a>(
     sources: &'a [Source],
     record: &LowRankRecord,
 ) -> Result<Plan<'a>, MergeError> {
-    let mut plan = Plan::new(merged, originals, sources, &record.reading)?;
+    let map = WeightMap::new(merged, record.reading.answers())?;
+    let mut plan = Plan::new(&map, originals, sources, &record.reading)?;
     let mut targets: BTreeMap<String, Target<'a>> =
         plan.targets.drain(..).map(|target| (target.name().to_owned(), target)).collect();
     for (name, recorded) in &record.targets {

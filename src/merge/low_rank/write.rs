@@ -59,7 +59,7 @@ pub fn merge_low_rank(
     let map = WeightMap::new(&checkpoint, reading.answers())?;
     map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     map.check_axes(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
-    let plan = Plan::new(&checkpoint, &checkpoint, &sources, &reading)?;
+    let plan = Plan::new(&map, &checkpoint, &sources, &reading)?;
     let job = Job {
         copied: &checkpoint,
         originals: &checkpoint,
