@@ -13,7 +13,7 @@
 //! - [`adapter`]: compact sparse files
 //! - [`mask`]: policy, which weights
 //! - [`weights`]: the map of weights, what each one is and which stored tensors hold it
-//! - [`peft`]: adapters as other tools leave them on disk
+//! - [`foreign`]: adapters as other tools leave them on disk
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
 //! - `gpu`: device slices and launches (feature `cuda`)
 //! - [`tensor`]: plain values
@@ -27,11 +27,11 @@ pub mod convert;
 pub mod data;
 pub mod diff;
 pub mod extract;
+pub mod foreign;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod mask;
 pub mod merge;
-pub mod peft;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod train;

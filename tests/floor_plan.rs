@@ -19,7 +19,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("gpu", &["tensor"]),
     ("checkpoint", &["tensor"]),
     ("backend", &["tensor", "gpu"]),
-    ("peft", &["tensor", "checkpoint"]),
+    ("foreign", &["tensor", "checkpoint"]),
     ("weights", &["tensor", "checkpoint"]),
     ("mask", &["tensor", "gpu", "checkpoint", "backend", "weights"]),
     ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
@@ -37,7 +37,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "gpu",
             "checkpoint",
             "backend",
-            "peft",
+            "foreign",
             "weights",
             "mask",
             "adapter",
@@ -51,7 +51,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "peft", "weights", "mask", "adapter"];
+const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "foreign", "weights", "mask", "adapter"];
 
 /// Names that only one place may know; the trainer knows those of the models that it runs.
 const MODULE_NAMES: &[&str] = &["lm_head", "embed_tokens", "wte", "embed_out", "c_attn", "c_proj", "block_sparse_moe"];

@@ -13,9 +13,9 @@ use neuroada_ckpt::{
     convert::ConvertError,
     diff::DiffError,
     extract::ExtractError,
+    foreign::PeftError,
     mask::MaskError,
     merge::MergeError,
-    peft::PeftError,
 };
 use serde::Serialize;
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use crate::{
     adapter::AdapterError,
     checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    foreign::PeftError,
     mask::MaskError,
-    peft::PeftError,
 };
 
 /// What can go wrong while converting; nothing was written.

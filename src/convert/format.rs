@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{ConvertError, foreign::ForeignAdapter, input::Input, npz, peft_read, published};
 use crate::{
     checkpoint::{Context, probe},
-    peft::{PEFT_CONFIG, PeftConfig},
+    foreign::{PEFT_CONFIG, PeftConfig},
 };
 
 /// What an adapter can lie on disk as.

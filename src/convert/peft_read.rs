@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     checkpoint::{CheckpointError, Printable, Shard, TensorInfo},
-    peft::{PeftConfig, PeftError, PeftFolder, PeftName, PeftType},
+    foreign::{PeftConfig, PeftError, PeftFolder, PeftName, PeftType},
 };
 
 /// What tells the three formats apart.

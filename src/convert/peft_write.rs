@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file, probe},
+    foreign::{PEFT_CONFIG, PEFT_TENSORS},
     mask::TargetInfo,
-    peft::{PEFT_CONFIG, PEFT_TENSORS},
     tensor::Dtype,
 };
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use crate::{
     adapter::{AdapterError, AdapterId},
     checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    foreign::PeftError,
     mask::MaskError,
-    peft::PeftError,
 };
 
 /// What a low-rank adapter may leave open, by the field of [`super::LowRankReading`] that says it.

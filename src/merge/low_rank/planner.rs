@@ -15,8 +15,8 @@ use super::{
 use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Printable, Shard, TensorInfo, TensorRef},
+    foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
     merge::{MergeError, Undecided},
-    peft::{FullTensor, LoraAdapter, LoraModule, LoraShape},
     tensor::{Dtype, dtype_name, projection_kind},
     weights::{Axes, Columns, Placement, Reading, Unplaced, WeightMap},
 };

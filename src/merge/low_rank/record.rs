@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{
     checkpoint::{AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, StateFolder, write_own},
+    foreign::{PEFT_CONFIG, PEFT_TENSORS},
     merge::{MergeError, MergeInput, checksummed, stack::copy_name, state::state_of},
-    peft::{PEFT_CONFIG, PEFT_TENSORS},
 };
 
 /// Records larger than this are refused: a hundred bytes for each of a million tensors.

@@ -6,7 +6,7 @@ use super::super::{AdapterEntry, MergeError, MergeInput};
 use crate::{
     adapter::{Adapter, AdapterId},
     checkpoint::{Checkpoint, CheckpointError, Context, Printable},
-    peft::{AdapterKind, LoraAdapter, LoraModule, PeftType},
+    foreign::{AdapterKind, LoraAdapter, LoraModule, PeftType},
 };
 
 /// Whether a path given as an adapter is a low-rank one; a PEFT adapter of another method is neither that nor a sparse one.

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     checkpoint::{Printable, TensorRef},
+    foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
     merge::{MergeError, Undecided},
-    peft::{FullTensor, LoraAdapter, LoraModule, LoraShape},
     weights::TiedWeight,
 };
 

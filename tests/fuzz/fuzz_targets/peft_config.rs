@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use neuroada_ckpt::{
     merge::{LedgerDocument, LowRankRecord},
-    peft::{LoraConfig, PeftConfig},
+    foreign::{LoraConfig, PeftConfig},
 };
 
 fuzz_target!(|bytes: &[u8]| {

@@ -445,7 +445,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::{Existing, TensorFileWriter},
-        peft::{PEFT_CONFIG, PEFT_TENSORS},
+        foreign::{PEFT_CONFIG, PEFT_TENSORS},
     };
 
     type Tensors<'a> = &'a [(&'a str, &'a [u64], f32)];
