@@ -56,7 +56,7 @@ fn there_and_back(
         link: false,
         resume: false,
     };
-    merge::merge(&ctx, base.root(), &[input], &MergeOptions { output, dry_run: false, allow_overflow: false }).unwrap();
+    merge::merge(&ctx, base.root(), &[input], &MergeOptions::to(output)).unwrap();
     Ok((report, fs::read(merged).unwrap()))
 }
 

@@ -10,9 +10,11 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    backend::Merger,
-    checkpoint::{Checkpoint, Context, Existing},
-    merge::{self, ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, MergeInput, Which},
+    checkpoint::{Checkpoint, Context},
+    merge::{
+        self, AdapterReading, ExpertOrder, KeptOriginals, MergeError, MergeInput, MergeOptions, VerifyOptions,
+        VerifyReport, Which,
+    },
     tensor::Dtype,
     weights::Axes,
 };
@@ -24,8 +26,12 @@ mod world;
 #[path = "support/lora.rs"]
 mod lora;
 
-use lora::{Place, Tensors, read, said};
+use lora::{Place, Tensors, read, replacing, said};
 use world::Random;
+
+fn verify(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> Result<VerifyReport, MergeError> {
+    merge::verify(ctx, path, &VerifyOptions { base: base.map(Path::to_owned), ..VerifyOptions::default() })
+}
 
 fn bytes_of(checkpoint: &Path) -> Vec<u8> {
     fs::read(checkpoint.join("model.safetensors")).unwrap()
@@ -40,9 +46,8 @@ fn reference(name: &str) -> PathBuf {
 fn merged_as_peft_did(case: &str, base: &Path) -> (BTreeMap<String, Vec<f32>>, BTreeMap<String, Vec<f32>>) {
     let place = Place::new();
     let input = MergeInput { adapter: reference(&format!("peft/{case}")), scale: None };
-    let options = LowRankOptions::new(place.path("out"));
-    merge::merge_low_rank(&Context::default(), base, &[input], LowRankReading::default(), Merger::cpu(), &options)
-        .unwrap();
+    let options = MergeOptions::new_checkpoint(place.path("out"));
+    merge::merge(&Context::default(), base, &[input], &options).unwrap();
     (read(&place.path("out")), read(&reference(&format!("peft/{case}/expected.safetensors"))))
 }
 
@@ -134,7 +139,7 @@ fn a_product_is_scaled_and_added_whichever_way_the_weight_is_stored() {
     tensors.push(("base_model.model.t.lora_B.bias", &[2], vec![0.0, 0.0]));
     let without_bias = place.lora("broken", config, &tensors);
     assert!(
-        said(place.merge(&[without_bias], LowRankReading::default()))
+        said(place.merge(&[without_bias], AdapterReading::default()))
             .contains("\"t.bias\": the adapter adds to a bias that the base has not")
     );
     tensors.retain(|(name, ..)| !name.contains("model.t."));
@@ -160,10 +165,10 @@ fn a_square_weight_of_an_unknown_kind_is_read_as_the_config_says_or_asked_about(
     both.extend([("t.lora_A.weight", &[1u64, 3][..], vec![0.0; 3]), ("t.lora_B.weight", &[2, 1], vec![0.0; 2])]);
     // Another kind is stored the other way round, and nothing is known of this one.
     let both = place.lora("c", r#""r":1,"lora_alpha":1"#, &both);
-    let refused = said(place.merge(std::slice::from_ref(&both), LowRankReading::default()));
+    let refused = said(place.merge(std::slice::from_ref(&both), AdapterReading::default()));
     assert!(refused.contains("\"s.weight\": it is square, and neither its shape"), "{refused}");
     for (axes, expected) in [("s=out-in", [1.0, 2.0, 3.0, 6.0]), ("s=in-out", [1.0, 3.0, 2.0, 6.0])] {
-        let reading = LowRankReading { axes: vec![axes.parse().unwrap()], ..LowRankReading::default() };
+        let reading = AdapterReading { axes: vec![axes.parse().unwrap()], ..AdapterReading::default() };
         place.merge(std::slice::from_ref(&both), reading).unwrap();
         assert_eq!(read(&place.path("out"))["s.weight"], expected);
     }
@@ -204,7 +209,7 @@ fn embeddings_and_full_tensors_are_merged() {
     );
     let scaled = MergeInput { scale: Some(0.5), ..adapter.clone() };
     assert!(
-        said(place.merge(&[scaled], LowRankReading::default()))
+        said(place.merge(&[scaled], AdapterReading::default()))
             .contains("holds it in full, and a scale of 0.5 has no meaning")
     );
     let merged = place.merged(adapter);
@@ -235,7 +240,7 @@ fn magnitudes_are_reached_by_rows_or_by_columns() {
     ];
     assert_eq!(place.merged(place.lora("b", config, columns))["wte.weight"], [6.0, 0.0, 8.0, 1.0]);
     place.base(Dtype::F32, "{}", &[("a.weight", &[2, 2], vec![0.0, -1.0, 0.0, 5.0])]);
-    let zero = said(place.merge(&[place.lora("a", config, rows)], LowRankReading::default()));
+    let zero = said(place.merge(&[place.lora("a", config, rows)], AdapterReading::default()));
     assert!(zero.contains("row 0: its norm is 0"), "{zero}");
 }
 
@@ -251,11 +256,11 @@ fn stacks_of_experts_are_read_as_the_user_says() {
         ("m.experts.lora_B.weight", &[2, 4], vec![1., 2., 3., 4., 5., 6., 7., 8.]),
     ];
     let adapter = place.lora("a", config, tensors);
-    let ask = said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default()));
+    let ask = said(place.merge(std::slice::from_ref(&adapter), AdapterReading::default()));
     assert!(ask.contains("may be [d_out, r, E], as PEFT has it, or [d_out, E, r]"), "{ask}");
     let with = |order| {
         place
-            .merge(std::slice::from_ref(&adapter), LowRankReading { expert_order: Some(order), ..Default::default() })
+            .merge(std::slice::from_ref(&adapter), AdapterReading { expert_order: Some(order), ..Default::default() })
             .unwrap();
         read(&place.path("out"))["m.experts.down_proj"].clone()
     };
@@ -272,7 +277,7 @@ fn stacks_of_experts_are_read_as_the_user_says() {
     let tensors: Vec<_> =
         tensors.iter().map(|(name, shape, v)| (name.replace("m.", "m.mlp."), *shape, v.clone())).collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, shape, v)| (name.as_str(), *shape, v.clone())).collect();
-    let reading = LowRankReading { expert_order: Some(ExpertOrder::RankFirst), ..Default::default() };
+    let reading = AdapterReading { expert_order: Some(ExpertOrder::RankFirst), ..Default::default() };
     place.merge(&[place.lora("b", config, &tensors)], reading).unwrap();
     assert_eq!(read(&place.path("out"))[apart[1]], [4., 4., 6., 8., 8., 14.]);
 }
@@ -287,10 +292,10 @@ fn square_experts_are_asked_about() {
     ];
     let adapter = place.lora("a", r#""r":1,"lora_alpha":1,"target_parameters":["experts.down_proj"]"#, tensors);
     assert!(
-        said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default())).contains("its experts are square")
+        said(place.merge(std::slice::from_ref(&adapter), AdapterReading::default())).contains("its experts are square")
     );
     for (axes, first) in [(Axes::OutIn, [1., 2., 3., 6.]), (Axes::InOut, [1., 3., 2., 6.])] {
-        let reading = LowRankReading { expert_axes: Some(axes), ..Default::default() };
+        let reading = AdapterReading { expert_axes: Some(axes), ..Default::default() };
         place.merge(std::slice::from_ref(&adapter), reading).unwrap();
         assert_eq!(read(&place.path("out"))["m.experts.down_proj"][..4], first);
     }
@@ -304,24 +309,24 @@ fn a_tied_head_is_changed_on_request_and_once() {
     let head: Tensors<'_> =
         &[("lm_head.lora_A.weight", &[1, 2], vec![1.0, 10.0]), ("lm_head.lora_B.weight", &[3, 1], vec![1.0, 2.0, 3.0])];
     let adapter = place.lora("a", config, head);
-    let refused = said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default()));
+    let refused = said(place.merge(std::slice::from_ref(&adapter), AdapterReading::default()));
     assert!(
         refused.contains("the adapter was trained for this one alone: merged, it would change the others too"),
         "{refused}"
     );
     let expected = [2.0, 11.0, 3.0, 21.0, 4.0, 31.0];
-    let report = place.merge(&[adapter], LowRankReading { tied_head: true, ..Default::default() }).unwrap();
+    let report = place.merge(&[adapter], AdapterReading { tied_head: true, ..Default::default() }).unwrap();
     assert!(report.notes[0].contains("what is merged into one changes the others"), "{:?}", report.notes);
     assert_eq!(read(&place.path("out"))["model.embed_tokens.weight"], expected);
     // An adapter of both, with the same factors, needs no asking and is added once.
     let mut both = head.to_vec();
     both.push(("model.embed_tokens.lora_embedding_A", &[1, 3], vec![1.0, 2.0, 3.0]));
     both.push(("model.embed_tokens.lora_embedding_B", &[2, 1], vec![1.0, 10.0]));
-    let report = place.merge(&[place.lora("b", config, &both)], LowRankReading::default()).unwrap();
+    let report = place.merge(&[place.lora("b", config, &both)], AdapterReading::default()).unwrap();
     assert!(report.notes[0].contains("merged once"), "{:?}", report.notes);
     assert_eq!(read(&place.path("out"))["model.embed_tokens.weight"], expected);
     both[2].2[0] = 9.0;
-    let refused = said(place.merge(&[place.lora("c", config, &both)], LowRankReading::default()));
+    let refused = said(place.merge(&[place.lora("c", config, &both)], AdapterReading::default()));
     assert!(refused.contains("different matrices for the two"), "{refused}");
 }
 
@@ -377,28 +382,17 @@ fn the_bytes_do_not_depend_on_threads_memory_or_the_order_of_adapters() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
         inputs.rotate_left(1);
         let ctx = Context { max_memory, ..Context::default() };
-        let options = LowRankOptions { existing: Existing::Replace, ..LowRankOptions::new(place.path("out")) };
-        let report = pool
-            .install(|| {
-                merge::merge_low_rank(
-                    &ctx,
-                    &place.path("base"),
-                    &inputs,
-                    LowRankReading::default(),
-                    Merger::cpu(),
-                    &options,
-                )
-            })
-            .unwrap();
+        let options = replacing(&place.path("out"));
+        let report = pool.install(|| merge::merge(&ctx, &place.path("base"), &inputs, &options)).unwrap();
         let found = (bytes_of(&place.path("out")), serde_json::to_value(&report).unwrap());
         assert!(*first.get_or_insert_with(|| found.clone()) == found, "{n_threads} threads");
-        let record = fs::read(place.path("out/.neuroada/low-rank")).unwrap();
+        let record = fs::read(place.path("out/.neuroada/ledger")).unwrap();
         let kept = place.path("record");
         if kept.exists() {
             assert_eq!(fs::read(&kept).unwrap(), record);
         }
         fs::write(&kept, record).unwrap();
-        assert!(merge::verify_low_rank(&ctx, &place.path("out"), Some(&place.path("base"))).unwrap().ok);
+        assert!(verify(&ctx, &place.path("out"), Some(&place.path("base"))).unwrap().ok);
     }
 }
 
@@ -406,7 +400,7 @@ fn the_bytes_do_not_depend_on_threads_memory_or_the_order_of_adapters() {
 fn every_sum_is_the_plain_formula() {
     let place = Place::new();
     let inputs = mixture(&place, Dtype::F64);
-    place.merge(&inputs[..1], LowRankReading::default()).unwrap();
+    place.merge(&inputs[..1], AdapterReading::default()).unwrap();
     let (base, merged) = (read(&place.path("base")), read(&place.path("out")));
     let factors = read(&place.path("plain/adapter_model.safetensors"));
     let (a, b) = (&factors["m.a.lora_A.weight"], &factors["m.a.lora_B.weight"]);
@@ -424,26 +418,23 @@ fn undoing_restores_every_bit_from_the_base_or_from_kept_originals() {
     let inputs = mixture(&place, Dtype::BF16);
     let base = place.path("base");
     let ctx = Context::default();
-    for keep in [KeptOriginals::Hashes, KeptOriginals::All] {
-        let options =
-            |name: &str| LowRankOptions { existing: Existing::Replace, keep, ..LowRankOptions::new(place.path(name)) };
-        let report =
-            merge::merge_low_rank(&ctx, &base, &inputs, LowRankReading::default(), Merger::cpu(), &options("out"))
-                .unwrap();
-        assert_eq!(report.ledger_bytes > 0, keep == KeptOriginals::All);
+    for keep in [KeptOriginals::Hashes, KeptOriginals::Whole] {
         let from = (keep == KeptOriginals::Hashes).then_some(base.as_path());
-        assert!(merge::verify_low_rank(&ctx, &place.path("out"), from).unwrap().ok);
+        let options = |name: &str| MergeOptions { keep, ..replacing(&place.path(name)) };
+        let undo = |name: &str| MergeOptions { base: from.map(Path::to_owned), ..options(name) };
+        let report = merge::merge(&ctx, &base, &inputs, &options("out")).unwrap();
+        assert_eq!(report.needs_base, keep == KeptOriginals::Hashes);
+        assert!(verify(&ctx, &place.path("out"), from).unwrap().ok);
         // All out: the base's bytes, and no memory of the merge.
-        merge::undo_low_rank(&ctx, &place.path("out"), &Which::All, from, &options("undone")).unwrap();
+        merge::unmerge(&ctx, &place.path("out"), &Which::All, &undo("undone")).unwrap();
         assert_eq!(bytes_of(&place.path("undone")), bytes_of(&base));
         assert!(!place.path("undone/.neuroada").exists());
         // One out: the bytes of merging the others alone.
         let id = merge::adapter_id(&ctx, &inputs[0].adapter).unwrap();
-        merge::undo_low_rank(&ctx, &place.path("out"), &Which::Some(vec![id]), from, &options("less")).unwrap();
-        merge::merge_low_rank(&ctx, &base, &inputs[1..], LowRankReading::default(), Merger::cpu(), &options("others"))
-            .unwrap();
+        merge::unmerge(&ctx, &place.path("out"), &Which::Some(vec![id]), &undo("less")).unwrap();
+        merge::merge(&ctx, &base, &inputs[1..], &options("others")).unwrap();
         assert_eq!(bytes_of(&place.path("less")), bytes_of(&place.path("others")));
-        assert!(merge::verify_low_rank(&ctx, &place.path("less"), from).unwrap().ok);
+        assert!(verify(&ctx, &place.path("less"), from).unwrap().ok);
     }
 }
 
@@ -452,10 +443,10 @@ fn undoing_refuses_another_base_and_verify_finds_a_changed_weight() {
     let place = Place::new();
     let inputs = mixture(&place, Dtype::BF16);
     let ctx = Context::default();
-    place.merge(&inputs, LowRankReading::default()).unwrap();
+    place.merge(&inputs, AdapterReading::default()).unwrap();
     let out = place.path("out");
-    let without = merge::undo_low_rank(&ctx, &out, &Which::All, None, &LowRankOptions::new(place.path("undone")));
-    assert!(said(without).contains("kept no originals; its base base is needed"));
+    let without = merge::unmerge(&ctx, &out, &Which::All, &MergeOptions::new_checkpoint(place.path("undone")));
+    assert!(said(without).contains("its ledger keeps hashes alone; its base base is needed"));
     let flip = |path: &Path| {
         let mut bytes = bytes_of(path);
         // The last two tensors of the file are touched.
@@ -465,13 +456,14 @@ fn undoing_refuses_another_base_and_verify_finds_a_changed_weight() {
     };
     flip(&place.path("base"));
     let base = place.path("base");
-    let other = merge::undo_low_rank(&ctx, &out, &Which::All, Some(&base), &LowRankOptions::new(place.path("undone")));
+    let from_base = MergeOptions { base: Some(base.clone()), ..MergeOptions::new_checkpoint(place.path("undone")) };
+    let other = merge::unmerge(&ctx, &out, &Which::All, &from_base);
     assert!(said(other).contains("not the base of this merge"));
     assert!(!place.path("undone").exists());
     flip(&place.path("base"));
     flip(&out);
     for base in [Some(base.as_path()), None] {
-        let report = merge::verify_low_rank(&ctx, &out, base).unwrap();
+        let report = verify(&ctx, &out, base).unwrap();
         assert!(!report.ok && report.problems.len() == 1, "{:?}", report.problems);
     }
 }
@@ -481,36 +473,25 @@ fn what_cannot_be_combined_is_refused_and_nothing_is_written() {
     let place = Place::new();
     let inputs = mixture(&place, Dtype::BF16);
     let plain = &inputs[0];
-    let c: Tensors<'_> =
-        &[("m.c.lora_A.weight", &[1, 50], vec![0.0; 50]), ("m.c.lora_B.weight", &[40, 1], vec![0.0; 40])];
     let full: Tensors<'_> = &[("base_model.model.m.a.weight", &[77, 130], vec![0.0; 77 * 130])];
     let absent: Tensors<'_> =
         &[("m.x.lora_A.weight", &[1, 50], vec![0.0; 50]), ("m.x.lora_B.weight", &[40, 1], vec![0.0; 40])];
     let resized: Tensors<'_> = &[("base_model.model.m.a.weight", &[78, 130], vec![0.0; 78 * 130])];
     for (adapters, expected) in [
         (vec![plain.clone(), plain.clone()], "is given twice"),
-        (vec![inputs[2].clone(), place.lora("c", r#""r":1"#, c)], "with magnitudes (DoRA) cannot share a weight"),
         (vec![plain.clone(), place.lora("full", r#""r":1"#, full)], "one adapter holds it in full"),
         (vec![place.lora("absent", r#""r":1"#, absent)], "\"m.x.weight\": the base has no such tensor"),
         (vec![place.lora("resized", r#""r":1"#, resized)], "a merge keeps the base's shapes"),
         (vec![MergeInput { scale: Some(1e300), ..plain.clone() }], "not a number that float32 holds"),
     ] {
-        let found = said(place.merge(&adapters, LowRankReading::default()));
+        let found = said(place.merge(&adapters, AdapterReading::default()));
         assert!(found.contains(expected), "{expected}: {found}");
         assert!(!place.path("out").exists(), "{expected}");
     }
-    place.merge(std::slice::from_ref(plain), LowRankReading::default()).unwrap();
-    let options = LowRankOptions::new(place.path("again"));
-    let merged = place.path("out");
-    let again = merge::merge_low_rank(
-        &Context::default(),
-        &merged,
-        &inputs[..1],
-        LowRankReading::default(),
-        Merger::cpu(),
-        &options,
-    );
-    assert!(said(again).contains("is a merged checkpoint, not a base"));
+    place.merge(std::slice::from_ref(plain), AdapterReading::default()).unwrap();
+    let options = MergeOptions::new_checkpoint(place.path("again"));
+    let again = merge::merge(&Context::default(), &place.path("out"), &inputs[..1], &options);
+    assert!(said(again).contains("its base base is needed"));
 }
 
 #[test]
@@ -520,7 +501,7 @@ fn weights_of_eight_bits_and_integers_are_refused() {
         &[("q.lora_A.weight", &[1, 3], vec![0.0; 3]), ("q.lora_B.weight", &[2, 1], vec![0.0; 2])];
     for (dtype, expected) in [(Dtype::F8_E4M3, "mean nothing without the scales"), (Dtype::U8, "the base has U8")] {
         place.base(dtype, "{}", &[("q.weight", &[2, 3], vec![0.0; 6])]);
-        let found = said(place.merge(&[place.lora("a", r#""r":1"#, tensors)], LowRankReading::default()));
+        let found = said(place.merge(&[place.lora("a", r#""r":1"#, tensors)], AdapterReading::default()));
         assert!(found.contains(expected), "{found}");
     }
 }

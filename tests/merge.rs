@@ -260,7 +260,7 @@ fn a_changed_weight_is_found_before_anything_is_written() {
 fn verify_says_yes_and_no_after_any_one_byte_is_changed() {
     let world = World::new();
     let path = merge_new(&world, &[0, 1], "out");
-    let with_base = VerifyOptions { base: Some(world.base()), adapters: Vec::new() };
+    let with_base = VerifyOptions { base: Some(world.base()), ..VerifyOptions::default() };
     let report = merge::verify(&Context::default(), &path, &with_base).unwrap();
     assert!(report.ok && report.base_compared && report.bytes_compared > 100_000, "{report:?}");
     let mut random = Random(3);
@@ -287,16 +287,11 @@ fn a_merge_without_a_ledger_is_verified_from_base_and_adapters() {
     let output =
         MergeOutput::New { path: out.clone(), existing: Existing::Keep, ledger: false, link: true, resume: false };
     let inputs = [world.input(2)];
-    merge::merge(
-        &Context::default(),
-        &world.base(),
-        &inputs,
-        &MergeOptions { output, dry_run: false, allow_overflow: false },
-    )
-    .unwrap();
+    merge::merge(&Context::default(), &world.base(), &inputs, &MergeOptions::to(output)).unwrap();
     assert!(!out.join(".neuroada").exists());
     let ask = |adapters: &[MergeInput]| {
-        let options = VerifyOptions { base: Some(world.base()), adapters: adapters.to_vec() };
+        let options =
+            VerifyOptions { base: Some(world.base()), adapters: adapters.to_vec(), ..VerifyOptions::default() };
         merge::verify(&Context::default(), &out, &options).unwrap().ok
     };
     assert!(ask(&inputs));
@@ -414,10 +409,10 @@ fn a_process_that_dies_while_patching_is_recovered_from() {
             let which = Which::Some(vec![world.ids[3]]);
             merge::unmerge(&Context::default(), &path, &which, &MergeOptions::in_place()).unwrap();
         } else {
-            assert_eq!(merge::recover(&Context::default(), &path).unwrap(), Recovered::RolledBack);
+            assert_eq!(merge::recover(&Context::default(), &path, None).unwrap(), Recovered::RolledBack);
         }
         assert!(tree(&path) == before, "block {block} of {what}");
-        assert_eq!(merge::recover(&Context::default(), &path).unwrap(), Recovered::Nothing);
+        assert_eq!(merge::recover(&Context::default(), &path, None).unwrap(), Recovered::Nothing);
     }
 }
 

@@ -171,9 +171,9 @@ fn what_else_lies_in_the_partial_folder_does_not_come_along() {
     assert!(stopped.go_on().is_empty());
 }
 
-fn resumable(path: &Path, link: bool) -> MergeOptions {
+fn resumable(path: &Path, link: bool) -> MergeOptions<'static> {
     let output = MergeOutput::New { path: path.to_owned(), existing: Existing::Keep, ledger: true, link, resume: true };
-    MergeOptions { output, dry_run: false, allow_overflow: false }
+    MergeOptions::to(output)
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn shards_patched_after_they_were_copied_are_recorded_too() {
     let adapter = world.at("transposed.safetensors");
     write_transposed(&world.base(), &adapter, &["w.F32", "w.BF16"]);
     let input = MergeInput { adapter, scale: None };
-    let merge = |out: &Path, observer: &dyn Observer, options: &MergeOptions| {
+    let merge = |out: &Path, observer: &dyn Observer, options: &MergeOptions<'_>| {
         let ctx = Context { observer, ..Context::default() };
         merge::merge(&ctx, &world.base(), std::slice::from_ref(&input), options).map(|_| tree(out))
     };
@@ -208,7 +208,7 @@ fn shards_patched_after_they_were_copied_are_recorded_too() {
 fn linked_shards_are_linked_again() {
     let world = World::new();
     let (out, plain) = (world.at("out"), world.at("plain"));
-    let merge = |observer: &dyn Observer, options: &MergeOptions| {
+    let merge = |observer: &dyn Observer, options: &MergeOptions<'_>| {
         let ctx = Context { observer, ..Context::default() };
         merge::merge(&ctx, &world.base(), &[world.input(2)], options)
     };

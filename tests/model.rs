@@ -199,7 +199,7 @@ fn the_checkpoint_is_always_what_the_model_says() {
                 n_crashes += 1;
                 // Either somebody recovers, or the next change does.
                 if random.below(2) == 0 {
-                    assert_eq!(merge::recover(&Context::default(), &path).unwrap(), Recovered::RolledBack);
+                    assert_eq!(merge::recover(&Context::default(), &path, None).unwrap(), Recovered::RolledBack);
                     n_recovered += 1;
                 } else {
                     continue;
@@ -208,12 +208,12 @@ fn the_checkpoint_is_always_what_the_model_says() {
         }
         model.check(&path, &format!("step {step}"));
         if step % 100 == 0 && !model.active.is_empty() {
-            let options = VerifyOptions { base: Some(world.base()), adapters: Vec::new() };
+            let options = VerifyOptions { base: Some(world.base()), ..VerifyOptions::default() };
             assert!(merge::verify(&Context::default(), &path, &options).unwrap().ok);
         }
     }
     std::panic::set_hook(hook);
-    merge::recover(&Context::default(), &path).unwrap();
+    merge::recover(&Context::default(), &path, None).unwrap();
     if !model.active.is_empty() {
         merge::unmerge(&Context::default(), &path, &Which::All, &MergeOptions::in_place()).unwrap();
     }

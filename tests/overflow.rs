@@ -13,12 +13,9 @@ use std::{
 use half::f16;
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    backend::Merger,
     checkpoint::{Checkpoint, Context, ErrorKind, Existing, Observer, TensorFileWriter},
     mask::{BaseInfo, Recipe},
-    merge::{
-        self, LowRankOptions, LowRankReading, MergeError, MergeInput, MergeOptions, MergeReport, VerifyOptions, Which,
-    },
+    merge::{self, MergeError, MergeInput, MergeOptions, MergeReport, VerifyOptions, Which},
     tensor::{Dtype, RowColumns},
 };
 
@@ -85,8 +82,8 @@ impl Place {
     }
 
     fn merge_lora(&self, ctx: &Context<'_>, input: MergeInput, allow: bool) -> Result<MergeReport, MergeError> {
-        let options = LowRankOptions { allow_overflow: allow, ..LowRankOptions::new(self.path("out")) };
-        merge::merge_low_rank(ctx, &self.base(), &[input], LowRankReading::default(), Merger::cpu(), &options)
+        let options = MergeOptions { allow_overflow: allow, ..MergeOptions::new_checkpoint(self.path("out")) };
+        merge::merge(ctx, &self.base(), &[input], &options)
     }
 }
 
@@ -110,7 +107,7 @@ impl Passes {
     }
 }
 
-fn merge_to(path: &Path, inputs: &[MergeInput], options: &MergeOptions) -> Result<MergeReport, MergeError> {
+fn merge_to(path: &Path, inputs: &[MergeInput], options: &MergeOptions<'_>) -> Result<MergeReport, MergeError> {
     merge::merge(&Context::default(), path, inputs, options)
 }
 
@@ -196,9 +193,9 @@ fn a_lora_merge_that_overflows_is_refused_before_anything_is_written() {
     assert!(tree(place.0.path()) == before);
 
     assert_eq!(place.merge_lora(&ctx, input, true).unwrap().total.n_overflowed, 1);
-    let undone = LowRankOptions::new(place.path("undone"));
     let base = place.base();
-    merge::undo_low_rank(&Context::default(), &place.path("out"), &Which::All, Some(&base), &undone).unwrap();
+    let undone = MergeOptions { base: Some(base.clone()), ..MergeOptions::new_checkpoint(place.path("undone")) };
+    merge::unmerge(&Context::default(), &place.path("out"), &Which::All, &undone).unwrap();
     assert!(tree(&place.path("undone")) == tree(&base));
 }
 

@@ -9,7 +9,7 @@ use neuroada_ckpt::{
     checkpoint::{Checkpoint, Context, Existing},
     diff::diff_checkpoints,
     mask::{MaskFile, MaskOptions, create_mask},
-    merge::{self, ExpertOrder, LowRankOptions, LowRankReading, Which},
+    merge::{self, AdapterReading, ExpertOrder, MergeOptions, VerifyOptions, Which},
     tensor::Dtype,
     weights::{Answers, Axes, WeightMap},
 };
@@ -41,7 +41,7 @@ fn merged(
     place: &Place,
     config: &str,
     modules: &[&str],
-    reading: LowRankReading,
+    reading: AdapterReading,
 ) -> Result<BTreeMap<String, Vec<f32>>, String> {
     let tensors: Vec<_> = modules.iter().flat_map(|module| factors(module)).collect();
     let adapter = place.lora("adapter", config, &borrowed(&tensors));
@@ -51,12 +51,12 @@ fn merged(
     }
 }
 
-fn asked(axes: &str) -> LowRankReading {
-    LowRankReading { axes: vec![axes.parse().unwrap()], ..LowRankReading::default() }
+fn asked(axes: &str) -> AdapterReading {
+    AdapterReading { axes: vec![axes.parse().unwrap()], ..AdapterReading::default() }
 }
 
-fn renaming(rule: &str) -> LowRankReading {
-    LowRankReading { renames: vec![rule.parse().unwrap()], ..LowRankReading::default() }
+fn renaming(rule: &str) -> AdapterReading {
+    AdapterReading { renames: vec![rule.parse().unwrap()], ..AdapterReading::default() }
 }
 
 const SQUARE: &[u64] = &[2, 2];
@@ -95,7 +95,7 @@ fn one_weight_is_found_under_all_its_names() {
         place.base(Dtype::F32, &config, &[(&name, SQUARE, vec![0.0; 4]), ("visual.x.weight", SQUARE, vec![5.0; 4])]);
         for key in keys {
             let found =
-                merged(&place, CONFIG, &[key], LowRankReading::default()).unwrap_or_else(|e| panic!("{key}: {e}"));
+                merged(&place, CONFIG, &[key], AdapterReading::default()).unwrap_or_else(|e| panic!("{key}: {e}"));
             assert_eq!((&found[&name][..], &found["visual.x.weight"][..]), (&OUT_IN[..], &[5.0; 4][..]), "{key}");
         }
     }
@@ -109,17 +109,22 @@ fn what_may_be_two_weights_is_refused_and_settled_by_a_rename() {
     let zeros = || vec![0.0; 4];
     place.base(Dtype::F32, r#"{"model_type":"clip"}"#, &[(&text, SQUARE, zeros()), (&vision, SQUARE, zeros())]);
     let key = "encoder.layers.0.self_attn.q_proj";
-    let refused = merged(&place, CONFIG, &[key], LowRankReading::default()).unwrap_err();
+    let refused = merged(&place, CONFIG, &[key], AdapterReading::default()).unwrap_err();
     assert!(refused.contains("several tensors of the base may be meant") && refused.contains(&vision), "{refused}");
     let found = merged(&place, CONFIG, &[key], renaming("encoder.*=vision_model.encoder.*")).unwrap();
     assert_eq!((&found[&vision][..], &found[&text][..]), (&OUT_IN[..], &[0.0; 4][..]));
     // The result remembers the answer: it can be proven and undone.
     let out = place.path("out");
     let base = place.path("base");
-    let report = merge::verify_low_rank(&Context::default(), &out, Some(&base)).unwrap();
+    let report = merge::verify(
+        &Context::default(),
+        &out,
+        &VerifyOptions { base: Some(base.clone()), ..VerifyOptions::default() },
+    )
+    .unwrap();
     assert!(report.ok, "{:?}", report.problems);
-    let options = LowRankOptions::new(place.path("back"));
-    merge::undo_low_rank(&Context::default(), &out, &Which::All, Some(&base), &options).unwrap();
+    let options = MergeOptions { base: Some(base.clone()), ..MergeOptions::new_checkpoint(place.path("back")) };
+    merge::unmerge(&Context::default(), &out, &Which::All, &options).unwrap();
     assert_eq!(read(&place.path("back")), read(&base));
     // A rule that leads nowhere, one for no key, and two for one, are mistakes.
     let nowhere = merged(&place, CONFIG, &[key], renaming("encoder.*=nowhere.*")).unwrap_err();
@@ -145,7 +150,7 @@ fn the_class_that_an_adapter_was_trained_on_tells_its_part_of_the_model() {
     for (class, name, other) in [("CLIPTextModel", &text, &vision), ("CLIPVisionModel", &vision, &text)] {
         let config = format!("{CONFIG},\"auto_mapping\":{{\"base_model_class\":\"{class}\"}}");
         let key = "encoder.layers.0.self_attn.q_proj";
-        let found = merged(&place, &config, &[key], LowRankReading::default()).unwrap();
+        let found = merged(&place, &config, &[key], AdapterReading::default()).unwrap();
         assert_eq!((&found[name][..], &found[other][..]), (&OUT_IN[..], &[0.0; 4][..]), "{class}");
     }
 }
@@ -170,7 +175,7 @@ fn a_name_that_is_not_there_is_refused_with_the_nearest() {
     ];
     place.base(Dtype::F32, "{}", tensors);
     // A vision tower's weight is never taken for the text model's.
-    let refused = merged(&place, CONFIG, &["visual.layers.0.self_attn.q_proj"], LowRankReading::default()).unwrap_err();
+    let refused = merged(&place, CONFIG, &["visual.layers.0.self_attn.q_proj"], AdapterReading::default()).unwrap_err();
     assert!(refused.contains("no such tensor; the nearest is \"tower.layers.0.self_attn.q_proj.weight\""), "{refused}");
 }
 
@@ -189,12 +194,12 @@ fn linear_and_conv1d_squares_are_told_apart_by_the_family_of_their_part() {
     // The adapter's config has the key of the module that PEFT adapted last, whichever that was.
     for fan_in_fan_out in [false, true] {
         let config = format!("{CONFIG},\"fan_in_fan_out\":{fan_in_fan_out}");
-        let found = merged(&place, &config, &keys, LowRankReading::default()).unwrap();
+        let found = merged(&place, &config, &keys, AdapterReading::default()).unwrap();
         assert_eq!((&found[vit][..], &found[gpt][..]), (&OUT_IN[..], &IN_OUT[..]));
     }
     // Without a config: `q_proj` is linear in every family, and of `c_proj` another weight tells, whose bias is as long as d_out.
     place.base(Dtype::F32, "{}", &[(vit, SQUARE, vec![0.0; 4]), (gpt, SQUARE, vec![0.0; 4])]);
-    let refused = merged(&place, CONFIG, &keys, LowRankReading::default()).unwrap_err();
+    let refused = merged(&place, CONFIG, &keys, AdapterReading::default()).unwrap_err();
     assert!(refused.contains("c_proj") && refused.contains("it is square, and neither its shape"), "{refused}");
     assert_eq!(merged(&place, CONFIG, &keys, asked("c_proj=in-out")).unwrap()[gpt], IN_OUT);
     assert_eq!(merged(&place, CONFIG, &keys, asked("c_proj=out-in")).unwrap()[gpt], OUT_IN);
@@ -205,7 +210,7 @@ fn linear_and_conv1d_squares_are_told_apart_by_the_family_of_their_part() {
         ("decoder.transformer.h.0.mlp.c_proj.bias", &[2], vec![0.0; 2]),
     ];
     place.base(Dtype::F32, "{}", beside);
-    assert_eq!(merged(&place, CONFIG, &keys, LowRankReading::default()).unwrap()[gpt], IN_OUT);
+    assert_eq!(merged(&place, CONFIG, &keys, AdapterReading::default()).unwrap()[gpt], IN_OUT);
 }
 
 /// gpt-oss: experts `[E, in, out]`, square; and Qwen3-VL's, whose hidden size is twice the intermediate size.
@@ -220,17 +225,17 @@ fn an_expert_of_its_own_is_merged_into_the_stack_the_right_way_round() {
         place.base(Dtype::F32, config, stack);
         for key in ["experts.1.down_proj", "experts.down_projs.1"] {
             let key = format!("model.layers.0.mlp.{key}");
-            let found = merged(&place, CONFIG, &[&key], LowRankReading::default()).unwrap();
+            let found = merged(&place, CONFIG, &[&key], AdapterReading::default()).unwrap();
             assert_eq!((&found[down][..4], &found[down][4..]), (&[0.0; 4][..], &IN_OUT[..]), "{key}");
         }
     }
     // Alone and of no known model it may be either.
     place.base(Dtype::F32, "{}", &[(down, &[2, 2, 2], vec![0.0; 8])]);
     let key = "model.layers.0.mlp.experts.1.down_proj";
-    let refused = merged(&place, CONFIG, &[key], LowRankReading::default()).unwrap_err();
+    let refused = merged(&place, CONFIG, &[key], AdapterReading::default()).unwrap_err();
     assert!(refused.contains("its experts are square"), "{refused}");
     assert_eq!(merged(&place, CONFIG, &[key], asked("down_proj=in-out")).unwrap()[down][4..], IN_OUT);
-    let all = LowRankReading { expert_axes: Some(Axes::InOut), ..LowRankReading::default() };
+    let all = AdapterReading { expert_axes: Some(Axes::InOut), ..AdapterReading::default() };
     assert_eq!(merged(&place, CONFIG, &[key], all).unwrap()[down][4..], IN_OUT);
 
     // [E, H, 2 I] with H = 2 I = 2: `up` has the last column of each row, and what lies beside it keeps every bit.
@@ -250,7 +255,7 @@ fn an_expert_of_its_own_is_merged_into_the_stack_the_right_way_round() {
 
     // gpt-oss alternates gate and up in its columns.
     place.base(Dtype::F32, r#"{"model_type":"gpt_oss"}"#, stack);
-    let found = merged(&place, CONFIG, &["model.layers.0.mlp.experts.0.up_proj"], LowRankReading::default()).unwrap();
+    let found = merged(&place, CONFIG, &["model.layers.0.mlp.experts.0.up_proj"], AdapterReading::default()).unwrap();
     assert_eq!(found[gate_up][..8], [0.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 6.0]);
 }
 
@@ -293,7 +298,7 @@ fn factors_of_a_square_stack_are_read_as_the_version_of_peft_has_them() {
     let config = format!("{CONFIG},\"target_parameters\":[\"down_proj\"],\"peft_version\":\"0.21.0\"");
     assert_eq!(place.merged(place.lora("a", &config, factors))[&expert(0)], OUT_IN);
     let config = format!("{CONFIG},\"target_parameters\":[\"mlp.experts.down_proj\"]");
-    let refused = said(place.merge(&[place.lora("a", &config, factors)], LowRankReading::default()));
+    let refused = said(place.merge(&[place.lora("a", &config, factors)], AdapterReading::default()));
     assert!(refused.contains("depends on the version of PEFT"), "{refused}");
 }
 
@@ -316,7 +321,7 @@ fn a_parameter_without_an_owner_is_merged_as_with_its_owner() {
     let of = |key: &str| {
         let config = format!("\"r\":2,\"lora_alpha\":2,\"target_parameters\":[\"{key}\"],\"peft_version\":\"0.21.0\"");
         let adapter = place.lora("a", &config, tensors);
-        let reading = LowRankReading { expert_order: Some(ExpertOrder::RankFirst), ..LowRankReading::default() };
+        let reading = AdapterReading { expert_order: Some(ExpertOrder::RankFirst), ..AdapterReading::default() };
         place.merge(&[adapter], reading).unwrap();
         read(&place.path("out"))
     };
@@ -331,11 +336,11 @@ fn modules_that_are_fused_on_one_side_only_share_their_rows() {
     let place = Place::new();
     let whole = "encoder.layer.0.mlp.weights_in.weight";
     place.base(Dtype::F32, r#"{"model_type":"dinov2"}"#, &[(whole, &[4, 2], vec![0.0; 8])]);
-    let found = merged(&place, CONFIG, &["encoder.layer.0.mlp.up_proj"], LowRankReading::default()).unwrap();
+    let found = merged(&place, CONFIG, &["encoder.layer.0.mlp.up_proj"], AdapterReading::default()).unwrap();
     assert_eq!((&found[whole][..4], &found[whole][4..]), (&[0.0; 4][..], &OUT_IN[..]));
     let [gate, up] = ["gate_proj", "up_proj"].map(|half| format!("model.layers.0.mlp.{half}.weight"));
     place.base(Dtype::F32, "{}", &[(&gate, &[1, 2], vec![0.0; 2]), (&up, &[1, 2], vec![0.0; 2])]);
-    let found = merged(&place, CONFIG, &["model.layers.0.mlp.gate_up_proj"], LowRankReading::default()).unwrap();
+    let found = merged(&place, CONFIG, &["model.layers.0.mlp.gate_up_proj"], AdapterReading::default()).unwrap();
     assert_eq!((&found[&gate][..], &found[&up][..]), (&OUT_IN[..2], &OUT_IN[2..]));
 }
 
@@ -408,9 +413,9 @@ fn every_family_is_asked_about_the_weights_that_it_ties() {
         let also = "model.encoder.layers.0.x.weight";
         place.base(Dtype::F32, config, &[(&name, TABLE, vec![0.0; 6]), (also, SQUARE, vec![0.0; 4])]);
         let adapter = place.lora("a", CONFIG, &borrowed(&embedding(key)));
-        let refused = said(place.merge(std::slice::from_ref(&adapter), LowRankReading::default()));
+        let refused = said(place.merge(std::slice::from_ref(&adapter), AdapterReading::default()));
         assert!(refused.contains("the model shares this weight"), "{config} {key}: {refused}");
-        place.merge(&[adapter], LowRankReading { tied_head: true, ..LowRankReading::default() }).unwrap();
+        place.merge(&[adapter], AdapterReading { tied_head: true, ..AdapterReading::default() }).unwrap();
         assert_eq!(read(&place.path("out"))[&name], CHANGED, "{config} {key}");
     }
 }
@@ -446,7 +451,7 @@ fn a_tied_weight_that_is_stored_twice_is_two_places_of_one_weight() {
     let config = r#"{"model_type":"llama","tie_word_embeddings":true}"#;
     let [embed, head] = ["model.embed_tokens.weight", "lm_head.weight"];
     place.base(Dtype::F32, config, &[(embed, TABLE, vec![0.0; 6]), (head, TABLE, vec![0.0; 6])]);
-    let tied = LowRankReading { tied_head: true, ..LowRankReading::default() };
+    let tied = AdapterReading { tied_head: true, ..AdapterReading::default() };
     let adapter = place.lora("a", CONFIG, &borrowed(&embedding("model.embed_tokens")));
     place.merge(std::slice::from_ref(&adapter), tied.clone()).unwrap();
     let found = read(&place.path("out"));
@@ -466,11 +471,11 @@ fn equal_copies_of_a_tied_weight_in_an_adapter_are_one_and_others_are_refused() 
     let both = |second: f32| -> Vec<(&str, &[u64], Vec<f32>)> {
         vec![(embed, TABLE, CHANGED.to_vec()), (head, TABLE, [&CHANGED[..5], &[second]].concat())]
     };
-    let report = place.merge(&[place.lora("same", &config, &both(30.0))], LowRankReading::default()).unwrap();
+    let report = place.merge(&[place.lora("same", &config, &both(30.0))], AdapterReading::default()).unwrap();
     assert_eq!(read(&place.path("out"))[embed], CHANGED);
     assert!(report.notes.iter().any(|note| note.contains("merged once")), "{:?}", report.notes);
     for tied_head in [false, true] {
-        let reading = LowRankReading { tied_head, ..LowRankReading::default() };
+        let reading = AdapterReading { tied_head, ..AdapterReading::default() };
         let refused = said(place.merge(&[place.lora("others", &config, &both(31.0))], reading));
         assert!(refused.contains("the adapter has different matrices for the two"), "{refused}");
     }

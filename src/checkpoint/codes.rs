@@ -175,6 +175,11 @@ struct Names<'a> {
 }
 
 impl Codes {
+    /// Those of plain tensors.
+    pub(super) const fn none() -> Self {
+        Self { weights: Vec::new(), by_end: OnceLock::new() }
+    }
+
     /// The coded weights among the tensors of `shards`; `config` is `config.json`.
     ///
     /// # Errors

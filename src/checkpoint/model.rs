@@ -57,7 +57,15 @@ pub struct TensorRef<'a> {
     codes: &'a Codes,
 }
 
+/// The coded weights of a file that has none.
+static NO_CODES: Codes = Codes::none();
+
 impl<'a> TensorRef<'a> {
+    /// A tensor of plain numbers in a file that is no checkpoint's shard.
+    pub fn of_file(shard: &'a Shard, info: &'a TensorInfo) -> Self {
+        Self { shard, shard_index: 0, info, codes: &NO_CODES }
+    }
+
     /// The bytes `range` of the tensor, in bytes from its start.
     pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
         self.shard.window(ctx, self.info, range)

@@ -106,6 +106,14 @@ impl Patcher {
         written.map_err(|e| CheckpointError::io("write", &self.path, e))
     }
 
+    /// Writes a run of bytes at `offset`.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`]; part of it may then be written.
+    pub fn write_run(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file.write_all_at(bytes, offset).map_err(|e| CheckpointError::io("write", &self.path, e))
+    }
+
     fn is_cold(&self, run: &Range<u64>) -> bool {
         self.io == Io::Direct || !is_cached(&self.file, run.start, (run.end - run.start) as usize)
     }

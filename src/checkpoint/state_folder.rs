@@ -130,14 +130,23 @@ impl StateFolder {
         let adapters = self.adapters();
         for (name, kind) in adapters.entries()? {
             let name = name.to_string_lossy();
-            if !kept.iter().any(|kept| *kept == name) && kind == EntryKind::File && is_own_copy(&name) {
-                adapters.remove(&name)?;
+            let is_kept = kept.iter().any(|kept| *kept == name);
+            match kind {
+                EntryKind::File if !is_kept && is_own_copy(&name) => adapters.remove(&name)?,
+                EntryKind::Folder if !is_kept && is_id(&name) => remove_copy(&adapters.inside(&name))?,
+                _ => {}
             }
+        }
+        if self.0.has(Self::LEDGER)? {
+            // What the ledger took the place of.
+            self.0.remove(Self::LOW_RANK)?;
+            self.0.remove(Self::ORIGINALS)?;
         }
         self.remove_leftovers(&adapters)?;
         if kept.is_empty() && self.0.open()?.is_some() {
-            self.0.remove(Self::LEDGER)?;
-            self.0.remove(Self::FILES)?;
+            for name in [Self::LOW_RANK, Self::ORIGINALS, Self::LEDGER, Self::FILES] {
+                self.0.remove(name)?;
+            }
             let _somebody_s_own = adapters.remove_if_empty()?;
             let _somebody_s_own = self.0.remove_if_empty()?;
             self.0.sync_above()?;
@@ -189,6 +198,21 @@ impl StateFolder {
     }
 }
 
+/// Removes a copy of an adapter that is a folder, so far as it is this program's.
+fn remove_copy(copy: &OwnFolder) -> Result<(), CheckpointError> {
+    for (name, kind) in copy.entries()? {
+        let name = name.to_string_lossy();
+        if kind == EntryKind::File && (COPIED.contains(&&*name) || is_temporary(&name)) {
+            copy.remove(&name)?;
+        }
+    }
+    let _somebody_s_own = copy.remove_if_empty()?;
+    Ok(())
+}
+
+/// The files of a copy that is a folder.
+const COPIED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 /// What the list of files says.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -215,8 +239,7 @@ pub(super) fn is_own_entry(path: &Path) -> bool {
         }
         [adapters, name] => adapters == StateFolder::ADAPTERS && (is_own_copy(name) || is_temporary(name)),
         [adapters, id, name] => {
-            let files = ["adapter_config.json", "adapter_model.safetensors"];
-            adapters == StateFolder::ADAPTERS && is_id(id) && (files.contains(&&**name) || is_temporary(name))
+            adapters == StateFolder::ADAPTERS && is_id(id) && (COPIED.contains(&&**name) || is_temporary(name))
         }
         _ => false,
     }

@@ -23,29 +23,31 @@ pub(super) fn adopt(
     env: &Env,
 ) -> anyhow::Result<(Vec<MergeInput>, Option<TempDir>)> {
     let ctx = env.context();
-    let (mut adopted, mut opened, mut folder) = (Vec::new(), None, None);
-    for (i, input) in inputs.into_iter().enumerate() {
-        let Some(foreign) = ForeignAdapter::open(&ctx, &input.adapter)? else {
+    let opened =
+        inputs.iter().map(|input| ForeignAdapter::open(&ctx, &input.adapter)).collect::<Result<Vec<_>, _>>()?;
+    if opened.iter().all(Option::is_none) {
+        return Ok((inputs, None));
+    }
+    let checkpoint = Checkpoint::open(base)?;
+    let remembered = Originals::open(&ctx, &checkpoint)?;
+    let originals = remembered.values()?;
+    let map = WeightMap::new(&checkpoint, answers.clone())?;
+    let folder = TempDir::with_prefix("neuroada-").context("cannot make a temporary folder")?;
+    let mut adopted = Vec::new();
+    for (i, (input, foreign)) in inputs.into_iter().zip(opened).enumerate() {
+        let Some(foreign) = foreign else {
             adopted.push(input);
             continue;
         };
-        if opened.is_none() {
-            let checkpoint = Checkpoint::open(base)?;
-            let originals = Originals::open(&ctx, &checkpoint)?;
-            opened = Some((checkpoint, originals));
-            folder = Some(TempDir::with_prefix("neuroada-").context("cannot make a temporary folder")?);
-        }
-        let ((checkpoint, originals), folder) = (opened.as_ref().expect("set"), folder.as_ref().expect("set"));
         let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let path = folder.path().join(format!("{i}-{name}.safetensors"));
         let notes = AdapterNotes::default();
-        let map = WeightMap::new(checkpoint, answers.clone())?;
-        let report = convert::import(&ctx, &foreign, &map, originals, &notes, &path, Existing::Keep)?;
+        let report = convert::import(&ctx, &foreign, &map, &originals, &notes, &path, Existing::Keep)?;
         if !report.exact {
             let (n, of) = (report.n_rounded, report.n_entries);
             env.note(&format!("{}: {n} of {of} deltas were rounded, as {} does it", name, report.from));
         }
         adopted.push(MergeInput { adapter: path, scale: input.scale });
     }
-    Ok((adopted, folder))
+    Ok((adopted, Some(folder)))
 }

@@ -8,8 +8,8 @@ use neuroada_ckpt::{
     backend::Merger,
     checkpoint::{Checkpoint, Existing, probe},
     merge::{
-        self, ExpertOrder, KeptOriginals, KindReport, LowRankOptions, LowRankReading, MergeError, MergeInput,
-        MergeOptions, MergeOutput, MergeReport, Undecided,
+        self, AdapterReading, ExpertOrder, KeptOriginals, KindReport, MergeError, MergeInput, MergeOptions,
+        MergeOutput, MergeReport, Undecided,
     },
     weights::Axes,
 };
@@ -53,9 +53,13 @@ pub(super) struct MergeArgs {
 /// What only low-rank adapters need.
 #[derive(Args)]
 struct LowRankArgs {
-    /// LoRA: keep all originals beside the result, so that undoing needs no base; as large as the tensors that change
+    /// LoRA: keep the originals of all tensors that change in the ledger, so that undoing needs no base; as large as those tensors
     #[arg(long, conflicts_with = "no_ledger")]
     keep_originals: bool,
+    /// LoRA in place, or on top of one: the checkpoint that everything is merged into, untouched; the ledger keeps hashes then, and
+    /// undoing, or recovering from a crash, needs it again
+    #[arg(long = "base", value_name = "PATH", id = "originals_base")]
+    originals: Option<PathBuf>,
     /// LoRA on stacks of experts: how the second factor is laid out, which its file does not tell; PEFT writes rank-first
     #[arg(long, value_enum, value_name = "ORDER")]
     expert_order: Option<ExpertOrderArg>,
@@ -80,12 +84,12 @@ enum ExpertOrderArg {
 }
 
 impl LowRankArgs {
-    fn reading(&self) -> LowRankReading {
+    fn reading(&self) -> AdapterReading {
         let order = |order| match order {
             ExpertOrderArg::RankFirst => ExpertOrder::RankFirst,
             ExpertOrderArg::ExpertFirst => ExpertOrder::ExpertFirst,
         };
-        LowRankReading {
+        AdapterReading {
             expert_order: self.expert_order.map(order),
             axes: self.axes.axes.clone(),
             expert_axes: self.expert_axes,
@@ -127,7 +131,7 @@ impl OutputArgs {
         self.output.is_none() && !self.dry_run
     }
 
-    pub(super) fn options(self, ledger: bool) -> MergeOptions {
+    pub(super) fn options(self, ledger: bool) -> MergeOptions<'static> {
         let output = match self.output {
             Some(path) => {
                 let existing = if self.force { Existing::Replace } else { Existing::Keep };
@@ -135,23 +139,7 @@ impl OutputArgs {
             }
             None => MergeOutput::InPlace { through_links: self.break_links },
         };
-        MergeOptions { output, dry_run: self.dry_run, allow_overflow: false }
-    }
-
-    /// The same for a low-rank merge of `path`, or for undoing one.
-    pub(super) fn low_rank_options(self, path: &Path, keep: KeptOriginals) -> anyhow::Result<LowRankOptions> {
-        let Some(output) = self.output else {
-            let what =
-                "low-rank adapters change every weight they touch: in place, the journal would be as large as those"
-                    .to_owned();
-            return Err(MergeError::Refused { path: path.to_owned(), what })
-                .hint("--output writes a new checkpoint instead");
-        };
-        if self.resume {
-            bail!("--resume is not there for low-rank adapters");
-        }
-        let existing = if self.force { Existing::Replace } else { Existing::Keep };
-        Ok(LowRankOptions { output, existing, keep, link: self.link, dry_run: self.dry_run, allow_overflow: false })
+        MergeOptions { dry_run: self.dry_run, ..MergeOptions::to(output) }
     }
 }
 
@@ -162,7 +150,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
     let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
     let recovers = args.output.is_in_place() && Checkpoint::open_interrupted(&args.base)?.interrupted()?.is_some();
     if recovers {
-        merge::recover(&env.context(), &args.base)?;
+        merge::recover(&env.context(), &args.base, args.low_rank.originals.as_deref())?;
     }
     let answer = merge_all(args, inputs, recovers, env);
     if recovers && answer.is_err() {
@@ -175,13 +163,10 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
     // The folder holds what was converted until it is merged.
     let (inputs, _folder) = adopt(&args.base, inputs, &args.low_rank.renames.answers(), env)?;
-    let is_low_rank = |input: &MergeInput| {
-        // Files are opened where they are merged.
-        if probe::is_folder(&input.adapter)? { merge::is_low_rank(&input.adapter) } else { Ok(false) }
-    };
+    // Sparse adapters are files.
     let mut any_low_rank = false;
     for input in &inputs {
-        any_low_rank |= is_low_rank(input)?;
+        any_low_rank |= probe::is_folder(&input.adapter)?;
     }
     #[cfg(feature = "cuda")]
     let gpu = if any_low_rank { env.gpu_merger()? } else { None };
@@ -189,20 +174,17 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     let merger = gpu.as_ref().map_or_else(Merger::cpu, Merger::gpu);
     #[cfg(not(feature = "cuda"))]
     let merger = Merger::cpu();
-    let merged = if any_low_rank {
-        let keep = match (args.no_ledger, args.low_rank.keep_originals) {
-            (true, _) => KeptOriginals::Nothing,
-            (false, true) => KeptOriginals::All,
-            (false, false) => KeptOriginals::Hashes,
-        };
-        let options = args.output.low_rank_options(&args.base, keep)?;
-        let options = LowRankOptions { allow_overflow: args.allow_overflow, ..options };
-        let reading = args.low_rank.reading();
-        merge::merge_low_rank(&env.context(), &args.base, &inputs, reading, merger, &options)
-    } else {
-        let options = MergeOptions { allow_overflow: args.allow_overflow, ..args.output.options(!args.no_ledger) };
-        merge::merge(&env.context(), &args.base, &inputs, &options)
+    let keep = if args.low_rank.keep_originals { KeptOriginals::Whole } else { KeptOriginals::Hashes };
+    let reading = args.low_rank.reading();
+    let options = MergeOptions {
+        allow_overflow: args.allow_overflow,
+        reading,
+        keep,
+        base: args.low_rank.originals,
+        merger,
+        ..args.output.options(!args.no_ledger)
     };
+    let merged = merge::merge(&env.context(), &args.base, &inputs, &options);
     let mut report = match merged {
         Err(e @ MergeError::AlreadyMerged { .. }) => {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
@@ -212,7 +194,10 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
             Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
         }
         Err(e @ MergeError::Unmatched { .. }) if any_low_rank && is_about_names(&e) => Err(e).hint(RENAME_HINT)?,
-        Err(e @ MergeError::HoldsLowRank { .. }) => Err(e).hint("merge all adapters at once into the base")?,
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        Err(e @ MergeError::KeepsNothing { .. }) => Err(e).hint(
+            "--keep-originals keeps them in the ledger; --base PATH names a checkpoint that has them; -o writes a new checkpoint",
+        )?,
         Err(MergeError::Undecided { ref open, .. }) => {
             let hint = match open {
                 Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT".to_owned(),
@@ -233,7 +218,7 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     if let Some(gpu) = gpu {
         tell_of_gpu(&gpu.counts(), env);
     }
-    if any_low_rank && report.ledger_bytes == 0 && !args.no_ledger {
+    if report.needs_base && any_low_rank {
         let size = bytes(report.bytes_checked);
         env.note(&format!("undoing needs the base; --keep-originals keeps what that takes, {size}, beside the result"));
     }

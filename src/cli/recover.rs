@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use neuroada_ckpt::merge::{self, Recovered};
+use neuroada_ckpt::merge::{self, MergeError, Recovered};
 use serde::Serialize;
 
-use super::{Answer, env::Env};
+use super::{Answer, env::Env, failure::Hint};
 
 /// Finish or roll back an interrupted change
 ///
@@ -16,6 +16,9 @@ use super::{Answer, env::Env};
 pub(super) struct RecoverArgs {
     /// Directory or .safetensors file of the checkpoint
     path: PathBuf,
+    /// Where the change was made with --base: that checkpoint
+    #[arg(short, long, value_name = "PATH")]
+    base: Option<PathBuf>,
 }
 
 #[derive(Serialize)]
@@ -24,7 +27,10 @@ struct RecoverReport {
 }
 
 pub(super) fn run(args: RecoverArgs, env: &Env) -> anyhow::Result<Answer> {
-    let outcome = merge::recover(&env.context(), &args.path)?;
+    let outcome = match merge::recover(&env.context(), &args.path, args.base.as_deref()) {
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        outcome => outcome?,
+    };
     env.report_work(&RecoverReport { outcome }, |report, page| {
         page.line(match report.outcome {
             Recovered::Nothing => "nothing to recover",

@@ -6,9 +6,9 @@ use std::{
 use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterId},
+    adapter::AdapterId,
     checkpoint::{Checkpoint, probe},
-    merge::{self, KeptOriginals, MergeError, MergeOptions, Which},
+    merge::{self, MergeError, MergeOptions, Which},
 };
 
 use super::{
@@ -29,7 +29,7 @@ pub(super) struct UnmergeArgs {
     /// Adapter to take out: its id or the beginning of it, or its file; may be given several times [default: all]
     #[arg(short, long = "adapter", value_name = "ID|FILE")]
     adapters: Vec<String>,
-    /// After a merge of LoRA adapters that kept no originals: the checkpoint it was made from; --output is needed then
+    /// After a merge of LoRA adapters that kept no originals: the checkpoint it was made from
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
     #[command(flatten)]
@@ -42,19 +42,10 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
     } else {
         Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<anyhow::Result<_>>()?)
     };
-    let report = if merge::holds_low_rank(&args.path)? {
-        let options = args.output.low_rank_options(&args.path, KeptOriginals::Hashes)?;
-        let undone = merge::undo_low_rank(&env.context(), &args.path, &which, args.base.as_deref(), &options);
-        match undone {
-            Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
-            undone => undone?,
-        }
-    } else {
-        if args.base.is_some() {
-            bail!("--base is for checkpoints that LoRA adapters were merged into; this one has a ledger, or nothing");
-        }
-        let options: MergeOptions = args.output.options(true);
-        merge::unmerge(&env.context(), &args.path, &which, &options)?
+    let options = MergeOptions { base: args.base, ..args.output.options(true) };
+    let report = match merge::unmerge(&env.context(), &args.path, &which, &options) {
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        undone => undone?,
     };
     tell(&report, env)?;
     Ok(Answer::Yes)
@@ -65,14 +56,9 @@ fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
     if let Ok(id) = AdapterId::from_str(text) {
         return Ok(id);
     }
-    if probe::is_folder(Path::new(text))? {
-        return Ok(merge::adapter_id(&env.context(), Path::new(text))?);
-    }
     let is_hex = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if !is_hex || probe::is_present(Path::new(text))? {
-        let adapter = Adapter::open(Path::new(text))?;
-        // A packed adapter says its id; reading all of it could take its base.
-        return Ok(adapter.claimed_id().map_or_else(|| adapter.id(&env.context()), Ok)?);
+        return Ok(merge::adapter_id(&env.context(), Path::new(text))?);
     }
     let summary = merge::ledger_summary(&Checkpoint::open_interrupted(path)?)?;
     let active = summary.map(|summary| summary.active).unwrap_or_default();

@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::merge::{self, VerifyOptions, VerifyReport};
 
@@ -29,14 +28,8 @@ pub(super) struct VerifyArgs {
 
 pub(super) fn run(args: VerifyArgs, env: &Env) -> anyhow::Result<Answer> {
     let adapters: Vec<_> = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<_>>()?;
-    let report = if merge::holds_low_rank(&args.path)? {
-        if !args.adapters.is_empty() {
-            bail!("a checkpoint with a record of its merge knows its adapters; leave them out");
-        }
-        merge::verify_low_rank(&env.context(), &args.path, args.base.as_deref())?
-    } else {
-        merge::verify(&env.context(), &args.path, &VerifyOptions { base: args.base, adapters })?
-    };
+    let options = VerifyOptions { base: args.base, adapters, ..VerifyOptions::default() };
+    let report = merge::verify(&env.context(), &args.path, &options)?;
     env.report(&report, print)?;
     Ok(if report.ok { Answer::Yes } else { Answer::No })
 }

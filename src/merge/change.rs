@@ -1,23 +1,23 @@
 //! From one set of active adapters to another: first everything is checked, then the weights are patched.
 //!
 //! A weight's value is a pure function of its original and the active adapters. A change therefore needs no memory of how
-//! a checkpoint came to be: examining it ([`Change::examine`](super::examine)) compares what lies on disk with what `before`
-//! says, proves the adapters' anchors and records the originals that `after` needs; [`patch`] writes what `after` says.
-//! Rolling back is [`patch`] in the other direction, and both may be repeated.
+//! a checkpoint came to be: examining it ([`Examination`](super::examine::Examination)) compares what lies on disk with what `before`
+//! says, proves the adapters' anchors and records the originals that `after` needs; [`patch`](super::patch::patch) writes what `after`
+//! says. Rolling back is patching in the other direction, and both may be repeated.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeSet, ops::Range};
 
 use super::{
-    MergeError,
-    ledger::GROUP_ROWS,
-    stack::{Active, Stack, StackRows},
+    KeptOriginals, MergeError,
+    compute::{Computer, Prepared, row_blocks},
+    ledger::{GROUP_ROWS, Kept},
+    plan::Target,
+    stack::{Stack, StackRows},
 };
 use crate::{
-    backend::{merged_values, pick, union_columns},
-    checkpoint::{Checkpoint, Context, Patcher, Place, Printable, TensorRef, for_each_ordered},
-    mask::TargetInfo,
+    backend::{pick, union_columns},
+    checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
     tensor::{RowColumns, RowLayout, dtype_name},
-    weights::{Answers, Unplaced, WeightMap},
 };
 
 /// Chosen columns in one block of rows, about.
@@ -26,193 +26,308 @@ const BLOCK_COLUMNS: u64 = 1 << 16;
 /// A step from one stack to another on one checkpoint.
 pub(super) struct Change<'a> {
     pub(super) checkpoint: &'a Checkpoint,
-    pub(super) before: &'a Stack,
-    pub(super) after: &'a Stack,
+    pub(super) before: &'a Stack<'a>,
+    pub(super) after: &'a Stack<'a>,
+    /// Where originals are of which the ledgers have hashes alone.
+    pub(super) base: Option<&'a Checkpoint>,
+    /// What is kept of tensors that come to be changed as a whole.
+    pub(super) keep: KeptOriginals,
+    pub(super) computer: &'a Computer<'a>,
 }
 
 /// A tensor that some adapter before or after the change touches.
 #[derive(Clone, Copy)]
 pub(super) struct Touched<'a> {
-    pub(super) name: &'a str,
     pub(super) tensor: TensorRef<'a>,
-    pub(super) layout: RowLayout,
+    pub(super) before: Option<&'a Target<'a>>,
+    pub(super) after: Option<&'a Target<'a>>,
+    pub(super) work: Work,
+    /// Where its original is.
+    pub(super) origin: Origin<'a>,
+}
+
+/// How a touched tensor is worked on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Work {
+    /// At the positions that adapters chose.
+    Positions(RowLayout),
+    /// Row by row, as a matrix of so many rows and columns.
+    Rows { n_rows: u64, n_columns: u64 },
+    /// Not at all: the same adapters change it as a whole, before and after.
+    Nothing { n_rows: u64, n_columns: u64 },
+}
+
+/// Where the original of a tensor is.
+#[derive(Clone, Copy)]
+pub(super) enum Origin<'a> {
+    /// In the checkpoint, but for the positions of which the ledger keeps it.
+    Here,
+    /// In the ledger.
+    Ledger(TensorRef<'a>),
+    /// In the base.
+    Base(TensorRef<'a>),
+}
+
+impl<'a> Touched<'a> {
+    pub(super) fn name(&self) -> &'a str {
+        &self.tensor.info.name
+    }
+    /// The same for the change backwards.
+    pub(super) fn backwards(&self) -> Self {
+        Self { before: self.after, after: self.before, ..*self }
+    }
+    /// Bytes of a row, in the layout of its work.
+    pub(super) fn row_bytes(&self) -> u64 {
+        self.tensor.info.n_bytes() / self.n_rows()
+    }
+    pub(super) fn n_rows(&self) -> u64 {
+        match self.work {
+            Work::Positions(layout) => layout.n_rows(),
+            Work::Rows { n_rows, .. } | Work::Nothing { n_rows, .. } => n_rows,
+        }
+    }
+    /// Whether the ledger before keeps it at positions, and rows of it lie as they are stored.
+    fn keeps_positions(&self, change: &Change<'_>) -> bool {
+        matches!(change.before.kept(self.name()), Some(Kept::Positions(_)))
+    }
 }
 
 impl<'a> Change<'a> {
-    /// Every tensor that is touched before or after.
+    /// Every tensor that is touched before or after, by name.
     ///
     /// # Errors
-    /// [`MergeError::Unmatched`] lists all tensors of an adapter that the checkpoint does not have as the adapter needs them.
+    /// [`MergeError::NeedsBase`] where an original is needed that neither the ledger nor a given base has; [`MergeError::Refused`] where
+    /// the base that was given does not have it.
     pub(super) fn touched(&self) -> Result<Vec<Touched<'a>>, MergeError> {
-        // What was merged before is not matched again.
-        let is_new = |active: &Active| !self.before.active.iter().any(|before| before.id == active.id);
-        let map = match self.after.active.iter().any(is_new) {
-            true => Some(WeightMap::new(self.checkpoint, Answers::default())?),
-            false => None,
+        let names: BTreeSet<&'a str> = self.before.targets.keys().chain(self.after.targets.keys()).copied().collect();
+        names.into_iter().map(|name| self.touched_one(name)).collect()
+    }
+
+    /// The touched tensor of this name, where it is one.
+    pub(super) fn touched_named(&self, name: &str) -> Result<Option<Touched<'a>>, MergeError> {
+        let keys = self.before.targets.get_key_value(name).or_else(|| self.after.targets.get_key_value(name));
+        keys.map(|(&name, _)| self.touched_one(name)).transpose()
+    }
+
+    fn touched_one(&self, name: &'a str) -> Result<Touched<'a>, MergeError> {
+        let (before, after) = (self.before.targets.get(name), self.after.targets.get(name));
+        let target = before.or(after).expect("it is a name of one of them");
+        let is_whole = matches!(self.before.kept(name), Some(Kept::Hash(_) | Kept::Whole(_)));
+        let (n_rows, n_columns) = (target.n_rows, target.n_columns);
+        let positions = match (before.filter(|_| !is_whole), after) {
+            _ if is_whole => None,
+            (_, Some(after)) => after.positions(),
+            (Some(before), None) => before.positions(),
+            (None, None) => None,
         };
-        let mut touched: BTreeMap<&str, Touched<'a>> = BTreeMap::new();
-        for active in self.before.active.iter().chain(&self.after.active) {
-            let mut problems = Vec::new();
-            // What an earlier version merged can be taken out again, whatever it is.
-            let map = map.as_ref().filter(|_| is_new(active));
-            for target in active.adapter.targets() {
-                match self.match_target(map, target) {
-                    Ok(tensor) => {
-                        let layout = target.layout;
-                        let first =
-                            touched.entry(&target.name).or_insert(Touched { name: &target.name, tensor, layout });
-                        if first.layout != layout {
-                            problems
-                                .push(format!("\"{}\": another adapter reads it transposed", Printable(&target.name)));
-                        }
-                    }
-                    Err(problem) => problems.push(format!("\"{}\": {problem}", Printable(&target.name))),
+        let is_same = before.zip(after).is_some_and(|(before, after)| before.is_same_as(after));
+        let work = match positions {
+            Some(layout) => Work::Positions(layout),
+            None if is_whole && is_same => Work::Nothing { n_rows, n_columns },
+            None => Work::Rows { n_rows, n_columns },
+        };
+        let origin = self.origin(name, target.tensor, work)?;
+        Ok(Touched { tensor: target.tensor, before, after, work, origin })
+    }
+
+    fn origin(&self, name: &'a str, tensor: TensorRef<'a>, work: Work) -> Result<Origin<'a>, MergeError> {
+        match self.before.kept(name) {
+            // Merged, as far as is known; but nothing remembers it, so the base does.
+            None if self.before.ledger.is_none() && self.before.targets.contains_key(name) => {
+                self.in_base(tensor).map(Origin::Base)
+            }
+            None | Some(Kept::Positions(_)) => Ok(Origin::Here),
+            Some(Kept::Whole(_)) => {
+                let (shard, info) = self.before.whole(name).expect("checked when the ledger was opened");
+                Ok(Origin::Ledger(TensorRef::of_file(shard, info)))
+            }
+            Some(Kept::Hash(_)) if matches!(work, Work::Nothing { .. }) && self.base.is_none() => Ok(Origin::Here),
+            Some(Kept::Hash(_)) => self.in_base(tensor).map(Origin::Base),
+        }
+    }
+
+    /// The base's tensor.
+    pub(super) fn in_base(&self, tensor: TensorRef<'_>) -> Result<TensorRef<'a>, MergeError> {
+        let Some(base) = self.base else {
+            let base = self.before.ledger.map_or_else(String::new, |ledger| ledger.document().base.clone());
+            return Err(MergeError::NeedsBase { path: self.checkpoint.root().to_owned(), base });
+        };
+        let wrong = |what: String| MergeError::Refused {
+            path: base.root().to_owned(),
+            what: format!("\"{}\": {what}: not the base of this merge", Printable(&tensor.info.name)),
+        };
+        let found = base.tensor(&tensor.info.name).ok_or_else(|| wrong("there is no such tensor".to_owned()))?;
+        match found.info.is_like(tensor.info) {
+            true => Ok(found),
+            false => Err(wrong(format!("it is {} {:?}", dtype_name(found.info.dtype), found.info.shape))),
+        }
+    }
+
+    /// Reads the originals of a run of a tensor's rows.
+    pub(super) fn original_rows(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        rows: &Range<u64>,
+    ) -> Result<Vec<u8>, MergeError> {
+        let row_bytes = touched.row_bytes();
+        let range = rows.start * row_bytes..rows.end * row_bytes;
+        let tensor = match touched.origin {
+            Origin::Here => touched.tensor,
+            Origin::Ledger(tensor) | Origin::Base(tensor) => tensor,
+        };
+        let window = tensor.window(ctx, range)?;
+        let mut bytes = window.to_vec();
+        tensor.shard.confirm(&window)?;
+        self.lay_under(ctx, touched, rows, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Puts what the ledger keeps of single elements into `bytes`, the tensor's own `rows`.
+    pub(super) fn lay_under(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        rows: &Range<u64>,
+        bytes: &mut [u8],
+    ) -> Result<(), MergeError> {
+        if !matches!(touched.origin, Origin::Here) || !touched.keeps_positions(self) {
+            return Ok(());
+        }
+        let width = touched.tensor.info.dtype.bitsize() / 8;
+        let layout = touched.before.and_then(Target::positions).expect("positions are kept of what has them");
+        let (start, end) = (rows.start * touched.row_bytes(), rows.end * touched.row_bytes());
+        // The layout's rows are those of the matrix, or its columns: then all of them reach into these rows.
+        let blocks = match layout.transposed {
+            false => {
+                let start = rows.start / GROUP_ROWS * GROUP_ROWS;
+                vec![start..rows.end.next_multiple_of(GROUP_ROWS).min(layout.n_rows())]
+            }
+            true => blocks_of(ctx, touched, layout, &[self.before]).collect(),
+        };
+        for block in blocks {
+            let Some(before) = self.before.rows(ctx, touched.name(), &block)? else { continue };
+            let recorded = self.recorded(ctx, touched, layout, &block, &before)?;
+            for (row, column, at) in positions(&before.touched) {
+                let place = layout.flat(block.start + row as u64, u64::from(column)) * width as u64;
+                if (start..end).contains(&place) {
+                    let place = (place - start) as usize;
+                    bytes[place..place + width].copy_from_slice(&recorded[at * width..(at + 1) * width]);
                 }
             }
-            if !problems.is_empty() {
-                return Err(MergeError::Unmatched {
-                    adapter: active.adapter.path().to_owned(),
-                    base: self.checkpoint.name(),
-                    n_targets: active.adapter.targets().len(),
-                    problems,
-                });
+        }
+        Ok(())
+    }
+
+    /// The originals of the positions that `before` touches in `rows`.
+    pub(super) fn recorded(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        layout: RowLayout,
+        rows: &Range<u64>,
+        before: &StackRows,
+    ) -> Result<Vec<u8>, MergeError> {
+        match (self.before.kept(touched.name()), touched.origin) {
+            (Some(Kept::Positions(_)), _) => {
+                let ledger = self.before.ledger.expect("it keeps something");
+                ledger.originals(touched.name(), rows.clone(), before.touched.nnz())
+            }
+            (_, Origin::Ledger(tensor) | Origin::Base(tensor)) => {
+                Ok(gather_rows(ctx, tensor, layout, rows.start, &before.touched)?)
+            }
+            (_, Origin::Here) => unreachable!("what was changed has its original elsewhere"),
+        }
+    }
+
+    /// What has to be known of a tensor before rows of it can be computed as `target` says.
+    pub(super) fn prepare<'t>(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        target: &'t Target<'t>,
+    ) -> Result<Prepared<'t>, MergeError> {
+        Prepared::new(ctx, target, &|rows| self.original_rows(ctx, touched, rows))
+    }
+
+    /// A tensor's rows in blocks: of about as many chosen columns, or elements, as make a window.
+    pub(super) fn blocks(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+    ) -> Box<dyn Iterator<Item = Range<u64>> + Send> {
+        match touched.work {
+            Work::Positions(layout) => Box::new(blocks_of(ctx, touched, layout, &[self.before, self.after])),
+            Work::Rows { n_rows, n_columns } | Work::Nothing { n_rows, n_columns } => {
+                Box::new(row_blocks(ctx, n_rows, n_columns))
             }
         }
-        Ok(touched.into_values().collect())
     }
-
-    /// Why a target has no tensor, with the names that are most like its own.
-    fn nearest(&self, map: &WeightMap<'a>, target: &TargetInfo) -> String {
-        match map.find(&target.name, |_| false) {
-            Err(Unplaced::Shape { name, .. }) if name != target.name => {
-                format!("the base has no such tensor; the nearest is \"{}\"", Printable(&name))
-            }
-            Err(unplaced @ (Unplaced::Missing { .. } | Unplaced::Coded(_))) => map.explain(&target.name, &unplaced),
-            _ => "the base has no such tensor".to_owned(),
-        }
-    }
-
-    /// The tensor of a target; `map` is there for those of new adapters.
-    fn match_target(&self, map: Option<&WeightMap<'a>>, target: &TargetInfo) -> Result<TensorRef<'a>, String> {
-        let tensor = match map {
-            Some(map) => {
-                let tensor = self.checkpoint.numbers(&target.name).map_err(|_| self.nearest(map, target))?;
-                if let Some(tie) = map.tie(&target.name).filter(|tie| tie.stored.len() > 1) {
-                    return Err(format!(
-                        "the model shares this weight ({}), and the checkpoint stores it {} times: a sparse merge would change one of \
-                         the copies; remove the others first",
-                        tie.uses(),
-                        tie.stored.len()
-                    ));
-                }
-                tensor
-            }
-            None => self.checkpoint.tensor(&target.name).ok_or("the base has no such tensor")?,
-        };
-        if tensor.info.shape != target.shape {
-            return Err(format!("adapter was made for {:?}, base has {:?}", target.shape, tensor.info.shape));
-        }
-        if tensor.info.dtype != target.dtype {
-            return Err(format!(
-                "adapter was made for {}, base has {}",
-                dtype_name(target.dtype),
-                dtype_name(tensor.info.dtype)
-            ));
-        }
-        Ok(tensor)
-    }
-}
-
-/// Writes what `after` says at every position that `before` or `after` touches; `files` are the shards, open for writing,
-/// in the checkpoint's order, `None` for those that may not be written.
-///
-/// The result depends on the two ledgers alone, not on what the shards hold: it may be repeated, and undone by exchanging
-/// `before` and `after`. The shards are synced at the end.
-pub(super) fn patch(
-    ctx: &Context<'_>,
-    touched: &[Touched<'_>],
-    files: &[Option<Patcher>],
-    before: &Stack,
-    after: &Stack,
-) -> Result<(), MergeError> {
-    ctx.observer.begin("patching", touched.iter().map(|t| t.tensor.info.n_bytes()).sum());
-    let blocks =
-        touched.iter().flat_map(|target| row_blocks(ctx, target, &[before, after]).map(move |rows| (target, rows)));
-    for_each_ordered(
-        ctx,
-        blocks,
-        |(target, rows)| {
-            let write = files[target.tensor.shard_index].as_ref().map_or(0, Patcher::write_cost);
-            before.rows_bytes(ctx, target.name, rows) + after.rows_bytes(ctx, target.name, rows) + write
-        },
-        |(target, rows)| {
-            let file = files[target.tensor.shard_index].as_ref().expect("touched shards are open for writing");
-            patch_block(ctx, target, rows, file, before, after)
-        },
-        |_, ()| Ok::<_, MergeError>(()),
-    )?;
-    for file in files.iter().flatten() {
-        file.sync()?;
-    }
-    Ok(())
-}
-
-fn patch_block(
-    ctx: &Context<'_>,
-    target: &Touched<'_>,
-    rows: &Range<u64>,
-    file: &Patcher,
-    before: &Stack,
-    after: &Stack,
-) -> Result<(), MergeError> {
-    let Touched { name, tensor, layout } = *target;
-    let dtype = tensor.info.dtype;
-    let width = dtype.bitsize() / 8;
-    let before_rows = before.rows(ctx, name, rows)?;
-    let after_rows = after.rows(ctx, name, rows)?;
-    let all = touched_by_either(before_rows.as_ref(), after_rows.as_ref());
-    let mut values = vec![0; all.nnz() * width];
-    for (stack, rows_of) in [(before, &before_rows), (after, &after_rows)] {
-        if let Some(rows_of) = rows_of {
-            let originals = stack.originals(name, rows, &rows_of.touched)?;
-            put(&all, &mut values, width, &rows_of.touched, &originals);
-        }
-    }
-    if let Some(after) = &after_rows {
-        let originals = pick(&all, &values, width, &after.touched);
-        let (merged, _) = merged_values(dtype, &after.layers(), &after.touched, &originals);
-        put(&all, &mut values, width, &after.touched, &merged);
-    }
-    let place =
-        |row: u64, column: u64| tensor.shard.file_range(tensor.info).start + layout.flat(row, column) * width as u64;
-    let mut places: Vec<Place> =
-        positions(&all).map(|(row, column, at)| (place(rows.start + row as u64, u64::from(column)), at)).collect();
-    places.sort_unstable();
-    // Transposed rows lie between those of other blocks.
-    let own = match layout.transposed {
-        true => 0..0,
-        false => place(rows.start, 0)..place(rows.end - 1, layout.d_in - 1) + width as u64,
-    };
-    file.write(own, &places, &values, width)?;
-    ctx.observer.advance((rows.end - rows.start) * tensor.info.n_bytes() / layout.n_rows());
-    Ok(())
 }
 
 /// A tensor's rows in blocks that begin at multiples of 64 and hold about [`BLOCK_COLUMNS`] of the positions that `stacks` touch.
-pub(super) fn row_blocks(
+pub(super) fn blocks_of(
     ctx: &Context<'_>,
-    target: &Touched<'_>,
-    stacks: &[&Stack],
+    touched: &Touched<'_>,
+    layout: RowLayout,
+    stacks: &[&Stack<'_>],
 ) -> impl Iterator<Item = Range<u64>> + Send + use<> {
-    let n_rows = target.layout.n_rows();
-    let nnz: u64 = stacks.iter().map(|stack| stack.nnz(target.name)).sum();
+    let (n_rows, name) = (layout.n_rows(), touched.name());
+    let nnz: u64 = stacks.iter().map(|stack| stack.nnz(name)).sum();
     let by_columns = n_rows.saturating_mul(BLOCK_COLUMNS) / nnz.max(1);
     // Should all of them lie close together, a few blocks still fit side by side.
-    let in_a_row: u64 = stacks.iter().map(|stack| stack.max_row_bytes(target.name)).sum();
+    let in_a_row: u64 = stacks.iter().map(|stack| stack.max_row_bytes(name)).sum();
     let by_memory = ctx.pass_bytes() / 4 / in_a_row.max(1);
-    let by_bytes = n_rows.saturating_mul(ctx.window_bytes()) / target.tensor.info.n_bytes().max(1);
+    let by_bytes = n_rows.saturating_mul(ctx.window_bytes()) / touched.tensor.info.n_bytes().max(1);
     let step = by_columns.min(by_bytes).min(by_memory).next_multiple_of(GROUP_ROWS).max(GROUP_ROWS);
     (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
+}
+
+/// The values beneath a change, at chosen positions.
+pub(super) struct Beneath<'c> {
+    pub(super) change: &'c Change<'c>,
+    pub(super) touched: &'c Touched<'c>,
+}
+
+impl BaseValues for Beneath<'_> {
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        let rows = first_row..first_row + columns.n_rows() as u64;
+        let from = match self.touched.origin {
+            Origin::Ledger(tensor) | Origin::Base(tensor) => {
+                return gather_rows(ctx, tensor, layout, first_row, columns);
+            }
+            Origin::Here => tensor,
+        };
+        if !self.touched.keeps_positions(self.change) {
+            return gather_rows(ctx, from, layout, first_row, columns);
+        }
+        let before = &self.change.before;
+        let Some(merged) = before.rows(ctx, self.touched.name(), &rows).map_err(file_error)? else {
+            return gather_rows(ctx, from, layout, first_row, columns);
+        };
+        let recorded = self.change.recorded(ctx, self.touched, layout, &rows, &merged).map_err(file_error)?;
+        let all = union_columns(&[&merged.touched, columns]);
+        let width = tensor.info.dtype.bitsize() / 8;
+        let mut values = gather_rows(ctx, from, layout, first_row, &all)?;
+        put(&all, &mut values, width, &merged.touched, &recorded);
+        Ok(pick(&all, &values, width, columns))
+    }
+}
+
+/// An error about the ledger's file as one about a file.
+pub(super) fn file_error(error: MergeError) -> CheckpointError {
+    match error {
+        MergeError::Checkpoint(error) => error,
+        MergeError::BadLedger { path, what } => CheckpointError::BadFile { path, what },
+        other => CheckpointError::io("read", "the ledger".as_ref(), std::io::Error::other(other.to_string())),
+    }
 }
 
 pub(super) fn touched_by_either(before: Option<&StackRows>, after: Option<&StackRows>) -> RowColumns {

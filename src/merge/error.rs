@@ -9,7 +9,7 @@ use crate::{
     mask::MaskError,
 };
 
-/// What a low-rank adapter may leave open, by the field of [`super::LowRankReading`] that says it.
+/// What a low-rank adapter may leave open, by the field of [`super::AdapterReading`] that says it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Undecided {
     /// `expert_order`
@@ -76,12 +76,14 @@ pub enum MergeError {
         id: AdapterId,
     },
     /// Weights that a merge wrote were changed since by somebody else.
-    #[error("{}: {n_changed} weights are not what the merges recorded in its ledger left there:{}", Printable::path(.path), indented_list(.examples))]
+    #[error("{}: {} not what the merges recorded in its ledger left there:{}", Printable::path(.path), how_many(*.n_changed, *.n_tensors), indented_list(.examples))]
     Tampered {
         /// The checkpoint.
         path: PathBuf,
-        /// How many.
+        /// Single weights.
         n_changed: u64,
+        /// Whole tensors.
+        n_tensors: u64,
         /// The first of them.
         examples: Vec<String>,
     },
@@ -132,15 +134,9 @@ pub enum MergeError {
         /// How many there are in all tensors.
         n_overflowed: u64,
     },
-    /// The checkpoint holds a low-rank merge, on which nothing else can be merged.
-    #[error("{}: holds a low-rank merge, which is undone, or merged anew with others, from its base", Printable::path(.path))]
-    HoldsLowRank {
-        /// The checkpoint.
-        path: PathBuf,
-    },
-    /// A low-rank merge kept no originals.
+    /// Of tensors that were changed as a whole hashes alone were kept.
     #[error(
-        "{}: a low-rank merge changed every weight it touched and kept no originals; its base {} is needed",
+        "{}: of tensors that merges changed as a whole its ledger keeps hashes alone; its base {} is needed",
         Printable::path(.path),
         Printable(.base)
     )]
@@ -149,6 +145,17 @@ pub enum MergeError {
         path: PathBuf,
         /// The name of the base.
         base: String,
+    },
+    /// In place, tensors would be overwritten as a whole, and their originals would be nowhere.
+    #[error(
+        "{}: in place, the adapters change whole tensors, {n_bytes} bytes, and their originals would be kept nowhere",
+        Printable::path(.path)
+    )]
+    KeepsNothing {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What keeping them takes.
+        n_bytes: u64,
     },
     /// The ledger or the journal is not what was written.
     #[error("{}: {what}", Printable::path(.path))]
@@ -170,6 +177,15 @@ pub enum MergeError {
     },
 }
 
+fn how_many(n_weights: u64, n_tensors: u64) -> String {
+    match (n_weights, n_tensors) {
+        (n, 0) => format!("{n} weights are"),
+        (0, 1) => "1 tensor is".to_owned(),
+        (0, n) => format!("{n} tensors are"),
+        (n, m) => format!("{n} weights and {m} whole tensors are"),
+    }
+}
+
 impl MergeError {
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
@@ -189,8 +205,8 @@ impl MergeError {
             | Self::Refused { .. }
             | Self::Undecided { .. }
             | Self::Overflow { .. }
-            | Self::HoldsLowRank { .. }
-            | Self::NeedsBase { .. } => ErrorKind::Refused,
+            | Self::NeedsBase { .. }
+            | Self::KeepsNothing { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
             Self::RollbackFailed { .. } => ErrorKind::Interrupted,
         }

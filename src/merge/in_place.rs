@@ -2,23 +2,28 @@
 //!
 //! The protocol, each step durable before the next:
 //!
-//! 1. lock; check everything; write `adapters/ID.safetensors` and `ledger.new`
+//! 1. lock; check everything; write the copies of the adapters and `ledger.new`
 //! 2. write `txn`: from here on a crash needs recovery
 //! 3. patch the shards, sync them
 //! 4. rename `ledger.new` to `ledger`: the commit
 //! 5. remove `txn`, then what no ledger needs
 //!
 //! A crash before 2 changed no weight. A crash between 2 and 4 leaves weights of both states; both ledgers and all
-//! adapters are on disk, so recovery writes the old state. A crash after 4 leaves the new state, all of it on disk. `ledger.new` goes
-//! after `txn`, and durably so: `txn` without it means that somebody else took it away.
+//! adapters are on disk, and originals of which the ledgers have hashes alone are in the base, so recovery writes the old state. A crash
+//! after 4 leaves the new state, all of it on disk. `ledger.new` goes after `txn`, and durably so: `txn` without it means that somebody
+//! else took it away.
+
+use std::collections::BTreeMap;
 
 use super::{
-    MergeError, MergeReport,
-    apply::{judge_all, report},
-    change::{Change, Touched, patch},
+    KeptOriginals, MergeError, MergeReport,
+    change::{Change, Touched, Work},
     journal::Journal,
-    ledger::{Ledger, LedgerWriter},
-    stack::{Stack, copy_name},
+    ledger::{Kept, Ledger, LedgerDocument, LedgerWriter},
+    out_of_place::state_bytes,
+    patch::patch,
+    report::report,
+    stack::{Remembered, Stack},
 };
 use crate::checkpoint::{
     Checkpoint, CheckpointError, CheckpointLock, Context, EntryKind, Patcher, Shard, Silent, StateFolder,
@@ -39,17 +44,10 @@ pub(super) fn begin(checkpoint: &Checkpoint, through_links: bool) -> Result<Chec
 
 /// Gives every touched shard that other paths lead to a file of its own, when everything was checked; says whether there was one. The
 /// checkpoint must be opened anew then.
-pub(super) fn break_links(
-    ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
-    before: &Stack,
-    after: &Stack,
-    allow_overflow: bool,
-) -> Result<bool, MergeError> {
-    let change = Change { checkpoint, before, after };
+pub(super) fn break_links(ctx: &Context<'_>, change: &Change<'_>, allow_overflow: bool) -> Result<bool, MergeError> {
     let touched = change.touched()?;
     let mut shared: Vec<&Shard> = Vec::new();
-    for (_, shard) in touched_shards(checkpoint, &touched) {
+    for (_, shard) in touched_shards(change.checkpoint, &touched) {
         if probe::entry_kind(shard.path())? == Some(EntryKind::Link) || shard.n_names()? > 1 {
             shared.push(shard);
         }
@@ -57,8 +55,10 @@ pub(super) fn break_links(
     if shared.is_empty() {
         return Ok(false);
     }
-    let findings = change.examine(ctx, &touched, None)?;
-    judge_all(&change, &findings, allow_overflow)?;
+    check_kept(change, &touched)?;
+    change
+        .examine(ctx, &touched, &change.bounds_if(ctx, &touched, allow_overflow)?, None)?
+        .judge(change, allow_overflow)?;
     let n_bytes = shared.iter().map(|shard| shard.file_bytes()).sum();
     check_free_space(folder_of(shared[0].path()), n_bytes)?;
     ctx.observer.begin("copying shared files", n_bytes);
@@ -66,42 +66,65 @@ pub(super) fn break_links(
     Ok(true)
 }
 
-/// Changes the checkpoint from `before` to `after`; the caller holds the lock.
+/// Fails where a tensor would be overwritten as a whole and its original would be nowhere.
+///
+/// # Errors
+/// [`MergeError::KeepsNothing`] with the bytes that keeping them would take; [`MergeError::NeedsBase`].
+pub(super) fn check_kept(change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
+    if change.base.is_some() {
+        return Ok(());
+    }
+    let is_lost = |touched: &&Touched<'_>| {
+        matches!(touched.work, Work::Rows { .. }) && change.keeps(touched) == Some(KeptOriginals::Hashes)
+    };
+    let lost: u64 = touched.iter().filter(is_lost).map(|touched| touched.tensor.info.n_bytes()).sum();
+    if lost == 0 {
+        return Ok(());
+    }
+    if touched.iter().filter(is_lost).any(|touched| matches!(change.before.kept(touched.name()), Some(Kept::Hash(_)))) {
+        change.in_base(touched[0].tensor)?;
+    }
+    Err(MergeError::KeepsNothing { path: change.checkpoint.root().to_owned(), n_bytes: lost })
+}
+
+/// Changes the checkpoint itself; the caller holds the lock. `document` is that of the new ledger, without targets.
 pub(super) fn apply(
     ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
+    change: &Change<'_>,
     state: &StateFolder,
-    before: &Stack,
-    after: Stack,
+    document: LedgerDocument,
     allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     // A link in their place is refused now: later there would be something to roll back, and no way to.
     state.adapters().open()?;
-    let change = Change { checkpoint, before, after: &after };
+    let (checkpoint, before) = (change.checkpoint, change.before);
     let touched = change.touched()?;
+    check_kept(change, &touched)?;
     let files = open_for_writing(ctx, checkpoint, &touched)?;
-    let mut writer = LedgerWriter::create(state, StateFolder::LEDGER_NEW, &after.entries())?;
-    let findings = change.examine(ctx, &touched, Some(&mut writer))?;
-    judge_all(&change, &findings, allow_overflow)?;
-    checkpoint.unchanged()?;
-    let mut report = report(&change, &touched, &findings);
+    let bounds = change.bounds_if(ctx, &touched, allow_overflow)?;
+    check_free_space(folder_of(state.path()), state_bytes(change, &touched))?;
+    let mut writer = LedgerWriter::create(state, StateFolder::LEDGER_NEW, document)?;
+    let findings = change.examine(ctx, &touched, &bounds, Some(&mut writer))?;
+    findings.judge(change, allow_overflow)?;
+    change.unchanged()?;
+    let mut report = report(change, &touched, &findings);
 
-    let new: Vec<_> = after.active.iter().filter(|active| !before.ids().contains(&active.id)).collect();
-    let adapter_bytes = new.iter().map(|active| active.adapter.plain_bytes()).sum::<u64>();
-    check_free_space(folder_of(state.path()), 2 * writer.n_bytes() + adapter_bytes + (1 << 20))?;
+    let new: Vec<_> = change.after.active.iter().filter(|source| !before.ids().contains(&source.id)).collect();
+    let adapter_bytes = new.iter().map(|source| source.copy_bytes()).sum::<u64>();
+    check_free_space(folder_of(state.path()), writer.n_bytes() + adapter_bytes + (1 << 20))?;
     let prepared = (|| {
         state.create()?;
-        for active in &new {
-            active.adapter.write_own(ctx, &state.adapters(), &copy_name(&active.id))?;
+        for source in &new {
+            source.write_copy(ctx, state)?;
         }
         state.adapters().sync()?;
         let ledger = writer.finish(ctx)?;
         let digest = ledger.digest();
-        let after = Stack::of_ledger(ctx, state, ledger)?;
-        Journal::new(before.ledger.as_ref().map(Ledger::digest), digest).write(state)?;
+        let after = Remembered::of_ledger(ctx, state, ledger)?;
+        Journal::new(before.ledger.map(Ledger::digest), digest).write(state)?;
         Ok(after)
     })();
-    let after = match prepared {
+    let remembered = match prepared {
         Ok(after) => after,
         Err(e) => {
             // No weight was touched, so the journal, where it came to be, goes first.
@@ -115,12 +138,24 @@ pub(super) fn apply(
             });
         }
     };
-    report.ledger_bytes = match after.active.is_empty() {
-        true => 0,
-        false => after.ledger.as_ref().map_or(0, Ledger::n_bytes),
+    if !change.after.active.is_empty() {
+        let ledger = remembered.ledger.as_ref();
+        report.ledger_bytes = ledger.map_or(0, Ledger::n_bytes);
+        report.needs_base = ledger.is_some_and(|ledger| ledger.document().needs_base());
+    }
+    let after = match Stack::of(&remembered, checkpoint, change.base) {
+        Ok(after) => after,
+        // What was written cannot be read: nothing was patched.
+        Err(e) => {
+            let nothing = Change { after: before, ..*change };
+            return Err(roll_back(ctx, &nothing, state, &[], &files, e));
+        }
     };
+    // As they are recorded.
+    let change = Change { after: &after, ..*change };
+    let touched = change.touched()?;
     let patched = still_named(checkpoint, &touched)
-        .and_then(|()| patch(ctx, &touched, &files, before, &after))
+        .and_then(|()| patch(ctx, &change, &touched, &files))
         .and_then(|()| still_named(checkpoint, &touched))
         .and_then(|()| commit(state));
     match patched {
@@ -128,9 +163,37 @@ pub(super) fn apply(
             // The change is complete; what could not be removed now, the next change removes.
             let _left_behind = state.tidy(&after.copies());
         }
-        Err(e) => return Err(roll_back(ctx, checkpoint, state, &touched, &files, [&after, before], e)),
+        Err(e) => return Err(roll_back(ctx, &change, state, &touched, &files, e)),
     }
     Ok(report)
+}
+
+impl Change<'_> {
+    /// The bounds of a change that may not let weights overflow, or where deltas are compared with originals.
+    pub(super) fn bounds_if(
+        &self,
+        ctx: &Context<'_>,
+        touched: &[Touched<'_>],
+        allow_overflow: bool,
+    ) -> Result<BTreeMap<String, super::compute::Bound>, MergeError> {
+        let is_less = self.after.active.len() < self.before.active.len();
+        // What is taken out was let in.
+        if allow_overflow && is_less { Ok(BTreeMap::new()) } else { self.bounds(ctx, touched) }
+    }
+
+    /// The same change backwards.
+    fn backwards(&self) -> Self {
+        Self { before: self.after, after: self.before, ..*self }
+    }
+
+    /// Fails where a file that was read changed meanwhile.
+    pub(super) fn unchanged(&self) -> Result<(), MergeError> {
+        self.after.active.iter().try_for_each(|source| source.unchanged())?;
+        if let Some(base) = self.base {
+            base.unchanged()?;
+        }
+        Ok(self.checkpoint.unchanged()?)
+    }
 }
 
 /// Makes the new ledger the ledger, then forgets that a change was under way.
@@ -155,14 +218,13 @@ pub(super) fn finish(state: &StateFolder) -> Result<(), MergeError> {
 /// Undoes a change that failed with `error` while the shards were being patched.
 fn roll_back(
     ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
+    change: &Change<'_>,
     state: &StateFolder,
     touched: &[Touched<'_>],
     files: &[Option<Patcher>],
-    [after, before]: [&Stack; 2],
     error: MergeError,
 ) -> MergeError {
-    let path = checkpoint.root().to_owned();
+    let path = change.checkpoint.root().to_owned();
     // After a failed sync nobody knows which pages reached the disk: recovery writes all of them anew, in a new process.
     let failed_sync = matches!(&error, MergeError::Checkpoint(CheckpointError::Io { what: "sync", .. }));
     // Past the commit there is nothing to roll back; where it cannot be told, recovery finds out.
@@ -172,9 +234,11 @@ fn roll_back(
         return MergeError::RollbackFailed { path, source: Box::new(error), rollback };
     }
     let ctx = Context { observer: &Silent, ..*ctx };
-    let rolled_back = patch(&ctx, touched, files, after, before)
+    let back = change.backwards();
+    let touched: Vec<Touched<'_>> = touched.iter().map(Touched::backwards).collect();
+    let rolled_back = patch(&ctx, &back, &touched, files)
         .and_then(|()| finish(state))
-        .and_then(|()| Ok(state.tidy(&before.copies())?));
+        .and_then(|()| Ok(state.tidy(&change.before.copies())?));
     match rolled_back {
         Ok(()) => error,
         Err(rollback) => MergeError::RollbackFailed { path, source: Box::new(error), rollback: Box::new(rollback) },
@@ -205,7 +269,7 @@ fn touched_shards<'c>(
     touched: &[Touched<'_>],
 ) -> impl Iterator<Item = (usize, &'c Shard)> + use<'c> {
     let mut is_touched = vec![false; checkpoint.shards().len()];
-    for target in touched {
+    for target in touched.iter().filter(|target| !matches!(target.work, Work::Nothing { .. })) {
         is_touched[target.tensor.shard_index] = true;
     }
     checkpoint.shards().iter().enumerate().filter(move |(index, _)| is_touched[*index])

@@ -1,45 +1,53 @@
 //! Adding adapters to checkpoints, taking them out again bit for bit, and proving both.
 //!
-//! A merged weight is a pure function of its original and the set of active adapters. The ledger keeps the originals
-//! ([`LedgerDocument`]), so undoing is computing again with a smaller set, in any order; nothing is ever subtracted. Every
+//! A merged weight is a pure function of its original and the set of active adapters, whatever their kinds. The ledger keeps the
+//! originals ([`LedgerDocument`]), so undoing is computing again with a smaller set, in any order; nothing is ever subtracted. Every
 //! change goes the same way: open the stack of active adapters, form the new one, examine the checkpoint against both
 //! (all tensors match, anchors match, nothing was changed meanwhile), record the originals, then patch. Out of place the
 //! patches go to fresh copies; in place they are journaled ([`Journal`]), and [`recover`] makes an interrupted change whole
 //! or undoes it. [`verify`] proves the result.
 //!
-//! Low-rank adapters change every weight they touch, and go another way: see [`merge_low_rank`].
+//! `source` opens adapters, `plan` finds what each of them does to which stored tensor: its terms. Where terms are single elements alone,
+//! a tensor is worked on at those positions; where some term changes it as a whole, `compute` makes its rows anew.
 
-mod apply;
 mod change;
 mod checksummed;
+mod compute;
+mod door;
 mod error;
 mod examine;
+mod findings;
 mod in_place;
 mod journal;
 mod ledger;
-mod low_rank;
 mod new_checkpoint;
+mod options;
 mod originals;
 mod out_of_place;
+mod patch;
+mod plan;
 mod plausible;
 mod recover;
 mod report;
 mod resume;
+mod source;
 mod stack;
 mod state;
 mod summary;
 mod verify;
 
-pub use apply::{MergeInput, MergeOptions, MergeOutput, Which, merge, unmerge};
+pub use door::{merge, unmerge};
 pub use error::{MergeError, Undecided};
 pub use journal::Journal;
-pub use ledger::{ActiveAdapter, LedgerDocument, LedgerTarget};
-pub use low_rank::{
-    ExpertOrder, KeptOriginals, LowRankOptions, LowRankReading, LowRankRecord, RecordedAdapter, RecordedTarget,
-    adapter_id, holds_low_rank, is_low_rank, merge_low_rank, undo_low_rank, verify_low_rank,
+pub use ledger::{
+    Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerDocument, LedgerTarget, LowRankRecord, RecordedAdapter,
+    RecordedTarget,
 };
-pub use originals::Originals;
+pub use options::{AdapterReading, ExpertOrder, KeptOriginals, MergeInput, MergeOptions, MergeOutput, Which};
+pub use originals::{OriginalValues, Originals};
+pub use plan::RecordedTerm;
 pub use recover::{Recovered, recover};
 pub use report::{AdapterEntry, KindReport, MergeReport};
-pub use summary::{LedgerSummary, ledger_summary};
+pub use source::adapter_id;
+pub use summary::{ActiveAdapter, LedgerSummary, ledger_summary};
 pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

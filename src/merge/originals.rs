@@ -1,34 +1,57 @@
 //! The base's values beneath the merges of a checkpoint.
 
-use super::{MergeError, change::put, low_rank, stack::Stack, state::state_of};
+use super::{
+    KeptOriginals, MergeError,
+    change::{Beneath, Change, file_error},
+    compute::Computer,
+    stack::{Remembered, Stack},
+    state::state_of,
+};
 use crate::{
-    backend::{pick, union_columns},
+    backend::Merger,
     checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, TensorRef, gather_rows},
     tensor::{RowColumns, RowLayout},
 };
 
-/// Reads values as they were before anything was merged: from the checkpoint where nothing was, else from its ledger.
+/// What a checkpoint remembers of its originals.
 #[derive(Debug)]
-pub struct Originals {
-    stack: Stack,
+pub struct Originals<'a> {
+    checkpoint: &'a Checkpoint,
+    remembered: Remembered,
 }
 
-impl Originals {
-    /// Opens the ledger of `checkpoint`, where it has one. Reads and checks all of it.
+/// Reads values as they were before anything was merged: from the checkpoint where nothing was, else from its ledger.
+#[derive(Debug)]
+pub struct OriginalValues<'a> {
+    checkpoint: &'a Checkpoint,
+    stack: Stack<'a>,
+}
+
+impl<'a> Originals<'a> {
+    /// Opens the ledger of `checkpoint`, where it has one. Reads and checks it.
     ///
     /// # Errors
-    /// A ledger that is not what was written.
-    pub fn open(ctx: &Context<'_>, checkpoint: &Checkpoint) -> Result<Self, MergeError> {
-        let state = state_of(checkpoint)?;
-        if low_rank::record_of(checkpoint)?.is_some() {
-            let what = "holds a low-rank merge, which kept no originals at single weights; give its base".to_owned();
+    /// A ledger that is not what was written, or that has hashes alone of some tensor.
+    pub fn open(ctx: &Context<'_>, checkpoint: &'a Checkpoint) -> Result<Self, MergeError> {
+        let remembered = Remembered::open(ctx, &state_of(checkpoint)?)?;
+        if remembered.ledger.as_ref().is_some_and(|ledger| ledger.document().needs_base()) {
+            let what = "of tensors that changed as a whole its ledger keeps hashes alone; give its base".to_owned();
             return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
         }
-        Ok(Self { stack: Stack::open(ctx, &state)? })
+        Ok(Self { checkpoint, remembered })
+    }
+
+    /// The values.
+    ///
+    /// # Errors
+    /// A ledger that does not fit the checkpoint.
+    pub fn values(&self) -> Result<OriginalValues<'_>, MergeError> {
+        let stack = Stack::of(&self.remembered, self.checkpoint, None)?;
+        Ok(OriginalValues { checkpoint: self.checkpoint, stack })
     }
 }
 
-impl BaseValues for Originals {
+impl BaseValues for OriginalValues<'_> {
     fn gather(
         &self,
         ctx: &Context<'_>,
@@ -37,25 +60,20 @@ impl BaseValues for Originals {
         first_row: u64,
         columns: &RowColumns,
     ) -> Result<Vec<u8>, CheckpointError> {
-        let name = tensor.info.name.as_str();
-        let rows = first_row..first_row + columns.n_rows() as u64;
-        let Some(merged) = self.stack.rows(ctx, name, &rows).map_err(file_error)? else {
-            return gather_rows(ctx, tensor, layout, first_row, columns);
+        let computer = Computer::new(Merger::cpu());
+        let change = Change {
+            checkpoint: self.checkpoint,
+            before: &self.stack,
+            after: &self.stack,
+            base: None,
+            keep: KeptOriginals::default(),
+            computer: &computer,
         };
-        let recorded = self.stack.originals(name, &rows, &merged.touched).map_err(file_error)?;
-        let all = union_columns(&[&merged.touched, columns]);
-        let width = tensor.info.dtype.bitsize() / 8;
-        let mut values = gather_rows(ctx, tensor, layout, first_row, &all)?;
-        put(&all, &mut values, width, &merged.touched, &recorded);
-        Ok(pick(&all, &values, width, columns))
-    }
-}
-
-/// An error about the ledger's file as one about a file.
-fn file_error(error: MergeError) -> CheckpointError {
-    match error {
-        MergeError::Checkpoint(error) => error,
-        MergeError::BadLedger { path, what } => CheckpointError::BadFile { path, what },
-        other => CheckpointError::io("read", "the ledger".as_ref(), std::io::Error::other(other.to_string())),
+        match change.touched_named(&tensor.info.name).map_err(file_error)? {
+            None => gather_rows(ctx, tensor, layout, first_row, columns),
+            Some(touched) => {
+                Beneath { change: &change, touched: &touched }.gather(ctx, tensor, layout, first_row, columns)
+            }
+        }
     }
 }

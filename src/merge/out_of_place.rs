@@ -1,94 +1,111 @@
 //! A new checkpoint of the same layout: shards copied, examined and patched in one pass, side files brought along.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use super::{
-    MergeError, MergeReport,
-    apply::{judge_all, report},
-    change::{Change, Touched, patch, row_blocks},
-    examine::Examination,
-    ledger::{GROUP_ROWS, LedgerWriter},
+    KeptOriginals, MergeError, MergeReport,
+    change::{Change, Touched, Work},
+    compute::Bound,
+    examine::{Examination, Look},
+    ledger::{GROUP_ROWS, Ledger, LedgerDocument, LedgerWriter},
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
-    plausible::can_overflow,
+    patch::patch,
+    report::report,
     resume::{Piece, Resume},
-    stack::{Stack, copy_name},
+    stack::{Remembered, Stack},
 };
-use crate::checkpoint::{
-    Checkpoint, Context, CopyMode, Layout, Patcher, Shard, Silent, StateFolder, give_name, rewrite_shard, share_file,
+use crate::{
+    checkpoint::{
+        Checkpoint, Context, CopyMode, Layout, Patcher, Shard, Silent, StateFolder, give_name, rewrite_shard,
+        share_file,
+    },
+    tensor::projection_kind,
 };
 
-/// Writes the checkpoint that `after` makes of `checkpoint`, which `before` describes.
+/// Writes the checkpoint that a change makes; `document` is that of its ledger, without targets.
 ///
 /// Shards are copied, examined and patched in one pass, and judged when all were: until then nothing has its name.
 pub(super) fn apply(
     ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
-    before: &Stack,
-    after: Stack,
+    change: &Change<'_>,
+    document: LedgerDocument,
     target: &Destination<'_>,
     allow_overflow: bool,
+    plan_notes: &str,
 ) -> Result<MergeReport, MergeError> {
-    let change = Change { checkpoint, before, after: &after };
+    let checkpoint = change.checkpoint;
     let touched = change.touched()?;
-    refuse_early(ctx, &change, &touched, allow_overflow)?;
+    let bounds = change.bounds_if(ctx, &touched, allow_overflow)?;
+    refuse_early(ctx, change, &touched, &bounds, allow_overflow)?;
     let is_file = checkpoint.layout() == Layout::File;
-    let output = NewCheckpoint::begin(checkpoint, target, || plan(&change), state_bytes(&after, &touched))?;
+    let what = || plan(change, plan_notes);
+    let output = NewCheckpoint::begin(checkpoint, target, what, state_bytes(change, &touched))?;
     let resume = match target.resume && !is_file {
-        true => Some(Resume::begin(ctx, output.root(), &plan(&change), checkpoint)?),
+        true => Some(Resume::begin(ctx, output.root(), &what(), checkpoint)?),
         false => None,
     };
     let state = output.state();
     state.create()?;
 
-    let mut writer = LedgerWriter::create(state, StateFolder::LEDGER, &after.entries())?;
-    let mut examination = Examination::new(&change, Some(&mut writer));
+    let mut writer = LedgerWriter::create(state, StateFolder::LEDGER, document)?;
+    let mut examination = Examination::new(change, &bounds, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut waiting = Vec::new();
-    let mut by_shard: Vec<Vec<Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
-    touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(*target));
+    let mut by_shard: Vec<Vec<&Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
+    touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(target));
     for (index, (shard, mut of_shard)) in checkpoint.shards().iter().zip(by_shard).enumerate() {
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
         let path = output.shard_path(shard);
         if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
-            of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+            of_shard.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
             continue;
         }
         let part = path.with_extension("part");
-        let mode = if target.link && of_shard.is_empty() { CopyMode::Link } else { CopyMode::Auto };
-        if share_file(shard.path(), &part, mode)?.is_some() {
-            of_shard.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+        let is_untouched = of_shard.iter().all(|target| matches!(target.work, Work::Nothing { .. }));
+        let mode = if target.link && is_untouched { CopyMode::Link } else { CopyMode::Auto };
+        let any_whole = of_shard.iter().any(|target| matches!(target.work, Work::Rows { .. }));
+        // Blocks that are shared cost nothing, unless most of them are written over.
+        if !any_whole && share_file(shard.path(), &part, mode)?.is_some() {
+            of_shard.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
             // Sharing once more costs less than proving: there is no record, and no name before the end.
             waiting.push(Waiting { index, later: of_shard, part, path, is_recorded: false });
             continue;
         }
-        let mut pieces = resume.as_ref().map(|_| Vec::new());
-        let later = rewrite(ctx, &change, shard, &of_shard, &part, &mut examination, &mut pieces)?;
+        let mut written = resume.as_ref().map(|_| Vec::new());
+        let later = rewrite(ctx, change, shard, &of_shard, &part, &mut examination, &mut written)?;
         if !later.is_empty() {
             waiting.push(Waiting { index, later, part, path, is_recorded: true });
             continue;
         }
-        if let Some((resume, pieces)) = resume.as_ref().zip(pieces) {
-            resume.record(&shard.file_name(), pieces)?;
+        if let Some((resume, written)) = resume.as_ref().zip(written) {
+            resume.record(&shard.file_name(), written)?;
         }
         give_name(&part, &path)?;
     }
-    let findings = examination.findings();
-    if let Err(e) = judge_all(&change, &findings, allow_overflow) {
+    let findings = examination.findings;
+    if let Err(e) = findings.judge(change, allow_overflow) {
         output.discard();
         return Err(e);
     }
-    let mut report = report(&change, &touched, &findings);
-    for active in &after.active {
-        active.adapter.write_own(ctx, &state.adapters(), &copy_name(&active.id))?;
+    let mut report = report(change, &touched, &findings);
+    for source in &change.after.active {
+        source.write_copy(ctx, state)?;
     }
     let ledger = writer.finish(ctx)?;
     let ledger_bytes = ledger.n_bytes();
-    let after = Stack::of_ledger(ctx, state, ledger)?;
+    let written = Written::open(ctx, state, ledger)?;
     for Waiting { index, later, part, path, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
             files[index] = Some(Patcher::open(ctx, &part)?);
-            patch(ctx, &later, &files, before, &after)?;
+            let after = written.stack(change)?;
+            let patched = Change { after: &after, ..*change };
+            let later: Vec<Touched<'_>> = later.into_iter().copied().collect();
+            patch(ctx, &patched, &later, &files)?;
         }
         if let Some(resume) = resume.as_ref().filter(|_| is_recorded) {
             resume.record_file(ctx, &checkpoint.shards()[index].file_name(), &part)?;
@@ -96,14 +113,15 @@ pub(super) fn apply(
         give_name(&part, &path)?;
     }
     output.copy_side_files(ctx)?;
-    checkpoint.unchanged()?;
+    change.unchanged()?;
 
     report.bytes_written = checkpoint.n_bytes();
-    let is_kept = target.keep_ledger && !after.active.is_empty();
+    let is_kept = target.keep_ledger && !change.after.active.is_empty();
     if is_kept {
         report.ledger_bytes = ledger_bytes;
+        report.needs_base = written.0.ledger.as_ref().is_some_and(|ledger| ledger.document().needs_base());
     }
-    drop(after);
+    drop(written);
     output.finish_state(is_kept)?;
     if let Some(resume) = resume {
         report.notes.extend(resume.finish(checkpoint)?);
@@ -112,11 +130,23 @@ pub(super) fn apply(
     Ok(report)
 }
 
+/// What was written beside the new checkpoint: what is trusted from here on is what lies on disk.
+struct Written(Remembered);
+
+impl Written {
+    fn open(ctx: &Context<'_>, state: &StateFolder, ledger: Ledger) -> Result<Self, MergeError> {
+        Ok(Self(Remembered::of_ledger(ctx, state, ledger)?))
+    }
+    fn stack<'s>(&'s self, change: &Change<'s>) -> Result<Stack<'s>, MergeError> {
+        Stack::of(&self.0, change.checkpoint, change.base)
+    }
+}
+
 /// A shard that gets its name when all were judged.
-struct Waiting<'a> {
+struct Waiting<'t> {
     index: usize,
     /// What is still to be patched.
-    later: Vec<Touched<'a>>,
+    later: Vec<&'t Touched<'t>>,
     part: PathBuf,
     path: PathBuf,
     /// Whether a run that is cut short leaves a record of it.
@@ -125,37 +155,41 @@ struct Waiting<'a> {
 
 /// Copies a shard, patching and examining on the way the tensors whose rows lie in one piece; returns the others, examined.
 /// `written` gets the hashes of what was written, where they are wanted.
-fn rewrite<'a>(
+fn rewrite<'t>(
     ctx: &Context<'_>,
-    change: &Change<'_>,
+    change: &Change<'t>,
     shard: &Shard,
-    of_shard: &[Touched<'a>],
+    of_shard: &[&'t Touched<'t>],
     part: &Path,
-    examination: &mut Examination<'_, '_>,
+    examination: &mut Examination<'t, '_>,
     written: &mut Option<Vec<Piece>>,
-) -> Result<Vec<Touched<'a>>, MergeError> {
+) -> Result<Vec<&'t Touched<'t>>, MergeError> {
     let hashes = written.is_some();
-    // Blocks of very long rows would not fit into memory whole.
-    let is_long = |target: &Touched<'_>| ctx.pass_bytes() / 8 < GROUP_ROWS * row_bytes(target);
-    let (later, at_once): (Vec<_>, Vec<_>) =
-        of_shard.iter().partition(|target| target.layout.transposed || is_long(target));
-    let row_blocks_of = |target: &Touched<'_>| RowBlocks {
-        tensor: shard.file_range(target.tensor.info),
-        row_bytes: row_bytes(target),
-        rows: row_blocks(ctx, target, &[change.before, change.after]),
+    let is_later = |touched: &&Touched<'_>| match touched.work {
+        // Blocks of very long rows would not fit into memory whole.
+        Work::Positions(layout) => layout.transposed || ctx.pass_bytes() / 8 < GROUP_ROWS * touched.row_bytes(),
+        Work::Rows { .. } | Work::Nothing { .. } => false,
     };
+    let (later, at_once): (Vec<&Touched<'_>>, Vec<&Touched<'_>>) = of_shard.iter().copied().partition(is_later);
+    let looks = at_once.iter().map(|touched| examination.look(ctx, touched)).collect::<Result<Vec<Look<'_>>, _>>()?;
+    let row_blocks_of = |look: &Look<'_>| RowBlocks {
+        tensor: shard.file_range(look.touched.tensor.info),
+        row_bytes: look.touched.row_bytes(),
+        rows: change.blocks(ctx, look.touched),
+    };
+    let looks = &looks;
     rewrite_shard(
         ctx,
         shard,
         part,
-        pieces(ctx, shard, at_once.iter().map(row_blocks_of)).map(|(range, rows)| {
-            let rows = rows.map(|(number, rows)| (&at_once[number], rows));
+        pieces(ctx, shard, looks.iter().map(row_blocks_of)).map(|(range, rows)| {
+            let rows: Option<(&Look<'_>, Range<u64>)> = rows.map(|(number, rows)| (&looks[number], rows));
             (range.clone(), (range.end, rows))
         }),
-        |(_, rows)| rows.as_ref().map_or(0, |(target, rows)| change.block_bytes(ctx, target, rows)),
+        |(_, rows)| rows.as_ref().map_or(0, |(look, rows)| look.block_bytes(ctx, rows)),
         |(_, rows), bytes| {
             let block = match rows {
-                Some((target, rows)) => Some(change.examine_and_patch(ctx, target, rows, bytes)?),
+                Some((look, rows)) => Some(look.in_memory(ctx, rows, bytes)?),
                 None => None,
             };
             Ok((block, hashes.then(|| blake3::hash(bytes))))
@@ -165,61 +199,88 @@ fn rewrite<'a>(
                 written.push(Piece::new(end, hash));
             }
             match (rows, block) {
-                (Some((target, rows)), Some(block)) => examination.push(target, &rows, block),
+                (Some((look, rows)), Some(block)) => examination.push(ctx, look, &rows, block),
                 _ => Ok(()),
             }
         },
     )?;
-    later.iter().try_for_each(|target| examination.examine_on_disk(ctx, target))?;
+    later.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
     Ok(later)
 }
 
-fn row_bytes(target: &Touched<'_>) -> u64 {
-    target.tensor.info.n_bytes() / target.layout.n_rows()
-}
-
-/// Fails before anything is written where the smallest tensor shows that the base is another, or where a finite weight would become
-/// infinite: tensors whose deltas are large enough for that are examined, which are none in most merges.
+/// Fails before anything is written where one tensor of each kind in each shard shows that the base is another, or where a finite weight
+/// would become infinite: tensors whose deltas are large enough for that are examined, which are none in most merges.
 fn refuse_early(
     ctx: &Context<'_>,
     change: &Change<'_>,
     touched: &[Touched<'_>],
+    bounds: &BTreeMap<String, Bound>,
     allow_overflow: bool,
 ) -> Result<(), MergeError> {
-    let Some(smallest) = touched.iter().min_by_key(|target| target.tensor.info.n_bytes()) else { return Ok(()) };
-    let can_overflow = |target: &&Touched<'_>| {
-        !allow_overflow && can_overflow(target.tensor.info.dtype, change.after.largest_sum(target.name))
-    };
+    let can_overflow = |target: &Touched<'_>| !allow_overflow && change.may_overflow(target, bounds);
+    let mut seen = BTreeSet::new();
+    let mut by_size: Vec<&Touched<'_>> = touched.iter().filter(|target| change.tells(target)).collect();
+    by_size.sort_by_key(|target| target.tensor.info.n_bytes());
+    by_size.retain(|target| seen.insert((target.tensor.shard_index, projection_kind(target.name()))));
+    let telling: BTreeSet<&str> = by_size.iter().map(|target| target.name()).collect();
+    let any_overflow = touched.iter().any(can_overflow);
     let first: Vec<Touched<'_>> =
-        touched.iter().filter(|target| target.name == smallest.name || can_overflow(target)).copied().collect();
+        touched.iter().filter(|target| telling.contains(target.name()) || can_overflow(target)).copied().collect();
     let quiet = Context { observer: &Silent, ..*ctx };
-    let observed = if first.len() == 1 { &quiet } else { ctx };
-    match judge_all(change, &change.examine(observed, &first, None)?, allow_overflow) {
+    let observed = if any_overflow { ctx } else { &quiet };
+    match change.examine(observed, &first, bounds, None)?.judge(change, allow_overflow) {
         Ok(()) => Ok(()),
         // Told with all that is wrong.
-        Err(_) => judge_all(change, &change.examine(ctx, touched, None)?, allow_overflow),
+        Err(_) => change.examine(ctx, touched, bounds, None)?.judge(change, allow_overflow),
+    }
+}
+
+impl Change<'_> {
+    /// Bytes of tensors in the ledger after the change, at most.
+    pub(super) fn kept_bytes(&self, touched: &[Touched<'_>]) -> u64 {
+        let originals = |target: &Touched<'_>| match self.keeps(target) {
+            Some(KeptOriginals::Whole) => target.tensor.info.n_bytes(),
+            Some(KeptOriginals::Hashes) => 0,
+            None => {
+                let width = target.tensor.info.dtype.bitsize() as u64 / 8;
+                self.after.nnz(target.name()) * width + target.n_rows() / 4
+            }
+        };
+        touched.iter().map(originals).sum()
+    }
+
+    /// Whether the ledger after the change has hashes alone of some tensor.
+    pub(super) fn needs_base(&self, touched: &[Touched<'_>]) -> bool {
+        touched.iter().any(|target| self.keeps(target) == Some(KeptOriginals::Hashes))
+    }
+
+    /// Whether looking at a tensor can tell that the base is another, or that somebody changed it.
+    fn tells(&self, touched: &Touched<'_>) -> bool {
+        touched.before.is_some() || touched.after.is_some_and(|target| target.sparse().next().is_some())
     }
 }
 
 /// Bytes that the ledger and the adapters beside it take at most, while the ledger is being written.
-fn state_bytes(after: &Stack, touched: &[Touched<'_>]) -> u64 {
-    let adapters: u64 = after.active.iter().map(|active| active.adapter.plain_bytes()).sum();
-    let originals = |target: &Touched<'_>| {
-        after.nnz(target.name) * target.tensor.info.dtype.bitsize() as u64 / 8 + target.layout.n_rows() / 4
-    };
-    adapters + 2 * touched.iter().map(originals).sum::<u64>()
+pub(super) fn state_bytes(change: &Change<'_>, touched: &[Touched<'_>]) -> u64 {
+    let adapters: u64 = change.after.active.iter().map(|source| source.copy_bytes()).sum();
+    adapters + 2 * change.kept_bytes(touched)
 }
 
 /// Everything that the output's bytes depend on: the input's files as they are, and the adapters before and after.
-fn plan(change: &Change<'_>) -> String {
+fn plan(change: &Change<'_>, notes: &str) -> String {
     let mut plan = String::new();
-    for shard in change.checkpoint.shards() {
-        plan += &format!("shard {:?}: {}\n", shard.file_name(), shard.stamp());
+    let of_checkpoint = |what: &str, checkpoint: &Checkpoint| -> String {
+        let of = |shard: &Shard| format!("{what} {:?}: {}\n", shard.file_name(), shard.stamp());
+        checkpoint.shards().iter().map(of).collect()
+    };
+    plan += &of_checkpoint("shard", change.checkpoint);
+    if let Some(base) = change.base {
+        plan += &of_checkpoint("base", base);
     }
     for (when, stack) in [("before", change.before), ("after", change.after)] {
-        for (id, scale) in stack.entries() {
-            plan += &format!("{when} {id} {:016x}\n", scale.to_bits());
+        for source in &stack.active {
+            plan += &format!("{when} {} {:016x}\n", source.id, source.scale.to_bits());
         }
     }
-    plan
+    plan + notes
 }

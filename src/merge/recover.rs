@@ -1,19 +1,24 @@
 //! After a crash: back to the old state, or on to the new one where the change was committed.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::Serialize;
 
 use super::{
-    MergeError,
-    change::{Change, patch},
+    KeptOriginals, MergeError,
+    change::{Change, Touched, Work},
+    compute::Computer,
+    examine::hash_of,
     in_place,
     journal::Journal,
-    ledger::file_digest,
-    stack::Stack,
+    ledger::{Kept, Ledger},
+    patch::{lasting_originals, patch},
+    stack::{Remembered, Stack},
     state::with_own_ledger,
+    verify::open_base,
 };
-use crate::checkpoint::{Checkpoint, CheckpointError, Context, Layout, StateFolder, recover_single_file};
+use crate::backend::Merger;
+use crate::checkpoint::{Checkpoint, CheckpointError, Context, Layout, Printable, StateFolder, recover_single_file};
 
 /// What recovery did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -31,13 +36,15 @@ pub enum Recovered {
 
 /// Finishes or rolls back an interrupted change of a checkpoint.
 ///
-/// What to write follows from the ledgers alone, so recovery may itself be interrupted and run again. Where a folder and one of its
+/// What to write follows from the ledgers, and from `base` where the change was made with one and they keep hashes alone, so recovery may
+/// itself be interrupted and run again. Where a folder and one of its
 /// files were both merged into, each under its own path, two ledgers speak for one file: the adapters that the file's ledger names are taken
 /// out, and the checkpoint becomes what the folder's ledger says.
 ///
 /// # Errors
-/// [`MergeError::BadLedger`] where journal or ledgers are not what was written, or are missing; nothing on disk has changed.
-pub fn recover(ctx: &Context<'_>, path: &Path) -> Result<Recovered, MergeError> {
+/// [`MergeError::BadLedger`] where journal or ledgers are not what was written, or are missing; [`MergeError::NeedsBase`]; nothing on disk
+/// has changed.
+pub fn recover(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> Result<Recovered, MergeError> {
     // The file may be missing, where its first merge was cut short.
     let replaced = recover_single_file(path)?;
     let checkpoint = Checkpoint::open_interrupted(path)?;
@@ -50,12 +57,13 @@ pub fn recover(ctx: &Context<'_>, path: &Path) -> Result<Recovered, MergeError> 
     if state.is_interrupted()? {
         // Whoever began the change in place had a right to; links do not matter for undoing it.
         let _lock = in_place::begin(&checkpoint, true)?;
-        recovered = recover_locked(ctx, &checkpoint, &state)?;
+        let base = base.map(open_base).transpose()?;
+        recovered = recover_locked(ctx, &checkpoint, &state, base.as_ref())?;
     }
     if checkpoint.layout() != Layout::File {
         for shard in checkpoint.shards() {
             if StateFolder::at(shard.path(), Layout::File)?.is_interrupted()? {
-                recovered = recover(ctx, shard.path())?;
+                recovered = recover(ctx, shard.path(), base)?;
             }
         }
         if state.remembers()? && !with_own_ledger(&checkpoint)?.is_empty() {
@@ -69,34 +77,29 @@ pub fn recover(ctx: &Context<'_>, path: &Path) -> Result<Recovered, MergeError> 
 }
 
 /// The same for a caller who holds the lock.
-pub(super) fn recover_locked(
+fn recover_locked(
     ctx: &Context<'_>,
     checkpoint: &Checkpoint,
     state: &StateFolder,
+    base: Option<&Checkpoint>,
 ) -> Result<Recovered, MergeError> {
     let journal = Journal::open(state)?;
-    let ledger = state.folder().open_file(StateFolder::LEDGER)?;
-    let digest = match &ledger {
-        Some((file, _)) => {
-            let path = state.path().join(StateFolder::LEDGER);
-            Some(file_digest(ctx, &path, file)?.to_hex().to_string())
-        }
-        None => None,
-    };
-    let before = Stack::open(ctx, state)?;
+    let before = Remembered::open(ctx, state)?;
+    let digest = before.ledger.as_ref().map(|ledger| ledger.digest().to_hex().to_string());
     if let Some(journal) = &journal
         && digest.as_ref() == Some(&journal.after)
     {
         in_place::finish(state)?;
-        state.tidy(&before.copies())?;
+        let copies: Vec<String> = before.sources.iter().map(super::source::Source::copy_name).collect();
+        state.tidy(&copies)?;
         return Ok(Recovered::Finished);
     }
     let bad = |name: &str, what: &str| MergeError::BadLedger { path: state.path().join(name), what: what.to_owned() };
     if journal.as_ref().is_some_and(|journal| digest != journal.before) {
         return Err(bad(StateFolder::TXN, "the journal speaks of another ledger than the one beside it"));
     }
-    let after = match (Stack::open_ledger(ctx, state, StateFolder::LEDGER_NEW)?, &journal) {
-        (Some(after), _) => after,
+    let after = match (Ledger::open(ctx, state, StateFolder::LEDGER_NEW)?, &journal) {
+        (Some(after), _) => Remembered::of_ledger(ctx, state, after)?,
         // The originals of the interrupted change were in it.
         (None, Some(_)) => {
             let what = "is missing: a change was interrupted, and without the originals in it the weights cannot be put back; \
@@ -113,13 +116,43 @@ pub(super) fn recover_locked(
     }
     // Without a journal the weights should be the old ones. Writing those again costs little, and heals what a journal that was
     // taken away would have told of.
-    let change = Change { checkpoint, before: &before, after: &after };
-    let touched = change.touched()?;
+    let (before, after) = (Stack::of(&before, checkpoint, base)?, Stack::of(&after, checkpoint, base)?);
+    let computer = Computer::new(Merger::cpu());
+    let back = Change {
+        checkpoint,
+        before: &after,
+        after: &before,
+        base,
+        keep: KeptOriginals::default(),
+        computer: &computer,
+    };
+    let touched = back.touched()?;
+    prove_wholes(ctx, &back, &touched)?;
     let files = in_place::open_for_writing(ctx, checkpoint, &touched)?;
-    patch(ctx, &touched, &files, &after, &before)?;
+    patch(ctx, &back, &touched, &files)?;
     in_place::finish(state)?;
     state.tidy(&before.copies())?;
     Ok(Recovered::RolledBack)
+}
+
+/// Fails where an original that whole tensors are written from is not what was merged into.
+fn prove_wholes(ctx: &Context<'_>, change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
+    for touched in touched.iter().filter(|touched| matches!(touched.work, Work::Rows { .. })) {
+        let name = touched.name();
+        let kept = [change.after, change.before].into_iter().find_map(|stack| match stack.kept(name) {
+            Some(Kept::Hash(hashes) | Kept::Whole(hashes)) => Some(hashes),
+            _ => None,
+        });
+        let original = lasting_originals(change, touched)?;
+        if let Some(hashes) = kept
+            && hash_of(ctx, change, touched, original)? != hashes.base
+        {
+            let tensor = Printable(name).to_string();
+            let what = format!("\"{tensor}\": not the original that was merged into");
+            return Err(MergeError::Refused { path: original.shard.path().to_owned(), what });
+        }
+    }
+    Ok(())
 }
 
 /// Takes out what files of the checkpoint were merged with under their own paths, and writes what the folder's ledger says.
@@ -128,23 +161,32 @@ pub(super) fn recover_locked(
 /// again, since the files' ledgers go last.
 fn keep_one_ledger(ctx: &Context<'_>, checkpoint: &Checkpoint, state: &StateFolder) -> Result<Recovered, MergeError> {
     let _lock = in_place::begin(checkpoint, true)?;
-    if state.folder().has(StateFolder::LOW_RANK)? {
-        let what = "a low-rank merge and ledgers of single files speak for it; merge again from the base".to_owned();
-        return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
-    }
-    let whole = Stack::open(ctx, state)?;
-    prove_originals(ctx, checkpoint, &whole)?;
+    let whole = Remembered::open(ctx, state)?;
     let mut files = Vec::new();
     for name in with_own_ledger(checkpoint)? {
         let file = Checkpoint::open_interrupted(&checkpoint.root().join(&name))?;
         let own = StateFolder::of(&file)?;
-        let stack = Stack::open(ctx, &own)?;
-        prove_originals(ctx, &file, &stack)?;
-        files.push((file, own, stack));
+        let remembered = Remembered::open(ctx, &own)?;
+        files.push((file, own, remembered));
+    }
+    let any_whole = |remembered: &Remembered| {
+        let kept = remembered.ledger.iter().flat_map(|ledger| ledger.document().targets.values());
+        kept.into_iter().any(|target| !matches!(target.kept, Kept::Positions(_)))
+    };
+    if any_whole(&whole) || files.iter().any(|(.., remembered)| any_whole(remembered)) {
+        let what = "ledgers of single files speak for it beside its own, and some of them are of whole tensors; merge again from the \
+                    base"
+            .to_owned();
+        return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
+    }
+    let whole = Stack::of(&whole, checkpoint, None)?;
+    prove_originals(ctx, checkpoint, &whole)?;
+    for (file, _, remembered) in &files {
+        prove_originals(ctx, file, &Stack::of(remembered, file, None)?)?;
     }
     let nothing = Stack::default();
-    for (file, _, stack) in &files {
-        write(ctx, file, stack, &nothing)?;
+    for (file, _, remembered) in &files {
+        write(ctx, file, &Stack::of(remembered, file, None)?, &nothing)?;
     }
     write(ctx, checkpoint, &whole, &whole)?;
     for (_, own, _) in &files {
@@ -154,13 +196,14 @@ fn keep_one_ledger(ctx: &Context<'_>, checkpoint: &Checkpoint, state: &StateFold
 }
 
 /// Fails where the originals of a ledger are not what its adapters were made from: then they are not the base's.
-fn prove_originals(ctx: &Context<'_>, checkpoint: &Checkpoint, stack: &Stack) -> Result<(), MergeError> {
-    let change = Change { checkpoint, before: stack, after: stack };
-    let findings = change.examine(ctx, &change.touched()?, None)?;
-    match findings.anchors.iter().find_map(|anchors| anchors.first_mismatch.clone()) {
+fn prove_originals(ctx: &Context<'_>, checkpoint: &Checkpoint, stack: &Stack<'_>) -> Result<(), MergeError> {
+    let computer = Computer::new(Merger::cpu());
+    let change = still(checkpoint, stack, stack, &computer);
+    let findings = change.examine(ctx, &change.touched()?, &BTreeMap::new(), None)?;
+    match findings.anchors.values().find_map(|anchors| anchors.first_mismatch.clone()) {
         None => Ok(()),
         Some(tensor) => {
-            let tensor = crate::checkpoint::Printable(&tensor).to_string();
+            let tensor = Printable(&tensor).to_string();
             let what = format!(
                 "\"{tensor}\": the originals in its ledger are not the base's: two ledgers cannot be told apart; restore the \
                  weights from the base"
@@ -170,9 +213,19 @@ fn prove_originals(ctx: &Context<'_>, checkpoint: &Checkpoint, stack: &Stack) ->
     }
 }
 
-fn write(ctx: &Context<'_>, checkpoint: &Checkpoint, before: &Stack, after: &Stack) -> Result<(), MergeError> {
-    let change = Change { checkpoint, before, after };
+fn still<'a>(
+    checkpoint: &'a Checkpoint,
+    before: &'a Stack<'a>,
+    after: &'a Stack<'a>,
+    computer: &'a Computer<'a>,
+) -> Change<'a> {
+    Change { checkpoint, before, after, base: None, keep: KeptOriginals::default(), computer }
+}
+
+fn write(ctx: &Context<'_>, checkpoint: &Checkpoint, before: &Stack<'_>, after: &Stack<'_>) -> Result<(), MergeError> {
+    let computer = Computer::new(Merger::cpu());
+    let change = still(checkpoint, before, after, &computer);
     let touched = change.touched()?;
     let files = in_place::open_for_writing(ctx, checkpoint, &touched)?;
-    patch(ctx, &touched, &files, before, after)
+    patch(ctx, &change, &touched, &files)
 }

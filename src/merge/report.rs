@@ -4,8 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{examine::Findings, stack::Stack};
-use crate::{backend::PatchCounts, tensor::projection_kind};
+use super::{
+    change::{Change, Touched, Work},
+    findings::Findings,
+    stack::Stack,
+};
+use crate::{adapter::AdapterId, backend::PatchCounts, tensor::projection_kind};
 
 /// An adapter in a checkpoint.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -72,6 +76,9 @@ pub struct MergeReport {
     pub bytes_written: u64,
     /// Bytes of the ledger without the adapters' copies; 0 where there is none.
     pub ledger_bytes: u64,
+    /// Whether taking an adapter out of the result needs the base: of tensors that changed as a whole, hashes alone are kept.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub needs_base: bool,
     /// What had to be decided on the way, in words: tensors found under other names, tied heads, shards that `resume` could not take
     /// over; and warnings, which begin with `warning:`, of deltas of no plausible size.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -94,12 +101,7 @@ fn kind_report(kind: &str, n_tensors: u64, counts: PatchCounts) -> KindReport {
 }
 
 /// Per kind of projection, and all together.
-pub(super) fn kind_reports(findings: &Findings) -> (Vec<KindReport>, KindReport) {
-    kind_reports_of(&findings.counts)
-}
-
-/// The same from the counts of tensors by name.
-pub(super) fn kind_reports_of(by_tensor: &BTreeMap<String, PatchCounts>) -> (Vec<KindReport>, KindReport) {
+fn kind_reports(by_tensor: &BTreeMap<String, PatchCounts>) -> (Vec<KindReport>, KindReport) {
     let mut kinds: BTreeMap<&str, (u64, PatchCounts)> = BTreeMap::new();
     let mut total = PatchCounts::default();
     for (name, counts) in by_tensor {
@@ -113,13 +115,41 @@ pub(super) fn kind_reports_of(by_tensor: &BTreeMap<String, PatchCounts>) -> (Vec
 }
 
 /// The adapters of a stack.
-pub(super) fn entries(stack: &Stack) -> Vec<AdapterEntry> {
-    let entry = |active: &super::stack::Active| AdapterEntry {
-        id: active.id.to_string(),
-        scale: active.scale,
-        base: active.adapter.base().name.clone(),
-        n_tensors: active.adapter.targets().len(),
-        n_deltas: active.adapter.targets().iter().map(|target| target.nnz).sum(),
+pub(super) fn entries(stack: &Stack<'_>) -> Vec<AdapterEntry> {
+    stack.active.iter().zip(stack.n_tensors()).map(|(source, n_tensors)| source.entry(n_tensors)).collect()
+}
+
+/// The report of a change, but for what its output alone knows.
+pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Findings) -> MergeReport {
+    let (before, after) = (change.before.ids(), change.after.ids());
+    let only = |a: &[AdapterId], b: &[AdapterId]| {
+        a.iter().filter(|id| !b.contains(id)).map(AdapterId::to_string).collect::<Vec<_>>()
     };
-    stack.active.iter().map(entry).collect()
+    let (kinds, total) = kind_reports(&findings.counts);
+    let is_written = |target: &&Touched<'_>| !matches!(target.work, Work::Nothing { .. });
+    let mut shards: Vec<usize> = touched.iter().filter(is_written).map(|target| target.tensor.shard_index).collect();
+    shards.sort_unstable();
+    shards.dedup();
+    let mut notes = findings.implausible.notes(|index| change.after.active[index].id.short());
+    let n_left = touched.len() - touched.iter().filter(is_written).count();
+    if n_left > 0 {
+        notes.insert(0, format!("{n_left} tensors that other adapters changed stay as they are"));
+    }
+    MergeReport {
+        base: change.checkpoint.name(),
+        dry_run: false,
+        added: only(&after, &before),
+        removed: only(&before, &after),
+        active: entries(change.after),
+        kinds,
+        total,
+        n_matched: touched.len(),
+        n_shards: change.checkpoint.shards().len(),
+        n_shards_patched: shards.len(),
+        bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
+        bytes_written: findings.n_patched_bytes,
+        ledger_bytes: 0,
+        needs_base: false,
+        notes,
+    }
 }

@@ -1,51 +1,71 @@
-//! The adapters that are in a checkpoint, and the originals beneath them.
+//! The adapters that are in a checkpoint, what they do to it, and the originals beneath them.
 
-use std::{collections::BTreeMap, fmt::Display, ops::Range, str::FromStr};
+use std::{collections::BTreeMap, ops::Range};
 
-use super::{MergeError, ledger::Ledger};
+use super::{
+    AdapterReading, MergeError,
+    ledger::{Kept, Ledger},
+    plan::{Does, Target, Targets, Term, combine, plan, resolve, same_bytes},
+    source::Source,
+};
 use crate::{
     adapter::{Adapter, AdapterId, DeltaRows},
     backend::{Layer, union_columns},
-    checkpoint::{Context, Printable, StateFolder},
+    checkpoint::{Checkpoint, Context, Printable, Shard, StateFolder, TensorInfo, TensorRef},
     mask::{POSITION_BYTES, ROW_BYTES, TargetInfo},
-    tensor::{RowColumns, dtype_name},
+    tensor::RowColumns,
+    weights::WeightMap,
 };
 
-/// An adapter that is in a checkpoint, or is about to be.
-#[derive(Debug)]
-pub(super) struct Active {
-    pub(super) id: AdapterId,
-    pub(super) scale: f64,
-    pub(super) adapter: Adapter,
+/// What a state folder remembers: a ledger and the copies of its adapters.
+#[derive(Debug, Default)]
+pub(super) struct Remembered {
+    /// None where nothing was ever merged.
+    pub(super) ledger: Option<Ledger>,
+    /// Its active adapters, in ascending order of id.
+    pub(super) sources: Vec<Source>,
 }
 
-impl Active {
-    /// The largest magnitude of a scaled delta on the tensor `name`; infinite before the adapter was read, none where it has no such
-    /// target.
-    pub(super) fn largest_delta(&self, name: &str) -> Option<f64> {
-        let target = self.adapter.target(name)?;
-        let largest = self.adapter.largest_delta(target).map_or(f64::INFINITY, f64::from);
-        let scale = self.scale.abs();
-        Some(match scale {
-            0.0 => 0.0,
-            // As the arithmetic has it, which may turn a delta of zero into a NaN.
-            _ if (scale as f32).is_infinite() => f64::INFINITY,
-            _ => largest * scale,
-        })
+impl Remembered {
+    /// What a state folder remembers; nothing where there is no ledger. Reads and checks the ledger and every adapter's copy.
+    ///
+    /// # Errors
+    /// [`MergeError::BadLedger`] where the ledger or a copy is not what was written.
+    pub(super) fn open(ctx: &Context<'_>, state: &StateFolder) -> Result<Self, MergeError> {
+        match Ledger::of_state(ctx, state)? {
+            Some(ledger) => Self::of_ledger(ctx, state, ledger),
+            None => Ok(Self::default()),
+        }
+    }
+
+    /// What an open ledger of a state folder remembers. Reads and checks every adapter's copy, whole.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(super) fn of_ledger(ctx: &Context<'_>, state: &StateFolder, ledger: Ledger) -> Result<Self, MergeError> {
+        let active = &ledger.document().active;
+        let sources =
+            active.iter().map(|entry| Source::open_copy(ctx, state, entry)).collect::<Result<Vec<_>, MergeError>>()?;
+        if !sources.is_sorted_by(|a, b| a.id < b.id) {
+            let what = "the active adapters are not in ascending order".to_owned();
+            return Err(MergeError::BadLedger { path: ledger.path().to_owned(), what });
+        }
+        Ok(Self { ledger: Some(ledger), sources })
     }
 }
 
-/// Active adapters in ascending order of id, and the ledger that keeps their originals.
+/// Active adapters in ascending order of id, what they do to each tensor, and the ledger that keeps the originals.
 #[derive(Debug, Default)]
-pub(super) struct Stack {
-    pub(super) active: Vec<Active>,
+pub(super) struct Stack<'a> {
+    pub(super) active: Vec<&'a Source>,
+    pub(super) targets: Targets<'a>,
     /// None where nothing was ever merged, or where the ledger is still to be written.
-    pub(super) ledger: Option<Ledger>,
+    pub(super) ledger: Option<&'a Ledger>,
 }
 
-/// The deltas of a run of rows of one tensor.
+/// The deltas of a run of rows of one tensor of which single elements change.
 pub(super) struct StackRows {
-    deltas: Vec<(DeltaRows, f64)>,
+    deltas: Vec<(AdapterId, DeltaRows, f64)>,
     /// Every column that some adapter touches.
     pub(super) touched: RowColumns,
 }
@@ -53,142 +73,130 @@ pub(super) struct StackRows {
 impl StackRows {
     /// The deltas as the backend takes them.
     pub(super) fn layers(&self) -> Vec<Layer<'_>> {
-        let layer = |i: usize| {
-            let (rows, scale) = &self.deltas[i];
-            Layer { columns: &rows.columns, values: &rows.values, scale: *scale }
-        };
-        (0..self.deltas.len()).map(layer).collect()
+        let deltas = self.deltas.iter();
+        deltas.map(|(_, rows, scale)| Layer { columns: &rows.columns, values: &rows.values, scale: *scale }).collect()
+    }
+    /// The columns that an adapter chose.
+    pub(super) fn columns_of(&self, id: AdapterId) -> Option<&RowColumns> {
+        self.deltas.iter().find(|(of, ..)| *of == id).map(|(_, rows, _)| &rows.columns)
     }
 }
 
-impl Stack {
-    /// The stack that a state folder records; empty where there is no ledger.
-    ///
-    /// Reads and checks the ledger and every adapter's copy, whole.
+impl<'a> Stack<'a> {
+    /// The stack that a state folder of `checkpoint` remembers. `base` has the originals of which an old record kept hashes.
     ///
     /// # Errors
-    /// [`MergeError::BadLedger`] where the ledger or a copy is not what was written.
-    pub(super) fn open(ctx: &Context<'_>, state: &StateFolder) -> Result<Self, MergeError> {
-        Ok(Self::open_ledger(ctx, state, StateFolder::LEDGER)?.unwrap_or_default())
+    /// [`MergeError::BadLedger`] where ledger and adapters disagree, [`MergeError::Unmatched`] and [`MergeError::Refused`] where the
+    /// checkpoint does not have the tensors any more.
+    pub(super) fn of(
+        remembered: &'a Remembered,
+        checkpoint: &'a Checkpoint,
+        base: Option<&Checkpoint>,
+    ) -> Result<Self, MergeError> {
+        let Some(ledger) = &remembered.ledger else { return Ok(Self::default()) };
+        let active = remembered.sources.iter().collect();
+        let targets = match ledger.is_old_record() {
+            true => plan_again(ledger, &remembered.sources, checkpoint, base)?,
+            false => recorded_targets(ledger, &remembered.sources, checkpoint)?,
+        };
+        Ok(Self { active, targets, ledger: Some(ledger) })
     }
 
-    /// The same for a ledger under another name, such as `ledger.new`; `None` where there is none.
-    pub(super) fn open_ledger(ctx: &Context<'_>, state: &StateFolder, name: &str) -> Result<Option<Self>, MergeError> {
-        Ledger::open(ctx, state, name)?.map(|ledger| Self::of_ledger(ctx, state, ledger)).transpose()
-    }
-
-    /// The stack that an open ledger of a state folder records. Reads and checks every adapter's copy, whole.
+    /// The same; where an old record does not say what its adapters do, and only the base could tell, tensors without terms.
     ///
     /// # Errors
-    /// [`MergeError::BadLedger`] where a copy is not what was written.
-    pub(super) fn of_ledger(ctx: &Context<'_>, state: &StateFolder, ledger: Ledger) -> Result<Self, MergeError> {
-        let path = ledger.path().to_owned();
-        let bad = |what: String| MergeError::BadLedger { path: path.clone(), what };
-        let mut active = Vec::new();
-        for entry in &ledger.document().active {
-            let id = AdapterId::from_str(&entry.id).map_err(|_| bad("an adapter's id is malformed".to_owned()))?;
-            let copy = copy_name(&id);
-            let bad_copy = |what: &str| {
-                let path = state.adapters().path().join(&copy);
-                MergeError::BadLedger { path, what: what.to_owned() }
+    /// As [`Self::of`].
+    pub(super) fn of_or_unplaced(
+        remembered: &'a Remembered,
+        checkpoint: &'a Checkpoint,
+        base: Option<&Checkpoint>,
+    ) -> Result<Self, MergeError> {
+        let (Err(MergeError::NeedsBase { .. }), Some(ledger)) =
+            (Self::of(remembered, checkpoint, base), &remembered.ledger)
+        else {
+            return Self::of(remembered, checkpoint, base);
+        };
+        let mut targets = Targets::new();
+        for (name, recorded) in &ledger.document().targets {
+            let absent = |what: String| MergeError::Refused {
+                path: checkpoint.root().to_owned(),
+                what: format!("\"{}\": {what}", Printable(name)),
             };
-            let adapter = Adapter::open_own(&state.adapters(), &copy)?
-                .ok_or_else(|| bad_copy("the copy of an adapter that was merged is missing"))?;
-            if adapter.id(ctx)? != id {
-                return Err(bad_copy("not the adapter that was merged: its content does not match its id"));
-            }
-            active.push(Active { id, scale: entry.scale, adapter });
+            let tensor =
+                checkpoint.tensor(name).ok_or_else(|| absent("there is no such tensor any more".to_owned()))?;
+            ledger.check_stored(tensor).map_err(absent)?;
+            let n_columns = recorded.n_columns.max(1);
+            let n_rows = tensor.info.n_elements() / n_columns;
+            targets.insert(&tensor.info.name, Target { tensor, n_rows, n_columns, terms: Vec::new() });
         }
-        if !active.is_sorted_by(|a, b| a.id < b.id) {
-            return Err(bad("the active adapters are not in ascending order".to_owned()));
-        }
-        let stack = Self { active, ledger: Some(ledger) };
-        stack.check_targets().map_err(bad)?;
-        Ok(stack)
+        Ok(Self { active: remembered.sources.iter().collect(), targets, ledger: Some(ledger) })
     }
 
-    /// Ledger and adapters must name the same tensors, alike.
-    fn check_targets(&self) -> Result<(), String> {
-        let targets = self.targets()?;
-        let document = self.ledger.as_ref().expect("called with a ledger").document();
-        if targets.len() != document.targets.len() {
-            return Err(format!(
-                "the ledger has {} tensors, its adapters touch {}",
-                document.targets.len(),
-                targets.len()
-            ));
-        }
-        for (name, target) in targets {
-            let same = document.targets.get(name).is_some_and(|recorded| {
-                recorded.dtype == dtype_name(target.dtype)
-                    && recorded.shape == target.shape
-                    && recorded.transposed == target.transposed
-            });
-            if !same {
-                return Err(format!("tensor \"{}\": the ledger and its adapters disagree", Printable(name)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Every tensor that some adapter touches, by name.
+    /// This stack without the adapters `removed`, and with `added`, which touch `new`.
     ///
     /// # Errors
-    /// What two adapters disagree about.
-    pub(super) fn targets(&self) -> Result<BTreeMap<&str, &TargetInfo>, String> {
-        let mut targets: BTreeMap<&str, &TargetInfo> = BTreeMap::new();
-        for Active { adapter, .. } in &self.active {
-            for target in adapter.targets() {
-                let first = *targets.entry(&target.name).or_insert(target);
-                if (first.dtype, &first.shape, first.transposed) != (target.dtype, &target.shape, target.transposed) {
-                    return Err(format!(
-                        "tensor \"{}\": two adapters read it in different ways",
-                        Printable(&target.name)
-                    ));
-                }
+    /// [`MergeError::Refused`] where they cannot be combined.
+    pub(super) fn changed(
+        &self,
+        checkpoint: &Checkpoint,
+        removed: &[AdapterId],
+        added: impl Iterator<Item = &'a Source>,
+        new: Targets<'a>,
+    ) -> Result<Self, MergeError> {
+        let stays = |source: &Source| !removed.contains(&source.id);
+        let mut left = Targets::new();
+        for (name, target) in &self.targets {
+            let mut target = target.clone();
+            target.terms.retain(|term| stays(term.source));
+            if !target.terms.is_empty() {
+                left.insert(name, target);
             }
         }
-        Ok(targets)
+        let targets =
+            combine(left, new).map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
+        let mut active: Vec<&'a Source> =
+            self.active.iter().copied().filter(|source| stays(source)).chain(added).collect();
+        active.sort_by_key(|source| source.id);
+        Ok(Self { active, targets, ledger: None })
     }
 
-    /// What the magnitudes of the scaled deltas on one weight of the tensor `name` sum up to at most.
-    pub(super) fn largest_sum(&self, name: &str) -> f64 {
-        self.active.iter().filter_map(|active| active.largest_delta(name)).sum()
-    }
-
-    /// Ids and scales of the active adapters.
-    pub(super) fn entries(&self) -> Vec<(AdapterId, f64)> {
-        self.active.iter().map(|active| (active.id, active.scale)).collect()
+    /// Ids of the active adapters.
+    pub(super) fn ids(&self) -> Vec<AdapterId> {
+        self.active.iter().map(|source| source.id).collect()
     }
     /// The names that the copies of the active adapters have in the state folder.
     pub(super) fn copies(&self) -> Vec<String> {
-        self.active.iter().map(|active| copy_name(&active.id)).collect()
+        self.active.iter().map(|source| source.copy_name()).collect()
     }
-    /// Ids of the active adapters.
-    pub(super) fn ids(&self) -> Vec<AdapterId> {
-        self.active.iter().map(|active| active.id).collect()
+    /// How many tensors each active adapter touches.
+    pub(super) fn n_tensors(&self) -> Vec<usize> {
+        let mut counts: BTreeMap<AdapterId, usize> = BTreeMap::new();
+        for target in self.targets.values() {
+            for terms in target.terms.chunk_by(|a, b| a.source.id == b.source.id) {
+                *counts.entry(terms[0].source.id).or_default() += 1;
+            }
+        }
+        self.active.iter().map(|source| counts.get(&source.id).copied().unwrap_or(0)).collect()
+    }
+
+    fn sparse_of(&self, name: &str) -> impl Iterator<Item = (&'a Source, &'a Adapter, &'a TargetInfo)> {
+        self.targets.get(name).into_iter().flat_map(Target::sparse)
     }
 
     /// Chosen columns per row of a tensor, over all adapters; for sizing blocks.
     pub(super) fn nnz(&self, name: &str) -> u64 {
-        self.active.iter().filter_map(|active| active.adapter.target(name)).map(|target| target.nnz).sum()
+        self.sparse_of(name).map(|(.., target)| target.nnz).sum()
     }
-
-    fn with_target(&self, name: &str) -> impl Iterator<Item = (&Adapter, &TargetInfo)> {
-        self.active.iter().filter_map(move |active| Some((&active.adapter, active.adapter.target(name)?)))
-    }
-
-    /// Bytes of memory that `rows` of the tensor `name` take at most while they are worked on.
+    /// Bytes of memory that `rows` of the tensor `name` take at most while single elements of them are worked on.
     pub(super) fn rows_bytes(&self, ctx: &Context<'_>, name: &str, rows: &Range<u64>) -> u64 {
-        self.with_target(name).map(|(adapter, target)| adapter.rows_bytes(ctx, target, rows)).sum()
+        self.sparse_of(name).map(|(_, adapter, target)| adapter.rows_bytes(ctx, target, rows)).sum()
     }
-
     /// The same for one row, the longest that there may be.
     pub(super) fn max_row_bytes(&self, name: &str) -> u64 {
-        self.with_target(name).map(|(_, target)| target.max_positions(1) * POSITION_BYTES + ROW_BYTES).sum()
+        self.sparse_of(name).map(|(.., target)| target.max_positions(1) * POSITION_BYTES + ROW_BYTES).sum()
     }
 
-    /// The deltas on `rows` of the tensor `name`, or `None` where no adapter touches the tensor.
+    /// The deltas on `rows` of the tensor `name`, or `None` where no adapter chose elements of it.
     pub(super) fn rows(
         &self,
         ctx: &Context<'_>,
@@ -196,34 +204,127 @@ impl Stack {
         rows: &Range<u64>,
     ) -> Result<Option<StackRows>, MergeError> {
         let mut deltas = Vec::new();
-        for Active { adapter, scale, .. } in &self.active {
-            if let Some(target) = adapter.target(name) {
-                deltas.push((adapter.read_rows(ctx, target, rows.clone())?, *scale));
-            }
+        for (source, adapter, target) in self.sparse_of(name) {
+            deltas.push((source.id, adapter.read_rows(ctx, target, rows.clone())?, source.scale));
         }
         if deltas.is_empty() {
             return Ok(None);
         }
-        let parts: Vec<&RowColumns> = deltas.iter().map(|(rows, _)| &rows.columns).collect();
+        let parts: Vec<&RowColumns> = deltas.iter().map(|(_, rows, _)| &rows.columns).collect();
         let touched = union_columns(&parts);
         Ok(Some(StackRows { deltas, touched }))
     }
 
-    /// The columns that adapter `index` chose in `rows` of the tensor `name`, or `None` where it has no such target.
-    pub(super) fn columns_of(&self, rows: &StackRows, name: &str, index: usize) -> Option<RowColumns> {
-        self.active[index].adapter.target(name)?;
-        let layer = self.active[..index].iter().filter(|active| active.adapter.target(name).is_some()).count();
-        Some(rows.deltas[layer].0.columns.clone())
+    /// The original of a tensor that the ledger keeps whole.
+    pub(super) fn whole(&self, name: &str) -> Option<(&'a Shard, &'a TensorInfo)> {
+        self.ledger?.whole(name)
     }
-
-    /// The originals of the positions that this stack touches in `rows`.
-    pub(super) fn originals(&self, name: &str, rows: &Range<u64>, touched: &RowColumns) -> Result<Vec<u8>, MergeError> {
-        let ledger = self.ledger.as_ref().expect("a stack with touched positions has a ledger");
-        ledger.originals(name, rows.clone(), touched.nnz())
+    /// What the ledger keeps of a tensor.
+    pub(super) fn kept(&self, name: &str) -> Option<&'a Kept> {
+        self.ledger?.kept(name)
     }
 }
 
-/// The name of an adapter's copy in the state folder.
-pub(super) fn copy_name(id: &impl Display) -> String {
-    format!("{id}.safetensors")
+/// The targets of a ledger, whose places are recorded; in version 1 they are the adapters' own names.
+fn recorded_targets<'a>(
+    ledger: &'a Ledger,
+    sources: &'a [Source],
+    checkpoint: &'a Checkpoint,
+) -> Result<Targets<'a>, MergeError> {
+    let mut targets = Targets::new();
+    let bad = |name: &str, what: &str| {
+        let what = format!("tensor \"{}\": {what}", Printable(name));
+        MergeError::BadLedger { path: ledger.path().to_owned(), what }
+    };
+    for (name, recorded) in &ledger.document().targets {
+        let absent = |what: String| MergeError::Refused {
+            path: checkpoint.root().to_owned(),
+            what: format!("\"{}\": {what}", Printable(name)),
+        };
+        let tensor = checkpoint.tensor(name).ok_or_else(|| absent("there is no such tensor any more".to_owned()))?;
+        ledger.check_stored(tensor).map_err(absent)?;
+        let target = match recorded.terms.is_empty() {
+            true => by_name(tensor, recorded.n_columns, sources),
+            false => resolve(tensor, recorded.n_columns, &recorded.terms, sources).map_err(|what| bad(name, &what))?,
+        };
+        let fits = match &recorded.kept {
+            Kept::Positions(kept) => target.positions().is_some_and(|layout| layout.transposed == kept.transposed),
+            Kept::Hash(_) | Kept::Whole(_) => true,
+        };
+        if target.terms.is_empty() || !fits {
+            return Err(bad(name, "the ledger and its adapters disagree"));
+        }
+        targets.insert(tensor.info.name.as_str(), target);
+    }
+    let n_sparse: usize = sources.iter().filter_map(|source| Some(source.sparse()?.targets().len())).sum();
+    let n_terms: usize = targets.values().map(|target| target.sparse().count()).sum();
+    if n_terms < n_sparse {
+        let what = format!("its adapters touch {n_sparse} tensors, it speaks of {n_terms}");
+        return Err(MergeError::BadLedger { path: ledger.path().to_owned(), what });
+    }
+    Ok(targets)
+}
+
+/// What sparse adapters do to the tensor that has their targets' name.
+fn by_name<'a>(tensor: TensorRef<'a>, n_columns: u64, sources: &'a [Source]) -> Target<'a> {
+    let mut target =
+        Target { tensor, n_rows: tensor.info.n_elements() / n_columns.max(1), n_columns, terms: Vec::new() };
+    for source in sources {
+        let Some(adapter) = source.sparse() else { continue };
+        let own = adapter.target(&tensor.info.name);
+        if let Some(own) = own.filter(|own| own.dtype == tensor.info.dtype && own.shape == tensor.info.shape) {
+            target.terms.push(Term { source, does: Does::Sparse { adapter, target: own } });
+        }
+    }
+    target
+}
+
+/// The targets of an old record, which does not say them.
+fn plan_again<'a>(
+    ledger: &Ledger,
+    sources: &'a [Source],
+    checkpoint: &'a Checkpoint,
+    base: Option<&Checkpoint>,
+) -> Result<Targets<'a>, MergeError> {
+    let reading: &AdapterReading = &ledger.document().reading;
+    let map = WeightMap::new(checkpoint, reading.answers())?;
+    let is_original = |tensor: TensorRef<'a>, other: (&Shard, &TensorInfo)| {
+        let name = &tensor.info.name;
+        let stored = match ledger.kept(name) {
+            None => Some((tensor.shard, tensor.info)),
+            Some(Kept::Whole(_)) => ledger.whole(name),
+            Some(_) => {
+                let found = base.and_then(|base| base.tensor(name));
+                if base.is_none() {
+                    let (path, base) = (checkpoint.root().to_owned(), ledger.document().base.clone());
+                    return Err(MergeError::NeedsBase { path, base });
+                }
+                found.map(|found| (found.shard, found.info))
+            }
+        };
+        Ok(match stored {
+            Some(stored) if stored.1.is_like(other.1) => same_bytes(stored, other)?,
+            _ => false,
+        })
+    };
+    let (found, _) = plan(&map, sources.iter(), reading, &is_original)?;
+    let targets = combine(found, Targets::new())
+        .map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
+    let recorded = &ledger.document().targets;
+    if let Some(name) = recorded.keys().find(|name| !targets.contains_key(name.as_str())) {
+        let what =
+            format!("\"{}\": its record speaks of this tensor, and its adapters do not lead there", Printable(name));
+        return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
+    }
+    for (name, target) in &targets {
+        let absent = |what: String| MergeError::Refused {
+            path: checkpoint.root().to_owned(),
+            what: format!("\"{}\": {what}", Printable(name)),
+        };
+        if !recorded.contains_key(*name) {
+            return Err(absent("its record does not speak of this tensor, and its adapters lead there".to_owned()));
+        }
+        ledger.check_stored(target.tensor).map_err(absent)?;
+    }
+    Ok(targets)
 }

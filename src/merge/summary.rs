@@ -4,11 +4,21 @@ use serde::Serialize;
 
 use super::{
     MergeError,
-    ledger::{ActiveAdapter, LedgerDocument},
-    low_rank,
+    ledger::{Ledger, LedgerDocument},
     state::state_of,
 };
 use crate::checkpoint::{Checkpoint, Shard, StateFolder};
+
+/// One merged adapter.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct ActiveAdapter {
+    /// The adapter's id, 64 hexadecimal digits.
+    pub id: String,
+    /// The scale it was merged with.
+    pub scale: f64,
+    /// `sparse` or `lora`.
+    pub kind: String,
+}
 
 /// The merges that a checkpoint remembers.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -17,11 +27,11 @@ pub struct LedgerSummary {
     pub active: Vec<ActiveAdapter>,
     /// Tensors that they touch.
     pub n_tensors: usize,
-    /// Positions that they touch, each remembered once.
+    /// Elements that they touch.
     pub n_touched: u64,
     /// Bytes of the ledger, without the adapters' copies.
     pub ledger_bytes: u64,
-    /// Whether taking an adapter out needs the base: after a low-rank merge that kept no originals.
+    /// Whether taking an adapter out needs the base: hashes alone were kept of tensors that changed as a whole.
     pub needs_base: bool,
     /// Whether a change was interrupted and waits for `recover`.
     pub interrupted: bool,
@@ -34,37 +44,33 @@ pub struct LedgerSummary {
 pub fn ledger_summary(checkpoint: &Checkpoint) -> Result<Option<LedgerSummary>, MergeError> {
     let state = state_of(checkpoint)?;
     let interrupted = checkpoint.interrupted()?.is_some();
-    if let Some((folder, record)) = low_rank::record_of(checkpoint)? {
-        let active = record.active.iter().map(|a| ActiveAdapter { id: a.id.clone(), scale: a.scale }).collect();
-        let n_elements = |target: &low_rank::RecordedTarget| target.shape.iter().product::<u64>();
-        return Ok(Some(LedgerSummary {
-            active,
-            n_tensors: record.targets.len(),
-            n_touched: record.targets.values().map(n_elements).sum(),
-            ledger_bytes: folder.originals_bytes()?,
-            needs_base: !record.has_originals,
-            interrupted,
-        }));
-    }
-    let Some(shard) = Shard::open_own(state.folder(), StateFolder::LEDGER)? else {
-        let summary = LedgerSummary {
-            active: Vec::new(),
-            n_tensors: 0,
-            n_touched: 0,
-            ledger_bytes: 0,
-            needs_base: false,
-            interrupted,
-        };
-        return Ok(interrupted.then_some(summary));
-    };
-    let document = LedgerDocument::parse(shard.header().metadata())
-        .map_err(|what| MergeError::BadLedger { path: shard.path().to_owned(), what })?;
-    Ok(Some(LedgerSummary {
+    let of = |document: &LedgerDocument, ledger_bytes| LedgerSummary {
+        active: document
+            .active
+            .iter()
+            .map(|active| ActiveAdapter { id: active.id.clone(), scale: active.scale, kind: active.kind.clone() })
+            .collect(),
         n_tensors: document.targets.len(),
-        n_touched: document.nnz(),
-        ledger_bytes: shard.file_bytes(),
-        needs_base: false,
-        active: document.active,
+        n_touched: document.n_touched(),
+        ledger_bytes,
+        needs_base: document.needs_base(),
         interrupted,
-    }))
+    };
+    if let Some(shard) = Shard::open_own(state.folder(), StateFolder::LEDGER)? {
+        let document = LedgerDocument::parse(shard.header().metadata())
+            .map_err(|what| MergeError::BadLedger { path: shard.path().to_owned(), what })?;
+        return Ok(Some(of(&document, shard.file_bytes())));
+    }
+    if let Some(record) = Ledger::of_old_record(&state)? {
+        return Ok(Some(of(record.document(), record.n_bytes())));
+    }
+    let nothing = LedgerSummary {
+        active: Vec::new(),
+        n_tensors: 0,
+        n_touched: 0,
+        ledger_bytes: 0,
+        needs_base: false,
+        interrupted,
+    };
+    Ok(interrupted.then_some(nothing))
 }

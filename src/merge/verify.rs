@@ -13,20 +13,26 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    AdapterEntry, MergeError, MergeInput,
-    change::Change,
-    examine::Findings,
-    ledger::LedgerWriter,
+    AdapterEntry, AdapterReading, KeptOriginals, MergeError, MergeInput,
+    change::{Change, Origin, Touched, Work},
+    compute::{Computer, RowsHasher, merge_cost, merge_rows},
+    examine::Examination,
+    findings::{Findings, MAX_EXAMPLES},
+    ledger::Kept,
+    plan::{Targets, combine, plan, same_bytes},
     report::entries,
-    stack::{Active, Stack},
+    source::Source,
+    stack::{Remembered, Stack},
     state::state_of,
 };
 use crate::{
-    adapter::Adapter,
+    adapter::AdapterId,
+    backend::Merger,
     checkpoint::{
-        Checkpoint, CheckpointError, Context, Layout, Printable, Shard, StateFolder, TensorRef, n_readers,
+        Checkpoint, Context, Printable, Shard, TensorInfo, TensorRef, for_each_ordered, n_readers,
         read_and_map_ordered, window_cost,
     },
+    weights::WeightMap,
 };
 
 /// What to hold a merged checkpoint against.
@@ -36,6 +42,8 @@ pub struct VerifyOptions {
     pub base: Option<PathBuf>,
     /// The adapters that were merged, for a checkpoint without a ledger; the base is needed then.
     pub adapters: Vec<MergeInput>,
+    /// How they were read, as for the merge.
+    pub reading: AdapterReading,
 }
 
 /// How the originals compare with what an adapter was made from.
@@ -72,55 +80,174 @@ pub struct VerifyReport {
 
 /// Proves that a checkpoint is what the merges recorded in its ledger made of its base.
 ///
-/// Reads the touched rows, and with a base every byte of both checkpoints, once. Memory: a few blocks per thread.
+/// Every touched weight is computed again from its original and compared. Tensors of which the ledger has hashes alone are
+/// compared by hash where no base is given. Reads the touched tensors, and with a base every byte of both checkpoints, once. Memory: a
+/// few blocks per thread.
 ///
 /// # Errors
 /// [`MergeError`] where it cannot be checked; a checkpoint that is wrong is a report whose `ok` is false.
 pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result<VerifyReport, MergeError> {
     let checkpoint = Checkpoint::open(path)?;
-    let state = state_of(&checkpoint)?;
     let base = options.base.as_deref().map(open_base).transpose()?;
-    let mut stack = Stack::open(ctx, &state)?;
-    // Holds the ledger of a checkpoint that has none.
-    let mut scratch = None;
-    if stack.ledger.is_none() {
-        let Some(base) = base.as_ref().filter(|_| !options.adapters.is_empty()) else {
+    let remembered = Remembered::open(ctx, &state_of(&checkpoint)?)?;
+    let given;
+    let stack = match (&remembered.ledger, &base) {
+        (Some(_), _) if !options.adapters.is_empty() => {
+            return Err(MergeError::Usage("a checkpoint with a ledger knows its adapters; leave them out".to_owned()));
+        }
+        (Some(_), base) => Stack::of_or_unplaced(&remembered, &checkpoint, base.as_ref())?,
+        (None, Some(base)) if !options.adapters.is_empty() => {
+            given = Source::open_all(ctx, &options.adapters, base)?;
+            expected_stack(&given, &checkpoint, base, &options.reading)?
+        }
+        (None, _) => {
             let what = "has no ledger: give its base and the adapters that were merged".to_owned();
             return Err(MergeError::Refused { path: path.to_owned(), what });
-        };
-        let folder = tempfile::tempdir().map_err(|e| CheckpointError::io("create", &std::env::temp_dir(), e))?;
-        stack = expected_stack(ctx, base, &options.adapters, folder.path())?;
-        scratch = Some(folder);
-    } else if !options.adapters.is_empty() {
-        return Err(MergeError::Usage("a checkpoint with a ledger knows its adapters; leave them out".to_owned()));
-    }
-
-    let change = Change { checkpoint: &checkpoint, before: &stack, after: &stack };
+        }
+    };
+    let computer = Computer::new(Merger::cpu());
+    let change = Change {
+        checkpoint: &checkpoint,
+        before: &stack,
+        after: &stack,
+        base: base.as_ref(),
+        keep: KeptOriginals::default(),
+        computer: &computer,
+    };
     let touched = change.touched()?;
-    let findings = change.examine(ctx, &touched, None)?;
+    let (whole, by_position): (Vec<Touched<'_>>, Vec<Touched<'_>>) =
+        touched.iter().partition(|touched| !matches!(touched.work, Work::Positions(_)));
+    let bounds = BTreeMap::new();
+    let mut findings = change.examine(ctx, &by_position, &bounds, None)?;
     let mut problems: Vec<String> = findings.changed.clone();
+    let mut n_wrong = findings.n_changed;
+    for touched in &whole {
+        n_wrong += verify_whole(ctx, &change, touched, &mut findings, &mut problems)?;
+    }
     let anchors = anchor_reports(&stack, &findings, "the ledger's originals", &mut problems);
     let mut bytes_compared = 0;
     if let Some(base) = &base {
-        let nothing = Stack::default();
-        let change = Change { checkpoint: base, before: &nothing, after: &stack };
-        let on_base = change.examine(ctx, &change.touched()?, None)?;
-        anchor_reports(&stack, &on_base, "the base's values", &mut problems);
-        bytes_compared = compare_rest(ctx, &checkpoint, base, &findings, &mut problems)?;
+        if stack.ledger.is_some() {
+            let on_base = base_findings(ctx, &change, &by_position)?;
+            anchor_reports(&stack, &on_base, "the base's values", &mut problems);
+        }
+        let is_whole = |name: &str| whole.iter().any(|touched| touched.name() == name);
+        let expected = |name: &str| match is_whole(name) {
+            // Compared already, every element.
+            true => None,
+            false => Some(findings.counts.get(name).map_or(0, |counts| counts.changed)),
+        };
+        bytes_compared = compare_tensors(ctx, &checkpoint, base, expected, &mut problems)?;
         base.unchanged()?;
     }
     checkpoint.unchanged()?;
-    drop(scratch);
     Ok(VerifyReport {
         ok: problems.is_empty(),
         active: entries(&stack),
         n_touched: findings.n_touched,
-        n_wrong: findings.n_changed,
+        n_wrong,
         anchors,
         base_compared: base.is_some(),
         bytes_compared,
         problems,
     })
+}
+
+/// Computes a tensor again that adapters changed as a whole, and compares every element; or, where its original is nowhere, its
+/// hash. Returns the elements that are wrong, where they were counted.
+fn verify_whole(
+    ctx: &Context<'_>,
+    change: &Change<'_>,
+    touched: &Touched<'_>,
+    findings: &mut Findings,
+    problems: &mut Vec<String>,
+) -> Result<u64, MergeError> {
+    let kept = match change.before.kept(touched.name()) {
+        Some(Kept::Hash(hashes) | Kept::Whole(hashes)) => Some(hashes),
+        _ => None,
+    };
+    let name = Printable(touched.name());
+    let originals = match touched.origin {
+        Origin::Ledger(tensor) | Origin::Base(tensor) => Some(tensor),
+        Origin::Here => None,
+    };
+    let target = touched.after.expect("a stack touches its targets");
+    let prepared = match originals {
+        Some(_) => Some(change.prepare(ctx, touched, target)?),
+        None => None,
+    };
+    let row_bytes = touched.row_bytes();
+    let width = touched.tensor.info.dtype.bitsize() / 8;
+    let (mut n_wrong, mut found, mut beneath) = (0u64, RowsHasher::default(), RowsHasher::default());
+    for_each_ordered(
+        ctx,
+        change.blocks(ctx, touched),
+        |rows| 4 * window_cost((rows.end - rows.start) * row_bytes) + merge_cost(ctx, target, rows),
+        |rows| {
+            let window = touched.tensor.window(ctx, rows.start * row_bytes..rows.end * row_bytes)?;
+            let mut block = (0, RowsHasher::groups(&window, row_bytes), Vec::new());
+            if let Some(prepared) = &prepared {
+                let mut expected = change.original_rows(ctx, touched, rows)?;
+                block.2 = RowsHasher::groups(&expected, row_bytes);
+                merge_rows(ctx, change.computer, prepared, rows, &mut expected)?;
+                block.0 = count_differing(&window, &expected, width);
+            }
+            touched.tensor.shard.confirm(&window)?;
+            ctx.observer.advance(window.len() as u64);
+            Ok(block)
+        },
+        |_, (n, of_found, of_beneath)| {
+            n_wrong += n;
+            found.push(&of_found);
+            beneath.push(&of_beneath);
+            Ok::<_, MergeError>(())
+        },
+    )?;
+    findings.n_touched += touched.tensor.info.n_elements();
+    if let (Some(hashes), Some(tensor)) = (kept, originals)
+        && beneath.finish() != hashes.base
+    {
+        return Err(match touched.origin {
+            Origin::Ledger(_) => MergeError::BadLedger {
+                path: tensor.shard.path().to_owned(),
+                what: format!("tensor \"{name}\": the ledger is damaged: the whole tensor does not match its checksum"),
+            },
+            _ => MergeError::Refused {
+                path: tensor.shard.path().to_owned(),
+                what: format!("\"{name}\": its values are others: not the base of this merge"),
+            },
+        });
+    }
+    let is_left = kept.is_none_or(|hashes| found.finish() == hashes.merged);
+    if n_wrong > 0 {
+        if problems.len() < MAX_EXAMPLES {
+            problems.push(format!("\"{name}\": {n_wrong} weights are not what the merge makes of the originals"));
+        }
+    } else if !is_left {
+        problems.push(format!("\"{name}\": is not what the merge left there"));
+    }
+    // That its original is the base's was proven for all adapters at once, now or when it was merged.
+    for terms in target.terms.chunk_by(|a, b| a.source.id == b.source.id) {
+        findings.anchors.entry(terms[0].source.id).or_default().n_matching += 1;
+    }
+    Ok(n_wrong)
+}
+
+/// What the base's values are at the positions of sparse adapters.
+fn base_findings(ctx: &Context<'_>, change: &Change<'_>, by_position: &[Touched<'_>]) -> Result<Findings, MergeError> {
+    let nothing = Stack::default();
+    let on_base = Change { before: &nothing, ..*change };
+    let mut on_base_touched = Vec::new();
+    for touched in by_position {
+        let tensor = change.in_base(touched.tensor)?;
+        on_base_touched.push(Touched { tensor, before: None, origin: Origin::Here, ..*touched });
+    }
+    let bounds = BTreeMap::new();
+    let mut examination = Examination::new(&on_base, &bounds, None);
+    for touched in &on_base_touched {
+        examination.on_disk(ctx, touched)?;
+    }
+    Ok(examination.findings)
 }
 
 /// Opens a checkpoint that nothing was merged into.
@@ -133,69 +260,44 @@ pub(super) fn open_base(path: &Path) -> Result<Checkpoint, MergeError> {
     Ok(base)
 }
 
-/// The stack that merging `adapters` into `base` would make, with its ledger in `folder`.
-fn expected_stack(
-    ctx: &Context<'_>,
+/// The stack that merging `given` into `base` would make, on the checkpoint that it is said to have made.
+fn expected_stack<'a>(
+    given: &'a [Source],
+    checkpoint: &'a Checkpoint,
     base: &Checkpoint,
-    adapters: &[MergeInput],
-    folder: &Path,
-) -> Result<Stack, MergeError> {
-    let mut active = Vec::new();
-    for input in adapters {
-        let adapter = Adapter::open_with_base(ctx, &input.adapter, base)?;
-        let scale = input.scale.unwrap_or(adapter.scale());
-        active.push(Active { id: adapter.id(ctx)?, scale, adapter });
-    }
-    active.sort_by_key(|active| active.id);
-    let (before, mut after) = (Stack::default(), Stack { active, ledger: None });
-    after.targets().map_err(|what| MergeError::Refused { path: base.root().to_owned(), what })?;
-    let change = Change { checkpoint: base, before: &before, after: &after };
-    let state = StateFolder::at(folder, Layout::Folder)?;
-    state.create()?;
-    let mut writer = LedgerWriter::create(&state, StateFolder::LEDGER, &after.entries())?;
-    let findings = change.examine(ctx, &change.touched()?, Some(&mut writer))?;
-    super::apply::judge(&change, &findings)?;
-    after.ledger = Some(writer.finish(ctx)?);
-    Ok(after)
+    reading: &AdapterReading,
+) -> Result<Stack<'a>, MergeError> {
+    let map = WeightMap::new(checkpoint, reading.answers())?;
+    let is_original = |tensor: TensorRef<'a>, other: (&Shard, &TensorInfo)| match base.tensor(&tensor.info.name) {
+        Some(found) if found.info.is_like(other.1) => Ok(same_bytes((found.shard, found.info), other)?),
+        _ => Ok(false),
+    };
+    let (targets, _) = plan(&map, given.iter(), reading, &is_original)?;
+    let targets = combine(targets, Targets::new())
+        .map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
+    Ok(Stack { active: given.iter().collect(), targets, ledger: None })
 }
 
-fn anchor_reports(stack: &Stack, findings: &Findings, whose: &str, problems: &mut Vec<String>) -> Vec<AnchorReport> {
+fn anchor_reports(
+    stack: &Stack<'_>,
+    findings: &Findings,
+    whose: &str,
+    problems: &mut Vec<String>,
+) -> Vec<AnchorReport> {
     let mut reports = Vec::new();
-    for (active, anchors) in stack.active.iter().zip(&findings.anchors) {
+    for (source, n_tensors) in stack.active.iter().zip(stack.n_tensors()) {
+        let id: AdapterId = source.id;
+        let anchors = findings.anchors.get(&id).cloned().unwrap_or_default();
         if let Some(tensor) = &anchors.first_mismatch {
-            let id = active.id.short();
+            let id = id.short();
             problems.push(format!("\"{}\": {whose} are not those that adapter {id} was made from", Printable(tensor)));
         }
-        let n_tensors = active.adapter.targets().len();
-        reports.push(AnchorReport { id: active.id.to_string(), n_tensors, n_matching: anchors.n_matching });
+        reports.push(AnchorReport { id: id.to_string(), n_tensors, n_matching: anchors.n_matching });
     }
     reports
 }
 
-/// Compares shards, headers and every tensor with the base; returns the bytes of tensor data compared.
-fn compare_rest(
-    ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
-    base: &Checkpoint,
-    findings: &Findings,
-    problems: &mut Vec<String>,
-) -> Result<u64, MergeError> {
-    let expected = |name: &str| Some(findings.counts.get(name).map_or(0, |counts| counts.changed));
-    compare_tensors(ctx, checkpoint, base, expected, problems)
-}
-
-/// Compares shards, headers and every tensor that is not touched; returns the bytes of tensor data compared.
-pub(super) fn compare_other_tensors(
-    ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
-    base: &Checkpoint,
-    is_touched: impl Fn(&str) -> bool,
-    problems: &mut Vec<String>,
-) -> Result<u64, MergeError> {
-    compare_tensors(ctx, checkpoint, base, |name| (!is_touched(name)).then_some(0), problems)
-}
-
-/// The same; `expected` says how many elements of a tensor differ, or `None` for a tensor that is not compared.
+/// Compares shards, headers and every tensor with the base; `expected` says how many elements of a tensor differ, or `None` for a tensor that is not compared.
 fn compare_tensors(
     ctx: &Context<'_>,
     checkpoint: &Checkpoint,

@@ -8,9 +8,8 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    backend::Merger,
     checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    merge::{self, LowRankOptions, LowRankReading, MergeError, MergeInput, MergeReport},
+    merge::{self, AdapterReading, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
     tensor::Dtype,
 };
 use tempfile::TempDir;
@@ -65,15 +64,21 @@ impl Place {
         MergeInput { adapter: folder, scale: None }
     }
     /// Merges into `out`.
-    pub fn merge(&self, adapters: &[MergeInput], reading: LowRankReading) -> Result<MergeReport, MergeError> {
-        let options = LowRankOptions { existing: Existing::Replace, ..LowRankOptions::new(self.path("out")) };
-        merge::merge_low_rank(&Context::default(), &self.path("base"), adapters, reading, Merger::cpu(), &options)
+    pub fn merge(&self, adapters: &[MergeInput], reading: AdapterReading) -> Result<MergeReport, MergeError> {
+        let options = MergeOptions { reading, ..replacing(&self.path("out")) };
+        merge::merge(&Context::default(), &self.path("base"), adapters, &options)
     }
     /// The tensors after merging one adapter.
     pub fn merged(&self, adapter: MergeInput) -> BTreeMap<String, Vec<f32>> {
-        self.merge(&[adapter], LowRankReading::default()).unwrap();
+        self.merge(&[adapter], AdapterReading::default()).unwrap();
         read(&self.path("out"))
     }
+}
+
+/// A new checkpoint, with what is there replaced.
+pub fn replacing(path: &Path) -> MergeOptions<'static> {
+    let (path, existing) = (path.to_owned(), Existing::Replace);
+    MergeOptions::to(MergeOutput::New { path, existing, ledger: true, link: false, resume: false })
 }
 
 /// All tensors of a checkpoint, as float32.

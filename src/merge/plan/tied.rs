@@ -3,14 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    factors::Matrix,
-    planner::{Lora, Planner, same_bytes},
-};
+use super::planner::{Lora, Planner, same_bytes};
 use crate::{
-    checkpoint::{Printable, TensorRef},
+    checkpoint::Printable,
     foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
-    merge::{MergeError, Undecided},
+    merge::{MergeError, Undecided, compute::Matrix},
     weights::TiedWeight,
 };
 
@@ -138,12 +135,10 @@ impl<'a> Planner<'_, 'a> {
     /// Whether the adapter's full tensor is the base's own, byte for byte: PEFT saves embeddings that it adapts.
     pub(super) fn is_unchanged_copy(&self, lora: &LoraAdapter, full: &FullTensor) -> Result<bool, MergeError> {
         let info = lora.tensor(&full.tensor);
-        let same = |tensor: TensorRef<'_>| tensor.info.is_like(info);
-        let Ok(found) = self.map.find(&full.name, same) else { return Ok(false) };
-        let Some(tensor) = self.originals.tensor(&found.tensor.info.name).filter(|tensor| same(*tensor)) else {
-            return Ok(false);
-        };
-        same_bytes((lora.shard(), info), (tensor.shard, tensor.info))
+        match self.map.find(&full.name, |tensor| tensor.info.is_like(info)) {
+            Ok(found) => (self.is_original)(found.tensor, (lora.shard(), info)),
+            Err(_) => Ok(false),
+        }
     }
 }
 

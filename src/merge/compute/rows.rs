@@ -4,48 +4,55 @@ use std::ops::Range;
 #[cfg(feature = "cuda")]
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{
-    factors::read_f32,
-    plan::{Magnitude, Plan, Product, Step, Target},
-};
+use super::{factors::read_f32, prepared::Prepared};
 #[cfg(feature = "cuda")]
 use crate::tensor::Dtype;
 use crate::{
     adapter::DeltaRows,
     backend::{Merger, PatchCounts, add_low_rank, merge_sums},
     checkpoint::{CheckpointError, Context},
-    merge::MergeError,
+    merge::{
+        MergeError,
+        plan::{Does, Magnitude, Product, Target, Term},
+    },
     tensor::{Accumulator, Float, with_float},
 };
 
 /// Rows that are hashed, and whose squares are summed, in one piece, whatever the size of blocks.
-pub(super) const GROUP_ROWS: u64 = 16;
+pub(in crate::merge) const HASH_ROWS: u64 = 16;
 
-/// Blocks of a tensor's rows, each but the last a multiple of [`GROUP_ROWS`].
-pub(super) fn row_blocks(
+/// Blocks of a tensor's rows, each but the last a multiple of [`HASH_ROWS`].
+pub(in crate::merge) fn row_blocks(
     ctx: &Context<'_>,
     n_rows: u64,
     n_columns: u64,
 ) -> impl Iterator<Item = Range<u64>> + Send + use<> {
     // Sums in float32 take about half a window.
     let most = ctx.window_bytes() / 8 / n_columns.max(1);
-    let step = (most / GROUP_ROWS * GROUP_ROWS).max(GROUP_ROWS);
+    let step = (most / HASH_ROWS * HASH_ROWS).max(HASH_ROWS);
     (0..n_rows).step_by(step as usize).map(move |first| first..n_rows.min(first + step))
 }
 
 /// Bytes of memory that [`merge_rows`] takes at most beside `bytes`.
-pub(super) fn merge_cost(ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> u64 {
+pub(in crate::merge) fn merge_cost(ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> u64 {
     let n_elements = (rows.end - rows.start) * target.n_columns;
-    // Sums; and, where more than one product may meet, wider values, flags, and what stands in for the originals.
-    let element_bytes = if target.is_simple { 4 } else { 4 + 8 + 1 + 8 };
-    let sparse = target.steps.iter().map(|step| match step {
-        Step::Sparse { adapter, target, .. } => adapter.rows_bytes(ctx, target, rows),
-        _ => 0,
-    });
+    // Sums; and, where more than one product may meet, wider values and flags, twice where adapters are computed apart.
+    let element_bytes = match target.is_simple() {
+        true => 4,
+        false if has_contributions(target) => 4 + 2 * (8 + 1) + 8,
+        false => 4 + 8 + 1 + 8,
+    };
+    let sparse = target.sparse().filter(|(.., sparse)| !sparse.transposed);
+    let sparse = sparse.map(|(_, adapter, sparse)| adapter.rows_bytes(ctx, sparse, rows)).sum::<u64>();
     // Factors as they are stored and widened, of a part of the rank.
     let rank = rank_step(ctx, rows.end - rows.start, target.n_columns);
     let factors = 2 * 4 * rank * (rows.end - rows.start + target.n_columns);
-    n_elements * element_bytes + sparse.sum::<u64>() + factors
+    n_elements * element_bytes + sparse + factors
+}
+
+/// Whether an adapter's change has to be computed by itself before it is added to those of others.
+fn has_contributions(target: &Target<'_>) -> bool {
+    target.n_sources() > 1 && target.terms.iter().any(|term| term.magnitude().is_some())
 }
 
 /// As much of a product's rank at once as makes factors of half a window.
@@ -53,24 +60,23 @@ fn rank_step(ctx: &Context<'_>, n_rows: u64, n_columns: u64) -> u64 {
     (ctx.window_bytes() / 8 / n_rows.max(n_columns)).max(1)
 }
 
-/// Makes the originals in `bytes`, the `rows` of `target`, into merged weights; `factors` are those of the columns, where the
-/// target has magnitudes of columns. `computer` is the job's.
+/// Makes the originals in `bytes`, the `rows` of a target, into merged weights. `computer` is the job's.
 ///
 /// Memory: about four times `bytes` for 16-bit weights, and factors of about a window.
-pub(super) fn merge_rows(
+pub(in crate::merge) fn merge_rows(
     ctx: &Context<'_>,
     computer: &Computer<'_>,
-    target: &Target<'_>,
-    factors: Option<&[f32]>,
+    prepared: &Prepared<'_>,
     rows: &Range<u64>,
     bytes: &mut [u8],
 ) -> Result<PatchCounts, MergeError> {
-    if target.is_simple {
+    let target = prepared.target;
+    if target.is_simple() {
         return merge_products(ctx, computer, target, rows, bytes);
     }
     computer.merger.left((rows.end - rows.start) * target.n_columns);
     with_float!(target.tensor.info.dtype, T => {
-        Block::<T>::new(ctx, target, rows.clone(), bytes)?.merge(ctx, factors, bytes)
+        Block::<T>::new(target, rows.clone(), bytes).merge(ctx, prepared, bytes)
     }, else unreachable!("targets are floats"))
 }
 
@@ -84,8 +90,8 @@ fn merge_products(
 ) -> Result<PatchCounts, MergeError> {
     let row_bytes = target.row_bytes() as usize;
     let mut counts = PatchCounts::default();
-    for step in &target.steps {
-        let Step::LowRank(product) = step else { unreachable!("a simple target has products alone") };
+    for term in &target.terms {
+        let Does::LowRank(product) = &term.does else { unreachable!("a simple target has products alone") };
         let Some(shared) = intersection(rows, &product.rows()) else { continue };
         let part = (shared.start - rows.start) as usize * row_bytes..(shared.end - rows.start) as usize * row_bytes;
         let (dtype, bytes) = (target.tensor.info.dtype, &mut bytes[part]);
@@ -101,8 +107,8 @@ fn merge_products(
     Ok(counts)
 }
 
-/// Who computes, for the length of one plan.
-pub(super) struct Computer<'a> {
+/// Who computes, for the length of one change.
+pub(in crate::merge) struct Computer<'a> {
     merger: Merger<'a>,
     /// The second factors that a GPU was given last, and the place of their product in the plan.
     #[cfg(feature = "cuda")]
@@ -114,8 +120,8 @@ pub(super) struct Computer<'a> {
 const MOST_HELD: usize = 2;
 
 impl<'a> Computer<'a> {
-    /// For `plan`, which stays where it is.
-    pub(super) fn new(_plan: &'a Plan<'_>, merger: Merger<'a>) -> Self {
+    /// For targets that stay where they are.
+    pub(in crate::merge) fn new(merger: Merger<'a>) -> Self {
         Self {
             merger,
             #[cfg(feature = "cuda")]
@@ -169,11 +175,7 @@ fn intersection(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
 }
 
 /// The product's sums for `rows` of the tensor, `[rows, columns.n]`.
-pub(super) fn sums_of(
-    ctx: &Context<'_>,
-    product: &Product<'_>,
-    rows: &Range<u64>,
-) -> Result<Vec<f32>, CheckpointError> {
+fn sums_of(ctx: &Context<'_>, product: &Product<'_>, rows: &Range<u64>) -> Result<Vec<f32>, CheckpointError> {
     let n_columns = product.columns.n;
     let own = rows.start - product.first_row..rows.end - product.first_row;
     let n_rows = own.end - own.start;
@@ -202,59 +204,107 @@ pub(super) struct Block<'t, 'a, T: Float> {
 }
 
 impl<'t, 'a, T: Float> Block<'t, 'a, T> {
-    /// The originals, or what stands in for them.
-    pub(super) fn new(
-        ctx: &Context<'_>,
-        target: &'t Target<'a>,
-        rows: Range<u64>,
-        bytes: &[u8],
-    ) -> Result<Self, CheckpointError> {
-        let n_columns = target.n_columns;
-        let mut values: Vec<T::Acc> = bytes.chunks_exact(T::BYTES).map(|e| T::from_le(e).widen()).collect();
-        let mut flags = vec![0; values.len()];
-        if let Some((shard, info)) = target.full {
-            ctx.check()?;
-            let full = read_f32(shard, info, rows.start * n_columns..rows.end * n_columns)?;
-            for ((value, flag), full) in values.iter_mut().zip(&mut flags).zip(full) {
-                let full = T::Acc::from_f64(f64::from(full));
-                *flag |= TOUCHED | if full == *value { 0 } else { NONZERO };
-                *value = full;
-            }
-        }
-        Ok(Self { target, rows, values, flags })
+    /// The originals.
+    pub(super) fn new(target: &'t Target<'a>, rows: Range<u64>, bytes: &[u8]) -> Self {
+        let values: Vec<T::Acc> = bytes.chunks_exact(T::BYTES).map(|e| T::from_le(e).widen()).collect();
+        let flags = vec![0; values.len()];
+        Self { target, rows, values, flags }
     }
 
     fn merge(
         mut self,
         ctx: &Context<'_>,
-        factors: Option<&[f32]>,
+        prepared: &Prepared<'_>,
         bytes: &mut [u8],
     ) -> Result<PatchCounts, MergeError> {
-        for step in &self.target.steps {
-            match step {
-                Step::LowRank(product) => {
+        let terms = &self.target.terms;
+        let has_others = self.target.n_sources() > 1;
+        for (own, of_source) in terms.chunk_by(|a, b| a.source.id == b.source.id).scan(0, |at, own| {
+            let first = *at;
+            *at += own.len();
+            Some((first, own))
+        }) {
+            match has_others && of_source.iter().any(|term| term.magnitude().is_some()) {
+                true => {
+                    let mut alone = Self::new(self.target, self.rows.clone(), bytes);
+                    alone.apply(ctx, prepared, own, of_source)?;
+                    self.add_contribution(&alone, bytes);
+                }
+                false => self.apply(ctx, prepared, own, of_source)?,
+            }
+        }
+        Ok(self.round(bytes))
+    }
+
+    /// What one adapter makes of the values; its terms begin with the target's term `first`.
+    fn apply(
+        &mut self,
+        ctx: &Context<'_>,
+        prepared: &Prepared<'_>,
+        first: usize,
+        terms: &[Term<'_>],
+    ) -> Result<(), MergeError> {
+        // What stands in for the originals comes first.
+        for term in terms {
+            if let Does::Full { shard, info } = &term.does {
+                ctx.check()?;
+                let n_columns = self.target.n_columns;
+                let full = read_f32(shard, info, self.rows.start * n_columns..self.rows.end * n_columns)?;
+                for ((value, flag), full) in self.values.iter_mut().zip(&mut self.flags).zip(full) {
+                    let full = T::Acc::from_f64(f64::from(full));
+                    *flag |= TOUCHED | if full == *value { 0 } else { NONZERO };
+                    *value = full;
+                }
+            }
+        }
+        for (index, term) in (first..).zip(terms) {
+            match &term.does {
+                Does::Full { .. } => {}
+                Does::LowRank(product) => {
                     let Some(shared) = intersection(&self.rows, &product.rows()) else { continue };
                     self.add_product(ctx, product, &shared)?;
                     match &product.magnitude {
                         None => {}
-                        Some(magnitude) if magnitude.of_columns => {
-                            self.scale_columns(factors.expect("norms of columns are taken before"));
-                        }
+                        Some(magnitude) if magnitude.of_columns => self.scale_columns(prepared.column_factors(index)),
                         Some(magnitude) => self.scale_rows(product, magnitude, &shared)?,
                     }
                 }
-                Step::Sparse { adapter, target, scale, .. } => {
-                    let deltas = adapter.read_rows(ctx, target, self.rows.clone())?;
-                    self.add_deltas(&deltas, T::Acc::from_f64(*scale));
+                Does::Sparse { adapter, target } => {
+                    let scale = T::Acc::from_f64(term.source.scale);
+                    match prepared.scattered(index) {
+                        Some(scattered) => {
+                            let n_columns = self.target.n_columns;
+                            let start = self.rows.start * n_columns;
+                            for (flat, delta) in scattered.of(start..self.rows.end * n_columns) {
+                                self.add_delta((flat - start) as usize, T::Acc::from_f64(f64::from(delta)), scale);
+                            }
+                        }
+                        None => self.add_deltas(&adapter.read_rows(ctx, target, self.rows.clone())?, scale),
+                    }
                 }
-                Step::Bias { shard, info, scale } => {
+                Does::Bias { shard, info, scale } => {
                     let bias = read_f32(shard, info, self.rows.clone())?;
                     let at = 0..bias.len();
                     self.add(at, bias.iter().map(|bias| bias * scale));
                 }
             }
         }
-        Ok(self.round(bytes))
+        Ok(())
+    }
+
+    /// Adds what an adapter by itself makes of the originals, which are in `bytes`, less the originals.
+    fn add_contribution(&mut self, alone: &Self, bytes: &[u8]) {
+        let minus = T::Acc::from_f64(-1.0);
+        let originals = bytes.chunks_exact(T::BYTES).map(|e| T::from_le(e).widen());
+        let own = alone.values.iter().zip(&alone.flags);
+        for (((value, flag), original), (&alone, &touched)) in
+            self.values.iter_mut().zip(&mut self.flags).zip(originals).zip(own)
+        {
+            if touched & TOUCHED != 0 {
+                *value = value.add(alone.add(original.mul(minus)));
+                *flag |= touched;
+            }
+        }
     }
 
     /// Adds a product to `rows` of the tensor.
@@ -292,16 +342,18 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
     }
 
     fn add_deltas(&mut self, deltas: &DeltaRows, scale: T::Acc) {
-        let zero = T::Acc::from_f64(0.0);
         for row in 0..deltas.columns.n_rows() {
             let start = row * self.target.n_columns as usize;
             for (&column, at) in deltas.columns.row(row).iter().zip(deltas.columns.row_range(row)) {
-                let delta = T::Acc::from_f64(f64::from(deltas.values[at]));
-                let element = start + column as usize;
-                self.values[element] = self.values[element].add_scaled(delta, scale);
-                self.flags[element] |= TOUCHED | if delta == zero || scale == zero { 0 } else { NONZERO };
+                self.add_delta(start + column as usize, T::Acc::from_f64(f64::from(deltas.values[at])), scale);
             }
         }
+    }
+
+    fn add_delta(&mut self, element: usize, delta: T::Acc, scale: T::Acc) {
+        let zero = T::Acc::from_f64(0.0);
+        self.values[element] = self.values[element].add_scaled(delta, scale);
+        self.flags[element] |= TOUCHED | if delta == zero || scale == zero { 0 } else { NONZERO };
     }
 
     /// Brings each of `rows` to its magnitude.
@@ -358,6 +410,7 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
     /// Rounds every touched element once, to the weight's type.
     fn round(self, bytes: &mut [u8]) -> PatchCounts {
         let mut counts = PatchCounts::default();
+        let is_replaced = self.target.terms.iter().any(|term| matches!(term.does, Does::Full { .. }));
         for ((element, value), flag) in bytes.chunks_exact_mut(T::BYTES).zip(self.values).zip(self.flags) {
             if flag & TOUCHED == 0 {
                 continue;
@@ -366,7 +419,7 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
             let is_nonzero = flag & NONZERO != 0;
             counts.touched += 1;
             counts.nonzero += u64::from(is_nonzero);
-            if original.is_nan() && self.target.full.is_none() {
+            if original.is_nan() && !is_replaced {
                 continue;
             }
             let value = T::from_acc(value);

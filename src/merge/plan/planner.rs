@@ -3,37 +3,66 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    ops::Range,
 };
 
-use super::{
-    ExpertOrder, LowRankReading,
-    factors::Matrix,
-    plan::{Magnitude, Plan, Product, Step, Target},
-    sources::Source,
-};
+use super::term::{Does, Magnitude, Product, Target, Term};
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, Printable, Shard, TensorInfo, TensorRef},
+    checkpoint::{Printable, Shard, TensorInfo, TensorRef},
     foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
-    merge::{MergeError, Undecided},
+    mask::TargetInfo,
+    merge::{
+        AdapterReading, ExpertOrder, MergeError, Undecided,
+        compute::Matrix,
+        source::{AnyAdapter, Source},
+    },
     tensor::{Dtype, dtype_name, projection_kind},
-    weights::{Axes, Columns, Placement, Reading, Unplaced, WeightMap},
+    weights::{Axes, Placement, Reading, Unplaced, WeightMap},
 };
+
+/// Whether a tensor of an adapter is what a stored tensor was before anything was merged into it, byte for byte.
+pub(super) type IsOriginal<'m, 'a> = dyn Fn(TensorRef<'a>, (&Shard, &TensorInfo)) -> Result<bool, MergeError> + 'm;
 
 pub(super) struct Planner<'m, 'a> {
     pub(super) map: &'m WeightMap<'a>,
-    pub(super) originals: &'a Checkpoint,
-    pub(super) reading: &'m LowRankReading,
-    targets: BTreeMap<&'a str, Target<'a>>,
+    pub(super) reading: &'m AdapterReading,
+    pub(super) is_original: &'m IsOriginal<'m, 'a>,
+    /// By the tensor's name.
+    pub(super) targets: BTreeMap<&'a str, Target<'a>>,
     pub(super) notes: Vec<String>,
     /// Of the current adapter.
     pub(super) problems: Vec<String>,
 }
 
 impl<'m, 'a> Planner<'m, 'a> {
-    pub(super) fn new(map: &'m WeightMap<'a>, originals: &'a Checkpoint, reading: &'m LowRankReading) -> Self {
-        Self { map, originals, reading, targets: BTreeMap::new(), notes: Vec::new(), problems: Vec::new() }
+    pub(super) fn new(
+        map: &'m WeightMap<'a>,
+        reading: &'m AdapterReading,
+        is_original: &'m IsOriginal<'m, 'a>,
+    ) -> Self {
+        Self { map, reading, is_original, targets: BTreeMap::new(), notes: Vec::new(), problems: Vec::new() }
+    }
+
+    /// Finds the place of everything that an adapter holds.
+    ///
+    /// # Errors
+    /// [`MergeError::Unmatched`] lists everything that the checkpoint does not have as the adapter needs it.
+    pub(super) fn add(&mut self, source: &'a Source) -> Result<(), MergeError> {
+        self.problems.clear();
+        let n_targets = match &source.adapter {
+            AnyAdapter::Sparse(sparse) => self.add_sparse(sparse, source),
+            AnyAdapter::Lora(lora) => self.add_lora(lora, source)?,
+            AnyAdapter::Kept(_) => unreachable!("the places of copies are recorded"),
+        };
+        if self.problems.is_empty() {
+            return Ok(());
+        }
+        Err(MergeError::Unmatched {
+            adapter: source.path().to_owned(),
+            base: self.map.checkpoint().name(),
+            n_targets,
+            problems: std::mem::take(&mut self.problems),
+        })
     }
 
     pub(super) fn problem(&mut self, name: &str, what: impl std::fmt::Display) {
@@ -54,20 +83,12 @@ impl<'m, 'a> Planner<'m, 'a> {
         if let Some(weight) = tensor.coded() {
             return Err(weight.refusal());
         }
-        let dtype = tensor.info.dtype;
-        if !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let why = match dtype {
-                Dtype::F8_E4M3 | Dtype::F8_E5M2 => ": 8-bit weights mean nothing without the scales beside them",
-                _ => "",
-            };
-            return Err(format!("the base has {}, F64, F32, F16 or BF16 is needed{why}", dtype_name(dtype)));
-        }
         let n_elements = tensor.info.n_elements();
         if n_columns == 0 || n_elements == 0 || !n_elements.is_multiple_of(n_columns) {
             return Err(format!("the base has shape {:?}, rows of {n_columns} are needed", tensor.info.shape));
         }
         let n_rows = n_elements / n_columns;
-        let new = || Target::untouched(tensor, n_rows, n_columns);
+        let new = || Target { tensor, n_rows, n_columns, terms: Vec::new() };
         let target = self.targets.entry(&tensor.info.name).or_insert_with(new);
         if target.n_columns != n_columns {
             return Err("two adapters read it as different matrices".to_owned());
@@ -75,56 +96,74 @@ impl<'m, 'a> Planner<'m, 'a> {
         Ok(target)
     }
 
-    fn add_step(&mut self, tensor: TensorRef<'a>, n_columns: u64, step: Step<'a>, source: usize) {
-        match self.target(tensor, n_columns) {
+    /// The same for what changes whole tensors.
+    fn whole_target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Target<'a>, String> {
+        let dtype = tensor.info.dtype;
+        if tensor.coded().is_none() && !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let why = match dtype {
+                Dtype::F8_E4M3 | Dtype::F8_E5M2 => ": 8-bit weights mean nothing without the scales beside them",
+                _ => "",
+            };
+            return Err(format!("the base has {}, F64, F32, F16 or BF16 is needed{why}", dtype_name(dtype)));
+        }
+        self.target(tensor, n_columns)
+    }
+
+    fn add_whole(&mut self, tensor: TensorRef<'a>, n_columns: u64, source: &'a Source, does: Does<'a>) {
+        match self.whole_target(tensor, n_columns) {
             Err(what) => self.problem(&tensor.info.name, what),
-            Ok(target) => {
-                target.steps.push(step);
-                target.step_sources.push(source);
-            }
+            Ok(target) => target.terms.push(Term { source, does }),
         }
     }
 
     // --- sparse adapters
 
-    pub(super) fn add_sparse(&mut self, adapter: &'a Adapter, scale: f64, source: usize) -> usize {
+    fn add_sparse(&mut self, adapter: &'a Adapter, source: &'a Source) -> usize {
         for target in adapter.targets() {
             let same = |tensor: TensorRef<'_>| tensor.info.shape == target.shape && tensor.info.dtype == target.dtype;
             let found = match self.map.find(&target.name, same) {
                 Ok(found) => found,
-                Err(Unplaced::Shape { name, .. }) => {
-                    let found = self.map.checkpoint().tensor(&name).expect("the map names stored tensors").info;
-                    let made_for = format!("{:?} {}", target.shape, dtype_name(target.dtype));
-                    let (shape, dtype) = (&found.shape, dtype_name(found.dtype));
-                    self.problem(&target.name, format!("adapter was made for {made_for}, base has {shape:?} {dtype}"));
-                    continue;
-                }
                 Err(unplaced) => {
-                    self.problem(&target.name, self.map.explain(&target.name, &unplaced));
+                    self.problem(&target.name, self.unplaced_sparse(target, &unplaced));
                     continue;
                 }
             };
-            if target.transposed {
-                self.problem(&target.name, "a transposed target cannot be merged together with a low-rank adapter");
-                continue;
-            }
             for tensor in found.copies() {
-                let step = Step::Sparse { adapter, target, scale, source };
-                self.add_step(tensor, target.layout.d_in, step, source);
+                self.note_renamed(&target.name, &tensor.info.name);
+                let n_columns =
+                    if tensor.info.shape.len() > 1 { *tensor.info.shape.last().expect("not empty") } else { 1 };
+                match self.target(tensor, n_columns) {
+                    Err(what) => self.problem(&target.name, what),
+                    Ok(found) => {
+                        let is_there = |term: &Term<'_>| term.source.id == source.id;
+                        match found.terms.iter().any(is_there) {
+                            true => self.problem(&target.name, "two of its targets lead to one tensor"),
+                            false => found.terms.push(Term { source, does: Does::Sparse { adapter, target } }),
+                        }
+                    }
+                }
             }
         }
         adapter.targets().len()
     }
 
+    /// Why a sparse target has no place.
+    fn unplaced_sparse(&self, target: &TargetInfo, unplaced: &Unplaced) -> String {
+        let Unplaced::Shape { name, .. } = unplaced else { return self.map.explain(&target.name, unplaced) };
+        let found = self.map.checkpoint().tensor(name).expect("the map names stored tensors").info;
+        if *name != target.name {
+            return format!("the base has no such tensor; the nearest is \"{}\"", Printable(name));
+        }
+        match found.shape == target.shape {
+            true => format!("adapter was made for {}, base has {}", dtype_name(target.dtype), dtype_name(found.dtype)),
+            false => format!("adapter was made for {:?}, base has {:?}", target.shape, found.shape),
+        }
+    }
+
     // --- low-rank adapters
 
-    pub(super) fn add_lora(
-        &mut self,
-        lora: &'a LoraAdapter,
-        source: &'a Source,
-        index: usize,
-    ) -> Result<usize, MergeError> {
-        let lora = Lora { adapter: lora, reading: self.reading_of(lora), source, index };
+    fn add_lora(&mut self, lora: &'a LoraAdapter, source: &'a Source) -> Result<usize, MergeError> {
+        let lora = Lora { adapter: lora, reading: self.reading_of(lora), source };
         let tied = self.add_tied(&lora)?;
         for full in lora.adapter.full() {
             if !tied.contains(full.name.as_str()) && !self.is_unchanged_copy(lora.adapter, full)? {
@@ -188,22 +227,25 @@ impl<'m, 'a> Planner<'m, 'a> {
         let n_columns = if info.shape.len() > 1 { *info.shape.last().expect("not empty") } else { 1 };
         for tensor in found.copies() {
             self.note_renamed(&full.name, &tensor.info.name);
-            let before = match self.target(tensor, n_columns) {
+            let before = match self.whole_target(tensor, n_columns) {
                 Err(what) => {
                     self.problem(&full.name, what);
                     continue;
                 }
                 Ok(target) => {
-                    let before = target.full.zip(target.full_source);
+                    let before = target.terms.iter().find_map(|term| match term.does {
+                        Does::Full { info, .. } => Some((info, term.source)),
+                        _ => None,
+                    });
                     if before.is_none() {
-                        target.full = Some((lora.adapter.shard(), info));
-                        target.full_source = Some(lora.index);
+                        let does = Does::Full { shard: lora.adapter.shard(), info };
+                        target.terms.push(Term { source: lora.source, does });
                     }
                     before
                 }
             };
-            let Some(((_, other), source)) = before else { continue };
-            if source != lora.index {
+            let Some((other, source)) = before else { continue };
+            if source.id != lora.source.id {
                 self.problem(&full.name, "two adapters hold it in full");
             } else if !lora.holds_same(info, other)? {
                 let other = Printable(&other.name);
@@ -304,7 +346,8 @@ impl<'m, 'a> Planner<'m, 'a> {
             Err(_) => self.problem(&name, "the adapter adds to a bias that the base has not"),
             Ok(found) => {
                 let scale = lora.scale_of(module);
-                self.add_step(found.tensor, 1, Step::Bias { shard: lora.adapter.shard(), info, scale }, lora.index);
+                let does = Does::Bias { shard: lora.adapter.shard(), info, scale };
+                self.add_whole(found.tensor, 1, lora.source, does);
             }
         }
     }
@@ -331,7 +374,7 @@ impl<'m, 'a> Planner<'m, 'a> {
                 scale: lora.scale_of(module),
                 magnitude: magnitude.map(|m| Magnitude { start: m.start + place.part.first_row, ..m }),
             };
-            self.add_step(place.tensor, place.columns.of, Step::LowRank(product), lora.index);
+            self.add_whole(place.tensor, place.columns.of, lora.source, Does::LowRank(product));
         }
     }
 
@@ -343,65 +386,6 @@ impl<'m, 'a> Planner<'m, 'a> {
             self.notes.push(format!("{WHAT} {} for {}", Printable(on_disk), Printable(in_memory)));
         }
     }
-
-    // --- the whole
-
-    pub(super) fn finish(self, n_sources: usize) -> Result<Plan<'a>, MergeError> {
-        let mut n_tensors = vec![0; n_sources];
-        let mut targets = Vec::new();
-        for (name, target) in self.targets {
-            let mut sources: Vec<usize> = target.step_sources.iter().copied().chain(target.full_source).collect();
-            sources.sort_unstable();
-            sources.dedup();
-            sources.iter().for_each(|&source| n_tensors[source] += 1);
-            let refused = |what: &str| MergeError::Refused {
-                path: self.map.checkpoint().root().to_owned(),
-                what: format!("\"{}\": {what}", Printable(name)),
-            };
-            if target.full_source.is_some() && sources.len() > 1 {
-                return Err(refused("one adapter holds it in full, another adds to it; merge one of them"));
-            }
-            if target.has_magnitudes() && sources.len() > 1 {
-                return Err(refused(
-                    "an adapter with magnitudes (DoRA) cannot share a weight with another; merge one of them",
-                ));
-            }
-            refuse_overlaps(&target).map_err(|what| refused(&what))?;
-            let is_product = |step: &Step<'_>| matches!(step, Step::LowRank(product) if product.magnitude.is_none() && product.columns.is_all());
-            // Products of one adapter lie on different rows.
-            let is_simple = target.full.is_none() && sources.len() <= 1 && target.steps.iter().all(is_product);
-            targets.push(Target { is_simple, ..target });
-        }
-        Ok(Plan { targets, notes: self.notes, n_tensors })
-    }
-}
-
-/// Of one adapter, no two modules may lie on the same weights.
-fn refuse_overlaps(target: &Target<'_>) -> Result<(), String> {
-    let mut parts: Vec<(usize, Range<u64>, Columns)> = Vec::new();
-    for (step, &source) in target.steps.iter().zip(&target.step_sources) {
-        match step {
-            Step::LowRank(product) => match product.magnitude {
-                Some(magnitude) if magnitude.of_columns && product.n_rows != target.n_rows => {
-                    return Err("magnitudes of columns need the whole weight".to_owned());
-                }
-                Some(_) if !product.columns.is_all() => {
-                    return Err("magnitudes of rows need whole rows".to_owned());
-                }
-                _ => parts.push((source, product.rows(), product.columns)),
-            },
-            Step::Sparse { .. } => {}
-            Step::Bias { .. } => parts.push((source, 0..target.n_rows, Columns::all(target.n_columns))),
-        }
-    }
-    parts.sort_by_key(|(source, rows, _)| (*source, rows.start));
-    for (at, (source, rows, columns)) in parts.iter().enumerate() {
-        let mut after = parts[at + 1..].iter().take_while(|(other, next, _)| other == source && next.start < rows.end);
-        if after.any(|(_, _, others)| columns.meets(*others)) {
-            return Err("two modules of one adapter lead to it".to_owned());
-        }
-    }
-    Ok(())
 }
 
 /// A low-rank adapter whose turn it is.
@@ -409,7 +393,6 @@ pub(super) struct Lora<'a> {
     pub(super) adapter: &'a LoraAdapter,
     pub(super) reading: Reading,
     pub(super) source: &'a Source,
-    pub(super) index: usize,
 }
 
 impl Lora<'_> {
@@ -425,7 +408,7 @@ impl Lora<'_> {
 }
 
 /// Whether two tensors of one size have the same bytes. Memory: 2 MiB.
-pub(super) fn same_bytes(
+pub(in crate::merge) fn same_bytes(
     (a_shard, a): (&Shard, &TensorInfo),
     (b_shard, b): (&Shard, &TensorInfo),
 ) -> Result<bool, MergeError> {

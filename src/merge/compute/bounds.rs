@@ -3,36 +3,33 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    compute::row_blocks,
-    factors::read_f32,
-    plan::{Plan, Product, Step, Target},
-};
+use super::{factors::read_f32, rows::row_blocks};
 use crate::{
+    adapter::AdapterId,
     backend::largest_finite,
-    checkpoint::{CheckpointError, Context, for_each_ordered, window_cost},
+    checkpoint::{CheckpointError, Context},
     merge::{
-        MergeError,
+        plan::{Does, Product, Target},
         plausible::{can_overflow, needs_originals},
     },
 };
 
 /// What is known of one target.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Bound {
-    /// By the index of a source: no delta that it adds to a weight has a larger magnitude.
-    pub(super) by_source: BTreeMap<usize, f64>,
+pub(in crate::merge) struct Bound {
+    /// By adapter: no delta that it adds to a weight has a larger magnitude.
+    pub(in crate::merge) by_source: BTreeMap<AdapterId, f64>,
     /// Whether a finite weight may become infinite or NaN.
-    pub(super) can_overflow: bool,
+    pub(in crate::merge) can_overflow: bool,
 }
 
 impl Bound {
     /// Whether the originals have to be measured before all deltas can be called plausible.
-    pub(super) fn needs_originals(&self) -> bool {
+    pub(in crate::merge) fn needs_originals(&self) -> bool {
         self.by_source.values().any(|&delta| needs_originals(delta))
     }
 
-    fn raise(&mut self, source: usize, delta: f64) {
+    fn raise(&mut self, source: AdapterId, delta: f64) {
         let largest = self.by_source.entry(source).or_default();
         // A NaN stays.
         if !(delta <= *largest || largest.is_nan()) {
@@ -41,30 +38,16 @@ impl Bound {
     }
 }
 
-/// The bounds of every target of a plan, in its order. Reads the adapters once. Memory: factors of about a window per thread.
-pub(super) fn bounds(ctx: &Context<'_>, plan: &Plan<'_>) -> Result<Vec<Bound>, MergeError> {
-    let mut bounds = Vec::with_capacity(plan.targets.len());
-    for_each_ordered(
-        ctx,
-        &plan.targets,
-        |_| 4 * window_cost(ctx.window_bytes()),
-        |target| Ok(bound_of(ctx, target)?),
-        |_, bound| {
-            bounds.push(bound);
-            Ok::<_, MergeError>(())
-        },
-    )?;
-    Ok(bounds)
-}
-
-fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointError> {
+/// The bound of one target. Reads its terms once. Memory: factors of about a window.
+pub(in crate::merge) fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointError> {
     let dtype = target.tensor.info.dtype;
     let mut bound = Bound::default();
     // What a weight may become by being replaced or brought to a magnitude.
     let mut largest = 0.0f64;
-    for (step, &source) in target.steps.iter().zip(&target.step_sources) {
-        match step {
-            Step::LowRank(product) => {
+    for term in &target.terms {
+        let source = term.source.id;
+        match &term.does {
+            Does::LowRank(product) => {
                 bound.raise(source, product_bound(ctx, product)?);
                 if let Some(magnitude) = &product.magnitude {
                     let n = if magnitude.of_columns { target.n_columns } else { product.n_rows };
@@ -76,27 +59,26 @@ fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointE
                     bound.raise(source, norm / (length as f64).sqrt());
                 }
             }
-            Step::Sparse { adapter, target, scale, .. } => {
-                let delta = adapter.largest_delta(target).map_or(f64::INFINITY, f64::from);
-                bound.raise(source, delta * scale.abs());
+            Does::Sparse { adapter, target } => {
+                bound.raise(source, Target::largest_delta(term.source, adapter, target));
             }
-            Step::Bias { shard, info, scale } => {
+            Does::Bias { shard, info, scale } => {
                 let delta = largest_of(&read_f32(shard, info, 0..target.n_rows)?);
                 bound.raise(source, delta * f64::from(scale.abs()));
             }
+            Does::Full { .. } => {}
         }
     }
     let sum: f64 = bound.by_source.values().sum();
     bound.can_overflow = can_overflow(dtype, sum);
-    if let Some((shard, info)) = target.full {
+    for term in &target.terms {
+        let Does::Full { shard, info } = &term.does else { continue };
         for rows in row_blocks(ctx, target.n_rows, target.n_columns) {
             ctx.check()?;
             let elements = rows.start * target.n_columns..rows.end * target.n_columns;
             largest = largest.max(largest_of(&read_f32(shard, info, elements)?));
         }
-        if let Some(source) = target.full_source {
-            bound.raise(source, largest);
-        }
+        bound.raise(term.source.id, largest);
     }
     // Half of the range is left to roundings.
     bound.can_overflow |= largest > largest_finite(dtype) / 2.0;

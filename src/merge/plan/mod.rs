@@ -1,0 +1,43 @@
+//! From adapters and a checkpoint to what becomes of each stored tensor: [`Target`]s with their [`Term`]s.
+//!
+//! The planner finds the place of everything that an adapter holds, once, when the adapter is merged; the ledger records it
+//! ([`RecordedTerm`]), and undoing reads it from there. [`combine`] brings the targets of several adapters together.
+
+mod combine;
+mod planner;
+mod recorded;
+mod term;
+mod tied;
+
+use std::collections::BTreeMap;
+
+pub(super) use combine::combine;
+pub(super) use planner::same_bytes;
+pub use recorded::RecordedTerm;
+pub(super) use recorded::resolve;
+pub(super) use term::{Does, Magnitude, Product, Target, Term};
+
+use self::planner::{IsOriginal, Planner};
+use super::{AdapterReading, MergeError, source::Source};
+use crate::weights::WeightMap;
+
+/// Tensors that adapters change, by name.
+pub(super) type Targets<'a> = BTreeMap<&'a str, Target<'a>>;
+
+/// Finds the places of adapters in the checkpoint of `map`; also says what had to be decided on the way, in words.
+///
+/// # Errors
+/// [`MergeError::Unmatched`] lists everything of an adapter that the checkpoint does not have as the adapter needs it;
+/// [`MergeError::Undecided`] and [`MergeError::Refused`] where the files leave something open.
+pub(super) fn plan<'a>(
+    map: &WeightMap<'a>,
+    sources: impl Iterator<Item = &'a Source>,
+    reading: &AdapterReading,
+    is_original: &IsOriginal<'_, 'a>,
+) -> Result<(Targets<'a>, Vec<String>), MergeError> {
+    let mut planner = Planner::new(map, reading, is_original);
+    for source in sources {
+        planner.add(source)?;
+    }
+    Ok((planner.targets, planner.notes))
+}
