@@ -198,10 +198,10 @@ impl<'a> Change<'a> {
         let layout = touched.before.and_then(Target::positions).expect("positions are kept of what has them");
         let (start, end) = (rows.start * touched.row_bytes(), rows.end * touched.row_bytes());
         // The layout's rows are those of the matrix, or its columns: then all of them reach into these rows.
-        let blocks = match layout.transposed {
+        let blocks: Vec<Range<u64>> = match layout.transposed {
             false => {
                 let start = rows.start / GROUP_ROWS * GROUP_ROWS;
-                vec![start..rows.end.next_multiple_of(GROUP_ROWS).min(layout.n_rows())]
+                std::iter::once(start..rows.end.next_multiple_of(GROUP_ROWS).min(layout.n_rows())).collect()
             }
             true => blocks_of(ctx, touched, layout, &[self.before]).collect(),
         };

@@ -83,7 +83,9 @@ impl<'c> Look<'c> {
             Work::Rows { .. } => {
                 let compute = self.touched.after.map_or(0, |target| merge_cost(ctx, target, rows));
                 let is_elsewhere = !matches!(self.touched.origin, Origin::Here);
-                let n_copies = 2 * u64::from(is_elsewhere) + u64::from(self.keep == Some(KeptOriginals::Whole));
+                let n_copies = 2 * u64::from(is_elsewhere)
+                    + u64::from(self.keep == Some(KeptOriginals::Whole))
+                    + u64::from(self.touched.before.is_some());
                 change.before.rows_bytes(ctx, name, rows) + compute + n_copies * window_cost(n_bytes)
             }
         }
@@ -218,7 +220,8 @@ impl<'c> Look<'c> {
         if matches!(touched.work, Work::Nothing { .. }) {
             return Ok(block);
         }
-        let found = bytes.to_vec();
+        // Without earlier merges what was found is the original, which can be read again.
+        let found = touched.before.map(|_| bytes.to_vec());
         match touched.origin {
             Origin::Here => change.lay_under(ctx, touched, rows, bytes)?,
             Origin::Ledger(_) | Origin::Base(_) => {
@@ -241,6 +244,7 @@ impl<'c> Look<'c> {
         }
         block.counts = merge_rows(ctx, change.computer, prepared, rows, bytes)?;
         if block.counts.overflowed > 0 {
+            let found = found.map_or_else(|| change.original_rows(ctx, touched, rows), Ok)?;
             let lost = overflows(dtype, &found, bytes);
             let place = |at: usize| (rows.start + at as u64 / target.n_columns, at as u64 % target.n_columns);
             block.overflowed = lost.first().map(|&first| (lost.len() as u64, place(first)));

@@ -142,7 +142,7 @@ impl Source {
                     }
                     // Records of before 0.2 prove it by its content.
                     None => {
-                        let lora = LoraAdapter::open(&folder.path().to_owned())?;
+                        let lora = LoraAdapter::open(folder.path())?;
                         if lora.id(ctx)?.to_hex().as_str() != entry.id {
                             return Err(of_copy(&name, other));
                         }
@@ -212,8 +212,8 @@ impl Source {
         }
     }
 
-    /// Copies it into a state folder, durably, and says what its ledger has to know of it.
-    pub(super) fn write_copy(&self, ctx: &Context<'_>, state: &StateFolder) -> Result<LedgerAdapter, MergeError> {
+    /// Copies it into a state folder, durably.
+    pub(super) fn write_copy(&self, ctx: &Context<'_>, state: &StateFolder) -> Result<(), MergeError> {
         let adapters = state.adapters();
         let folder = |files: [&Path; 2]| {
             let own = adapters.inside(&self.id.to_string());
@@ -221,17 +221,16 @@ impl Source {
             for (from, name) in files.into_iter().zip([PEFT_CONFIG, PEFT_TENSORS]) {
                 copy_whole(from, &own, name)?;
             }
-            Ok::<_, MergeError>(own.sync()?)
+            Ok(own.sync()?)
         };
         match &self.adapter {
-            AnyAdapter::Sparse(sparse) => sparse.write_own(ctx, &adapters, &file_name(&self.id))?,
+            AnyAdapter::Sparse(sparse) => Ok(sparse.write_own(ctx, &adapters, &file_name(&self.id))?),
             AnyAdapter::Lora(lora) => {
                 let [config, tensors] = lora.files();
-                folder([&config, &tensors])?;
+                folder([&config, &tensors])
             }
-            AnyAdapter::Kept(kept) => folder([&kept.folder.path().join(PEFT_CONFIG), kept.shard.path()])?,
+            AnyAdapter::Kept(kept) => folder([&kept.folder.path().join(PEFT_CONFIG), kept.shard.path()]),
         }
-        self.record(ctx)
     }
 
     /// What a ledger has to know of it.

@@ -43,7 +43,7 @@ fn tear(place: &Place, name: &str) {
     fs::create_dir(torn.join(".neuroada")).unwrap();
     copy(&place.path("merged/.neuroada/adapters"), &torn.join(".neuroada/adapters"));
     copy(&place.path("merged/.neuroada/ledger"), &torn.join(".neuroada/ledger.new"));
-    let ledger = fs::read(torn.join(".neuroada/ledger.new")).unwrap();
+    let ledger = Shard::open(&torn.join(".neuroada/ledger.new")).unwrap().header_json().unwrap();
     Journal::new(None, blake3::hash(&ledger)).write(&StateFolder::at(&torn, Layout::Folder).unwrap()).unwrap();
 }
 

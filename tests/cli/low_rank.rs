@@ -63,13 +63,13 @@ fn a_lora_is_merged_proven_and_taken_out_again() {
     assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base names it"), "{alone}");
     let other = place.run("unmerge out -o undone --adapter b3:0000000000000000 --base [FIXTURES]/tiny-llama");
     assert!(!other.starts_with("exit: 0") && !other.contains("--base names it"), "{other}");
-    let in_place = place.run("unmerge out --base [FIXTURES]/tiny-llama");
-    assert!(in_place.starts_with("exit: 4") && in_place.contains("--output writes a new checkpoint"), "{in_place}");
     place.stdout("unmerge out --base [FIXTURES]/tiny-llama -o undone");
     assert_eq!(content(&place.path("undone")), base());
     let id = place.json("inspect out")["merges"]["active"][0]["id"].as_str().unwrap().to_owned();
     place.stdout(&format!("unmerge out --base [FIXTURES]/tiny-llama -o by-id --adapter {}", &id[..8]));
     assert_eq!(content(&place.path("by-id")), base());
+    place.stdout("unmerge out --base [FIXTURES]/tiny-llama");
+    assert_eq!(content(&place.path("out")), base());
 }
 
 #[test]
@@ -103,22 +103,42 @@ fn loras_and_sparse_adapters_are_merged_at_once_with_scales() {
     place.stdout("unmerge out --base [FIXTURES]/tiny-llama --adapter sparse.safetensors --adapter other -o less");
     place.stdout("merge [FIXTURES]/tiny-llama --adapter lora=0.5 -o half");
     assert_eq!(content(&place.path("less")), content(&place.path("half")));
-    // Onto a checkpoint that was merged into, nothing else is merged.
-    let more = place.run("merge out --adapter sparse.safetensors -o more");
-    assert!(more.starts_with("exit: 4") && more.contains("hint: merge all adapters at once into the base"), "{more}");
     let more = place.run("merge out --adapter lora -o more");
-    assert!(more.starts_with("exit: 4") && more.contains("it is a merged checkpoint, not a base"), "{more}");
+    assert!(more.starts_with("exit: 4") && more.contains("is merged into it already"), "{more}");
+    // Onto the half of it the rest, in another order and from the base's originals: the same weights.
+    let lacking = place.run("merge half --adapter sparse.safetensors --adapter other -o more");
+    assert!(lacking.starts_with("exit: 4") && lacking.contains("hint: --base names it"), "{lacking}");
+    place.stdout("merge half --adapter other --adapter sparse.safetensors --base [FIXTURES]/tiny-llama -o more");
+    assert_eq!(content(&place.path("more")), content(&place.path("out")));
 }
 
 #[test]
-fn in_place_a_lora_is_refused() {
+fn in_place_a_lora_keeps_originals_or_has_a_base() {
     let place = Place::new();
     write_lora(&place, "lora", 0.01);
+    write_adapter(&place, "sparse.safetensors", "q_proj.weight", 0, 0.5);
     place.copy_fixture("tiny-llama");
     let before = content(&place.path("tiny-llama"));
     let told = place.run("merge tiny-llama --adapter lora --in-place");
-    assert!(told.starts_with("exit: 4") && told.contains("hint: --output writes a new checkpoint instead"), "{told}");
+    assert!(
+        told.starts_with("exit: 4") && told.contains("8192 bytes, and their originals would be kept nowhere"),
+        "{told}"
+    );
+    assert!(told.contains("hint: --keep-originals keeps them in the ledger; --base PATH"), "{told}");
     assert_eq!(content(&place.path("tiny-llama")), before);
+    place.stdout(&format!("{MERGE} -o merged"));
+    for keep in ["--keep-originals", "--base [FIXTURES]/tiny-llama"] {
+        place.stdout(&format!("merge tiny-llama --adapter lora --in-place {keep}"));
+        assert_eq!(content(&place.path("tiny-llama")), content(&place.path("merged")));
+        let from = if keep.starts_with("--base") { keep } else { "" };
+        place.stdout(&format!("merge tiny-llama --adapter sparse.safetensors --in-place {from}"));
+        assert_ne!(content(&place.path("tiny-llama")), content(&place.path("merged")));
+        place.stdout(&format!("unmerge tiny-llama --adapter sparse.safetensors {from}"));
+        assert_eq!(content(&place.path("tiny-llama")), content(&place.path("merged")));
+        place.stdout(&format!("unmerge tiny-llama {from}"));
+        assert_eq!(content(&place.path("tiny-llama")), before);
+        assert!(!place.path("tiny-llama/.neuroada").exists());
+    }
 }
 
 #[test]

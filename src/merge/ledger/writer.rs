@@ -22,15 +22,18 @@ pub(in crate::merge) struct LedgerWriter {
 
 /// What is fed.
 enum Current {
-    Positions {
-        transposed: bool,
-        originals: (TensorId, blake3::Hasher),
-        group_offsets: (TensorId, blake3::Hasher),
-        n_rows: u64,
-        n_groups: u64,
-        nnz: u64,
-    },
+    Positions(Box<Positions>),
     Whole(TensorId),
+}
+
+/// Originals at changed positions, so far.
+struct Positions {
+    transposed: bool,
+    originals: (TensorId, blake3::Hasher),
+    group_offsets: (TensorId, blake3::Hasher),
+    n_rows: u64,
+    n_groups: u64,
+    nnz: u64,
 }
 
 impl LedgerWriter {
@@ -54,33 +57,29 @@ impl LedgerWriter {
         assert!(self.current.is_none(), "one target at a time");
         let originals = self.writer.add_tensor(format!("{}.originals", info.name), info.dtype);
         let group_offsets = self.writer.add_tensor(format!("{}.group_offsets", info.name), Dtype::U64);
-        self.current = Some(Current::Positions {
+        self.current = Some(Current::Positions(Box::new(Positions {
             transposed,
             originals: (originals, blake3::Hasher::new()),
             group_offsets: (group_offsets, blake3::Hasher::new()),
             n_rows: 0,
             n_groups: 0,
             nnz: 0,
-        });
+        })));
         self.push_offset()
     }
 
     /// Appends the originals of the next rows, a multiple of 64 but for the last.
     pub(in crate::merge) fn push_rows(&mut self, touched: &RowColumns, elements: &[u8]) -> Result<(), MergeError> {
-        let Some(Current::Positions { originals, n_rows, .. }) = &mut self.current else {
-            unreachable!("positions were begun")
-        };
-        assert!(n_rows.is_multiple_of(GROUP_ROWS), "blocks begin where groups of rows begin");
-        *n_rows += touched.n_rows() as u64;
-        originals.1.update(elements);
-        let originals = originals.0;
+        let positions = self.positions();
+        assert!(positions.n_rows.is_multiple_of(GROUP_ROWS), "blocks begin where groups of rows begin");
+        positions.n_rows += touched.n_rows() as u64;
+        positions.originals.1.update(elements);
+        let originals = positions.originals.0;
         self.writer.append(originals, elements)?;
         for first in (0..touched.n_rows()).step_by(GROUP_ROWS as usize) {
             let end = touched.n_rows().min(first + GROUP_ROWS as usize);
             let n = (touched.offsets()[end] - touched.offsets()[first]) as u64;
-            if let Some(Current::Positions { nnz, .. }) = &mut self.current {
-                *nnz += n;
-            }
+            self.positions().nnz += n;
             self.push_offset()?;
         }
         Ok(())
@@ -88,13 +87,17 @@ impl LedgerWriter {
 
     /// Appends where the next group of rows begins.
     fn push_offset(&mut self) -> Result<(), MergeError> {
-        let Some(Current::Positions { group_offsets, n_groups, nnz, .. }) = &mut self.current else {
-            unreachable!("positions were begun")
-        };
-        let bytes = nnz.to_le_bytes();
-        group_offsets.1.update(&bytes);
-        *n_groups += 1;
-        Ok(self.writer.append(group_offsets.0, &bytes)?)
+        let positions = self.positions();
+        let bytes = positions.nnz.to_le_bytes();
+        positions.group_offsets.1.update(&bytes);
+        positions.n_groups += 1;
+        let id = positions.group_offsets.0;
+        Ok(self.writer.append(id, &bytes)?)
+    }
+
+    fn positions(&mut self) -> &mut Positions {
+        let Some(Current::Positions(positions)) = &mut self.current else { unreachable!("positions were begun") };
+        positions
     }
 
     /// Begins a whole original.
@@ -118,7 +121,8 @@ impl LedgerWriter {
         hashes: Option<KeptHashes>,
     ) {
         let kept = match (self.current.take(), hashes) {
-            (Some(Current::Positions { transposed, originals, group_offsets, n_groups, nnz, .. }), _) => {
+            (Some(Current::Positions(positions)), _) => {
+                let Positions { transposed, originals, group_offsets, n_groups, nnz, .. } = *positions;
                 self.writer.finish_tensor(originals.0, vec![nnz]);
                 self.writer.finish_tensor(group_offsets.0, vec![n_groups]);
                 Kept::Positions(KeptPositions {
