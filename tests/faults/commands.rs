@@ -48,10 +48,16 @@ struct Case {
     line: &'static str,
     /// The file or folder that is changed in place, instead of an output.
     in_place: Option<&'static str>,
+    /// What `recover` is told beside the path of that checkpoint.
+    recover: &'static str,
 }
 
 const fn case(name: &'static str, line: &'static str) -> Case {
-    Case { name, line, in_place: None }
+    Case { name, line, in_place: None, recover: "" }
+}
+
+const fn in_place(name: &'static str, place: &'static str, line: &'static str) -> Case {
+    Case { name, line, in_place: Some(place), recover: "" }
 }
 
 const CASES: [Case; 27] = [
@@ -79,16 +85,30 @@ const CASES: [Case; 27] = [
     case("pack", "pack in/a.safetensors --base in/base -o out/p.safetensors --card"),
     case("unpack", "unpack in/p.safetensors --base in/base -o out/a.safetensors"),
     case("recover", "recover in/base"),
+    in_place("merge in place", "in/work", "merge in/work --adapter in/a.safetensors --in-place"),
+    in_place("unmerge in place", "in/mwork", "unmerge in/mwork --in-place"),
+    in_place(
+        "merge of a file in place",
+        "in/sw.safetensors",
+        "merge in/sw.safetensors --adapter in/s.safetensors --in-place",
+    ),
+];
+
+/// The changes of LoRA in place: with originals, and with the base.
+const LORA_CASES: [Case; 4] = [
+    in_place("merge of LoRA in place", "in/work", "merge in/work --adapter in/lora --in-place --keep-originals"),
+    in_place("unmerge of LoRA in place", "in/kept", "unmerge in/kept --in-place"),
     Case {
-        name: "merge in place",
-        line: "merge in/work --adapter in/a.safetensors --in-place",
-        in_place: Some("in/work"),
+        recover: " --base in/base",
+        ..in_place(
+            "merge of LoRA with the base",
+            "in/work",
+            "merge in/work --adapter in/lora --in-place --base in/base",
+        )
     },
-    Case { name: "unmerge in place", line: "unmerge in/mwork --in-place", in_place: Some("in/mwork") },
     Case {
-        name: "merge of a file in place",
-        line: "merge in/sw.safetensors --adapter in/s.safetensors --in-place",
-        in_place: Some("in/sw.safetensors"),
+        recover: " --base in/base",
+        ..in_place("unmerge of LoRA with the base", "in/hashes", "unmerge in/hashes --in-place --base in/base")
     },
 ];
 
@@ -247,17 +267,35 @@ fn restore(stage: &Stage, case: &Case, saved: &Path) {
 
 #[test]
 fn a_failing_call_of_any_command_leaves_old_or_new_and_says_so() {
+    let n_faults = fail_calls(&CASES, &[]);
+    assert!(n_faults.is_none_or(|n| n > 60), "{n_faults:?}");
+}
+
+#[test]
+#[ignore = "needs merge --in-place for LoRA"]
+fn a_failing_call_of_lora_in_place_leaves_old_or_new_and_says_so() {
+    let merged = ["--keep-originals -o in/kept", "-o in/hashes"];
+    let n_faults = fail_calls(&LORA_CASES, &merged.map(|words| format!("merge in/base --adapter in/lora {words}")));
+    assert!(n_faults.is_none_or(|n| n > 10), "{n_faults:?}");
+}
+
+/// Runs the cases with failing calls, after these commands made more inputs; how many calls failed, `None` where nothing can be traced.
+fn fail_calls(cases: &[Case], prepare: &[String]) -> Option<u64> {
     if !works("strace", &["-qq", "-o", "/dev/null", "true"]) {
-        return skipped("strace cannot trace here");
+        skipped("strace cannot trace here");
+        return None;
     }
     let stage = Stage::new();
+    for line in prepare {
+        stage.must(line);
+    }
     let saved = stage.root.join("saved");
     copy_tree(&stage.root.join("in"), &saved);
     let inputs = tree(&saved);
     let (n_tries, mut random, mut n_faults, mut n_committed) = (cycles(1), Random(18), 0u64, 0u64);
     let mut problems = Vec::new();
     let old_out = tree(&stage.root.join("out"));
-    for case in &CASES {
+    for case in cases {
         let expected = rehearse(&stage, case, &saved);
         assert!(matches!(expected.code, Some(0 | 1)), "{}: {:?}", case.name, expected.code);
         let windows = stage.windows(case.line);
@@ -292,9 +330,9 @@ fn a_failing_call_of_any_command_leaves_old_or_new_and_says_so() {
             }
         }
     }
-    eprintln!("{n_faults} failing calls in {} commands, {n_committed} of them after the work was done", CASES.len());
+    eprintln!("{n_faults} failing calls in {} commands, {n_committed} of them after the work was done", cases.len());
     assert!(problems.is_empty(), "{} of {n_faults}:\n{}", problems.len(), problems.join("\n"));
-    assert!(n_faults > 60, "{n_faults}");
+    Some(n_faults)
 }
 
 /// Holds what a disturbed run left against the undisturbed one; says whether it told that the work was done.
@@ -345,7 +383,7 @@ fn judge(
     }
     if let (Some(name), Some([before, after])) = (case.in_place, &expected.changed) {
         let path = stage.root.join(name);
-        let recovered = stage.command(&format!("recover {name}")).output().unwrap();
+        let recovered = stage.command(&format!("recover {name}{}", case.recover)).output().unwrap();
         assert!(recovered.status.success(), "{what}: recover: {}", String::from_utf8_lossy(&recovered.stderr));
         let found = weights(&path);
         let is_old = found == only_weights(before);

@@ -11,7 +11,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-use super::{SCENARIOS, Scenario, check_recovers, cycles, is_root, must, program, run, shards, skipped, works};
+use super::{
+    cycles, is_root, must, program, run,
+    scenarios::{self, N_KINDS, SPARSE, Scenario, Shards, shards},
+    skipped, works,
+};
 use crate::world::{Random, World, tree};
 
 /// `O_DSYNC` of Linux on all its common machines.
@@ -113,7 +117,7 @@ fn crash(
     scenario: &Scenario,
     prepared: &Path,
     counts: &[u64; CALLS.len()],
-    states: &[super::Shards; 2],
+    states: &[Shards; 2],
     random: &mut Random,
 ) -> (Option<usize>, bool) {
     let (work, crashed) = (world.at("work.img"), world.at("crashed.img"));
@@ -139,31 +143,41 @@ fn crash(
     let is_mixture = !states.contains(&shards(&path));
     // Recovery is interrupted too, one time in four.
     if random.below(4) == 0 {
-        let recover = ["recover".to_owned(), path.display().to_string()];
+        let recover = scenario.recover_line(world, &path);
         run_and_kill(&recover, ["pwrite64", "fdatasync", "unlink"][random.below(3) as usize], 1 + random.below(20));
     }
-    let state = check_recovers(&path, states, [scenario.merged_before, scenario.merged_after], &what);
+    let state = scenario.check_recovers(world, &path, states, &what);
     // And the next change works.
-    let output = run(&["recover".to_owned(), path.display().to_string()]);
+    let output = run(&scenario.recover_line(world, &path));
     assert!(output.status.success(), "{what}");
     (Some(state), is_mixture)
 }
 
 #[test]
 fn power_loss_leaves_the_old_bytes_or_the_new_ones() {
+    lose_power(World::new, &SPARSE);
+}
+
+#[test]
+#[ignore = "needs merge --in-place for LoRA"]
+fn power_loss_in_a_change_of_lora_leaves_the_old_bytes_or_the_new_ones() {
+    lose_power(scenarios::world_with_lora, &scenarios::lora());
+}
+
+fn lose_power(world: impl Fn() -> World, scenarios: &[Scenario]) {
     if let Some(why) = missing() {
         return skipped(why);
     }
-    let world = World::new();
+    let world = world();
     let prepared = world.at("prepared.img");
     Image::make(&prepared);
     match Image::mount(&prepared, &world.at("mnt")) {
         Some(image) => drop(image),
         None => return skipped("loop devices cannot be mounted here"),
     }
-    let n_cycles = cycles(48) / SCENARIOS.len() as u64;
+    let n_cycles = cycles(48) / N_KINDS / scenarios.len() as u64;
     let (mut n_mixtures, mut outcomes) = (0, [0u64; 2]);
-    for scenario in &SCENARIOS {
+    for scenario in scenarios {
         Image::make(&prepared);
         {
             let image = Image::mount(&prepared, &world.at("mnt")).unwrap();
