@@ -9,7 +9,7 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, ErrorKind, Layout, Observer, StateFolder},
+    checkpoint::{Context, ErrorKind, Layout, Observer, Shard, StateFolder},
     merge::{self, Journal, MergeInput, MergeOptions},
 };
 
