@@ -12,12 +12,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{
-    AtomicFile, Checkpoint, CheckpointError, Context, INDEX_FILE, Shard, create_folders, folder_of,
-    index::{MAX_INDEX_BYTES, WrongTotal},
-    json::read_whole,
-    remove_file,
-};
+use super::{AtomicFile, CheckpointError, Context, Shard};
 
 /// Bytes between two looks at whether the user asked to stop.
 const CHUNK_BYTES: usize = 8 << 20;
@@ -98,35 +93,6 @@ pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode
     };
     to.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?;
     Ok(copied)
-}
-
-/// Copies what a checkpoint's folder holds beside its shards, such as config and tokenizer, into the new folder `root`, replacing what an
-/// earlier run left there. An index whose `total_size` is wrong is corrected.
-///
-/// # Errors
-/// As [`Checkpoint::side_files`] and [`copy_file`].
-pub fn copy_side_files(ctx: &Context<'_>, checkpoint: &Checkpoint, root: &Path) -> Result<(), CheckpointError> {
-    for side_file in checkpoint.side_files()? {
-        let to = root.join(&side_file);
-        create_folders(folder_of(&to))?;
-        remove_file(&to)?;
-        if let Some(wrong) = checkpoint.wrong_total().filter(|_| side_file == Path::new(INDEX_FILE)) {
-            write_index(&checkpoint.root().join(&side_file), &to, wrong)?;
-            continue;
-        }
-        copy_file(ctx, &checkpoint.root().join(&side_file), &to, CopyMode::Auto)?;
-    }
-    Ok(())
-}
-
-/// Writes an index with the right `total_size`, synced.
-fn write_index(source: &Path, target: &Path, wrong: WrongTotal) -> Result<(), CheckpointError> {
-    let json = read_whole(source, MAX_INDEX_BYTES)?;
-    let json = wrong.corrected(&json).map_err(|e| CheckpointError::bad_file(source, e.to_string()))?;
-    let meta = File::open(source).and_then(|file| file.metadata());
-    let to = create_like(&meta.map_err(|e| CheckpointError::io("read", source, e))?, target)?;
-    let written = to.write_all_at(&json, 0).and_then(|()| to.sync_all());
-    written.map_err(|e| CheckpointError::io("write", target, e))
 }
 
 /// Gives a shard that is a link, or has other names, a file of its own under its name: a copy, put in its place in one step. What else

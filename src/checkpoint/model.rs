@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Index, Printable, Shard, TensorInfo,
-    Window, folder_of,
+    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Index, Shard, TensorInfo, Window,
+    folder_of,
     index::{Bounds, WrongTotal},
     json::{malformed, read_whole},
     probe, state_folder,
@@ -340,69 +340,6 @@ impl Checkpoint {
     /// Fails where a file changed since it was opened.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
         self.shards.iter().try_for_each(Shard::unchanged)
-    }
-
-    /// Everything in the folder that is not a shard: config, tokenizer, index; paths from the folder, sorted.
-    /// Empty for a single file. Hidden entries (`.git`, `.cache`, ledgers) are left out.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Many`] lists links that lead out of the folder, to nothing, or to another folder: a copy would
-    /// hold what was never part of the checkpoint.
-    pub fn side_files(&self) -> Result<Vec<PathBuf>, CheckpointError> {
-        let (mut found, mut problems) = (Vec::new(), Vec::new());
-        if self.layout != Layout::File {
-            self.collect_side_files(&Bounds::of(&self.root)?, Path::new(""), &mut found, &mut problems)?;
-        }
-        if !problems.is_empty() {
-            problems.sort_unstable();
-            let what = "links that cannot be followed".to_owned();
-            return Err(CheckpointError::Many { path: self.root.clone(), what, problems });
-        }
-        found.sort_unstable();
-        Ok(found)
-    }
-
-    fn collect_side_files(
-        &self,
-        bounds: &Bounds,
-        below: &Path,
-        found: &mut Vec<PathBuf>,
-        problems: &mut Vec<String>,
-    ) -> Result<(), CheckpointError> {
-        let shards: Vec<String> = self.shards.iter().map(Shard::file_name).collect();
-        for (name, kind) in probe::entries(&self.root.join(below))? {
-            if name.to_string_lossy().starts_with('.') {
-                continue;
-            }
-            let path = below.join(&name);
-            let full = self.root.join(&path);
-            let file = match kind {
-                EntryKind::Folder => {
-                    // A single file of the folder may have been merged into by itself: its ledger is not the copy's.
-                    if !name.to_string_lossy().ends_with(state_folder::STATE_FOLDER) {
-                        self.collect_side_files(bounds, &path, found, problems)?;
-                    }
-                    continue;
-                }
-                EntryKind::Link => match bounds.resolve(&path) {
-                    Err(problem) => {
-                        problems.push(problem);
-                        continue;
-                    }
-                    Ok(_) if probe::is_folder(&full)? => {
-                        problems.push(format!("{} is a link to a folder", Printable::path(&path)));
-                        continue;
-                    }
-                    Ok(_) => probe::is_file(&full)?.then_some(path),
-                },
-                EntryKind::File => Some(path),
-                EntryKind::Special => None,
-            };
-            let is_shard =
-                below.as_os_str().is_empty() && shards.iter().any(|shard| **shard == *name.to_string_lossy());
-            found.extend(file.filter(|_| !is_shard));
-        }
-        Ok(())
     }
 }
 

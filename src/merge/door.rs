@@ -178,7 +178,7 @@ fn apply(
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } => {
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
-            let target = Destination { path: output, existing, keep_ledger, link, resume };
+            let target = Destination { path: output, existing, keep_ledger, link, resume, keep_other_files: false };
             let asked = format!("{:?} {:?}\n", options.keep, options.reading);
             let document = document(ctx, &change)?;
             out_of_place::apply(ctx, &change, document, &target, options.allow_overflow, &asked)?

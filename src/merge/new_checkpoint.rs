@@ -8,8 +8,8 @@ use std::{
 
 use super::MergeError;
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, Context, Existing, Layout, STATE_FOLDER, Shard, SingleFile, StateFolder, check_free_space,
-    copy_side_files, folder_of, windows,
+    AtomicDir, Checkpoint, Context, Existing, Layout, LeftOut, STATE_FOLDER, Shard, SingleFile, StateFolder,
+    check_free_space, copy_side_files, folder_of, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -19,6 +19,8 @@ pub(super) struct Destination<'a> {
     pub(super) keep_ledger: bool,
     pub(super) link: bool,
     pub(super) resume: bool,
+    /// Whether files beside the shards come along that contradict the new weights, such as other copies of the old ones.
+    pub(super) keep_other_files: bool,
 }
 
 /// A checkpoint under its temporary name, of the layout of the one that it is made from; gone when dropped before
@@ -28,6 +30,7 @@ pub(super) struct NewCheckpoint<'a> {
     output: Output,
     root: PathBuf,
     state: StateFolder,
+    keep_other_files: bool,
 }
 
 enum Output {
@@ -58,13 +61,13 @@ impl<'a> NewCheckpoint<'a> {
         check_free_space(folder_of(path), from.n_bytes() + state_bytes)?;
         let root = match &output {
             Output::Folder(output) => {
-                check_replaced(output, from, destination.keep_ledger)?;
+                check_replaced(output, from, destination)?;
                 output.path().to_owned()
             }
             Output::File(output) => output.root(),
         };
         let state = StateFolder::at(&root, from.layout())?;
-        Ok(Self { from, output, root, state })
+        Ok(Self { from, output, root, state, keep_other_files: destination.keep_other_files })
     }
 
     /// What becomes the checkpoint.
@@ -83,9 +86,9 @@ impl<'a> NewCheckpoint<'a> {
         }
     }
 
-    /// Brings along what the folder holds beside its shards.
-    pub(super) fn copy_side_files(&self, ctx: &Context<'_>) -> Result<(), MergeError> {
-        Ok(copy_side_files(ctx, self.from, &self.root)?)
+    /// Brings along what the folder holds beside its shards, but for files that contradict the new weights, which are returned.
+    pub(super) fn copy_side_files(&self, ctx: &Context<'_>) -> Result<Vec<LeftOut>, MergeError> {
+        Ok(copy_side_files(ctx, self.from, &self.root, self.keep_other_files)?)
     }
 
     /// Completes the state with the list of this program's files, which a later `--force` replaces and no others, or removes it.
@@ -116,10 +119,11 @@ impl<'a> NewCheckpoint<'a> {
 }
 
 /// Fails before the work where the folder to be replaced holds what is not this program's, and will not be in the copy of `from` either.
-fn check_replaced(output: &AtomicDir, from: &Checkpoint, has_ledger: bool) -> Result<(), MergeError> {
-    let mut planned: BTreeSet<PathBuf> = from.side_files()?.into_iter().collect();
+fn check_replaced(output: &AtomicDir, from: &Checkpoint, destination: &Destination<'_>) -> Result<(), MergeError> {
+    let side_files = from.sorted_side_files(destination.keep_other_files)?;
+    let mut planned: BTreeSet<PathBuf> = side_files.kept.into_iter().collect();
     planned.extend(from.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
-    if has_ledger {
+    if destination.keep_ledger {
         planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
     }
     Ok(output.check_replaced(&planned)?)

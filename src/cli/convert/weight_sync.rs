@@ -127,4 +127,5 @@ fn print(report: &WeightSyncReport, tensors: bool, page: &mut Page) {
         ("encoding", format!("{}, zstd, {}", report.encoding, report.checksum)),
         ("wrote", bytes(report.n_bytes)),
     ]);
+    report.left_out.iter().for_each(|left_out| page.line(format_args!("left out: {left_out}")));
 }

@@ -13,8 +13,8 @@ use zstd::stream::read::Decoder;
 use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncReport, export::report};
 use crate::{
     checkpoint::{
-        AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, Printable, Shard,
-        SingleFile, TensorRef, copy_file, copy_side_files, malformed, open_to_change, read_whole,
+        AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, LeftOut, Printable,
+        Shard, SingleFile, TensorRef, copy_file, copy_side_files, malformed, open_to_change, read_whole,
     },
     convert::{ConvertError, input::Input},
     tensor::Dtype,
@@ -59,10 +59,10 @@ pub fn apply_weight_sync(
     }
     base.unchanged()?;
     delta.unchanged()?;
-    target.commit(ctx, base)?;
+    let left_out = target.commit(ctx, base)?;
     tensors.sort_by(|a, b| a.tensor.cmp(&b.tensor));
     let n_same = (base.tensors().len() - tensors.len()) as u64;
-    Ok(report(base, &plan, tensors, n_same, base.n_bytes()))
+    Ok(WeightSyncReport { left_out, ..report(base, &plan, tensors, n_same, base.n_bytes()) })
 }
 
 /// What the index says about the delta.
@@ -368,13 +368,14 @@ impl Target {
         open_to_change(&path)
     }
 
-    /// Brings the other files of the base along, and lets the checkpoint appear.
-    fn commit(self, ctx: &Context<'_>, base: &Checkpoint) -> Result<(), CheckpointError> {
+    /// Brings the other files of the base along, but for those that contradict the new weights, and lets the checkpoint appear.
+    fn commit(self, ctx: &Context<'_>, base: &Checkpoint) -> Result<Vec<LeftOut>, CheckpointError> {
         let folder = match self {
-            Self::File(file) => return file.commit(),
+            Self::File(file) => return file.commit().map(|()| Vec::new()),
             Self::Folder(folder) => folder,
         };
-        copy_side_files(ctx, base, folder.path())?;
-        folder.commit()
+        let left_out = copy_side_files(ctx, base, folder.path(), false)?;
+        folder.commit()?;
+        Ok(left_out)
     }
 }

@@ -98,6 +98,7 @@ pub(super) fn report(
         tensors,
         n_same,
         n_bytes,
+        left_out: Vec::new(),
     }
 }
 

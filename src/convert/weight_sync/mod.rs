@@ -14,6 +14,8 @@ mod export;
 
 use serde::Serialize;
 
+use crate::checkpoint::LeftOut;
+
 pub use apply::apply_weight_sync;
 pub use checksum::Checksum;
 pub use export::{WeightSyncOptions, export_weight_sync};
@@ -62,6 +64,9 @@ pub struct WeightSyncReport {
     pub n_changed_bytes: u64,
     /// Bytes of all files that were written.
     pub n_bytes: u64,
+    /// Files of the base that are not in the new checkpoint, since they would contradict it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
 }
 
 /// One changed tensor.
