@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, Existing, Printable},
-    extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut},
+    extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut, UnfitReason},
     tensor::{Dtype, projection_kind},
 };
 
@@ -99,14 +99,40 @@ pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = match extract::extract(&env.context(), &base, &tuned, &options, output) {
-        Err(e @ ExtractError::Unfit { .. }) if args.k.is_none() => {
-            Err(e).hint("--targets chooses the tensors that take part, -k keeps the largest changes of each row")?
+        Err(ExtractError::Unfit { tuned, base, problems, reasons }) => {
+            let hint = hint(&reasons, args.k.is_some(), dtype.is_some());
+            Err(ExtractError::Unfit { tuned, base, problems, reasons }).hint(&hint)?
         }
         Err(ExtractError::Mask(e)) => with_axes_hint(Err(e))?,
         report => report?,
     };
     env.report_work(&report, |report, page| print(report, args.tensors, page))?;
     Ok(Answer::Yes)
+}
+
+/// What helps against all that an adapter cannot hold, the nearest way first.
+fn hint(reasons: &[UnfitReason], has_k: bool, has_dtype: bool) -> String {
+    let has = |reason: UnfitReason| reasons.contains(&reason);
+    let densities = reasons.iter().filter_map(|reason| match reason {
+        UnfitReason::TooDense(density) => Some(*density),
+        _ => None,
+    });
+    let highest = densities.fold(0.0, f64::max);
+    let mut ways = Vec::new();
+    if highest > 0.0 {
+        ways.push(format!("--max-density {:.0}% allows so many deltas", (highest * 100.0).ceil()));
+    }
+    if has(UnfitReason::Inexact) && has_dtype {
+        ways.push("--dtype auto looks for a type that is exact".to_owned());
+    }
+    match has_k {
+        true if highest > 0.0 => ways.push("a smaller -k keeps fewer".to_owned()),
+        // What is no number cannot be kept in part either.
+        false if !has(UnfitReason::NotFinite) => ways.push("-k keeps the largest changes of each row".to_owned()),
+        _ => {}
+    }
+    ways.push("--targets chooses the tensors that take part".to_owned());
+    ways.join(", ")
 }
 
 fn print(report: &ExtractReport, tensors: bool, page: &mut Page) {

@@ -39,6 +39,8 @@ pub enum ExtractError {
         base: String,
         /// One line for each tensor.
         problems: Vec<String>,
+        /// Why, for each of them.
+        reasons: Vec<UnfitReason>,
     },
     /// Nothing changed.
     #[error("{}: {what} the same in {}: there is no delta", Printable::path(.tuned), Printable(.base))]
@@ -53,6 +55,20 @@ pub enum ExtractError {
     /// A request that makes no sense, whatever the files hold.
     #[error("{0}")]
     Usage(String),
+}
+
+/// Why an adapter cannot hold what changed in a tensor.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum UnfitReason {
+    /// It has no rows of floats.
+    NoFloats,
+    /// Changed elements are NaN or infinite.
+    NotFinite,
+    /// More than the highest density would get a delta: this share, of 1.
+    TooDense(f64),
+    /// No delta of the type gives some of its elements exactly.
+    Inexact,
 }
 
 impl ExtractError {

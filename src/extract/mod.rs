@@ -13,6 +13,6 @@ mod report;
 mod rows;
 mod run;
 
-pub use error::ExtractError;
+pub use error::{ExtractError, UnfitReason};
 pub use report::{ExtractKind, ExtractReport, ExtractedTensor, LeftOut};
 pub use run::{ExtractOptions, extract};

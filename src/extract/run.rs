@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use super::{
-    ExtractError, ExtractReport, ExtractedTensor, LeftOut,
+    ExtractError, ExtractReport, ExtractedTensor, LeftOut, UnfitReason,
     pairs::{Pair, pairs},
     report::Totals,
     rows::{Choice, Entries, Survey, entries, survey},
@@ -183,12 +183,15 @@ impl Job<'_> {
     /// Refuses what an adapter cannot hold, all of it at once.
     fn judge(&self) -> Result<(), ExtractError> {
         let (tuned, base) = (self.tuned.root().to_owned(), self.base.name());
-        let mut problems = Vec::new();
+        let (mut problems, mut reasons) = (Vec::new(), Vec::new());
         for (pair, survey) in self.changed() {
-            problems.extend(self.problem(pair, survey).map(|what| format!("\"{}\": {what}", Printable(pair.name()))));
+            if let Some((reason, what)) = self.problem(pair, survey) {
+                problems.push(format!("\"{}\": {what}", Printable(pair.name())));
+                reasons.push(reason);
+            }
         }
         if !problems.is_empty() {
-            return Err(ExtractError::Unfit { tuned, base, problems });
+            return Err(ExtractError::Unfit { tuned, base, problems, reasons });
         }
         if self.targets().all(|(_, survey)| survey.n_chosen == 0) {
             let is_whole = self.changed().next().is_none();
@@ -199,28 +202,31 @@ impl Job<'_> {
     }
 
     /// Why the adapter cannot hold what changed in a tensor.
-    fn problem(&self, pair: &Pair<'_>, survey: &Survey) -> Option<String> {
+    fn problem(&self, pair: &Pair<'_>, survey: &Survey) -> Option<(UnfitReason, String)> {
         let is_exact = self.options.k.is_none();
         let why = match &pair.rows {
             // What was asked to be left out, or cannot be part of a chosen few, is told in the report.
             Err(_) if pair.is_unwanted || !is_exact => return None,
-            Err(why) => return Some(format!("changed, and {why}")),
+            Err(why) => return Some((UnfitReason::NoFloats, format!("changed, and {why}"))),
             Ok(_) => survey.first_problem.as_deref().unwrap_or_default(),
         };
         let n_elements = pair.base.info.n_elements();
         if survey.n_not_finite > 0 {
-            return Some(format!("{} changed elements are NaN or infinite, {why}", survey.n_not_finite));
+            let what = format!("{} changed elements are NaN or infinite, {why}", survey.n_not_finite);
+            return Some((UnfitReason::NotFinite, what));
         }
         let density = survey.n_chosen as f64 / n_elements as f64;
         let is_vector = pair.base.info.shape.len() == 1;
         if density > self.options.max_density && !is_vector {
             let (percent, most) = (density * 100.0, self.options.max_density * 100.0);
-            return Some(format!("{percent:.3} % of {n_elements} elements would get a delta, at most {most:.3} % may"));
+            let what = format!("{percent:.3} % of {n_elements} elements would get a delta, at most {most:.3} % may");
+            return Some((UnfitReason::TooDense(density), what));
         }
         let n_inexact = survey.n_inexact.last().copied().unwrap_or_default();
         if is_exact && n_inexact > 0 {
             let dtype = dtype_name(*self.types().last().expect("some type is asked about"));
-            return Some(format!("no {dtype} delta gives {n_inexact} of its elements exactly, {why}"));
+            let what = format!("no {dtype} delta gives {n_inexact} of its elements exactly, {why}");
+            return Some((UnfitReason::Inexact, what));
         }
         None
     }

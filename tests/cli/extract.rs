@@ -132,8 +132,15 @@ fn refusals_of_extract() {
       "model.layers.1.self_attn.k_proj.weight": 2.930 % of 2048 elements would get a delta, at most 2.900 % may
       "model.layers.1.self_attn.o_proj.weight": 2.905 % of 4096 elements would get a delta, at most 2.900 % may
       "model.layers.1.self_attn.q_proj.weight": 2.905 % of 4096 elements would get a delta, at most 2.900 % may
-    hint: --targets chooses the tensors that take part, -k keeps the largest changes of each row
+    hint: --max-density 3% allows so many deltas, -k keeps the largest changes of each row, --targets chooses the tensors that take part
     "#);
+    // The hint helps.
+    place.stdout(&format!("{extract} --max-density 3% --dry-run"));
+    let said = place.run(&format!("{extract} -k 2 --targets k_proj --max-density 2%"));
+    let (_, hint) = said.split_once("hint: --max-density ").expect("the hint that helps");
+    let (density, hint) = hint.split_once(' ').expect("a number");
+    assert!(hint.starts_with("allows so many deltas, a smaller -k keeps fewer, --targets chooses"), "{said}");
+    place.stdout(&format!("{extract} -k 2 --targets k_proj --max-density {density} --dry-run"));
     assert_snapshot!(place.run(&format!("{extract} --max-density 0")), @r"
     exit: 2
     --- stdout
@@ -233,7 +240,7 @@ fn refusals_of_extract() {
     --- stderr
     error: tuned: what changed from tiny-llama does not fit the adapter:
       "model.norm.weight": 1 changed elements are NaN or infinite, the first in row 63
-    hint: --targets chooses the tensors that take part, -k keeps the largest changes of each row
+    hint: --targets chooses the tensors that take part
     "#);
 
     place.write("delta.safetensors", "kept");
