@@ -25,6 +25,7 @@ mod index;
 mod inside;
 mod json;
 mod lock;
+mod markup;
 mod mmap;
 mod model;
 mod output;
@@ -59,6 +60,7 @@ pub use inside::{append_to_file, create_folders, create_new_file, give_name, ope
 pub use json::read_whole;
 pub(crate) use json::{malformed, open_regular};
 pub use lock::{CheckpointLock, in_place_hazards};
+pub use markup::{markdown_code, markdown_text, shell_word, yaml_string};
 pub use mmap::Window;
 pub(crate) use model::config_beside;
 pub use model::{Checkpoint, Layout, TensorRef};

@@ -7,7 +7,10 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{Adapter, ColumnsKind, PackReport},
-    checkpoint::{CheckpointError, Existing, OutputKind, check_output, folder_of, write_atomic},
+    checkpoint::{
+        CheckpointError, Existing, OutputKind, check_output, folder_of, markdown_code, markdown_text, shell_word,
+        write_atomic, yaml_string,
+    },
     tensor::projection_kind,
 };
 
@@ -35,25 +38,6 @@ pub(super) fn write(
     write_atomic(&place(packed), existing, text(&file, adapter, report, base_model).as_bytes())
 }
 
-/// A string in YAML: JSON's are.
-fn quoted(words: &str) -> String {
-    serde_json::Value::from(words).to_string()
-}
-
-/// Words from a file in Markdown: on one line, nothing in them is markup.
-fn plain(words: &str) -> String {
-    let mut escaped = String::new();
-    for c in words.chars() {
-        match c {
-            '\n' | '\r' | '\t' => escaped.push(' '),
-            c if c.is_control() => {}
-            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '#' | '|' | '!' | '&' => escaped.extend(['\\', c]),
-            c => escaped.push(c),
-        }
-    }
-    escaped
-}
-
 fn text(file: &str, adapter: &Adapter, report: &PackReport, base_model: Option<&str>) -> String {
     let base = base_model.unwrap_or(&adapter.base().name);
     let notes = adapter.notes();
@@ -62,19 +46,19 @@ fn text(file: &str, adapter: &Adapter, report: &PackReport, base_model: Option<&
         // Writing to a string does not fail.
         let _infallible = writeln!(card, "{words}");
     };
-    line(format_args!("base_model: {}", quoted(base)));
+    line(format_args!("base_model: {}", yaml_string(base)));
     line(format_args!("base_model_relation: adapter"));
     line(format_args!("library_name: neuroada-ckpt"));
     if let Some(license) = &notes.license {
-        line(format_args!("license: {}", quoted(&license.to_lowercase())));
+        line(format_args!("license: {}", yaml_string(&license.to_lowercase())));
     }
     line(format_args!("tags:\n- neuroada\n- sparse-adapter\n- safetensors\n---\n"));
-    line(format_args!("# A sparse adapter for {}\n", plain(base)));
+    line(format_args!("# A sparse adapter for {}\n", markdown_text(base)));
     if let Some(description) = &notes.description {
-        line(format_args!("{}\n", plain(description)));
+        line(format_args!("{}\n", markdown_text(description)));
     }
     if let Some(author) = &notes.author {
-        line(format_args!("Made by {}.\n", plain(author)));
+        line(format_args!("Made by {}.\n", markdown_text(author)));
     }
     line(format_args!("## What it changes\n"));
     line(format_args!("It adds a delta to {} weights of {} tensors:\n", count(report.n_deltas), report.n_tensors));
@@ -85,12 +69,12 @@ fn text(file: &str, adapter: &Adapter, report: &PackReport, base_model: Option<&
         *kind = (kind.0 + 1, kind.1 + target.nnz, kind.2.saturating_add(target.layout.n_elements()));
     }
     for (kind, (n, nnz, of)) in kinds {
-        line(format_args!("| {} | {n} | {} | {} | {} |", plain(kind), count(nnz), count(of), percent(nnz, of)));
+        line(format_args!("| {} | {n} | {} | {} | {} |", markdown_text(kind), count(nnz), count(of), percent(nnz, of)));
     }
     line(format_args!("\n## Files\n"));
     let per_delta = report.packed_bytes as f64 / report.n_deltas.max(1) as f64;
     let (packed, raw) = (bytes(report.packed_bytes), bytes(report.raw_bytes));
-    line(format_args!("`{}`: {packed}, {per_delta:.2} bytes per delta ({raw} unpacked).", file.replace('`', "'")));
+    line(format_args!("{}: {packed}, {per_delta:.2} bytes per delta ({raw} unpacked).", markdown_code(file)));
     if report.columns == ColumnsKind::Derived {
         line(format_args!("Which weights it changes is derived from the base model, and proven by a digest."));
     }
@@ -103,27 +87,15 @@ fn text(file: &str, adapter: &Adapter, report: &PackReport, base_model: Option<&
     }
     line(format_args!("Its id is `{}`.\n", report.id));
     line(format_args!("## How to merge it\n"));
-    let shell = |words: &str| format!("'{}'", words.replace('\'', r"'\''"));
     let folder = base.rsplit('/').next().unwrap_or(base);
     line(format_args!("```sh"));
     if base.contains('/') {
-        line(format_args!("hf download {} --local-dir {}", shell(base), shell(folder)));
+        line(format_args!("hf download {} --local-dir {}", shell_word(base), shell_word(folder)));
     }
-    line(format_args!("neuroada-ckpt merge {} --adapter {} -o merged\n```\n", shell(folder), shell(file)));
+    line(format_args!("neuroada-ckpt merge {} --adapter {} -o merged\n```\n", shell_word(folder), shell_word(file)));
     line(format_args!(
         "The result is an ordinary checkpoint; `neuroada-ckpt unmerge merged` gives the base's bytes back. The adapter fits the \
          base it was made from and no other: it carries a hash of the base's weights where it changes them."
     ));
     card
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_from_files_are_no_markup() {
-        assert_eq!(plain("a\n# b <img> `x`\u{1b}"), "a \\# b \\<img\\> \\`x\\`");
-        assert_eq!(quoted("a\": b\n"), r#""a\": b\n""#);
-    }
 }

@@ -20,6 +20,7 @@ mod findings;
 mod in_place;
 mod journal;
 mod ledger;
+mod model_card;
 mod new_checkpoint;
 mod options;
 mod originals;

@@ -1,0 +1,87 @@
+//! Words from files in the languages of model cards: YAML, Markdown, and the shell in their examples.
+
+/// A string in YAML, in double quotes: whatever it holds, it stays one string, and nothing in it is invisible.
+pub fn yaml_string(words: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in words.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            '\n' => quoted += "\\n",
+            '\r' => quoted += "\\r",
+            '\t' => quoted += "\\t",
+            // YAML takes no control characters in any form but this, and two line ends more than JSON.
+            c if c.is_control()
+                || is_invisible(c)
+                || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fffe}' | '\u{ffff}') =>
+            {
+                quoted += &format!("\\u{:04X}", u32::from(c));
+            }
+            c => quoted.push(c),
+        }
+    }
+    quoted + "\""
+}
+
+/// Words in Markdown: on one line, nothing in them is markup, nor a cell's end in a table.
+pub fn markdown_text(words: &str) -> String {
+    let mut escaped = String::new();
+    for c in words.trim().chars() {
+        match c {
+            '\n' | '\r' | '\t' | '\u{2028}' | '\u{2029}' => escaped.push(' '),
+            c if c.is_control() || is_invisible(c) => {}
+            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '#' | '|' | '!' | '&' | '$' | '~' => {
+                escaped.extend(['\\', c]);
+            }
+            // At the beginning of a line they begin a list, or underline a heading.
+            '-' | '+' | '=' if escaped.is_empty() => escaped.extend(['\\', c]),
+            '.' | ')' if !escaped.is_empty() && escaped.bytes().all(|byte| byte.is_ascii_digit()) => {
+                escaped.extend(['\\', c]);
+            }
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+/// Words as code in Markdown, in a table too.
+pub fn markdown_code(words: &str) -> String {
+    let plain = words.trim().chars().filter(|c| !c.is_control() && !is_invisible(*c));
+    let plain: String = plain.map(|c| if c == '`' { '\'' } else { c }).collect();
+    // Without a word in it, a pair of backticks is no code.
+    if plain.is_empty() { String::new() } else { format!("`{}`", plain.replace('|', "\\|")) }
+}
+
+/// One word for a POSIX shell, in single quotes; on one line.
+pub fn shell_word(words: &str) -> String {
+    let plain: String = words.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
+    format!("'{}'", plain.replace('\'', r"'\''"))
+}
+
+/// Characters that show nothing, or show others in another order.
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_from_files_are_no_markup() {
+        assert_eq!(markdown_text("a\n# b <img> `x`\u{1b}"), "a \\# b \\<img\\> \\`x\\`");
+        assert_eq!(markdown_text(" - a | b\u{202e}c"), "\\- a \\| bc");
+        assert_eq!(markdown_text("12. a.b $x$"), "12\\. a.b \\$x\\$");
+        assert_eq!(markdown_code("a`b|c\n\u{1b}"), "`a'b\\|c`");
+        assert_eq!(markdown_code("\u{7}"), "");
+    }
+
+    #[test]
+    fn strings_stay_strings() {
+        assert_eq!(yaml_string("a\": b\n"), r#""a\": b\n""#);
+        assert_eq!(yaml_string("no # \\ \u{1b}\u{85}\u{2028}\u{feff}ü"), r#""no # \\ \u001B\u0085\u2028\uFEFFü""#);
+        // A string of double-quoted YAML without these escapes is one of JSON.
+        let back: String = serde_json::from_str(&yaml_string("x\u{7f} 'y'\t\"z\"")).unwrap();
+        assert_eq!(back, "x\u{7f} 'y'\t\"z\"");
+        assert_eq!(shell_word("it's\n"), r"'it'\''s'");
+    }
+}
