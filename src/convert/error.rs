@@ -46,6 +46,18 @@ pub enum ConvertError {
         /// One line for each tensor, where it is about tensors.
         problems: Vec<String>,
     },
+    /// Targets that PEFT's sparse methods do not take: they know `nn.Linear` alone.
+    #[error("{}: PEFT's {format} takes the weights of nn.Linear modules only:{}", Printable::path(.path), indented_list(.problems))]
+    NotLinear {
+        /// The input.
+        path: PathBuf,
+        /// The format.
+        format: &'static str,
+        /// One line for each target.
+        problems: Vec<String>,
+        /// Whether the base would tell of some of them what they are.
+        needs_base: bool,
+    },
     /// Foreign formats do not know their base.
     #[error("{}: an adapter in the format {format} does not know its base", Printable::path(.path))]
     NoBase {
@@ -67,7 +79,7 @@ impl ConvertError {
             Self::Mask(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
             Self::Peft(e) => e.kind(),
-            Self::Unmatched { .. } | Self::Unfit { .. } => ErrorKind::Refused,
+            Self::Unmatched { .. } | Self::Unfit { .. } | Self::NotLinear { .. } => ErrorKind::Refused,
             Self::NoBase { .. } | Self::Usage(_) => ErrorKind::Usage,
         }
     }

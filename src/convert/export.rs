@@ -8,6 +8,7 @@ use crate::{
     checkpoint::{CheckpointError, Context, Existing, Printable},
     mask::TargetInfo,
     tensor::{Dtype, RowColumns, dtype_name},
+    weights::WeightMap,
 };
 
 /// Positions and rows that are taken in one piece.
@@ -15,13 +16,15 @@ const RUN: u64 = 1 << 18;
 
 /// Writes `adapter` at `output` in a foreign format.
 ///
-/// The adapter's scale is multiplied into the deltas, as a merge does it. Memory: a run of rows.
+/// The adapter's scale is multiplied into the deltas, as a merge does it. `base`, where it is given, tells how its weights are stored.
+/// Memory: a run of rows.
 ///
 /// # Errors
-/// [`ConvertError::Unfit`] lists what the format cannot hold; nothing was written.
+/// [`ConvertError::Unfit`] lists what the format cannot hold, [`ConvertError::NotLinear`] what PEFT would not load; nothing was written.
 pub fn export(
     ctx: &Context<'_>,
     adapter: &Adapter,
+    base: Option<&WeightMap<'_>>,
     format: Format,
     output: &Path,
     existing: Existing,
@@ -36,7 +39,9 @@ pub fn export(
         }
         Format::Published => published::write(&deltas, output, existing)?,
         Format::Npz => npz::write(&deltas, output, existing)?,
-        Format::Shira | Format::SuperTuning | Format::Spiel => peft_write::write(&deltas, format, output, existing)?,
+        Format::Shira | Format::SuperTuning | Format::Spiel => {
+            peft_write::write(&deltas, base, format, output, existing)?
+        }
     };
     report.base = Some(adapter.base().name.clone());
     report.id = Some(id);
@@ -49,21 +54,28 @@ pub(super) struct Deltas<'a> {
     pub(super) adapter: &'a Adapter,
 }
 
-/// Rounds deltas to the type they are written in, and remembers what that cost.
+/// Rounds deltas to the type they are written in, and remembers what that costs, and what their reader's own rounding will.
 pub(super) struct Rounder {
-    dtype: Dtype,
+    stored: Dtype,
+    applied: Dtype,
     n_rounded: u64,
     largest_error: f64,
 }
 
 impl Rounder {
+    /// For deltas that are written as `dtype` and added as they are.
     pub(super) fn new(dtype: Dtype) -> Self {
-        Self { dtype, n_rounded: 0, largest_error: 0.0 }
+        Self { stored: dtype, applied: dtype, n_rounded: 0, largest_error: 0.0 }
     }
 
-    /// Appends `x` as it is written.
-    pub(super) fn push(&mut self, x: f64, into: &mut Vec<u8>) {
-        let stored = match self.dtype {
+    /// The same for a reader that rounds them to `applied` before it adds them.
+    pub(super) fn applied_as(self, applied: Dtype) -> Self {
+        Self { applied, ..self }
+    }
+
+    /// Appends `x` as it is written. Returns it as it will be added; not finite where the type cannot hold it.
+    fn push(&mut self, x: f64, into: &mut Vec<u8>) -> f64 {
+        let stored = match self.stored {
             Dtype::F64 => {
                 into.extend(x.to_le_bytes());
                 x
@@ -78,10 +90,15 @@ impl Rounder {
                 f64::from(rounded)
             }
         };
-        if stored != x {
+        let applied = match self.applied {
+            Dtype::BF16 | Dtype::F16 => f64::from(round_to(self.applied, stored)),
+            _ => stored,
+        };
+        if applied != x {
             self.n_rounded += 1;
-            self.largest_error = self.largest_error.max((stored - x).abs());
+            self.largest_error = self.largest_error.max((applied - x).abs());
         }
+        applied
     }
 }
 
@@ -112,12 +129,33 @@ impl Deltas<'_> {
         Ok(())
     }
 
+    /// Appends `scaled` as they are written.
+    ///
+    /// # Errors
+    /// One that is too large for the type it is stored or added in.
+    pub(super) fn push(
+        &self,
+        target: &TargetInfo,
+        scaled: &[f64],
+        rounder: &mut Rounder,
+        into: &mut Vec<u8>,
+    ) -> Result<(), ConvertError> {
+        for &x in scaled {
+            if !rounder.push(x, into).is_finite() {
+                let what = format!("the delta {x:e} does not fit {}", dtype_name(rounder.applied));
+                return Err(CheckpointError::bad_tensor(self.adapter.path(), &target.name, what).into());
+            }
+        }
+        Ok(())
+    }
+
     /// What becomes of a target whose deltas are written once each.
     pub(super) fn converted(&self, target: &TargetInfo, rounder: &Rounder) -> ConvertedTensor {
         ConvertedTensor {
             tensor: target.name.clone(),
             dtype: dtype_name(self.adapter.values_dtype(target)),
-            stored_dtype: dtype_name(rounder.dtype),
+            stored_dtype: dtype_name(rounder.stored),
+            applied_dtype: dtype_name(rounder.applied),
             n_entries: target.nnz,
             n_written: target.nnz,
             n_summed: 0,

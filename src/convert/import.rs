@@ -97,6 +97,7 @@ fn write_target(
         tensor: tensor.info.name.clone(),
         dtype: dtype_name(target.values.dtype),
         stored_dtype: dtype_name(values),
+        applied_dtype: dtype_name(values),
         n_entries: target.n(),
         n_written: n_deltas,
         n_summed: counts.n_summed,

@@ -143,7 +143,7 @@ fn write_array(
     deltas.for_each_run(target, |first_row, columns, values| {
         let mut bytes = Vec::with_capacity(8 * values.len());
         if part == "values" {
-            values.iter().for_each(|&x| rounder.push(x, &mut bytes));
+            deltas.push(target, values, rounder, &mut bytes)?;
         } else {
             for i in 0..columns.n_rows() {
                 for &column in columns.row(i) {

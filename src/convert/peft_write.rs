@@ -16,7 +16,8 @@ use crate::{
     checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file, probe},
     foreign::{PEFT_CONFIG, PEFT_TENSORS},
     mask::TargetInfo,
-    tensor::Dtype,
+    tensor::{Dtype, dtype_name},
+    weights::{Axes, WeightMap, family_axes, is_embedding},
 };
 
 /// What fills a layer up.
@@ -24,9 +25,11 @@ const PADDING: f32 = -0.0;
 /// Positions are 32-bit integers with a sign.
 const MOST_POSITIONS: u64 = i32::MAX as u64;
 
-/// Writes a folder in one of the three formats. Deltas are float32, as PEFT stores them.
+/// Writes a folder in one of the three formats. Deltas are float32, as PEFT stores them; what PEFT rounds when it adds them counts as
+/// rounded.
 pub(super) fn write(
     deltas: &Deltas<'_>,
+    base: Option<&WeightMap<'_>>,
     format: Format,
     output: &Path,
     existing: Existing,
@@ -36,6 +39,9 @@ pub(super) fn write(
         let is_weight = target.name.ends_with(".weight");
         (!is_weight).then(|| format!("\"{}\": no module's weight", Printable(&target.name)))
     })?;
+    if format != Format::Spiel {
+        need_linear(deltas, base, format)?;
+    }
     deltas.need(format, "holds 32-bit positions:", |target| {
         let n = target.layout.n_elements();
         let is_long = format != Format::Shira && n > MOST_POSITIONS;
@@ -70,7 +76,45 @@ pub(super) fn write(
             .remarks
             .push(format!("{n} of {sum} entries are padding: {} needs a fixed number for each layer", format.name()));
     }
+    if format == Format::SuperTuning && report.n_rounded > 0 {
+        report.remarks.push("PEFT rounds Super-Tuning's deltas to the weights' type before it adds them".to_owned());
+    }
     Ok(report)
+}
+
+/// Fails where PEFT would not load the folder: its sparse methods take `nn.Linear` modules, of types that it can add to.
+///
+/// Source: PEFT 0.21, `ShiraModel._create_new_module` and `SupertuningModel._create_new_module`.
+fn need_linear(deltas: &Deltas<'_>, base: Option<&WeightMap<'_>>, format: Format) -> Result<(), ConvertError> {
+    deltas.need(format, "holds weights that PEFT can add to:", |target| {
+        let (name, dtype) = (Printable(&target.name), dtype_name(target.dtype));
+        let is_known = matches!(target.dtype, Dtype::F64 | Dtype::F32 | Dtype::BF16 | Dtype::F16);
+        (!is_known).then(|| format!("\"{name}\": the weight is {dtype}"))
+    })?;
+    let adapter = deltas.adapter;
+    let (mut problems, mut needs_base) = (Vec::new(), false);
+    for target in adapter.targets() {
+        let stored = base.and_then(|base| Some((base, base.checkpoint().tensor(&target.name)?)));
+        let axes = match stored {
+            Some((base, tensor)) => base.axes(tensor).ok().map(|(axes, _)| axes),
+            None => family_axes(adapter.base().model_type.as_deref(), &target.name),
+        };
+        let what = match axes {
+            _ if is_embedding(&target.name) => "an embedding",
+            Some(Axes::OutIn) => continue,
+            Some(Axes::InOut) => "stored as [d_in, d_out], a Conv1D",
+            None => {
+                needs_base |= stored.is_none();
+                "nothing tells whether it is an nn.Linear or a Conv1D"
+            }
+        };
+        problems.push(format!("\"{}\": {what}", Printable(&target.name)));
+    }
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let (path, format) = (adapter.path().to_owned(), format.name());
+    Err(ConvertError::NotLinear { path, format, problems, needs_base })
 }
 
 fn write_config(path: &Path, config: &Value) -> Result<(), CheckpointError> {
@@ -160,9 +204,13 @@ fn write_target(
     let values = file.add_tensor(format!("{prefix}.{values_name}"), Dtype::F32);
     let positions = file.add_tensor(format!("{prefix}.{positions_name}"), Dtype::I32);
     let mut rounder = Rounder::new(Dtype::F32);
+    if format == Format::SuperTuning {
+        // PEFT rounds them to the weight's type whenever it adds them; SHiRA adds a matrix of float32 and rounds the sum.
+        rounder = rounder.applied_as(target.dtype);
+    }
     deltas.for_each_run(target, |_, _, scaled| {
         let mut bytes = Vec::with_capacity(4 * scaled.len());
-        scaled.iter().for_each(|&x| rounder.push(x, &mut bytes));
+        deltas.push(target, scaled, &mut rounder, &mut bytes)?;
         Ok(file.append(values, &bytes)?)
     })?;
     let padding = n - target.nnz;

@@ -180,7 +180,7 @@ fn write_values(deltas: &Deltas<'_>, path: &Path) -> Result<Vec<ConvertedTensor>
         zip.begin(&format!("state_dict_tunable/data/{key}")).map_err(io)?;
         deltas.for_each_run(target, |_, _, values| {
             let mut bytes = Vec::with_capacity(8 * values.len());
-            values.iter().for_each(|&x| rounder.push(x, &mut bytes));
+            deltas.push(target, values, &mut rounder, &mut bytes)?;
             Ok(zip.write(&bytes).map_err(io)?)
         })?;
         zip.end().map_err(io)?;

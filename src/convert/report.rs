@@ -11,7 +11,7 @@ pub struct ConvertReport {
     pub to: String,
     /// The base's name, where one was given.
     pub base: Option<String>,
-    /// Whether no delta was rounded: both do the same, bit for bit.
+    /// Whether no delta was rounded, nor will be by the output's reader: both do the same, bit for bit.
     pub exact: bool,
     /// The adapter's id, 64 hexadecimal digits, where the output or the input is one.
     pub id: Option<String>,
@@ -19,7 +19,7 @@ pub struct ConvertReport {
     pub n_entries: u64,
     /// Deltas written, padding counted.
     pub n_written: u64,
-    /// Deltas that were rounded.
+    /// Deltas that were rounded, or will be by the output's reader.
     pub n_rounded: u64,
     /// Per tensor, by name.
     pub tensors: Vec<ConvertedTensor>,
@@ -38,6 +38,8 @@ pub struct ConvertedTensor {
     pub dtype: String,
     /// The type of the deltas that were written.
     pub stored_dtype: String,
+    /// The type of the deltas as they are added to the weights: another one than they are written in where their reader rounds them.
+    pub applied_dtype: String,
     /// Deltas read, duplicates and padding counted.
     pub n_entries: u64,
     /// Deltas written, padding counted.
@@ -46,7 +48,7 @@ pub struct ConvertedTensor {
     pub n_summed: u64,
     /// Neutral entries (-0) that were added or dropped, since the foreign format asks for a fixed number.
     pub n_padding: u64,
-    /// Deltas that were rounded to the type they are stored in.
+    /// Deltas that were rounded to the type they are stored in, or will be to the type they are added in.
     pub n_rounded: u64,
     /// The largest difference that made.
     pub largest_error: f64,
@@ -57,7 +59,7 @@ impl ConvertedTensor {
     pub fn exactness(&self) -> String {
         let mut words = match self.n_rounded {
             0 => "exact".to_owned(),
-            n => format!("{n} rounded to {}, by {:.2e} at most", self.stored_dtype, self.largest_error),
+            n => format!("{n} rounded to {}, by {:.2e} at most", self.applied_dtype, self.largest_error),
         };
         if self.n_summed > 0 {
             words += &format!("; {} summed with another of their position", self.n_summed);
@@ -90,6 +92,7 @@ impl ConvertReport {
         for (tensor, next) in self.tensors.iter_mut().zip(&next.tensors) {
             debug_assert_eq!(tensor.tensor, next.tensor, "both list the same tensors by name");
             tensor.stored_dtype.clone_from(&next.stored_dtype);
+            tensor.applied_dtype.clone_from(&next.applied_dtype);
             tensor.n_written = next.n_written;
             tensor.n_padding += next.n_padding;
             tensor.n_rounded += next.n_rounded;

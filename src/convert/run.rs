@@ -34,7 +34,7 @@ pub fn convert(
             let what = format!("{}: is an adapter of this program already", Printable::path(input));
             return Err(ConvertError::Usage(what));
         }
-        return export(ctx, &adapter, to, output, existing);
+        return export(ctx, &adapter, base, to, output, existing);
     };
     let no_base = || ConvertError::NoBase { path: input.to_owned(), format: foreign.format().name() };
     let base = base.ok_or_else(no_base)?;
@@ -47,6 +47,6 @@ pub fn convert(
     let folder = WorkFolder::beside(output)?;
     let between = folder.path().join("adapter.safetensors");
     let read = import(ctx, &foreign, base, base.checkpoint(), &notes, &between, Existing::Keep)?;
-    let written = export(ctx, &Adapter::open(&between)?, to, output, existing)?;
+    let written = export(ctx, &Adapter::open(&between)?, Some(base), to, output, existing)?;
     Ok(read.then(written))
 }

@@ -12,6 +12,7 @@
 mod axes;
 mod config;
 mod map;
+mod modules;
 mod names;
 mod pairs;
 mod pattern;
@@ -22,6 +23,7 @@ mod ties;
 
 pub use axes::{Axes, KindAxes, Witness, Witnesses};
 pub use map::{Answers, Unplaced, Weight, WeightMap};
+pub use modules::{family_axes, is_embedding};
 pub use pairs::{Pairing, Pairs};
 pub use pattern::{ALL_LINEAR, TargetPattern};
 pub use place::{Columns, Part, Place, Placement, Reading};

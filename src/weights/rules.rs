@@ -494,6 +494,20 @@ pub(super) const PARTS: &[(&str, &[&str])] = &[
     ("Audio", &["audio_model", "audio_tower"]),
 ];
 
+/// Kinds of modules that are embeddings.
+pub(super) const EMBEDDINGS: &[&str] = &[
+    "embed_in",
+    "embed_positions",
+    "embed_tokens",
+    "position_embeddings",
+    "shared",
+    "tok_embeddings",
+    "token_type_embeddings",
+    "word_embeddings",
+    "wpe",
+    "wte",
+];
+
 /// Words in modules' names that are embeddings, heads over a vocabulary or over classes, or norms: `all-linear` leaves them out.
 pub(super) const NOT_LINEAR: &[&str] = &[
     "embed_tokens",

@@ -122,6 +122,10 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
         Err(e @ ConvertError::NoBase { .. }) => {
             Err(e).hint("--base BASE names the checkpoint that the deltas were trained on")?
         }
+        Err(e @ ConvertError::NotLinear { needs_base: true, .. }) => {
+            Err(e).hint("--base BASE tells how its weights are stored")?
+        }
+        Err(e @ ConvertError::NotLinear { .. }) => Err(e).hint("--to npz holds every matrix, and merge adds it")?,
         report => report?,
     };
     env.report_work(&report, |report, page| print(report, args.tensors, page))?;
@@ -180,7 +184,7 @@ fn print(report: &ConvertReport, tensors: bool, page: &mut Page) {
     facts.push(("size", bytes(report.n_bytes)));
     let verdict = match report.n_rounded {
         0 => "exact: every delta is the same".to_owned(),
-        n => format!("{} of {} deltas were rounded", count(n), count(report.n_entries)),
+        n => format!("{} of {} deltas are rounded", count(n), count(report.n_entries)),
     };
     facts.push(("verdict", verdict));
     page.facts(&facts);
