@@ -10,9 +10,10 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter},
+    adapter::{Adapter, AdapterNotes, AdapterWriter, ConvertReport},
     checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter, gather_rows},
-    convert::{ConvertError, ConvertReport, Format, convert},
+    convert::{ConvertError, convert},
+    foreign::Format,
     mask::{BaseInfo, Recipe},
     merge::{self, MergeInput, MergeOptions},
     tensor::{Dtype, RowColumns},

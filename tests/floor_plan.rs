@@ -22,7 +22,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("foreign", &["tensor", "checkpoint"]),
     ("weights", &["tensor", "checkpoint"]),
     ("mask", &["tensor", "gpu", "checkpoint", "backend", "weights"]),
-    ("adapter", &["tensor", "gpu", "checkpoint", "backend", "mask"]),
+    ("adapter", &["tensor", "gpu", "checkpoint", "backend", "foreign", "weights", "mask"]),
     ("data", &["tensor", "checkpoint"]),
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, ErrorKind, Printable},
+    checkpoint::{Checkpoint, CheckpointError, ErrorKind, Printable, indented_list},
     mask::{BaseInfo, MaskError},
 };
 
@@ -40,6 +40,18 @@ pub enum AdapterError {
         /// Why.
         what: String,
     },
+    /// Tensors that the base does not have as a foreign adapter needs them.
+    #[error("{}: {} of {n_targets} tensors do not match the base {}:{}", Printable::path(.path), .problems.len(), Printable(.base), indented_list(.problems))]
+    Unmatched {
+        /// The foreign adapter.
+        path: PathBuf,
+        /// The base's name.
+        base: String,
+        /// Tensors of the foreign adapter.
+        n_targets: usize,
+        /// One line for each that does not match.
+        problems: Vec<String>,
+    },
     /// An adapter's id is 64 hexadecimal digits.
     #[error("\"{}\" is no adapter's id: 64 hexadecimal digits are", Printable(.0))]
     MalformedId(String),
@@ -51,7 +63,7 @@ impl AdapterError {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
-            Self::WrongBase { .. } | Self::NotDerived { .. } => ErrorKind::Refused,
+            Self::WrongBase { .. } | Self::NotDerived { .. } | Self::Unmatched { .. } => ErrorKind::Refused,
             Self::NeedsBase { .. } | Self::MalformedId(_) => ErrorKind::Usage,
         }
     }

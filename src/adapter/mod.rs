@@ -5,12 +5,14 @@
 //! values at its positions. Its own name is its content too ([`AdapterId`]). Everything is read and written a run of
 //! rows at a time.
 //!
+//! [`import`] makes an adapter of another tool's sparse adapter.
 //! [`pack_adapter`] makes an adapter as small as it gets; a packed adapter is opened and read like any other.
 
 mod builder;
 mod error;
 mod file;
 mod id;
+mod import;
 mod init;
 mod packed;
 mod writer;
@@ -19,6 +21,7 @@ pub use builder::AdapterBuilder;
 pub use error::AdapterError;
 pub use file::{Adapter, AdapterNotes, DeltaRows};
 pub use id::AdapterId;
+pub use import::{ConvertReport, ConvertedTensor, import};
 pub use init::{InitOptions, InitReport, init_adapter};
 pub use packed::{
     ColumnsChoice, ColumnsKind, LossyError, MergedError, PackOptions, PackReport, ValuesChoice, pack_adapter,

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
+    adapter::{self, AdapterNotes},
     checkpoint::{Checkpoint, Existing},
-    convert::{self, ForeignAdapter},
+    foreign::ForeignAdapter,
     merge::{MergeInput, Originals},
     weights::{Answers, WeightMap},
 };
@@ -42,7 +42,7 @@ pub(super) fn adopt(
         let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let path = folder.path().join(format!("{i}-{name}.safetensors"));
         let notes = AdapterNotes::default();
-        let report = convert::import(&ctx, &foreign, &map, &originals, &notes, &path, Existing::Keep)?;
+        let report = adapter::import(&ctx, &foreign, &map, &originals, &notes, &path, Existing::Keep)?;
         if !report.exact {
             let (n, of) = (report.n_rounded, report.n_entries);
             env.note(&format!("{}: {n} of {of} deltas were rounded, as {} does it", name, report.from));

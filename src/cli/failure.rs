@@ -284,6 +284,9 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             _ => None,
         };
     }
+    if let Some(PeftError::Checkpoint(error)) = error.downcast_ref() {
+        return Some(error);
+    }
     match error.downcast_ref() {
         Some(MaskError::Checkpoint(error)) => Some(error),
         Some(_) => None,

@@ -21,7 +21,7 @@ pub enum ConvertError {
     /// An adapter could not be read or written.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
-    /// The folder of a PEFT adapter is not what it should be.
+    /// What another tool wrote is not what it should be.
     #[error(transparent)]
     Peft(PeftError),
     /// Tensors that the base does not have as the input needs them.
@@ -81,6 +81,15 @@ impl ConvertError {
             Self::Peft(e) => e.kind(),
             Self::Unmatched { .. } | Self::Unfit { .. } | Self::NotLinear { .. } => ErrorKind::Refused,
             Self::NoBase { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+}
+
+impl From<PeftError> for ConvertError {
+    fn from(error: PeftError) -> Self {
+        match error {
+            PeftError::Checkpoint(error) => error.into(),
+            other => Self::Peft(other),
         }
     }
 }

@@ -9,12 +9,12 @@ use std::{collections::BTreeMap, io::Write, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    ConvertError, ConvertReport, ConvertedTensor, Format,
-    export::{Deltas, Rounder},
+    ConvertError, ConvertReport, ConvertedTensor,
+    deltas::{Deltas, Rounder},
 };
 use crate::{
     checkpoint::{AtomicDir, CheckpointError, Existing, Printable, TensorFileWriter, TensorId, create_new_file, probe},
-    foreign::{PEFT_CONFIG, PEFT_TENSORS},
+    foreign::{Format, PEFT_CONFIG, PEFT_TENSORS},
     mask::TargetInfo,
     tensor::{Dtype, dtype_name},
     weights::{Axes, WeightMap, family_axes, is_embedding},

@@ -84,7 +84,7 @@ impl PickleWriter {
     }
 }
 
-/// What stands before the elements of a storage that is saved by itself, as [`super::torch::nested_storage`] reads it.
+/// What stands before the elements of a storage that is saved by itself, as NumPy's pickles of tensors hold it.
 pub(super) fn nested_storage_head(dtype: Dtype, n: u64) -> Vec<u8> {
     let mut magic = PickleWriter::new(2);
     magic.ops(b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.");

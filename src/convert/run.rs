@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use super::{ConvertError, ConvertReport, ForeignAdapter, Format, export, import};
+use super::{ConvertError, ConvertReport, export};
 use crate::{
-    adapter::{Adapter, AdapterNotes},
+    adapter::{Adapter, AdapterNotes, import},
     checkpoint::{Context, Existing, OutputKind, Printable, WorkFolder, check_output},
+    foreign::{ForeignAdapter, Format},
     weights::WeightMap,
 };
 
@@ -40,7 +41,7 @@ pub fn convert(
     let base = base.ok_or_else(no_base)?;
     let notes = AdapterNotes::default();
     if to == Format::NeuroAda {
-        return import(ctx, &foreign, base, base.checkpoint(), &notes, output, existing);
+        return Ok(import(ctx, &foreign, base, base.checkpoint(), &notes, output, existing)?);
     }
     let kind = if to == Format::Npz { OutputKind::File } else { OutputKind::Folder };
     check_output(output, kind, existing)?;

@@ -8,7 +8,7 @@ use std::{
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::PeftError;
+use super::{Format, PeftError};
 use crate::checkpoint::{CheckpointError, Printable, malformed, read_whole};
 
 /// Configs larger than this are refused: a hundred times the largest published one.
@@ -19,11 +19,9 @@ const MOST_BYTES: u64 = 1 << 20;
 pub enum PeftType {
     /// Low-rank factors, with or without magnitudes (DoRA).
     Lora,
-    /// Sparse high-rank adapters.
-    Shira,
-    /// Sparse adapters on the entries of largest or smallest magnitude.
-    SuperTuning,
-    /// A method that this program does not know, as the config spells it.
+    /// A sparse method, which [`ForeignAdapter`](super::ForeignAdapter) opens: SHiRA, Super-Tuning or SpIEL.
+    Sparse(Format),
+    /// Another method, as the config spells it.
     Other(String),
 }
 
@@ -31,8 +29,9 @@ impl PeftType {
     fn of(text: &str) -> Self {
         match text {
             "LORA" => Self::Lora,
-            "SHIRA" => Self::Shira,
-            "SUPERTUNING" => Self::SuperTuning,
+            "SHIRA" => Self::Sparse(Format::Shira),
+            "SUPERTUNING" => Self::Sparse(Format::SuperTuning),
+            "SFT" => Self::Sparse(Format::Spiel),
             other => Self::Other(other.to_owned()),
         }
     }
@@ -41,8 +40,9 @@ impl PeftType {
     pub fn name(&self) -> &str {
         match self {
             Self::Lora => "LORA",
-            Self::Shira => "SHIRA",
-            Self::SuperTuning => "SUPERTUNING",
+            Self::Sparse(Format::Shira) => "SHIRA",
+            Self::Sparse(Format::SuperTuning) => "SUPERTUNING",
+            Self::Sparse(_) => "SFT",
             Self::Other(name) => name,
         }
     }

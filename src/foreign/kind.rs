@@ -59,7 +59,10 @@ mod tests {
         assert_eq!(of("tiny-llama"), AdapterKind::Folder);
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(PEFT_CONFIG), r#"{"peft_type":"SHIRA"}"#).unwrap();
-        assert_eq!(AdapterKind::of(dir.path()).unwrap(), AdapterKind::Peft(PeftType::Shira));
+        assert_eq!(
+            AdapterKind::of(dir.path()).unwrap(),
+            AdapterKind::Peft(PeftType::Sparse(crate::foreign::Format::Shira))
+        );
         assert!(AdapterKind::of(&fixtures.join("missing")).is_err());
     }
 }

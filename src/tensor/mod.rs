@@ -33,3 +33,12 @@ pub fn checked_bytes(dtype: Dtype, n: u64) -> Option<u64> {
     let bits = n.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
+
+/// Rounds to an element type, nearest even, and widens again. Types wider than 16 bits are rounded to float32.
+pub fn round_to(dtype: Dtype, x: f64) -> f32 {
+    match dtype {
+        Dtype::BF16 => half::bf16::from_f64(x).to_f32(),
+        Dtype::F16 => half::f16::from_f64(x).to_f32(),
+        _ => x as f32,
+    }
+}

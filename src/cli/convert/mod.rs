@@ -8,8 +8,10 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
+    adapter::{ConvertReport, ConvertedTensor},
     checkpoint::{Checkpoint, Existing},
-    convert::{self, ConvertError, ConvertReport, ConvertedTensor, Format},
+    convert::{self, ConvertError},
+    foreign::Format,
     tensor::projection_kind,
     weights::WeightMap,
 };

@@ -16,7 +16,8 @@ use crate::{
         AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, LeftOut, Printable,
         Shard, SingleFile, TensorRef, copy_file, copy_side_files, malformed, open_to_change, read_whole,
     },
-    convert::{ConvertError, input::Input},
+    convert::ConvertError,
+    foreign::Input,
     tensor::Dtype,
 };
 

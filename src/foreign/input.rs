@@ -14,7 +14,7 @@ const AHEAD: u64 = 64 << 10;
 
 /// A file of which parts are read; nothing of it is mapped or held.
 #[derive(Debug)]
-pub(super) struct Input {
+pub(crate) struct Input {
     path: PathBuf,
     file: File,
     n_bytes: u64,
@@ -23,12 +23,12 @@ pub(super) struct Input {
     _in_use: InUse,
     /// Bytes that were read so far.
     #[cfg(test)]
-    pub(super) n_read: std::sync::atomic::AtomicU64,
+    pub(crate) n_read: std::sync::atomic::AtomicU64,
 }
 
 impl Input {
     /// Opens a regular file.
-    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
         let (file, meta) = open_regular(path, "open")?;
         let modified = (meta.mtime(), meta.mtime_nsec());
         let in_use = InUse::file(path, &meta);
@@ -43,10 +43,10 @@ impl Input {
         })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
-    pub(super) fn n_bytes(&self) -> u64 {
+    pub(crate) fn n_bytes(&self) -> u64 {
         self.n_bytes
     }
 
@@ -54,7 +54,7 @@ impl Input {
     ///
     /// # Errors
     /// A failure to read, or a file that became shorter.
-    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
         if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.n_bytes) {
             return Err(self.bad(offset, format!("{} bytes are needed, the file ends before", buffer.len())));
         }
@@ -64,7 +64,7 @@ impl Input {
     }
 
     /// The bytes of `range`, which its caller has bounded.
-    pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>, CheckpointError> {
+    pub(crate) fn read(&self, range: Range<u64>) -> Result<Vec<u8>, CheckpointError> {
         if range.start > range.end || range.end > self.n_bytes {
             return Err(self.bad(range.start, "the file ends before"));
         }
@@ -74,12 +74,12 @@ impl Input {
     }
 
     /// Something is wrong at `offset`.
-    pub(super) fn bad(&self, offset: u64, what: impl AsRef<str>) -> CheckpointError {
+    pub(crate) fn bad(&self, offset: u64, what: impl AsRef<str>) -> CheckpointError {
         CheckpointError::bad_file(&self.path, format!("at byte {offset}: {}", what.as_ref()))
     }
 
     /// Fails where the file changed since it was opened.
-    pub(super) fn unchanged(&self) -> Result<(), CheckpointError> {
+    pub(crate) fn unchanged(&self) -> Result<(), CheckpointError> {
         let meta = self.file.metadata().map_err(|e| CheckpointError::io("read", &self.path, e))?;
         if (meta.len(), meta.mtime(), meta.mtime_nsec()) == (self.n_bytes, self.modified.0, self.modified.1) {
             return Ok(());
@@ -90,7 +90,7 @@ impl Input {
 }
 
 /// Reads a run of an [`Input`] from its beginning, byte by byte or in short pieces.
-pub(super) struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     input: &'a Input,
     at: u64,
     end: u64,
@@ -101,25 +101,25 @@ pub(super) struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     /// At the beginning of `range`, which lies inside the input.
-    pub(super) fn new(input: &'a Input, range: Range<u64>) -> Self {
+    pub(crate) fn new(input: &'a Input, range: Range<u64>) -> Self {
         debug_assert!(range.start <= range.end && range.end <= input.n_bytes());
         Self { input, at: range.start, end: range.end, ahead: Vec::new(), ahead_at: 0 }
     }
 
-    pub(super) fn input(&self) -> &'a Input {
+    pub(crate) fn input(&self) -> &'a Input {
         self.input
     }
     /// Where the next byte lies.
-    pub(super) fn at(&self) -> u64 {
+    pub(crate) fn at(&self) -> u64 {
         self.at
     }
     /// Where the last byte ends.
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.end
     }
 
     /// The next `n` bytes, at most 64 KiB of them.
-    pub(super) fn take(&mut self, n: u64) -> Result<&[u8], CheckpointError> {
+    pub(crate) fn take(&mut self, n: u64) -> Result<&[u8], CheckpointError> {
         debug_assert!(n <= AHEAD);
         if n > self.end - self.at {
             return Err(self.input.bad(self.at, format!("{n} bytes are needed, {} are left", self.end - self.at)));
@@ -136,19 +136,19 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next byte.
-    pub(super) fn byte(&mut self) -> Result<u8, CheckpointError> {
+    pub(crate) fn byte(&mut self) -> Result<u8, CheckpointError> {
         Ok(self.take(1)?[0])
     }
 
     /// The next `N` bytes as a little-endian number without a sign.
-    pub(super) fn number<const N: usize>(&mut self) -> Result<u64, CheckpointError> {
+    pub(crate) fn number<const N: usize>(&mut self) -> Result<u64, CheckpointError> {
         let mut le = [0; 8];
         le[..N].copy_from_slice(self.take(N as u64)?);
         Ok(u64::from_le_bytes(le))
     }
 
     /// Passes over `n` bytes and returns where they lie.
-    pub(super) fn skip(&mut self, n: u64) -> Result<Range<u64>, CheckpointError> {
+    pub(crate) fn skip(&mut self, n: u64) -> Result<Range<u64>, CheckpointError> {
         if n > self.end - self.at {
             return Err(self.input.bad(self.at, format!("{n} bytes are needed, {} are left", self.end - self.at)));
         }
@@ -158,7 +158,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The bytes up to the next line feed, which is passed over; at most `most`.
-    pub(super) fn line(&mut self, most: usize) -> Result<Vec<u8>, CheckpointError> {
+    pub(crate) fn line(&mut self, most: usize) -> Result<Vec<u8>, CheckpointError> {
         let mut line = Vec::new();
         loop {
             match self.byte()? {
@@ -174,7 +174,7 @@ impl<'a> Cursor<'a> {
 
 /// A file of these bytes, gone when dropped.
 #[cfg(test)]
-pub(super) fn test_input(bytes: &[u8]) -> (tempfile::TempDir, Input) {
+pub(crate) fn test_input(bytes: &[u8]) -> (tempfile::TempDir, Input) {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("f"), bytes).unwrap();
     let input = Input::open(&dir.path().join("f")).unwrap();

@@ -12,13 +12,13 @@ use crate::{
 
 /// `n` numbers in a file, `stride` elements from one to the next.
 #[derive(Clone, Debug)]
-pub(super) struct Elements {
-    pub(super) input: Arc<Input>,
-    pub(super) dtype: Dtype,
+pub(crate) struct Elements {
+    pub(crate) input: Arc<Input>,
+    pub(crate) dtype: Dtype,
     /// Where the first lies.
-    pub(super) start: u64,
-    pub(super) stride: u64,
-    pub(super) n: u64,
+    pub(crate) start: u64,
+    pub(crate) stride: u64,
+    pub(crate) n: u64,
 }
 
 /// Numbers of which every so many'th is wanted are read with those between up to this stride, else one by one.
@@ -52,12 +52,12 @@ impl Elements {
     }
 
     /// Whether the elements can be positions.
-    pub(super) fn are_positions(&self) -> bool {
+    pub(crate) fn are_positions(&self) -> bool {
         matches!(self.dtype, Dtype::I64 | Dtype::I32 | Dtype::U32 | Dtype::U64 | Dtype::U16 | Dtype::F32)
     }
 
     /// Whether the elements can be deltas.
-    pub(super) fn are_deltas(&self) -> bool {
+    pub(crate) fn are_deltas(&self) -> bool {
         matches!(self.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
     }
 
@@ -68,7 +68,7 @@ impl Elements {
     ///
     /// # Panics
     /// Where they are no positions.
-    pub(super) fn positions(&self, range: Range<u64>, into: &mut Vec<u64>) -> Result<(), CheckpointError> {
+    pub(crate) fn positions(&self, range: Range<u64>, into: &mut Vec<u64>) -> Result<(), CheckpointError> {
         let bytes = self.read(range.clone())?;
         let before = into.len();
         let width = self.dtype.bitsize() / 8;
@@ -105,7 +105,7 @@ impl Elements {
     ///
     /// # Panics
     /// Where they are no deltas.
-    pub(super) fn deltas(&self, range: Range<u64>, into: &mut Vec<f64>) -> Result<(), CheckpointError> {
+    pub(crate) fn deltas(&self, range: Range<u64>, into: &mut Vec<f64>) -> Result<(), CheckpointError> {
         let bytes = self.read(range)?;
         match self.dtype {
             Dtype::F64 => into.extend(bytes.as_chunks::<8>().0.iter().map(|le| f64::from_le_bytes(*le))),

@@ -9,15 +9,12 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{
-    ConvertError, Format,
+    Format, PeftConfig, PeftError, PeftFolder, PeftName, PeftType,
     elements::Elements,
-    foreign::{ForeignAdapter, ForeignTarget, Positions, Rounding},
     input::Input,
+    sparse::{ForeignAdapter, ForeignTarget, Positions, Rounding},
 };
-use crate::{
-    checkpoint::{CheckpointError, Printable, Shard, TensorInfo},
-    foreign::{PeftConfig, PeftError, PeftFolder, PeftName, PeftType},
-};
+use crate::checkpoint::{CheckpointError, Printable, Shard, TensorInfo};
 
 /// What tells the three formats apart.
 struct Parts {
@@ -36,29 +33,19 @@ fn parts(format: Format) -> Parts {
     }
 }
 
-/// The format of a PEFT adapter that is sparse; none where it is another.
-pub(super) fn format_of(peft_type: &PeftType) -> Option<Format> {
-    match peft_type {
-        PeftType::Shira => Some(Format::Shira),
-        PeftType::SuperTuning => Some(Format::SuperTuning),
-        PeftType::Other(name) if name == "SFT" => Some(Format::Spiel),
-        _ => None,
-    }
-}
-
 /// Opens a PEFT folder.
 ///
 /// # Errors
 /// A method that is not sparse, or a form of one that is not implemented, by name; tensors that are no part of it or are missing,
 /// all listed.
-pub(super) fn open(path: &Path) -> Result<ForeignAdapter, ConvertError> {
+pub(super) fn open(path: &Path) -> Result<ForeignAdapter, PeftError> {
     let folder = PeftFolder::open(path)?;
     let config = folder.config();
-    let format = format_of(config.peft_type()).ok_or_else(|| {
-        let method = Printable(config.peft_type().name()).to_string();
+    let PeftType::Sparse(format) = *config.peft_type() else {
+        let method = Printable(config.peft_type().name());
         let what = format!("is a PEFT adapter of the method {method}, which is no list of positions and deltas");
-        ConvertError::Unfit { path: path.to_owned(), what, problems: Vec::new() }
-    })?;
+        return Err(PeftError::unsupported(path, what));
+    };
     refuse_hybrids(config, format)?;
     let shard = folder.shard();
     let input = Arc::new(Input::open(shard.path())?);
@@ -100,13 +87,13 @@ pub(super) fn open(path: &Path) -> Result<ForeignAdapter, ConvertError> {
 }
 
 /// Fails where the method is combined with another one.
-fn refuse_hybrids(config: &PeftConfig, format: Format) -> Result<(), ConvertError> {
+fn refuse_hybrids(config: &PeftConfig, format: Format) -> Result<(), PeftError> {
     if format == Format::SuperTuning
         && let Some(r) = config.positive("r")?
     {
         let what =
             format!("is a Supra adapter: Super-Tuning with low-rank factors of rank {r} beside it; not implemented");
-        return Err(ConvertError::Unfit { path: config.path().to_owned(), what, problems: Vec::new() });
+        return Err(PeftError::unsupported(config.path(), what));
     }
     Ok(())
 }
@@ -140,13 +127,4 @@ fn target(
         rounding: if format == Format::SuperTuning { Rounding::ToWeight } else { Rounding::None },
         has_padding: format != Format::Spiel,
     })
-}
-
-impl From<PeftError> for ConvertError {
-    fn from(error: PeftError) -> Self {
-        match error {
-            PeftError::Checkpoint(error) => error.into(),
-            other => Self::Peft(other),
-        }
-    }
 }

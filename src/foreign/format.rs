@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use super::{ConvertError, foreign::ForeignAdapter, input::Input, npz, peft_read, published};
-use crate::{
-    checkpoint::{Context, probe},
-    foreign::{PEFT_CONFIG, PeftConfig},
+use super::{
+    PEFT_CONFIG, PeftConfig, PeftError, PeftType, input::Input, npz, peft_read, published, sparse::ForeignAdapter,
 };
+use crate::checkpoint::{Context, probe};
 
 /// What an adapter can lie on disk as.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,7 +41,7 @@ impl Format {
     ///
     /// # Errors
     /// A path that is not there, or a PEFT adapter's config that cannot be read.
-    pub fn of(path: &Path) -> Result<Option<Self>, ConvertError> {
+    pub fn of(path: &Path) -> Result<Option<Self>, PeftError> {
         if probe::is_folder(path)? {
             if probe::is_present(&path.join(published::POSITIONS))? {
                 return Ok(Some(Self::Published));
@@ -51,7 +50,10 @@ impl Format {
             if !probe::is_present(&config)? {
                 return Ok(None);
             }
-            return Ok(peft_read::format_of(PeftConfig::open(&config)?.peft_type()));
+            return Ok(match PeftConfig::open(&config)?.peft_type() {
+                PeftType::Sparse(format) => Some(*format),
+                _ => None,
+            });
         }
         let input = Input::open(path)?;
         let mut first = [0; 4];
@@ -65,7 +67,7 @@ impl ForeignAdapter {
     ///
     /// # Errors
     /// What is wrong with its files.
-    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Option<Self>, ConvertError> {
+    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Option<Self>, PeftError> {
         match Format::of(path)? {
             None | Some(Format::NeuroAda) => Ok(None),
             Some(Format::Npz) => Ok(Some(npz::open(ctx, path)?)),

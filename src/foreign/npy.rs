@@ -16,14 +16,14 @@ const LONGEST_HEADER: u64 = 10_000;
 
 /// What the header of an array says.
 #[derive(Clone, PartialEq, Debug)]
-pub(super) struct Header {
+pub(crate) struct Header {
     /// The element type; none where it is an object or one that is not known here.
-    pub(super) dtype: Option<Dtype>,
+    pub(crate) dtype: Option<Dtype>,
     /// Whether the elements are pickled objects.
-    pub(super) is_object: bool,
-    pub(super) shape: Vec<u64>,
+    pub(crate) is_object: bool,
+    pub(crate) shape: Vec<u64>,
     /// Where the elements begin.
-    pub(super) data_start: u64,
+    pub(crate) data_start: u64,
 }
 
 impl Header {
@@ -31,7 +31,7 @@ impl Header {
     ///
     /// # Errors
     /// A file that is no array of NumPy, one in Fortran order, or more or fewer bytes than the shape needs.
-    pub(super) fn read(input: &Input, range: Range<u64>) -> Result<Self, CheckpointError> {
+    pub(crate) fn read(input: &Input, range: Range<u64>) -> Result<Self, CheckpointError> {
         let (start, end) = (range.start, range.end);
         let mut cursor = Cursor::new(input, range);
         if end - start < 10 || cursor.take(6)? != MAGIC {
@@ -73,7 +73,7 @@ impl Header {
     }
 
     /// The bytes of a header, padded as NumPy does it.
-    pub(super) fn write(descr: &str, shape: &[u64]) -> Vec<u8> {
+    pub(crate) fn write(descr: &str, shape: &[u64]) -> Vec<u8> {
         let sizes = match shape {
             [] => String::new(),
             [n] => format!("{n},"),

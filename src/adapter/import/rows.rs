@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use super::{
-    ConvertError,
-    foreign::{ForeignTarget, Matched, Positions},
-};
+use super::matched::Matched;
 use crate::{
+    adapter::AdapterError,
     checkpoint::{CheckpointError, Context},
-    tensor::{Dtype, RowColumns},
+    foreign::{ForeignTarget, Positions},
+    tensor::{RowColumns, round_to},
 };
 
 /// Entries that are read in one piece.
@@ -68,7 +67,7 @@ impl<'a> Rows<'a> {
     ///
     /// # Errors
     /// A position outside of the tensor, naming it.
-    pub(super) fn survey(ctx: &Context<'_>, matched: &'a Matched<'a>) -> Result<Self, ConvertError> {
+    pub(super) fn survey(ctx: &Context<'_>, matched: &'a Matched<'a>) -> Result<Self, AdapterError> {
         let layout = matched.layout;
         let mut counts = vec![0u64; layout.n_rows().div_ceil(GROUP) as usize];
         let (mut is_sorted, mut last) = (true, 0);
@@ -116,7 +115,7 @@ impl<'a> Rows<'a> {
     ///
     /// # Errors
     /// A delta that is not finite, or not when it is rounded.
-    pub(super) fn load(&self, ctx: &Context<'_>, rows: &Range<u64>) -> Result<Run, ConvertError> {
+    pub(super) fn load(&self, ctx: &Context<'_>, rows: &Range<u64>) -> Result<Run, AdapterError> {
         let target = self.matched.target;
         let d_in = self.matched.layout.d_in;
         let wanted = rows.start * d_in..rows.end * d_in;
@@ -142,7 +141,7 @@ impl<'a> Rows<'a> {
         self.assemble(rows, &entries)
     }
 
-    fn assemble(&self, rows: &Range<u64>, entries: &[(u64, f64)]) -> Result<Run, ConvertError> {
+    fn assemble(&self, rows: &Range<u64>, entries: &[(u64, f64)]) -> Result<Run, AdapterError> {
         let Matched { target, layout, values: stored, .. } = self.matched;
         let mut run = Run::default();
         let mut columns = Vec::new();
@@ -193,21 +192,12 @@ fn sum(entries: &[(u64, f64)]) -> f64 {
     entries[1..].iter().fold(first, |sum, (_, x)| f64::from(sum as f32 + *x as f32))
 }
 
-/// Rounds to the stored type, nearest even.
-pub(super) fn round_to(dtype: Dtype, x: f64) -> f32 {
-    match dtype {
-        Dtype::BF16 => half::bf16::from_f64(x).to_f32(),
-        Dtype::F16 => half::f16::from_f64(x).to_f32(),
-        _ => x as f32,
-    }
-}
-
 fn pieces(n: u64) -> impl Iterator<Item = Range<u64>> {
     (0..n).step_by(PIECE as usize).map(move |start| start..n.min(start + PIECE))
 }
 
 /// Positions as row times width plus column, each inside the tensor.
-fn flat_positions(matched: &Matched<'_>, range: Range<u64>) -> Result<Vec<u64>, ConvertError> {
+fn flat_positions(matched: &Matched<'_>, range: Range<u64>) -> Result<Vec<u64>, AdapterError> {
     let ForeignTarget { name, positions, values, .. } = matched.target;
     let (n_rows, d_in) = (matched.layout.n_rows(), matched.layout.d_in);
     let outside = |i: usize, what: String| {

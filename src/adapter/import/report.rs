@@ -69,7 +69,7 @@ impl ConvertedTensor {
 }
 
 impl ConvertReport {
-    pub(super) fn new(from: &str, to: &str, tensors: Vec<ConvertedTensor>) -> Self {
+    pub(crate) fn new(from: &str, to: &str, tensors: Vec<ConvertedTensor>) -> Self {
         let sum = |of: fn(&ConvertedTensor) -> u64| tensors.iter().map(of).sum::<u64>();
         let n_rounded = sum(|tensor| tensor.n_rounded);
         Self {
@@ -88,7 +88,7 @@ impl ConvertReport {
     }
 
     /// This conversion, and then `next` from what it wrote.
-    pub(super) fn then(mut self, next: Self) -> Self {
+    pub(crate) fn then(mut self, next: Self) -> Self {
         for (tensor, next) in self.tensors.iter_mut().zip(&next.tensors) {
             debug_assert_eq!(tensor.tensor, next.tensor, "both list the same tensors by name");
             tensor.stored_dtype.clone_from(&next.stored_dtype);

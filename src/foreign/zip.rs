@@ -26,17 +26,17 @@ const EXTRA64: u64 = 1;
 
 /// The directory of a zip file, every entry of it proven to lie where it says.
 #[derive(Debug)]
-pub(super) struct Zip {
+pub(crate) struct Zip {
     entries: Vec<Entry>,
     by_name: HashMap<String, usize>,
 }
 
 /// One stored file.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) name: String,
+pub(crate) struct Entry {
+    pub(crate) name: String,
     /// Where its bytes lie.
-    pub(super) data: Range<u64>,
+    pub(crate) data: Range<u64>,
     crc: u32,
 }
 
@@ -47,7 +47,7 @@ impl Zip {
     ///
     /// # Errors
     /// What is wrong with it, and where.
-    pub(super) fn open(input: &Input) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(input: &Input) -> Result<Self, CheckpointError> {
         let (directory, n_entries) = find_directory(input)?;
         let mut cursor = Cursor::new(input, directory.clone());
         let mut zip = Self { entries: Vec::new(), by_name: HashMap::new() };
@@ -73,17 +73,17 @@ impl Zip {
     }
 
     /// All entries, as the directory lists them.
-    pub(super) fn entries(&self) -> &[Entry] {
+    pub(crate) fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
     /// The entry of this name.
-    pub(super) fn entry(&self, name: &str) -> Option<&Entry> {
+    pub(crate) fn entry(&self, name: &str) -> Option<&Entry> {
         self.by_name.get(name).map(|&at| &self.entries[at])
     }
 
     /// Reads an entry and compares its checksum. Memory: one buffer.
-    pub(super) fn prove(&self, ctx: &Context<'_>, input: &Input, entry: &Entry) -> Result<(), CheckpointError> {
+    pub(crate) fn prove(&self, ctx: &Context<'_>, input: &Input, entry: &Entry) -> Result<(), CheckpointError> {
         let mut crc = crc32fast::Hasher::new();
         let mut buffer = vec![0; (1 << 20).min(entry.data.end - entry.data.start) as usize];
         let mut at = entry.data.start;
@@ -238,7 +238,7 @@ fn locate(input: &Input, entry: Entry, header_at: u64, directory_at: u64) -> Res
 }
 
 /// Writes a zip file of stored entries to a file, from its beginning.
-pub(super) struct ZipWriter<'a> {
+pub(crate) struct ZipWriter<'a> {
     file: &'a File,
     at: u64,
     directory: Vec<u8>,
@@ -263,12 +263,12 @@ const FLAGS: u16 = 0x800;
 const ALIGNMENT: u64 = 64;
 
 impl<'a> ZipWriter<'a> {
-    pub(super) fn new(file: &'a File) -> Self {
+    pub(crate) fn new(file: &'a File) -> Self {
         Self { file, at: 0, directory: Vec::new(), n_entries: 0, open: None }
     }
 
     /// Begins an entry.
-    pub(super) fn begin(&mut self, name: &str) -> io::Result<()> {
+    pub(crate) fn begin(&mut self, name: &str) -> io::Result<()> {
         assert!(self.open.is_none(), "one entry at a time");
         let header_at = self.at;
         // The extra field holds the sizes, and is as long as it must be for the data to be aligned.
@@ -281,7 +281,7 @@ impl<'a> ZipWriter<'a> {
     }
 
     /// Appends to the open entry.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let open = self.open.as_mut().expect("an entry is open");
         open.crc.update(bytes);
         self.file.write_all_at(bytes, self.at)?;
@@ -290,7 +290,7 @@ impl<'a> ZipWriter<'a> {
     }
 
     /// Ends the open entry, whose header is known now.
-    pub(super) fn end(&mut self) -> io::Result<()> {
+    pub(crate) fn end(&mut self) -> io::Result<()> {
         let Open { name, header_at, data_at, crc } = self.open.take().expect("an entry is open");
         let (crc, n_bytes) = (crc.finalize(), self.at - data_at);
         let padding = data_at - header_at - 30 - name.len() as u64 - 20 - 4;
@@ -336,7 +336,7 @@ impl<'a> ZipWriter<'a> {
     }
 
     /// Writes the directory; the zip file is whole.
-    pub(super) fn finish(mut self) -> io::Result<()> {
+    pub(crate) fn finish(mut self) -> io::Result<()> {
         assert!(self.open.is_none(), "the last entry is ended");
         let (start, n_bytes, n) = (self.at, self.directory.len() as u64, self.n_entries);
         let mut end = std::mem::take(&mut self.directory);

@@ -1,15 +1,23 @@
-//! From a foreign adapter to one of this program.
+//! From another tool's sparse adapter to one of this program.
+//!
+//! [`import`] puts the positions and deltas of a [`ForeignAdapter`], which come in any order, into rows, a run at a time; it sums what
+//! has one position and writes an adapter that knows its base. The report says for each tensor whether anything was rounded.
+
+mod matched;
+mod report;
+mod rows;
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::{
-    ConvertError, ConvertReport, ConvertedTensor,
-    foreign::{ForeignAdapter, Matched},
-    rows::{Counts, Rows, Run},
-};
+use matched::{Matched, matched};
+use rows::{Counts, Rows, Run};
+
+pub use report::{ConvertReport, ConvertedTensor};
+
+use super::{Adapter, AdapterError, AdapterNotes, AdapterWriter};
 use crate::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter},
     checkpoint::{BaseValues, Context, Existing},
+    foreign::ForeignAdapter,
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, dtype_name},
     weights::WeightMap,
@@ -26,7 +34,7 @@ use crate::{
 /// Memory: a run of rows, whatever the order of the entries.
 ///
 /// # Errors
-/// [`ConvertError::Unmatched`], a position outside of its tensor, a delta that is not finite; nothing was written.
+/// [`AdapterError::Unmatched`], a position outside of its tensor, a delta that is not finite; nothing was written.
 pub fn import(
     ctx: &Context<'_>,
     foreign: &ForeignAdapter,
@@ -35,9 +43,9 @@ pub fn import(
     notes: &AdapterNotes,
     output: &Path,
     existing: Existing,
-) -> Result<ConvertReport, ConvertError> {
+) -> Result<ConvertReport, AdapterError> {
     let base = map.checkpoint();
-    let matched = foreign.matched(map)?;
+    let matched = matched(foreign, map)?;
     let mut writer = AdapterWriter::create(output, existing, Dtype::F32)?;
     let mut tensors = Vec::new();
     ctx.observer.begin("converting", matched.iter().map(|matched| matched.target.n()).sum());
@@ -62,7 +70,7 @@ fn write_target(
     writer: &mut AdapterWriter,
     matched: &Matched<'_>,
     base: &dyn BaseValues,
-) -> Result<ConvertedTensor, ConvertError> {
+) -> Result<ConvertedTensor, AdapterError> {
     let Matched { target, tensor, layout, values } = *matched;
     let rows = Rows::survey(ctx, matched)?;
     let runs = rows.runs();
