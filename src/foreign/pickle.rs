@@ -11,7 +11,8 @@ use std::{collections::HashMap, ops::Range, rc::Rc};
 
 use super::{
     input::{Cursor, Input},
-    torch,
+    opcode,
+    pickle_value::{Items, Name, Storage, Tensor, Value},
 };
 use crate::{
     checkpoint::{CheckpointError, Printable},
@@ -26,86 +27,24 @@ const LONGEST_TEXT: u64 = 64 << 10;
 /// Containers inside containers.
 const MOST_NESTED: u8 = 16;
 
-/// What a pickle may be made of.
-#[derive(Clone, Debug)]
-pub(super) enum Value {
-    None,
-    Bool(bool),
-    Int(i128),
-    Text(Rc<str>),
-    /// Where the bytes lie in the file.
-    Bytes(Range<u64>),
-    Tuple(Rc<Items>),
-    List(Items),
-    /// Keys and values by turns.
-    Dict(Items),
-    Name(Name),
-    Storage(Rc<Storage>),
-    Tensor(Rc<Tensor>),
-    /// NumPy's array of one object before and after it got the object.
-    Array(Option<Rc<Value>>),
-    /// NumPy's type of arrays of objects.
-    ObjectType,
-    /// A list or dictionary that is to be used a second time, which no file of ours does.
-    Taken,
-}
-
-/// Values in a container, and how deep they are nested.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Items {
-    pub(super) values: Vec<Value>,
-    depth: u8,
-}
-
-/// The only names that may be asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Name {
-    RebuildTensor,
-    RebuildParameter,
-    LoadFromBytes,
-    OrderedDict,
-    Reconstruct,
-    NdArray,
-    NumpyDtype,
-    Storage(Dtype),
-}
-
-/// The memory that tensors are views of.
-#[derive(Clone, Debug)]
-pub(super) struct Storage {
-    pub(super) dtype: Dtype,
-    pub(super) key: Rc<str>,
-    /// Elements.
-    pub(super) n: u64,
-    /// Where its bytes lie in the file, where the pickle itself holds them.
-    pub(super) place: Option<Range<u64>>,
-}
-
-/// A view of a storage; all of it lies inside.
-#[derive(Clone, Debug)]
-pub(super) struct Tensor {
-    pub(super) storage: Rc<Storage>,
-    /// Elements before the first.
-    pub(super) offset: u64,
-    pub(super) shape: Vec<u64>,
-    /// Elements from one to the next, by dimension.
-    pub(super) strides: Vec<u64>,
-}
-
 /// What a pickle held: its value, and the storages that it named, by key.
 pub(super) struct Unpickled {
     pub(super) value: Value,
     pub(super) storages: HashMap<Rc<str>, Rc<Storage>>,
 }
 
-/// Reads one pickle and leaves `cursor` behind it. `may_nest`: whether byte strings in it may be saved storages.
+/// Reads a storage that was saved as a byte string of its own.
+pub(super) type ReadNested = fn(&Input, Range<u64>) -> Result<Storage, CheckpointError>;
+
+/// Reads one pickle and leaves `cursor` behind it. `read_nested`: what reads byte strings in it that are saved storages, where there may
+/// be any.
 ///
 /// # Errors
 /// The first thing in it that has no place in saved tensors, and where it stands.
-pub(super) fn unpickle(cursor: &mut Cursor<'_>, may_nest: bool) -> Result<Unpickled, CheckpointError> {
+pub(super) fn unpickle(cursor: &mut Cursor<'_>, read_nested: Option<ReadNested>) -> Result<Unpickled, CheckpointError> {
     let mut machine = Machine {
         cursor,
-        may_nest,
+        read_nested,
         stack: Vec::new(),
         marks: Vec::new(),
         memo: HashMap::new(),
@@ -118,63 +57,9 @@ pub(super) fn unpickle(cursor: &mut Cursor<'_>, may_nest: bool) -> Result<Unpick
     Ok(Unpickled { value, storages: machine.storages })
 }
 
-impl Value {
-    fn depth(&self) -> u8 {
-        match self {
-            Self::Tuple(items) => items.depth,
-            Self::List(items) | Self::Dict(items) => items.depth,
-            Self::Array(Some(value)) => value.depth(),
-            _ => 0,
-        }
-    }
-
-    /// A number that is not negative.
-    pub(super) fn as_u64(&self) -> Option<u64> {
-        match self {
-            Self::Int(n) => u64::try_from(*n).ok(),
-            _ => None,
-        }
-    }
-    pub(super) fn as_text(&self) -> Option<&Rc<str>> {
-        match self {
-            Self::Text(text) => Some(text),
-            _ => None,
-        }
-    }
-    fn as_tuple(&self) -> Option<&[Value]> {
-        match self {
-            Self::Tuple(items) => Some(&items.values),
-            _ => None,
-        }
-    }
-    /// A tuple of numbers that are not negative.
-    fn as_sizes(&self) -> Option<Vec<u64>> {
-        self.as_tuple()?.iter().map(Self::as_u64).collect()
-    }
-
-    /// What kind of value it is, for messages.
-    pub(super) fn kind(&self) -> &'static str {
-        match self {
-            Self::None => "None",
-            Self::Bool(_) => "a truth value",
-            Self::Int(_) => "a number",
-            Self::Text(_) => "a string",
-            Self::Bytes(_) => "bytes",
-            Self::Tuple(_) => "a tuple",
-            Self::List(_) => "a list",
-            Self::Dict(_) => "a dictionary",
-            Self::Name(_) | Self::ObjectType => "a type",
-            Self::Storage(_) => "a storage",
-            Self::Tensor(_) => "a tensor",
-            Self::Array(_) => "an array",
-            Self::Taken => "a container",
-        }
-    }
-}
-
 struct Machine<'c, 'i> {
     cursor: &'c mut Cursor<'i>,
-    may_nest: bool,
+    read_nested: Option<ReadNested>,
     stack: Vec<Value>,
     /// Heights of the stack at the marks that are open.
     marks: Vec<usize>,
@@ -191,7 +76,7 @@ impl Machine<'_, '_> {
         loop {
             self.op_at = self.cursor.at();
             let op = self.cursor.byte()?;
-            if op == b'.' {
+            if op == opcode::STOP {
                 return match (self.stack.pop(), self.stack.is_empty() && self.marks.is_empty()) {
                     (Some(value), true) => Ok(value),
                     _ => Err(self.bad("the pickle ends with more or less than one value")),
@@ -203,67 +88,66 @@ impl Machine<'_, '_> {
 
     fn step(&mut self, op: u8) -> Result<(), CheckpointError> {
         match op {
-            0x80 => match self.cursor.byte()? {
+            opcode::PROTO => match self.cursor.byte()? {
                 2..=5 => Ok(()),
                 other => Err(self.bad(format!("pickle protocol {other}; 2 to 5 are read"))),
             },
             // A frame only says how far to read ahead.
-            0x95 => self.cursor.number::<8>().map(|_| ()),
-            b'N' => self.push(Value::None),
-            0x88 => self.push(Value::Bool(true)),
-            0x89 => self.push(Value::Bool(false)),
-            b'K' => self.read_int::<1>(false),
-            b'M' => self.read_int::<2>(false),
-            b'J' => self.read_int::<4>(true),
-            0x8a => self.read_long(),
-            0x8c => self.read_text::<1>(),
-            b'X' => self.read_text::<4>(),
-            b'C' => self.read_bytes::<1>(),
-            b'B' => self.read_bytes::<4>(),
-            0x8e => self.read_bytes::<8>(),
-            b'}' => self.push(Value::Dict(Items::default())),
-            b']' => self.push(Value::List(Items::default())),
-            b')' => self.push_tuple(Vec::new()),
-            b'(' => {
+            opcode::FRAME => self.cursor.number::<8>().map(|_| ()),
+            opcode::NONE => self.push(Value::None),
+            opcode::NEWTRUE => self.push(Value::Bool(true)),
+            opcode::NEWFALSE => self.push(Value::Bool(false)),
+            opcode::BININT1 => self.read_int::<1>(false),
+            opcode::BININT2 => self.read_int::<2>(false),
+            opcode::BININT => self.read_int::<4>(true),
+            opcode::LONG1 => self.read_long(),
+            opcode::SHORT_BINUNICODE => self.read_text::<1>(),
+            opcode::BINUNICODE => self.read_text::<4>(),
+            opcode::SHORT_BINBYTES => self.read_bytes::<1>(),
+            opcode::BINBYTES => self.read_bytes::<4>(),
+            opcode::BINBYTES8 => self.read_bytes::<8>(),
+            opcode::EMPTY_DICT => self.push(Value::Dict(Items::default())),
+            opcode::EMPTY_LIST => self.push(Value::List(Items::default())),
+            opcode::EMPTY_TUPLE => self.push_tuple(Vec::new()),
+            opcode::MARK => {
                 self.count()?;
                 self.marks.push(self.stack.len());
                 Ok(())
             }
-            b't' => {
+            opcode::TUPLE => {
                 let values = self.pop_mark()?;
                 self.push_tuple(values)
             }
-            0x85..=0x87 => {
-                let values = self.pop_n(usize::from(op - 0x84))?;
-                self.push_tuple(values)
-            }
-            b'a' => {
+            opcode::TUPLE1 => self.tuple_of(1),
+            opcode::TUPLE2 => self.tuple_of(2),
+            opcode::TUPLE3 => self.tuple_of(3),
+            opcode::APPEND => {
                 let values = self.pop_n(1)?;
                 self.extend(false, values)
             }
-            b'e' => {
+            opcode::APPENDS => {
                 let values = self.pop_mark()?;
                 self.extend(false, values)
             }
-            b's' => {
+            opcode::SETITEM => {
                 let values = self.pop_n(2)?;
                 self.extend(true, values)
             }
-            b'u' => {
+            opcode::SETITEMS => {
                 let values = self.pop_mark()?;
                 self.extend(true, values)
             }
-            b'q' => self.read_key::<1>().and_then(|key| self.remember(key)),
-            b'r' => self.read_key::<4>().and_then(|key| self.remember(key)),
-            0x94 => self.remember(self.memo.len() as u64),
-            b'h' => self.read_key::<1>().and_then(|key| self.recall(key)),
-            b'j' => self.read_key::<4>().and_then(|key| self.recall(key)),
-            b'c' => {
+            opcode::BINPUT => self.read_key::<1>().and_then(|key| self.remember(key)),
+            opcode::LONG_BINPUT => self.read_key::<4>().and_then(|key| self.remember(key)),
+            opcode::MEMOIZE => self.remember(self.memo.len() as u64),
+            opcode::BINGET => self.read_key::<1>().and_then(|key| self.recall(key)),
+            opcode::LONG_BINGET => self.read_key::<4>().and_then(|key| self.recall(key)),
+            opcode::GLOBAL => {
                 let (module, name) = (self.cursor.line(1000)?, self.cursor.line(1000)?);
                 let name = self.name(&String::from_utf8_lossy(&module), &String::from_utf8_lossy(&name))?;
                 self.push(Value::Name(name))
             }
-            0x93 => {
+            opcode::STACK_GLOBAL => {
                 let parts = self.pop_n(2)?;
                 let (Some(module), Some(name)) = (parts[0].as_text(), parts[1].as_text()) else {
                     return Err(self.bad("a name is not made of strings"));
@@ -271,9 +155,9 @@ impl Machine<'_, '_> {
                 let name = self.name(module, name)?;
                 self.push(Value::Name(name))
             }
-            b'R' => self.call(),
-            b'b' => self.build(),
-            b'Q' => self.persistent(),
+            opcode::REDUCE => self.call(),
+            opcode::BUILD => self.build(),
+            opcode::BINPERSID => self.persistent(),
             other => {
                 Err(self.bad(format!("opcode 0x{other:02x} has no place in saved tensors; it is not carried out")))
             }
@@ -303,6 +187,11 @@ impl Machine<'_, '_> {
         let mut items = Items::default();
         self.put(&mut items, values)?;
         self.push(Value::Tuple(Rc::new(items)))
+    }
+
+    fn tuple_of(&mut self, n: usize) -> Result<(), CheckpointError> {
+        let values = self.pop_n(n)?;
+        self.push_tuple(values)
     }
 
     /// Appends to a container and says how deep it is now.
@@ -466,9 +355,9 @@ impl Machine<'_, '_> {
             (Name::RebuildParameter, [Value::Tensor(tensor), Value::Bool(_), _hooks]) => {
                 Value::Tensor(Rc::clone(tensor))
             }
-            (Name::LoadFromBytes, [Value::Bytes(bytes)]) if self.may_nest => {
-                let bytes = bytes.clone();
-                Value::Storage(Rc::new(torch::nested_storage(self.cursor.input(), bytes)?))
+            (Name::LoadFromBytes, [Value::Bytes(bytes)]) => {
+                let read_nested = self.read_nested.ok_or_else(unfit)?;
+                Value::Storage(Rc::new(read_nested(self.cursor.input(), bytes.clone())?))
             }
             (Name::Reconstruct, [Value::Name(Name::NdArray), _, Value::Bytes(_)]) => Value::Array(None),
             (Name::NumpyDtype, [Value::Text(kind), Value::Bool(_), Value::Bool(_)])
@@ -527,35 +416,17 @@ impl Machine<'_, '_> {
     }
 }
 
-impl Tensor {
-    /// Whether all elements lie inside the storage.
-    fn check(&self) -> Result<(), String> {
-        let outside = || {
-            let (shape, strides, n) = (&self.shape, &self.strides, self.storage.n);
-            format!("a tensor of shape {shape:?}, strides {strides:?}, reaches past its storage of {n} elements")
-        };
-        if self.shape.len() != self.strides.len() || self.shape.len() > 8 {
-            return Err("a tensor has no sizes and strides that belong together".to_owned());
-        }
-        if self.shape.contains(&0) {
-            return Ok(());
-        }
-        let mut last = self.offset;
-        for (size, stride) in self.shape.iter().zip(&self.strides) {
-            let along = (size - 1).checked_mul(*stride).ok_or_else(outside)?;
-            last = last.checked_add(along).ok_or_else(outside)?;
-        }
-        if last < self.storage.n { Ok(()) } else { Err(outside()) }
-    }
-}
-
 /// Reads a pickle that is the whole of `range`.
 ///
 /// # Errors
 /// As [`unpickle`], and bytes behind the pickle.
-pub(super) fn unpickle_all(input: &Input, range: Range<u64>, may_nest: bool) -> Result<Unpickled, CheckpointError> {
+pub(super) fn unpickle_all(
+    input: &Input,
+    range: Range<u64>,
+    read_nested: Option<ReadNested>,
+) -> Result<Unpickled, CheckpointError> {
     let mut cursor = Cursor::new(input, range);
-    let found = unpickle(&mut cursor, may_nest)?;
+    let found = unpickle(&mut cursor, read_nested)?;
     match cursor.end() - cursor.at() {
         0 => Ok(found),
         n => Err(input.bad(cursor.at(), format!("{n} bytes behind the pickle"))),

@@ -1,10 +1,11 @@
 //! The restricted unpickler: what it refuses, and where.
 
 use super::{super::input::test_input, *};
+use crate::tensor::Dtype;
 
 fn read(pickle: &[u8]) -> Result<Value, String> {
     let (_dir, input) = test_input(pickle);
-    let found = unpickle_all(&input, 0..pickle.len() as u64, true);
+    let found = unpickle_all(&input, 0..pickle.len() as u64, Some(|input, at| Err(input.bad(at.start, "no storage"))));
     // The folder's name is another in every run.
     found.map(|found| found.value).map_err(|e| e.to_string().split_once("/f: ").unwrap().1.to_owned())
 }

@@ -5,7 +5,8 @@ use std::{ops::Range, rc::Rc, sync::Arc};
 use super::{
     elements::Elements,
     input::{Cursor, Input},
-    pickle::{Storage, Tensor, Unpickled, Value, unpickle, unpickle_all},
+    pickle::{Unpickled, unpickle, unpickle_all},
+    pickle_value::{Storage, Tensor, Value},
     zip::Zip,
 };
 use crate::{
@@ -23,25 +24,25 @@ const LONGEST_PICKLE: u64 = 256 << 20;
 ///
 /// Five pickles (a magic number, a version, the machine's sizes, the storage, the keys) and then for each key the number of
 /// elements and the elements.
-pub(super) fn nested_storage(input: &Input, range: Range<u64>) -> Result<Storage, CheckpointError> {
+fn nested_storage(input: &Input, range: Range<u64>) -> Result<Storage, CheckpointError> {
     let start = range.start;
     let mut cursor = Cursor::new(input, range);
-    let Unpickled { value: magic, .. } = unpickle(&mut cursor, false)?;
-    let Unpickled { value: protocol, .. } = unpickle(&mut cursor, false)?;
+    let Unpickled { value: magic, .. } = unpickle(&mut cursor, None)?;
+    let Unpickled { value: protocol, .. } = unpickle(&mut cursor, None)?;
     if !matches!((magic, protocol), (Value::Int(MAGIC), Value::Int(PROTOCOL))) {
         return Err(input.bad(start, "not a saved storage: it does not begin with torch's magic number"));
     }
     let at = cursor.at();
-    let Unpickled { value: machine, .. } = unpickle(&mut cursor, false)?;
+    let Unpickled { value: machine, .. } = unpickle(&mut cursor, None)?;
     if !is_little_endian(&machine) {
         return Err(input.bad(at, "the storage was saved by a big-endian machine"));
     }
     let at = cursor.at();
-    let Unpickled { value: Value::Storage(storage), .. } = unpickle(&mut cursor, false)? else {
+    let Unpickled { value: Value::Storage(storage), .. } = unpickle(&mut cursor, None)? else {
         return Err(input.bad(at, "a saved storage is needed here"));
     };
     let at = cursor.at();
-    let Unpickled { value: keys, .. } = unpickle(&mut cursor, false)?;
+    let Unpickled { value: keys, .. } = unpickle(&mut cursor, None)?;
     let is_its_key = match &keys {
         Value::List(keys) => matches!(&keys.values[..], [Value::Text(key)] if *key == storage.key),
         _ => false,
@@ -128,7 +129,7 @@ pub(super) fn open_saved(ctx: &Context<'_>, input: Arc<Input>) -> Result<NamedTe
         return Err(bad(format!("its pickle is longer than {LONGEST_PICKLE} bytes")));
     }
     zip.prove(ctx, &input, pickle)?;
-    let Unpickled { value, storages } = unpickle_all(&input, pickle.data.clone(), false)?;
+    let Unpickled { value, storages } = unpickle_all(&input, pickle.data.clone(), None)?;
     let mut places = std::collections::HashMap::new();
     for (key, storage) in &storages {
         let name = format!("{folder}data/{key}");
@@ -154,7 +155,7 @@ pub(super) fn open_pickled_array(input: Arc<Input>) -> Result<NamedTensors, Chec
     if !header.is_object || header.shape.iter().any(|&size| size != 1) {
         return Err(CheckpointError::bad_file(input.path(), "one pickled dictionary is needed, this is another array"));
     }
-    let Unpickled { value, .. } = unpickle_all(&input, header.data_start..input.n_bytes(), true)?;
+    let Unpickled { value, .. } = unpickle_all(&input, header.data_start..input.n_bytes(), Some(nested_storage))?;
     let Value::Array(Some(value)) = value else {
         return Err(input.bad(header.data_start, format!("an array is needed, the pickle holds {}", value.kind())));
     };
