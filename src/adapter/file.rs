@@ -19,8 +19,9 @@ use super::{
 use crate::{
     checkpoint::{
         AtomicFile, Checkpoint, CheckpointError, Context, Existing, Header, OwnFolder, Shard, TensorInfo,
-        check_free_space, folder_of,
+        check_free_space, folder_of, probe,
     },
+    foreign::PEFT_CONFIG,
     mask::{
         BaseInfo, FileKind, POSITION_BYTES, Part, ROW_BYTES, Recipe, SparseFile, TargetEntries, TargetInfo,
         parse_document, parse_header,
@@ -98,7 +99,7 @@ enum Store {
 }
 
 impl Adapter {
-    /// Opens an adapter file and proves all that its header can show. Reads the header only.
+    /// Opens an adapter file, or the folder of exactly one, and proves all that its header can show. Reads the header only.
     ///
     /// A packed adapter whose columns are derived from its base is opened all the same, and says all but its deltas:
     /// [`Self::open_with_base`] gives those too.
@@ -106,7 +107,13 @@ impl Adapter {
     /// # Errors
     /// What the file is instead, or a list of all that does not fit together.
     pub fn open(path: &Path) -> Result<Self, AdapterError> {
-        Self::of_shard(Shard::open(path)?)
+        // What a download leaves: the folder of one adapter, with a README.
+        let only = if probe::is_folder(path)? && !probe::is_present(&path.join(PEFT_CONFIG))? {
+            probe::only_tensor_file(path)?
+        } else {
+            None
+        };
+        Self::of_shard(Shard::open(only.as_deref().unwrap_or(path))?)
     }
 
     /// Opens a copy in this program's own state; `None` where it does not exist.

@@ -27,7 +27,9 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::{CheckpointError, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, model::config_beside, probe};
+use super::{
+    CheckpointError, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, index::index_names, model::config_beside,
+};
 use crate::tensor::Dtype;
 
 /// How the name of a stored tensor follows from that of the weight it is a part of.
@@ -200,8 +202,9 @@ impl Codes {
         let (mut method, mut index) = (method_of(config), None);
         if is_file {
             method = method_of(&config_beside(root)?);
-            let path = folder_of(root).join(super::INDEX_FILE);
-            index = if probe::is_present(&path)? { Some(Index::open(&path)?) } else { None };
+            if let [name] = &index_names(folder_of(root))?[..] {
+                index = Some(Index::open(&folder_of(root).join(name))?);
+            }
         }
         let has_marker = infos.iter().any(|info| is_comfyui_marker(&info.name));
         let stored = infos.iter().map(|info| (info.name.as_str(), info.dtype)).collect();

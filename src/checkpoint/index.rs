@@ -11,10 +11,56 @@ use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visi
 use super::{
     CheckpointError, Printable, Shard, TensorInfo,
     json::{Allowance, Text, malformed, not_a_string, read_whole},
+    probe,
 };
 
 /// The file's name beside its shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// What the names of all index files end with.
+const INDEX_SUFFIX: &str = ".safetensors.index.json";
+/// The index of a sharded PEFT adapter, which is no checkpoint.
+pub(crate) const ADAPTER_INDEX_FILE: &str = "adapter_model.safetensors.index.json";
+
+/// The names of a folder's index files other than those of adapters, sorted: [`INDEX_FILE`] alone where it is there.
+pub(super) fn index_names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
+    if probe::is_present(&folder.join(INDEX_FILE))? {
+        return Ok(vec![INDEX_FILE.to_owned()]);
+    }
+    let names = probe::entries(folder)?.into_iter().filter_map(|(name, _)| name.into_string().ok());
+    let is_index = |name: &String| name.ends_with(INDEX_SUFFIX) && !name.starts_with('.') && name != ADAPTER_INDEX_FILE;
+    Ok(names.filter(is_index).collect())
+}
+
+/// Opens all shards that the index at `index_path` lists, each inside the folder `root`, and holds them against the index.
+///
+/// # Errors
+/// [`CheckpointError::Many`] lists all shards that are missing, or everything in which the index and its shards disagree.
+pub(crate) fn open_shards(root: &Path, index_path: &Path) -> Result<(Index, Vec<Shard>), CheckpointError> {
+    let index = Index::open(index_path)?;
+    let many =
+        |what: &str, problems| CheckpointError::Many { path: index_path.to_owned(), what: what.to_owned(), problems };
+    let bounds = Bounds::of(root)?;
+    let (mut paths, mut problems) = (Vec::new(), Vec::new());
+    for name in index.shard_names() {
+        match bounds.resolve(name.as_ref()) {
+            Ok(path) => paths.push(path),
+            Err(problem) => problems.push(format!("shard {problem}")),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(many("the checkpoint is incomplete", problems));
+    }
+    let mut shards = Vec::with_capacity(paths.len());
+    for path in paths {
+        shards.push(Shard::open(&path)?);
+    }
+    let problems = index.disagreements(&shards);
+    if !problems.is_empty() {
+        return Err(many("the index and its shards disagree", problems));
+    }
+    Ok((index, shards))
+}
 
 /// Index files larger than this are refused: six times that of the largest published model.
 pub(super) const MAX_INDEX_BYTES: u64 = 100_000_000;

@@ -55,6 +55,7 @@ pub use gather::{BaseValues, gather_cost, gather_rows};
 pub(crate) use guard::guarded;
 pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use in_use::InUse;
+pub(crate) use index::{ADAPTER_INDEX_FILE, open_shards};
 pub use index::{INDEX_FILE, Index};
 pub use inside::{append_to_file, create_folders, create_new_file, give_name, open_to_change, remove_file};
 pub use json::read_whole;

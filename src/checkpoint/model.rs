@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Index, Shard, TensorInfo, Window,
+    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Printable, Shard, TensorInfo, Window,
     folder_of,
-    index::{Bounds, WrongTotal},
+    index::{Bounds, WrongTotal, index_names, open_shards},
     json::{malformed, read_whole},
     probe, state_folder,
 };
@@ -25,7 +25,7 @@ pub enum Layout {
     File,
     /// A folder with one `model.safetensors`.
     Folder,
-    /// A folder with `model.safetensors.index.json`.
+    /// A folder with `model.safetensors.index.json`, or one index of another stem.
     Sharded,
 }
 
@@ -40,6 +40,8 @@ pub struct Checkpoint {
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
     codes: Codes,
+    /// The index file's name, of a sharded checkpoint.
+    index_name: Option<String>,
     wrong_total: Option<WrongTotal>,
     /// No output replaces, holds or lies in the folder meanwhile.
     _in_use: Option<InUse>,
@@ -117,7 +119,7 @@ impl<'a> TensorRef<'a> {
 
 impl Checkpoint {
     /// Opens a checkpoint: a safetensors file, a folder with `model.safetensors`, or one with
-    /// `model.safetensors.index.json`. Reads headers only.
+    /// `model.safetensors.index.json` or exactly one index of another stem. Reads headers only.
     ///
     /// ```
     /// use neuroada_ckpt::checkpoint::Checkpoint;
@@ -159,38 +161,23 @@ impl Checkpoint {
                 Self::assemble(path, Layout::Folder, vec![Shard::open(&single)?])
             }
             (false, true) => Self::open_sharded(path, &index),
-            (false, false) => Err(CheckpointError::bad_file(path, no_model(path)?)),
+            // Other libraries give the index another stem: `diffusion_pytorch_model.safetensors.index.json`.
+            (false, false) => match &index_names(path)?[..] {
+                [] => Err(CheckpointError::bad_file(path, no_model(path)?)),
+                [index] => Self::open_sharded(path, &path.join(index)),
+                several => {
+                    let names = several.iter().map(|name| Printable(name).to_string()).collect::<Vec<_>>().join(", ");
+                    Err(CheckpointError::bad_file(path, format!("has several indexes, one is needed: {names}")))
+                }
+            },
         }
     }
 
     fn open_sharded(root: &Path, index_path: &Path) -> Result<Self, CheckpointError> {
-        let index = Index::open(index_path)?;
-        let many = |what: &str, problems| CheckpointError::Many {
-            path: index_path.to_owned(),
-            what: what.to_owned(),
-            problems,
-        };
-        let bounds = Bounds::of(root)?;
-        let (mut paths, mut problems) = (Vec::new(), Vec::new());
-        for name in index.shard_names() {
-            match bounds.resolve(name.as_ref()) {
-                Ok(path) => paths.push(path),
-                Err(problem) => problems.push(format!("shard {problem}")),
-            }
-        }
-        if !problems.is_empty() {
-            return Err(many("the checkpoint is incomplete", problems));
-        }
-        let mut shards = Vec::with_capacity(paths.len());
-        for path in paths {
-            shards.push(Shard::open(&path)?);
-        }
-        let problems = index.disagreements(&shards);
-        if !problems.is_empty() {
-            return Err(many("the index and its shards disagree", problems));
-        }
+        let (index, shards) = open_shards(root, index_path)?;
         let wrong_total = index.wrong_total(&shards);
-        Ok(Self { wrong_total, ..Self::assemble(root, Layout::Sharded, shards)? })
+        let index_name = index_path.file_name().map(|name| name.to_string_lossy().into_owned());
+        Ok(Self { wrong_total, index_name, ..Self::assemble(root, Layout::Sharded, shards)? })
     }
 
     fn assemble(root: &Path, layout: Layout, shards: Vec<Shard>) -> Result<Self, CheckpointError> {
@@ -221,6 +208,7 @@ impl Checkpoint {
             tensors,
             config,
             codes,
+            index_name: None,
             wrong_total: None,
             _in_use: in_use,
         })
@@ -327,9 +315,15 @@ impl Checkpoint {
     pub fn notes(&self) -> Vec<String> {
         let wrong = self.wrong_total.map(|wrong| {
             let WrongTotal { said, found } = wrong;
-            format!("{INDEX_FILE}: metadata.total_size is {said}, the tensors have {found} bytes")
+            let index = self.index_name().unwrap_or(INDEX_FILE);
+            format!("{}: metadata.total_size is {said}, the tensors have {found} bytes", Printable(index))
         });
         wrong.into_iter().collect()
+    }
+
+    /// The name of its index file, where it is sharded.
+    pub fn index_name(&self) -> Option<&str> {
+        self.index_name.as_deref()
     }
 
     /// What is wrong with its index, and does no harm.

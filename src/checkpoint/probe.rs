@@ -8,7 +8,7 @@ use std::{
     fs::{self, Metadata},
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::CheckpointError;
@@ -144,6 +144,22 @@ pub fn entries(folder: &Path) -> Result<Vec<(OsString, EntryKind)>, CheckpointEr
         found.push((entry.file_name(), EntryKind::of(entry.file_type().map_err(io)?)));
     }
     found.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// The only safetensors file of a folder, hidden ones not counted; `None` where there is none or more than one.
+///
+/// # Errors
+/// As [`entries`].
+pub fn only_tensor_file(folder: &Path) -> Result<Option<PathBuf>, CheckpointError> {
+    let mut found = None;
+    for (name, _) in entries(folder)? {
+        let path = folder.join(&name);
+        let is_hidden = name.as_encoded_bytes().starts_with(b".");
+        if !is_hidden && path.extension().is_some_and(|end| end == "safetensors") && found.replace(path).is_some() {
+            return Ok(None);
+        }
+    }
     Ok(found)
 }
 

@@ -135,7 +135,10 @@ pub fn copy_side_files(
         let to = root.join(&side_file);
         create_folders(folder_of(&to))?;
         remove_file(&to)?;
-        if let Some(wrong) = checkpoint.wrong_total().filter(|_| side_file == Path::new(INDEX_FILE)) {
+        if let Some(wrong) = checkpoint
+            .wrong_total()
+            .filter(|_| checkpoint.index_name().is_some_and(|name| side_file == Path::new(name)))
+        {
             write_index(&checkpoint.root().join(&side_file), &to, wrong)?;
             continue;
         }
@@ -231,7 +234,8 @@ impl Checkpoint {
         let copy_folders: BTreeSet<&str> = names.iter().filter_map(Name::copy_folder_with_weights).collect();
         let mut reasons = Vec::with_capacity(found.len());
         for (path, name) in found.iter().zip(&names) {
-            reasons.push(self.contradiction(path, name, &copy_folders)?);
+            let is_own_index = self.index_name().is_some_and(|own| path == Path::new(own));
+            reasons.push(if is_own_index { None } else { self.contradiction(path, name, &copy_folders)? });
         }
         // An index below goes where the files of its folder go.
         let folders_left_out: BTreeSet<PathBuf> = (found.iter().zip(&reasons))

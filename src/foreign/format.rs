@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::{
-    PEFT_CONFIG, PeftConfig, PeftError, PeftType, input::Input, npz, peft_read, published, sparse::ForeignAdapter,
+    PEFT_CONFIG, PeftConfig, PeftError, PeftType, folder::peft_folder, input::Input, npz, peft_read, published,
+    sparse::ForeignAdapter,
 };
 use crate::checkpoint::{Context, probe};
 
@@ -42,18 +43,18 @@ impl Format {
     /// # Errors
     /// A path that is not there, or a PEFT adapter's config that cannot be read.
     pub fn of(path: &Path) -> Result<Option<Self>, PeftError> {
-        if probe::is_folder(path)? {
-            if probe::is_present(&path.join(published::POSITIONS))? {
-                return Ok(Some(Self::Published));
-            }
-            let config = path.join(PEFT_CONFIG);
-            if !probe::is_present(&config)? {
-                return Ok(None);
-            }
-            return Ok(match PeftConfig::open(&config)?.peft_type() {
+        let is_folder = probe::is_folder(path)?;
+        if is_folder && probe::is_present(&path.join(published::POSITIONS))? {
+            return Ok(Some(Self::Published));
+        }
+        if let Some(folder) = peft_folder(path)? {
+            return Ok(match PeftConfig::open(&folder.join(PEFT_CONFIG))?.peft_type() {
                 PeftType::Sparse(format) => Some(*format),
                 _ => None,
             });
+        }
+        if is_folder {
+            return Ok(None);
         }
         let input = Input::open(path)?;
         let mut first = [0; 4];
@@ -71,7 +72,7 @@ impl ForeignAdapter {
         match Format::of(path)? {
             None | Some(Format::NeuroAda) => Ok(None),
             Some(Format::Npz) => Ok(Some(npz::open(ctx, path)?)),
-            Some(Format::Shira | Format::SuperTuning | Format::Spiel) => Ok(Some(peft_read::open(path)?)),
+            Some(Format::Shira | Format::SuperTuning | Format::Spiel) => Ok(Some(peft_read::open(ctx, path)?)),
             Some(Format::Published) => Ok(Some(published::open(ctx, path)?)),
         }
     }

@@ -2,19 +2,20 @@
 
 use std::path::Path;
 
-use super::{PEFT_CONFIG, PeftConfig, PeftError, PeftType};
+use super::{PEFT_CONFIG, PEFT_TENSORS, PeftConfig, PeftError, PeftType, folder::peft_folder};
 use crate::checkpoint::{DOCUMENT_KEY, Shard, probe};
 
 /// What a path given as an adapter is, told from its config or header alone.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum AdapterKind {
-    /// A safetensors file with a document of this program, and what kind the document says it is (`adapter`, `packed`, `mask`).
+    /// A safetensors file with a document of this program, or a folder that holds it and no other, and what kind the document says it is
+    /// (`adapter`, `packed`, `mask`).
     Document(String),
-    /// A folder with `adapter_config.json`.
+    /// A folder with `adapter_config.json`, or the file of the tensors in it.
     Peft(PeftType),
     /// A safetensors file without a document of this program.
     Tensors,
-    /// A folder without `adapter_config.json`.
+    /// A folder with neither.
     Folder,
 }
 
@@ -24,15 +25,25 @@ impl AdapterKind {
     /// # Errors
     /// A path that is not there, a config that cannot be read, a file that is no safetensors file.
     pub fn of(path: &Path) -> Result<Self, PeftError> {
-        if !probe::is_folder(path)? {
-            let shard = Shard::open(path)?;
-            let document = shard.header().metadata().get(DOCUMENT_KEY);
-            return Ok(document.map_or(Self::Tensors, |document| Self::Document(document_kind(document))));
+        let peft = peft_folder(path)?;
+        let file = match probe::is_folder(path)? {
+            false => Some(path.to_owned()),
+            true if peft.is_none() => probe::only_tensor_file(path)?,
+            true => None,
+        };
+        // Only a safetensors file can hold a document of this program.
+        if let Some(file) = file.filter(|file| peft.is_none() || file.ends_with(PEFT_TENSORS)) {
+            let shard = Shard::open(&file)?;
+            match shard.header().metadata().get(DOCUMENT_KEY) {
+                Some(document) => return Ok(Self::Document(document_kind(document))),
+                None if peft.is_none() && file == path => return Ok(Self::Tensors),
+                None => {}
+            }
         }
-        if !probe::is_present(&path.join(PEFT_CONFIG))? {
-            return Ok(Self::Folder);
+        match peft {
+            None => Ok(Self::Folder),
+            Some(folder) => Ok(Self::Peft(PeftConfig::open(&folder.join(PEFT_CONFIG))?.peft_type().clone())),
         }
-        Ok(Self::Peft(PeftConfig::open(&path.join(PEFT_CONFIG))?.peft_type().clone()))
     }
 }
 

@@ -1,13 +1,10 @@
 //! A LoRA adapter: which low-rank product goes to which module.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path};
 
-use super::{LoraConfig, PeftError, PeftFolder, PeftName, base_name};
+use super::{LoraConfig, PEFT_CONFIG, PEFT_TENSORS, PeftError, PeftFolder, PeftName, base_name};
 use crate::{
-    checkpoint::{CheckpointError, Context, Printable, Shard, TensorInfo},
+    checkpoint::{AtomicFile, CheckpointError, Context, OwnFolder, Printable, Shard, TensorFileWriter, TensorInfo},
     tensor::{Dtype, dtype_name, projection_kind},
 };
 
@@ -93,25 +90,26 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
-    /// Opens the folder `path`: every tensor has a role, every shape fits the config. Reads the header only.
+    /// Opens the adapter at `path`, in any form that [`PeftFolder`] knows: every tensor has a role, every shape fits the config. Reads the
+    /// headers only.
     ///
     /// # Errors
     /// Files that are not what they should be, with a list of all that does not fit; variants that are not implemented.
-    pub fn open(path: &Path) -> Result<Self, PeftError> {
-        let folder = PeftFolder::open(path)?;
+    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Self, PeftError> {
+        let folder = PeftFolder::open(ctx, path)?;
         let config = LoraConfig::of(folder.config())?;
         let mut found = Found::default();
-        for info in folder.shard().header().by_name() {
+        for (_, info) in folder.tensors() {
             found.add(info);
         }
         let modules = found.modules(&config);
         if !found.problems.is_empty() {
             let what = format!("{} of its tensors are not what a LoRA adapter has", found.problems.len());
-            let path = folder.shard().path().to_owned();
+            let path = folder.tensors_path().to_owned();
             return Err(CheckpointError::Many { path, what, problems: found.problems }.into());
         }
         if modules.is_empty() && found.full.is_empty() {
-            return Err(CheckpointError::bad_file(folder.shard().path(), "has no tensors: nothing to merge").into());
+            return Err(CheckpointError::bad_file(folder.tensors_path(), "has no tensors: nothing to merge").into());
         }
         let of_name = |(name, tensors): (String, Vec<String>)| {
             tensors.into_iter().map(move |tensor| FullTensor { name: name.clone(), tensor })
@@ -120,17 +118,9 @@ impl LoraAdapter {
         Ok(Self { folder, config, modules, full })
     }
 
-    /// The folder.
+    /// The path that was opened.
     pub fn path(&self) -> &Path {
         self.folder.path()
-    }
-    /// The adapter's two files.
-    pub fn files(&self) -> [PathBuf; 2] {
-        [self.folder.config().path().to_owned(), self.shard().path().to_owned()]
-    }
-    /// The tensors' file.
-    pub fn shard(&self) -> &Shard {
-        self.folder.shard()
     }
     /// What the config says.
     pub fn config(&self) -> &LoraConfig {
@@ -145,17 +135,54 @@ impl LoraAdapter {
         &self.full
     }
 
-    /// The tensor of this name in the file.
+    /// The tensor of this name, and the file that holds it.
     ///
     /// # Panics
     /// Where the adapter has none.
-    pub fn tensor(&self, name: &str) -> &TensorInfo {
-        self.shard().header().tensor(name).expect("names come from the header")
+    pub fn tensor(&self, name: &str) -> (&Shard, &TensorInfo) {
+        self.folder.tensor(name).expect("names come from the headers")
     }
 
     /// Parameters in all.
     pub fn n_parameters(&self) -> u64 {
-        self.shard().header().tensors().iter().map(TensorInfo::n_elements).fold(0, u64::saturating_add)
+        self.folder.tensors().map(|(_, info)| info.n_elements()).fold(0, u64::saturating_add)
+    }
+    /// Bytes that a copy takes, the config not counted.
+    pub fn n_bytes(&self) -> u64 {
+        self.folder.n_bytes()
+    }
+
+    /// Fails where a file changed since it was opened.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`].
+    pub fn unchanged(&self) -> Result<(), CheckpointError> {
+        self.folder.unchanged()
+    }
+
+    /// Writes all that a merge depends on into `own`: `adapter_config.json`, and one `adapter_model.safetensors` whatever the form that was
+    /// opened. Opened again, the copy has the same id. An adapter that has this form already is copied byte for byte.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn write_copy(&self, ctx: &Context<'_>, own: &OwnFolder) -> Result<(), CheckpointError> {
+        copy_whole(self.folder.config().path(), own, PEFT_CONFIG)?;
+        if let Some(shard) = self.folder.single_file() {
+            return copy_whole(shard.path(), own, PEFT_TENSORS);
+        }
+        let mut writer = TensorFileWriter::create_own(own, PEFT_TENSORS)?;
+        for (shard, info) in self.folder.tensors() {
+            let id = writer.add_tensor(info.name.clone(), info.dtype);
+            for start in (0..info.n_bytes()).step_by(ctx.window_bytes() as usize) {
+                ctx.check()?;
+                let window = shard.window(ctx, info, start..info.n_bytes().min(start + ctx.window_bytes()))?;
+                writer.append(id, &window)?;
+                shard.confirm(&window)?;
+            }
+            writer.finish_tensor(id, info.shape.clone());
+        }
+        self.unchanged()?;
+        writer.finish(ctx, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))
     }
 
     /// The BLAKE3 of all that a merge depends on, reading and proving all of it: every number is finite.
@@ -183,38 +210,46 @@ impl LoraAdapter {
                     continue;
                 };
                 hasher.update(&[1]);
-                text(&mut hasher, &dtype_name(self.tensor(tensor).dtype));
+                text(&mut hasher, &dtype_name(self.tensor(tensor).1.dtype));
                 hasher.update(self.digest(ctx, self.tensor(tensor))?.as_bytes());
             }
         }
         for full in &self.full {
-            let info = self.tensor(&full.tensor);
+            let (shard, info) = self.tensor(&full.tensor);
             text(&mut hasher, &full.name);
             text(&mut hasher, &dtype_name(info.dtype));
             text(&mut hasher, &format!("{:?}", info.shape));
-            hasher.update(self.digest(ctx, info)?.as_bytes());
+            hasher.update(self.digest(ctx, (shard, info))?.as_bytes());
         }
-        self.shard().unchanged()?;
+        self.unchanged()?;
         Ok(hasher.finalize())
     }
 
     /// The BLAKE3 of a tensor whose numbers are all finite.
-    fn digest(&self, ctx: &Context<'_>, info: &TensorInfo) -> Result<blake3::Hash, PeftError> {
+    fn digest(&self, ctx: &Context<'_>, (shard, info): (&Shard, &TensorInfo)) -> Result<blake3::Hash, PeftError> {
         let mut hasher = blake3::Hasher::new();
         let width = info.dtype.bitsize() as u64 / 8;
         for start in (0..info.n_bytes()).step_by(ctx.window_bytes() as usize) {
             ctx.check()?;
             let end = info.n_bytes().min(start + ctx.window_bytes());
-            let window = self.shard().window(ctx, info, start..end)?;
+            let window = shard.window(ctx, info, start..end)?;
             if let Some(at) = first_not_finite(info.dtype, &window) {
                 let what = format!("element {} is not a finite number", start / width + at as u64);
-                return Err(CheckpointError::bad_tensor(self.shard().path(), &info.name, what).into());
+                return Err(self.folder.bad_tensor(shard, info, what).into());
             }
             hasher.update(&window);
-            self.shard().confirm(&window)?;
+            shard.confirm(&window)?;
         }
         Ok(hasher.finalize())
     }
+}
+
+/// Copies a file whole or not at all.
+fn copy_whole(source: &Path, folder: &OwnFolder, name: &str) -> Result<(), CheckpointError> {
+    let mut from = std::fs::File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
+    let output = AtomicFile::create_own(folder, name)?;
+    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", output.target(), e))?;
+    output.commit()
 }
 
 fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
@@ -443,10 +478,7 @@ fn misfit(a: &TensorInfo, b: &TensorInfo, needed: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        checkpoint::{Existing, TensorFileWriter},
-        foreign::{PEFT_CONFIG, PEFT_TENSORS},
-    };
+    use crate::checkpoint::Existing;
 
     type Tensors<'a> = &'a [(&'a str, &'a [u64], f32)];
 
@@ -464,7 +496,7 @@ mod tests {
     fn open(config: &str, tensors: Tensors<'_>) -> Result<LoraAdapter, String> {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), config, tensors);
-        LoraAdapter::open(dir.path()).map_err(|e| e.to_string())
+        LoraAdapter::open(&Context::default(), dir.path()).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -542,7 +574,10 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let tensors: Tensors<'_> = &[("q.lora_A.weight", &[2, 5], value), ("q.lora_B.weight", &[3, 2], 1.0)];
             write(dir.path(), config, tensors);
-            LoraAdapter::open(dir.path()).unwrap().id(&Context::default()).map_err(|e| e.to_string())
+            LoraAdapter::open(&Context::default(), dir.path())
+                .unwrap()
+                .id(&Context::default())
+                .map_err(|e| e.to_string())
         };
         let plain = id("", 1.0).unwrap();
         assert_eq!(id(r#","lora_dropout":0.5,"base_model_name_or_path":"x""#, 1.0).unwrap(), plain);

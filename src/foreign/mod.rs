@@ -31,6 +31,7 @@ mod pickle_value;
 pub(crate) mod published;
 mod sparse;
 mod torch;
+mod unpacked;
 pub(crate) mod zip;
 
 pub use config::{PeftConfig, PeftType};

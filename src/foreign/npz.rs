@@ -55,7 +55,7 @@ pub(super) fn open(ctx: &Context<'_>, path: &Path) -> Result<ForeignAdapter, Che
         let what = "not a file of coordinates".to_owned();
         return Err(CheckpointError::Many { path: path.to_owned(), what, problems });
     }
-    ForeignAdapter { path: path.to_owned(), format: Format::Npz, targets, inputs: vec![input] }.checked()
+    ForeignAdapter { path: path.to_owned(), format: Format::Npz, targets, inputs: vec![input], folder: None }.checked()
 }
 
 fn target(input: &Arc<Input>, name: &str, arrays: [Header; 3], shape: Option<Header>) -> Result<ForeignTarget, String> {

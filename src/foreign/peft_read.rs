@@ -14,7 +14,7 @@ use super::{
     input::Input,
     sparse::{ForeignAdapter, ForeignTarget, Positions, Rounding},
 };
-use crate::checkpoint::{CheckpointError, Printable, Shard, TensorInfo};
+use crate::checkpoint::{CheckpointError, Context, Printable, Shard, TensorInfo};
 
 /// What tells the three formats apart.
 struct Parts {
@@ -38,8 +38,8 @@ fn parts(format: Format) -> Parts {
 /// # Errors
 /// A method that is not sparse, or a form of one that is not implemented, by name; tensors that are no part of it or are missing,
 /// all listed.
-pub(super) fn open(path: &Path) -> Result<ForeignAdapter, PeftError> {
-    let folder = PeftFolder::open(path)?;
+pub(super) fn open(ctx: &Context<'_>, path: &Path) -> Result<ForeignAdapter, PeftError> {
+    let folder = PeftFolder::open(ctx, path)?;
     let config = folder.config();
     let PeftType::Sparse(format) = *config.peft_type() else {
         let method = Printable(config.peft_type().name());
@@ -47,12 +47,19 @@ pub(super) fn open(path: &Path) -> Result<ForeignAdapter, PeftError> {
         return Err(PeftError::unsupported(path, what));
     };
     refuse_hybrids(config, format)?;
-    let shard = folder.shard();
-    let input = Arc::new(Input::open(shard.path())?);
+    // The same files once more, read by addresses.
+    let mut inputs: BTreeMap<&Path, Arc<Input>> = BTreeMap::new();
+    for (shard, _) in folder.tensors() {
+        if !inputs.contains_key(shard.path()) {
+            inputs.insert(shard.path(), Arc::new(Input::open(shard.path())?));
+        }
+    }
+    let stored = |tensor: (_, _)| Stored::new(&inputs, tensor);
     let parts = parts(format);
     let mut problems = Vec::new();
-    let mut modules: BTreeMap<String, [Option<&TensorInfo>; 2]> = BTreeMap::new();
-    for info in shard.header().by_name() {
+    let mut modules: BTreeMap<String, [Option<Stored<'_>>; 2]> = BTreeMap::new();
+    for tensor in folder.tensors() {
+        let info = tensor.1;
         let name = PeftName::parse(&info.name, parts.prefix);
         let part =
             name.as_ref().and_then(|name| [parts.values, parts.positions].iter().position(|part| *part == name.part));
@@ -62,14 +69,14 @@ pub(super) fn open(path: &Path) -> Result<ForeignAdapter, PeftError> {
             continue;
         };
         let module = modules.entry(name.module).or_default();
-        if module[part].replace(info).is_some() {
+        if module[part].replace(stored(tensor)).is_some() {
             problems.push(format!("\"{}\": its module has two of them", Printable(&info.name)));
         }
     }
     let mut targets = Vec::new();
     for (module, found) in modules {
         match found {
-            [Some(values), Some(positions)] => match target(&input, shard, format, &module, values, positions) {
+            [Some(values), Some(positions)] => match target(format, &module, &values, &positions) {
                 Ok(target) => targets.push(target),
                 Err(what) => problems.push(format!("module \"{}\": {what}", Printable(&module))),
             },
@@ -81,9 +88,10 @@ pub(super) fn open(path: &Path) -> Result<ForeignAdapter, PeftError> {
     }
     if !problems.is_empty() {
         let what = format!("not a whole {} adapter", format.name());
-        return Err(CheckpointError::Many { path: shard.path().to_owned(), what, problems }.into());
+        return Err(CheckpointError::Many { path: folder.tensors_path().to_owned(), what, problems }.into());
     }
-    Ok(ForeignAdapter { path: path.to_owned(), format, targets, inputs: vec![input] }.checked()?)
+    let inputs = inputs.into_values().collect();
+    Ok(ForeignAdapter { path: path.to_owned(), format, targets, inputs, folder: Some(folder) }.checked()?)
 }
 
 /// Fails where the method is combined with another one.
@@ -98,30 +106,39 @@ fn refuse_hybrids(config: &PeftConfig, format: Format) -> Result<(), PeftError> 
     Ok(())
 }
 
-fn target(
-    input: &Arc<Input>,
-    shard: &Shard,
-    format: Format,
-    module: &str,
-    values: &TensorInfo,
-    positions: &TensorInfo,
-) -> Result<ForeignTarget, String> {
-    let elements = |info: &TensorInfo, nth: u64, n: u64| {
-        let start = shard.file_range(info).start + nth * n * (info.dtype.bitsize() as u64 / 8);
-        Elements { input: Arc::clone(input), dtype: info.dtype, start, stride: 1, n }
+/// A tensor of the adapter and the file it is read from.
+struct Stored<'a> {
+    input: Arc<Input>,
+    /// Where it lies in the file.
+    start: u64,
+    info: &'a TensorInfo,
+}
+
+impl<'a> Stored<'a> {
+    fn new(inputs: &BTreeMap<&Path, Arc<Input>>, (shard, info): (&'a Shard, &'a TensorInfo)) -> Self {
+        Self { input: Arc::clone(&inputs[shard.path()]), start: shard.file_range(info).start, info }
+    }
+
+    /// The `nth` run of `n` elements.
+    fn elements(&self, nth: u64, n: u64) -> Elements {
+        let start = self.start + nth * n * (self.info.dtype.bitsize() as u64 / 8);
+        Elements { input: Arc::clone(&self.input), dtype: self.info.dtype, start, stride: 1, n }
+    }
+}
+
+fn target(format: Format, module: &str, values: &Stored<'_>, positions: &Stored<'_>) -> Result<ForeignTarget, String> {
+    let [n] = values.info.shape[..] else {
+        return Err(format!("deltas have shape {:?}, one dimension is needed", values.info.shape));
     };
-    let [n] = values.shape[..] else {
-        return Err(format!("deltas have shape {:?}, one dimension is needed", values.shape));
-    };
-    let positions = match (format, &positions.shape[..]) {
-        (Format::Shira, &[2, of]) if of == n => Positions::Pairs(elements(positions, 0, n), elements(positions, 1, n)),
-        (Format::SuperTuning | Format::Spiel, &[of]) if of == n => Positions::Flat(elements(positions, 0, n)),
+    let positions = match (format, &positions.info.shape[..]) {
+        (Format::Shira, &[2, of]) if of == n => Positions::Pairs(positions.elements(0, n), positions.elements(1, n)),
+        (Format::SuperTuning | Format::Spiel, &[of]) if of == n => Positions::Flat(positions.elements(0, n)),
         (_, found) => return Err(format!("positions have shape {found:?}, deltas [{n}]")),
     };
     Ok(ForeignTarget {
         name: format!("{module}.weight"),
         positions,
-        values: elements(values, 0, n),
+        values: values.elements(0, n),
         shape: None,
         // Super-Tuning rounds to the weight's type whenever it applies its values.
         rounding: if format == Format::SuperTuning { Rounding::ToWeight } else { Rounding::None },

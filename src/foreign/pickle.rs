@@ -374,6 +374,10 @@ impl Machine<'_, '_> {
     fn build(&mut self) -> Result<(), CheckpointError> {
         let mut parts = self.pop_n(2)?;
         let state = parts.pop().expect("two were popped");
+        // Modules leave notes on their state dictionaries, as attributes (`_metadata`).
+        if matches!((&parts[0], &state), (Value::Dict(_), Value::Dict(_))) {
+            return self.push(parts.swap_remove(0));
+        }
         let unfit = || self.bad("an object gets a state that no array of one dictionary has");
         let state = state.as_tuple().ok_or_else(unfit)?;
         let built = match (&parts[0], state) {

@@ -65,5 +65,5 @@ pub(super) fn open(ctx: &Context<'_>, folder: &Path) -> Result<ForeignAdapter, C
         return Err(CheckpointError::Many { path: folder.to_owned(), what, problems });
     }
     let inputs = vec![positions_file, values_file];
-    ForeignAdapter { path: folder.to_owned(), format: Format::Published, targets, inputs }.checked()
+    ForeignAdapter { path: folder.to_owned(), format: Format::Published, targets, inputs, folder: None }.checked()
 }

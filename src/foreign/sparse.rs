@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use super::{Format, elements::Elements, input::Input};
+use super::{Format, PeftFolder, elements::Elements, input::Input};
 use crate::{
     checkpoint::{CheckpointError, Printable},
     tensor::dtype_name,
@@ -16,6 +16,8 @@ pub struct ForeignAdapter {
     pub(super) targets: Vec<ForeignTarget>,
     /// The files that are read from, to notice changes.
     pub(super) inputs: Vec<Arc<Input>>,
+    /// Of a PEFT adapter its folder, and what was unpacked for it.
+    pub(super) folder: Option<PeftFolder>,
 }
 
 /// The positions and deltas of one tensor.
@@ -112,6 +114,7 @@ impl ForeignAdapter {
 
     /// Fails where a file changed since it was opened.
     pub(crate) fn unchanged(&self) -> Result<(), CheckpointError> {
+        self.folder.as_ref().map_or(Ok(()), PeftFolder::unchanged)?;
         self.inputs.iter().try_for_each(|input| input.unchanged())
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     checkpoint::{CheckpointError, Context, Printable},
-    tensor::Dtype,
+    tensor::{Dtype, checked_bytes},
 };
 
 /// What a stream of torch begins with.
@@ -20,23 +20,11 @@ const PROTOCOL: i128 = 1001;
 /// A pickle without the data of its tensors is not longer.
 const LONGEST_PICKLE: u64 = 256 << 20;
 
-/// Reads a storage that was saved as a byte string of its own, as NumPy's pickles of tensors hold it.
-///
-/// Five pickles (a magic number, a version, the machine's sizes, the storage, the keys) and then for each key the number of
-/// elements and the elements.
+/// Reads a storage that was saved as a byte string of its own, as NumPy's pickles of tensors hold it: a stream of torch whose object is
+/// the storage.
 fn nested_storage(input: &Input, range: Range<u64>) -> Result<Storage, CheckpointError> {
-    let start = range.start;
     let mut cursor = Cursor::new(input, range);
-    let Unpickled { value: magic, .. } = unpickle(&mut cursor, None)?;
-    let Unpickled { value: protocol, .. } = unpickle(&mut cursor, None)?;
-    if !matches!((magic, protocol), (Value::Int(MAGIC), Value::Int(PROTOCOL))) {
-        return Err(input.bad(start, "not a saved storage: it does not begin with torch's magic number"));
-    }
-    let at = cursor.at();
-    let Unpickled { value: machine, .. } = unpickle(&mut cursor, None)?;
-    if !is_little_endian(&machine) {
-        return Err(input.bad(at, "the storage was saved by a big-endian machine"));
-    }
+    read_preamble(&mut cursor)?;
     let at = cursor.at();
     let Unpickled { value: Value::Storage(storage), .. } = unpickle(&mut cursor, None)? else {
         return Err(input.bad(at, "a saved storage is needed here"));
@@ -50,21 +38,51 @@ fn nested_storage(input: &Input, range: Range<u64>) -> Result<Storage, Checkpoin
     if !is_its_key {
         return Err(input.bad(at, "the list of keys does not name the storage"));
     }
+    let place = read_elements(&mut cursor, &storage)?;
+    end_of_stream(&cursor)?;
+    Ok(Storage { place: Some(place), ..Storage::clone(&storage) })
+}
+
+/// Reads what a stream of torch begins with, three pickles: a magic number, a version, the machine's sizes. What follows is the object,
+/// the keys of its storages, and for each key the number of elements and the elements.
+fn read_preamble(cursor: &mut Cursor<'_>) -> Result<(), CheckpointError> {
+    let (input, start) = (cursor.input(), cursor.at());
+    let Unpickled { value: magic, .. } = unpickle(cursor, None)?;
+    let Unpickled { value: protocol, .. } = unpickle(cursor, None)?;
+    if !matches!((magic, protocol), (Value::Int(MAGIC), Value::Int(PROTOCOL))) {
+        return Err(input.bad(start, "not a saved storage: it does not begin with torch's magic number"));
+    }
     let at = cursor.at();
+    let Unpickled { value: machine, .. } = unpickle(cursor, None)?;
+    match is_little_endian(&machine) {
+        true => Ok(()),
+        false => Err(input.bad(at, "the storage was saved by a big-endian machine")),
+    }
+}
+
+/// Passes over the elements of a storage in a stream and returns where they lie.
+fn read_elements(cursor: &mut Cursor<'_>, storage: &Storage) -> Result<Range<u64>, CheckpointError> {
+    let (input, at) = (cursor.input(), cursor.at());
     let n = cursor.number::<8>()?;
     if n != storage.n {
         return Err(input.bad(at, format!("the storage has {} elements, the data {n}", storage.n)));
     }
-    let n_bytes = n.checked_mul(storage.dtype.bitsize() as u64 / 8);
     let left = cursor.end() - cursor.at();
-    if n_bytes != Some(left) {
-        let dtype = crate::tensor::dtype_name(storage.dtype);
-        return Err(
-            input.bad(cursor.at(), format!("{n} elements of {dtype} do not take the {left} bytes that are left"))
-        );
+    match n.checked_mul(storage.dtype.bitsize() as u64 / 8).filter(|&n_bytes| n_bytes <= left) {
+        Some(n_bytes) => cursor.skip(n_bytes),
+        None => {
+            let dtype = crate::tensor::dtype_name(storage.dtype);
+            let what = format!("{n} elements of {dtype} take more than the {left} bytes that are left");
+            Err(input.bad(cursor.at(), what))
+        }
     }
-    let place = cursor.skip(left)?;
-    Ok(Storage { place: Some(place), ..Storage::clone(&storage) })
+}
+
+fn end_of_stream(cursor: &Cursor<'_>) -> Result<(), CheckpointError> {
+    match cursor.end() - cursor.at() {
+        0 => Ok(()),
+        n => Err(cursor.input().bad(cursor.at(), format!("{n} bytes behind the last storage"))),
+    }
 }
 
 fn is_little_endian(machine: &Value) -> bool {
@@ -97,6 +115,74 @@ impl SavedTensor {
         Self { input: Arc::clone(input), dtype, shape, strides, start }
     }
 
+    /// Bytes of all elements; `None` where there are more than a number holds.
+    pub(super) fn n_bytes(&self) -> Option<u64> {
+        let n = self.shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size))?;
+        checked_bytes(self.dtype, n)
+    }
+
+    /// Hands all elements on, row-major, a piece at a time. Memory: a piece; of a tensor whose elements lie in another order, all that
+    /// lies between its first and its last.
+    ///
+    /// # Errors
+    /// Such a tensor that does not fit in a quarter of the memory allowed; what the system or `take` says.
+    pub(super) fn for_each_piece(
+        &self,
+        ctx: &Context<'_>,
+        mut take: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        const PIECE: u64 = 1 << 20;
+        let width = self.dtype.bitsize() as u64 / 8;
+        let n_bytes = self.n_bytes().expect("its caller has bounded it");
+        if n_bytes == 0 {
+            return Ok(());
+        }
+        if self.is_contiguous() {
+            for at in (0..n_bytes).step_by(PIECE as usize) {
+                ctx.check()?;
+                take(&self.input.read(self.start + at..self.start + n_bytes.min(at + PIECE))?)?;
+            }
+            return Ok(());
+        }
+        let last: u64 = self.shape.iter().zip(&self.strides).map(|(size, stride)| (size - 1) * stride).sum();
+        let span = (last + 1) * width;
+        if span > ctx.max_memory / 4 {
+            let what =
+                format!("a tensor of {span} bytes whose elements are not in row-major order does not fit in memory");
+            return Err(self.input.bad(self.start, what));
+        }
+        let all = self.input.read(self.start..self.start + span)?;
+        let mut index = vec![0; self.shape.len()];
+        let mut piece = Vec::with_capacity(PIECE as usize);
+        for _ in 0..n_bytes / width {
+            let at: u64 = index.iter().zip(&self.strides).map(|(i, stride)| i * stride).sum();
+            piece.extend_from_slice(&all[(at * width) as usize..][..width as usize]);
+            if piece.len() as u64 >= PIECE {
+                ctx.check()?;
+                take(&piece)?;
+                piece.clear();
+            }
+            for dimension in (0..index.len()).rev() {
+                index[dimension] += 1;
+                if index[dimension] < self.shape[dimension] {
+                    break;
+                }
+                index[dimension] = 0;
+            }
+        }
+        take(&piece)
+    }
+
+    /// Whether the elements lie one after the other, row-major.
+    fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        self.shape.iter().zip(&self.strides).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || stride == expected;
+            expected *= size;
+            fits
+        })
+    }
+
     /// The elements of a tensor of one dimension, or column `column` of one of two.
     pub(super) fn along(&self, column: u64) -> Elements {
         let stride = self.strides.first().copied().unwrap_or(1);
@@ -105,6 +191,39 @@ impl SavedTensor {
         let start = self.start + before * (self.dtype.bitsize() as u64 / 8);
         Elements { input: Arc::clone(&self.input), dtype: self.dtype, start, stride, n }
     }
+}
+
+/// Reads a dictionary of tensors that `torch.save` wrote, as a zip file or as one stream.
+///
+/// Memory and errors: as [`open_saved`]; a stream has no checksums.
+pub(super) fn open_any(ctx: &Context<'_>, input: Arc<Input>) -> Result<NamedTensors, CheckpointError> {
+    let mut first = [0; 4];
+    if input.n_bytes() >= 4 {
+        input.read_at(&mut first, 0)?;
+    }
+    if first == *b"PK\x03\x04" { open_saved(ctx, input) } else { open_stream(input) }
+}
+
+/// Reads a dictionary of tensors that torch wrote before there were zip files, or was told to write so.
+fn open_stream(input: Arc<Input>) -> Result<NamedTensors, CheckpointError> {
+    let mut cursor = Cursor::new(&input, 0..input.n_bytes());
+    read_preamble(&mut cursor)?;
+    let Unpickled { value, storages } = unpickle(&mut cursor, None)?;
+    let at = cursor.at();
+    let Unpickled { value: Value::List(keys), .. } = unpickle(&mut cursor, None)? else {
+        return Err(input.bad(at, "the list of the storages' keys is needed here"));
+    };
+    let mut places = std::collections::HashMap::new();
+    for key in &keys.values {
+        let storage = key.as_text().and_then(|key| storages.get(key));
+        let storage = storage.ok_or_else(|| input.bad(at, "a storage is listed that no tensor names"))?;
+        let place = read_elements(&mut cursor, storage)?;
+        if places.insert(Rc::clone(&storage.key), place).is_some() {
+            return Err(input.bad(at, format!("storage \"{}\" is listed twice", Printable(&storage.key))));
+        }
+    }
+    end_of_stream(&cursor)?;
+    named(&input, &value, |storage| places.get(&storage.key).cloned())
 }
 
 /// Reads a dictionary of tensors that `torch.save` wrote as a zip file, and proves every byte that they use by its checksum.

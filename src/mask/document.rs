@@ -301,10 +301,23 @@ fn malformed(path: &Path, what: &dyn fmt::Display) -> CheckpointError {
     CheckpointError::bad_file(path, format!("the `{DOCUMENT_KEY}` document in its metadata is malformed: {what}"))
 }
 
+/// What the names in LoRA files of diffusers begin with: the parts of a pipeline.
+const DIFFUSERS: [&str; 4] =
+    ["unet.", "text_encoder", "transformer.transformer_blocks.", "transformer.single_transformer_"];
+
 /// What a safetensors file without a document is.
 fn plain_file(header: &Header) -> String {
     let has = |part: &str| header.tensors().iter().any(|tensor| tensor.name.contains(part));
-    if has(".lora_A") {
+    let begins = |starts: &[&str]| {
+        header.tensors().iter().any(|tensor| starts.iter().any(|start| tensor.name.starts_with(start)))
+    };
+    let is_low_rank = [".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lora_A"].into_iter().any(has);
+    if is_low_rank && begins(&["lora_"]) {
+        // Underscores stand for dots, so the names do not tell which module they mean.
+        "a LoRA file of kohya's sd-scripts, which is not supported"
+    } else if is_low_rank && (!has(".lora_A") || begins(&DIFFUSERS)) {
+        "a LoRA file of diffusers, which is not supported"
+    } else if is_low_rank {
         "a PEFT LoRA adapter"
     } else if has(".shira_") {
         "a PEFT SHiRA adapter"

@@ -7,7 +7,7 @@ use super::{
     change::{Change, Touched},
     compute::Computer,
     in_place,
-    ledger::{LedgerAdapter, LedgerDocument},
+    ledger::LedgerDocument,
     new_checkpoint::Destination,
     out_of_place,
     plan::{Targets, plan, same_bytes},
@@ -174,13 +174,13 @@ fn apply(
                 drop((before, after, lock));
                 return apply(ctx, path, options, step);
             }
-            in_place::apply(ctx, &change, &state, document(ctx, &change)?, options.allow_overflow)?
+            in_place::apply(ctx, &change, &state, document(&change), options.allow_overflow)?
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } => {
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
             let target = Destination { path: output, existing, keep_ledger, link, resume, keep_other_files: false };
             let asked = format!("{:?} {:?}\n", options.keep, options.reading);
-            let document = document(ctx, &change)?;
+            let document = document(&change);
             out_of_place::apply(ctx, &change, document, &target, options.allow_overflow, &asked)?
         }
     };
@@ -221,13 +221,11 @@ fn places<'a>(
     plan(&map, added.iter(), reading, &is_original)
 }
 
-/// The document of the ledger after a change, without targets.
-fn document(ctx: &Context<'_>, change: &Change<'_>) -> Result<LedgerDocument, MergeError> {
+/// The document of the ledger after a change, without adapters and targets.
+fn document(change: &Change<'_>) -> LedgerDocument {
     let remembered = change.before.ledger.map(|ledger| ledger.document().base.as_str()).unwrap_or_default();
     let base = if remembered.is_empty() { change.checkpoint.name() } else { remembered.to_owned() };
-    let active = change.after.active.iter().map(|source| source.record(ctx));
-    let active = active.collect::<Result<Vec<LedgerAdapter>, _>>()?;
-    Ok(LedgerDocument::new(base, active, AdapterReading::default()))
+    LedgerDocument::new(base, Vec::new(), AdapterReading::default())
 }
 
 /// Checks everything and says what would be written.

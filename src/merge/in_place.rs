@@ -19,7 +19,7 @@ use super::{
     KeptOriginals, MergeError, MergeReport,
     change::{Change, Touched, Work},
     journal::Journal,
-    ledger::{Kept, Ledger, LedgerDocument, LedgerWriter},
+    ledger::{Kept, Ledger, LedgerAdapter, LedgerDocument, LedgerWriter},
     out_of_place::state_bytes,
     patch::patch,
     report::report,
@@ -118,7 +118,7 @@ pub(super) fn apply(
             source.write_copy(ctx, state)?;
         }
         state.adapters().sync()?;
-        let ledger = writer.finish(ctx)?;
+        let ledger = writer.finish(ctx, change.record(ctx, state)?)?;
         let digest = ledger.digest();
         let after = Remembered::of_ledger(ctx, state, ledger)?;
         Journal::new(before.ledger.map(Ledger::digest), digest).write(state)?;
@@ -179,6 +179,11 @@ impl Change<'_> {
         let is_less = self.after.active.len() < self.before.active.len();
         // What is taken out was let in.
         if allow_overflow && is_less { Ok(BTreeMap::new()) } else { self.bounds(ctx, touched) }
+    }
+
+    /// What the ledger has to know of the adapters after the change, copies of which are in its folder.
+    pub(super) fn record(&self, ctx: &Context<'_>, state: &StateFolder) -> Result<Vec<LedgerAdapter>, MergeError> {
+        self.after.active.iter().map(|source| source.record(ctx, state)).collect()
     }
 
     /// The same change backwards.

@@ -95,7 +95,7 @@ pub(super) fn apply(
     for source in &change.after.active {
         source.write_copy(ctx, state)?;
     }
-    let ledger = writer.finish(ctx)?;
+    let ledger = writer.finish(ctx, change.record(ctx, state)?)?;
     let ledger_bytes = ledger.n_bytes();
     let written = Written::open(ctx, state, ledger)?;
     for Waiting { index, later, part, path, is_recorded } in waiting {

@@ -2,7 +2,12 @@
 
 use std::{path::Path, str::FromStr};
 
-use super::{AdapterEntry, MergeError, MergeInput, ledger::LedgerAdapter, options::check_scale, state::state_of};
+use super::{
+    AdapterEntry, MergeError, MergeInput,
+    ledger::{LedgerAdapter, file_digest},
+    options::check_scale,
+    state::state_of,
+};
 use crate::{
     adapter::{Adapter, AdapterError, AdapterId, ColumnsKind},
     checkpoint::{
@@ -35,7 +40,7 @@ fn is_low_rank(path: &Path) -> Result<bool, MergeError> {
 /// What is wrong with the adapter.
 pub fn adapter_id(ctx: &Context<'_>, path: &Path) -> Result<AdapterId, MergeError> {
     if is_low_rank(path)? {
-        return Ok(AdapterId::from_str(LoraAdapter::open(path)?.id(ctx)?.to_hex().as_str())?);
+        return Ok(AdapterId::from_str(LoraAdapter::open(ctx, path)?.id(ctx)?.to_hex().as_str())?);
     }
     let sparse = Adapter::open(path)?;
     // A packed adapter says its id; reading all of it could take its base.
@@ -72,7 +77,7 @@ impl Source {
     pub(super) fn open(ctx: &Context<'_>, input: &MergeInput, checkpoint: &Checkpoint) -> Result<Self, MergeError> {
         let path = &input.adapter;
         if is_low_rank(path)? {
-            let lora = LoraAdapter::open(path)?;
+            let lora = LoraAdapter::open(ctx, path)?;
             let scale = check_scale(input, input.scale.unwrap_or(1.0), true)?;
             let id = AdapterId::from_str(lora.id(ctx)?.to_hex().as_str())?;
             return Ok(Self { id, scale, adapter: AnyAdapter::Lora(lora) });
@@ -134,7 +139,7 @@ impl Source {
                 match &entry.digest {
                     Some(digest) => {
                         let shard = Shard::open_own(&folder, PEFT_TENSORS)?.ok_or_else(|| of_copy(&name, missing))?;
-                        let found = super::ledger::file_digest(ctx, shard.path(), shard.file())?;
+                        let found = file_digest(ctx, shard.path(), shard.file())?;
                         if found.to_hex().as_str() != digest {
                             return Err(of_copy(&name, other));
                         }
@@ -142,7 +147,7 @@ impl Source {
                     }
                     // Records of before 0.2 prove it by its content.
                     None => {
-                        let lora = LoraAdapter::open(folder.path())?;
+                        let lora = LoraAdapter::open(ctx, folder.path())?;
                         if lora.id(ctx)?.to_hex().as_str() != entry.id {
                             return Err(of_copy(&name, other));
                         }
@@ -188,19 +193,18 @@ impl Source {
             _ => None,
         }
     }
-    /// The file with the tensor `name`; of a low-rank adapter.
-    pub(super) fn shard_of(&self, _name: &str) -> Option<&Shard> {
+    /// The tensors of a copy in a state folder, where it is one of a low-rank adapter.
+    pub(super) fn kept_shard(&self) -> Option<&Shard> {
         match &self.adapter {
-            AnyAdapter::Sparse(_) => None,
-            AnyAdapter::Lora(lora) => Some(lora.shard()),
             AnyAdapter::Kept(kept) => Some(&kept.shard),
+            AnyAdapter::Sparse(_) | AnyAdapter::Lora(_) => None,
         }
     }
     /// Bytes of its copy in a state folder, at most.
     pub(super) fn copy_bytes(&self) -> u64 {
         match &self.adapter {
             AnyAdapter::Sparse(sparse) => sparse.plain_bytes(),
-            AnyAdapter::Lora(lora) => lora.shard().file_bytes() + (1 << 20),
+            AnyAdapter::Lora(lora) => lora.n_bytes() + (1 << 20),
             AnyAdapter::Kept(kept) => kept.shard.file_bytes() + (1 << 20),
         }
     }
@@ -215,34 +219,39 @@ impl Source {
     /// Copies it into a state folder, durably.
     pub(super) fn write_copy(&self, ctx: &Context<'_>, state: &StateFolder) -> Result<(), MergeError> {
         let adapters = state.adapters();
-        let folder = |files: [&Path; 2]| {
-            let own = adapters.inside(&self.id.to_string());
-            own.create()?;
-            for (from, name) in files.into_iter().zip([PEFT_CONFIG, PEFT_TENSORS]) {
-                copy_whole(from, &own, name)?;
-            }
-            Ok(own.sync()?)
-        };
+        let own = adapters.inside(&self.id.to_string());
         match &self.adapter {
-            AnyAdapter::Sparse(sparse) => Ok(sparse.write_own(ctx, &adapters, &file_name(&self.id))?),
+            AnyAdapter::Sparse(sparse) => return Ok(sparse.write_own(ctx, &adapters, &file_name(&self.id))?),
             AnyAdapter::Lora(lora) => {
-                let [config, tensors] = lora.files();
-                folder([&config, &tensors])
+                own.create()?;
+                lora.write_copy(ctx, &own)?;
             }
-            AnyAdapter::Kept(kept) => folder([&kept.folder.path().join(PEFT_CONFIG), kept.shard.path()]),
+            AnyAdapter::Kept(kept) => {
+                own.create()?;
+                copy_whole(&kept.folder.path().join(PEFT_CONFIG), &own, PEFT_CONFIG)?;
+                copy_whole(kept.shard.path(), &own, PEFT_TENSORS)?;
+            }
         }
+        Ok(own.sync()?)
     }
 
-    /// What a ledger has to know of it.
-    pub(super) fn record(&self, ctx: &Context<'_>) -> Result<LedgerAdapter, MergeError> {
+    /// What a ledger has to know of it, when its copy is there.
+    ///
+    /// # Errors
+    /// A copy that cannot be read.
+    pub(super) fn record(&self, ctx: &Context<'_>, state: &StateFolder) -> Result<LedgerAdapter, MergeError> {
         let AdapterEntry { id, scale, base, n_deltas, .. } = self.entry(0);
         let digest = match &self.adapter {
             AnyAdapter::Sparse(_) => None,
-            AnyAdapter::Lora(lora) => {
-                let shard = lora.shard();
-                Some(super::ledger::file_digest(ctx, shard.path(), shard.file())?.to_hex().to_string())
-            }
             AnyAdapter::Kept(kept) => kept.entry.digest.clone(),
+            AnyAdapter::Lora(_) => {
+                let own = state.adapters().inside(&self.id.to_string());
+                let copy = Shard::open_own(&own, PEFT_TENSORS)?.ok_or_else(|| MergeError::BadLedger {
+                    path: own.path().to_owned(),
+                    what: "the copy of an adapter was written and is not there any more".to_owned(),
+                })?;
+                Some(file_digest(ctx, copy.path(), copy.file())?.to_hex().to_string())
+            }
         };
         Ok(LedgerAdapter { id, scale, kind: self.kind().to_owned(), base, n_deltas, digest })
     }
@@ -256,7 +265,7 @@ impl Source {
     pub(super) fn unchanged(&self) -> Result<(), MergeError> {
         match &self.adapter {
             AnyAdapter::Sparse(sparse) => Ok(sparse.shard().unchanged()?),
-            AnyAdapter::Lora(lora) => Ok(lora.shard().unchanged()?),
+            AnyAdapter::Lora(lora) => Ok(lora.unchanged()?),
             AnyAdapter::Kept(kept) => Ok(kept.shard.unchanged()?),
         }
     }

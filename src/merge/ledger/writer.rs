@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerDocument, LedgerTarget, document::CHECKSUM_KEY,
+    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerAdapter, LedgerDocument, LedgerTarget,
+    document::CHECKSUM_KEY,
 };
 use crate::{
     checkpoint::{Context, DOCUMENT_KEY, StateFolder, TensorFileWriter, TensorId, TensorInfo},
@@ -144,8 +145,13 @@ impl LedgerWriter {
         self.document.targets.insert(info.name.clone(), target);
     }
 
-    /// Lets the ledger appear, synced, and opens it: what is trusted from here on is what lies on disk.
-    pub(in crate::merge) fn finish(mut self, ctx: &Context<'_>) -> Result<Ledger, MergeError> {
+    /// Lets the ledger of these adapters, whose copies are there, appear, synced, and opens it: what is trusted from here on is what lies on disk.
+    pub(in crate::merge) fn finish(
+        mut self,
+        ctx: &Context<'_>,
+        active: Vec<LedgerAdapter>,
+    ) -> Result<Ledger, MergeError> {
+        self.document.active = active;
         if !self.document.needs_base() {
             // Nothing depends on it, and the same adapters leave the same ledger.
             self.document.base.clear();

@@ -200,7 +200,7 @@ impl<'m, 'a> Planner<'m, 'a> {
     }
 
     pub(super) fn add_full(&mut self, lora: &Lora<'a>, full: &'a FullTensor) -> Result<(), MergeError> {
-        let info = lora.adapter.tensor(&full.tensor);
+        let (shard, info) = lora.adapter.tensor(&full.tensor);
         let name = self.within_part(lora, &full.name);
         let found = match self.map.find(&name, |tensor| tensor.info.shape == info.shape) {
             Ok(found) => found,
@@ -234,11 +234,11 @@ impl<'m, 'a> Planner<'m, 'a> {
                 }
                 Ok(target) => {
                     let before = target.terms.iter().find_map(|term| match term.does {
-                        Does::Full { info, .. } => Some((info, term.source)),
+                        Does::Full { shard, info } => Some(((shard, info), term.source)),
                         _ => None,
                     });
                     if before.is_none() {
-                        let does = Does::Full { shard: lora.adapter.shard(), info };
+                        let does = Does::Full { shard, info };
                         target.terms.push(Term { source: lora.source, does });
                     }
                     before
@@ -247,8 +247,8 @@ impl<'m, 'a> Planner<'m, 'a> {
             let Some((other, source)) = before else { continue };
             if source.id != lora.source.id {
                 self.problem(&full.name, "two adapters hold it in full");
-            } else if !lora.holds_same(info, other)? {
-                let other = Printable(&other.name);
+            } else if !same_tensor((shard, info), other)? {
+                let other = Printable(&other.1.name);
                 self.problem(
                     &full.name,
                     format!("it is one tensor with \"{other}\", and the adapter has two different ones for it"),
@@ -289,11 +289,9 @@ impl<'m, 'a> Planner<'m, 'a> {
             }
         };
         let products = self.products(lora.adapter, module, placement.axes)?;
-        let magnitude = module.magnitude.as_ref().map(|tensor| Magnitude {
-            shard: lora.adapter.shard(),
-            info: lora.adapter.tensor(tensor),
-            of_columns: placement.axes == Axes::InOut,
-            start: 0,
+        let magnitude = module.magnitude.as_ref().map(|tensor| {
+            let (shard, info) = lora.adapter.tensor(tensor);
+            Magnitude { shard, info, of_columns: placement.axes == Axes::InOut, start: 0 }
         });
         self.add_products(lora, module, &placement, &products, magnitude);
         if let Some(bias) = &module.bias {
@@ -309,7 +307,7 @@ impl<'m, 'a> Planner<'m, 'a> {
         module: &LoraModule,
         axes: Axes,
     ) -> Result<Vec<(Matrix<'a>, Matrix<'a>)>, MergeError> {
-        let (info_a, info_b) = (lora.tensor(&module.a), lora.tensor(&module.b));
+        let ((shard_a, info_a), (shard_b, info_b)) = (lora.tensor(&module.a), lora.tensor(&module.b));
         let stored = |a: Matrix<'a>, b: Matrix<'a>| match axes {
             Axes::OutIn => (b, a),
             Axes::InOut => (a.transposed(), b.transposed()),
@@ -333,20 +331,20 @@ impl<'m, 'a> Planner<'m, 'a> {
                 return Err(self.undecided(&module.target(), Undecided::ExpertOrder, what));
             }
         };
-        let a = Matrix::rows(lora.shard(), info_a, row_len);
-        let b = Matrix { shard: lora.shard(), info: info_b, start: 0, row_stride, column_stride };
+        let a = Matrix::rows(shard_a, info_a, row_len);
+        let b = Matrix { shard: shard_b, info: info_b, start: 0, row_stride, column_stride };
         let product = |expert: u64| stored(a.from(expert * rank, 0), Matrix { start: expert * step, ..b });
         Ok((0..n_experts).map(product).collect())
     }
 
     /// The bias of a module's second factor.
-    fn add_bias(&mut self, lora: &Lora<'a>, module: &LoraModule, info: &'a TensorInfo) {
+    fn add_bias(&mut self, lora: &Lora<'a>, module: &LoraModule, (shard, info): (&'a Shard, &'a TensorInfo)) {
         let name = self.within_part(lora, &format!("{}.bias", module.module)).into_owned();
         match self.map.find(&name, |tensor| tensor.info.shape == [info.n_elements()]) {
             Err(_) => self.problem(&name, "the adapter adds to a bias that the base has not"),
             Ok(found) => {
                 let scale = lora.scale_of(module);
-                let does = Does::Bias { shard: lora.adapter.shard(), info, scale };
+                let does = Does::Bias { shard, info, scale };
                 self.add_whole(found.tensor, 1, lora.source, does);
             }
         }
@@ -399,12 +397,11 @@ impl Lora<'_> {
     fn scale_of(&self, module: &LoraModule) -> f32 {
         (module.scaling * self.source.scale) as f32
     }
+}
 
-    /// Whether two of the adapter's tensors are equal, byte for byte.
-    pub(super) fn holds_same(&self, a: &TensorInfo, b: &TensorInfo) -> Result<bool, MergeError> {
-        let shard = self.adapter.shard();
-        Ok(a.is_like(b) && same_bytes((shard, a), (shard, b))?)
-    }
+/// Whether two tensors are equal: type, shape and every byte.
+pub(super) fn same_tensor(a: (&Shard, &TensorInfo), b: (&Shard, &TensorInfo)) -> Result<bool, MergeError> {
+    Ok(a.1.is_like(b.1) && same_bytes(a, b)?)
 }
 
 /// Whether two tensors of one size have the same bytes. Memory: 2 MiB.

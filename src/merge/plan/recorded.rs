@@ -122,7 +122,7 @@ pub(in crate::merge) fn resolve<'a>(
 fn resolve_one<'a>(target: &Target<'a>, recorded: &RecordedChange, source: &'a Source) -> Result<Does<'a>, String> {
     let (shape, dtype) = (&target.tensor.info.shape, target.tensor.info.dtype);
     let of_adapter = |name: &str, n: u64| -> Result<(&'a Shard, &'a TensorInfo), String> {
-        let found = source.shard_of(name).and_then(|shard| Some((shard, shard.header().tensor(name)?)));
+        let found = source.kept_shard().and_then(|shard| Some((shard, shard.header().tensor(name)?)));
         let (shard, info) = found.ok_or_else(|| format!("its adapter has no tensor {name:?}"))?;
         let is_float =
             matches!(info.dtype, crate::tensor::Dtype::F32 | crate::tensor::Dtype::BF16 | crate::tensor::Dtype::F16);

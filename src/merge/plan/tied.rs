@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::planner::{Lora, Planner, same_bytes};
+use super::planner::{Lora, Planner, same_bytes, same_tensor};
 use crate::{
     checkpoint::Printable,
     foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
@@ -75,7 +75,7 @@ impl<'a> Planner<'_, 'a> {
             }
         }
         let same_full = |pair: &[&FullTensor]| {
-            lora.holds_same(lora.adapter.tensor(&pair[0].tensor), lora.adapter.tensor(&pair[1].tensor))
+            same_tensor(lora.adapter.tensor(&pair[0].tensor), lora.adapter.tensor(&pair[1].tensor))
         };
         let mut is_same = sharers.full.is_empty() || sharers.modules.is_empty();
         for pair in sharers.full.windows(2) {
@@ -134,9 +134,9 @@ impl<'a> Planner<'_, 'a> {
 
     /// Whether the adapter's full tensor is the base's own, byte for byte: PEFT saves embeddings that it adapts.
     pub(super) fn is_unchanged_copy(&self, lora: &LoraAdapter, full: &FullTensor) -> Result<bool, MergeError> {
-        let info = lora.tensor(&full.tensor);
+        let (shard, info) = lora.tensor(&full.tensor);
         match self.map.find(&full.name, |tensor| tensor.info.is_like(info)) {
-            Ok(found) => (self.is_original)(found.tensor, (lora.shard(), info)),
+            Ok(found) => (self.is_original)(found.tensor, (shard, info)),
             Err(_) => Ok(false),
         }
     }
@@ -150,7 +150,10 @@ fn listed(names: &[String]) -> String {
 fn is_same_product(lora: &LoraAdapter, a: &LoraModule, b: &LoraModule) -> Result<bool, MergeError> {
     /// The factors of the table, `[vocabulary, r]` and the transposed of `[r, d]`, and their numbers of rows.
     fn factors<'l>(lora: &'l LoraAdapter, module: &LoraModule) -> Option<[(u64, Matrix<'l>); 2]> {
-        let matrix = |tensor: &str, row_len| Matrix::rows(lora.shard(), lora.tensor(tensor), row_len);
+        let matrix = |tensor: &str, row_len| {
+            let (shard, info) = lora.tensor(tensor);
+            Matrix::rows(shard, info, row_len)
+        };
         let rank = module.rank;
         match module.shape {
             LoraShape::Linear { d_out, d_in } => {
