@@ -19,6 +19,8 @@ const MOST_BYTES: u64 = 1 << 20;
 pub enum PeftType {
     /// Low-rank factors, with or without magnitudes (DoRA).
     Lora,
+    /// Rows of embeddings that replace those of the base.
+    TrainableTokens,
     /// A sparse method, which [`ForeignAdapter`](super::ForeignAdapter) opens: SHiRA, Super-Tuning or SpIEL.
     Sparse(Format),
     /// Another method, as the config spells it.
@@ -29,6 +31,7 @@ impl PeftType {
     fn of(text: &str) -> Self {
         match text {
             "LORA" => Self::Lora,
+            "TRAINABLE_TOKENS" => Self::TrainableTokens,
             "SHIRA" => Self::Sparse(Format::Shira),
             "SUPERTUNING" => Self::Sparse(Format::SuperTuning),
             "SFT" => Self::Sparse(Format::Spiel),
@@ -40,6 +43,7 @@ impl PeftType {
     pub fn name(&self) -> &str {
         match self {
             Self::Lora => "LORA",
+            Self::TrainableTokens => "TRAINABLE_TOKENS",
             Self::Sparse(Format::Shira) => "SHIRA",
             Self::Sparse(Format::SuperTuning) => "SUPERTUNING",
             Self::Sparse(_) => "SFT",

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::{LoraConfig, PEFT_CONFIG, PEFT_TENSORS, PeftError, PeftFolder, PeftName, base_name};
+use super::{LoraConfig, PEFT_CONFIG, PEFT_TENSORS, PeftError, PeftFolder, PeftName, ReplacedRows, base_name};
 use crate::{
     checkpoint::{AtomicFile, CheckpointError, Context, OwnFolder, Printable, Shard, TensorFileWriter, TensorInfo},
     tensor::{Dtype, dtype_name, projection_kind},
@@ -87,6 +87,7 @@ pub struct LoraAdapter {
     config: LoraConfig,
     modules: Vec<LoraModule>,
     full: Vec<FullTensor>,
+    rows: Vec<ReplacedRows>,
 }
 
 impl LoraAdapter {
@@ -100,7 +101,7 @@ impl LoraAdapter {
         let config = LoraConfig::of(folder.config())?;
         let mut found = Found::default();
         for (_, info) in folder.tensors() {
-            found.add(info);
+            found.add(&config, info);
         }
         let modules = found.modules(&config);
         if !found.problems.is_empty() {
@@ -108,14 +109,20 @@ impl LoraAdapter {
             let path = folder.tensors_path().to_owned();
             return Err(CheckpointError::Many { path, what, problems: found.problems }.into());
         }
-        if modules.is_empty() && found.full.is_empty() {
-            return Err(CheckpointError::bad_file(folder.tensors_path(), "has no tensors: nothing to merge").into());
+        let (path, has_rows) = (folder.tensors_path(), !found.rows.is_empty());
+        if !config.token_indices.is_empty() && !has_rows {
+            let what = "the config names rows that were trained (trainable tokens), and the file has none";
+            return Err(CheckpointError::bad_file(path, what).into());
+        }
+        if modules.is_empty() && found.full.is_empty() && !has_rows {
+            return Err(CheckpointError::bad_file(path, "has no tensors: nothing to merge").into());
         }
         let of_name = |(name, tensors): (String, Vec<String>)| {
             tensors.into_iter().map(move |tensor| FullTensor { name: name.clone(), tensor })
         };
         let full = found.full.into_iter().flat_map(of_name).collect();
-        Ok(Self { folder, config, modules, full })
+        found.rows.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { folder, config, modules, full, rows: found.rows })
     }
 
     /// The path that was opened.
@@ -133,6 +140,11 @@ impl LoraAdapter {
     /// Tensors it holds in full, by name.
     pub fn full(&self) -> &[FullTensor] {
         &self.full
+    }
+
+    /// Rows that replace those of the base, by name of the weight.
+    pub fn rows(&self) -> &[ReplacedRows] {
+        &self.rows
     }
 
     /// The tensor of this name, and the file that holds it.
@@ -188,7 +200,8 @@ impl LoraAdapter {
     /// The BLAKE3 of all that a merge depends on, reading and proving all of it: every number is finite.
     ///
     /// Hashed, all integers little-endian: a domain; for each module, in order, its name, parameter, shape, rank, scaling, and type
-    /// and BLAKE3 of each of its tensors; for each full tensor its name, type, shape and BLAKE3; `fan_in_fan_out`. The name of
+    /// and BLAKE3 of each of its tensors; for each full tensor its name, type, shape and BLAKE3; for each weight with replaced rows
+    /// the same and the rows; `fan_in_fan_out`. The name of
     /// the base, the training options and the order of the files count nothing. Memory: a window.
     ///
     /// # Errors
@@ -219,6 +232,17 @@ impl LoraAdapter {
             text(&mut hasher, &full.name);
             text(&mut hasher, &dtype_name(info.dtype));
             text(&mut hasher, &format!("{:?}", info.shape));
+            hasher.update(self.digest(ctx, (shard, info))?.as_bytes());
+        }
+        for replaced in &self.rows {
+            let (shard, info) = self.tensor(&replaced.tensor);
+            text(&mut hasher, "replaced rows");
+            text(&mut hasher, &replaced.name);
+            text(&mut hasher, &dtype_name(info.dtype));
+            text(&mut hasher, &format!("{:?}", info.shape));
+            replaced.rows.iter().for_each(|row| {
+                hasher.update(&row.to_le_bytes());
+            });
             hasher.update(self.digest(ctx, (shard, info))?.as_bytes());
         }
         self.unchanged()?;
@@ -266,6 +290,7 @@ struct Found {
     parts: BTreeMap<(String, usize), BTreeMap<String, TensorInfo>>,
     /// By the parameter's name; PEFT may save one of a module in `modules_to_save` under two names.
     full: BTreeMap<String, Vec<String>>,
+    rows: Vec<ReplacedRows>,
     problems: Vec<String>,
 }
 
@@ -275,13 +300,23 @@ fn is_factor_type(dtype: Dtype) -> bool {
 }
 
 impl Found {
-    fn add(&mut self, info: &TensorInfo) {
+    fn add(&mut self, config: &LoraConfig, info: &TensorInfo) {
         if !is_factor_type(info.dtype) {
             return self.problem(info, format!("elements are {}; F32, BF16 or F16 are needed", dtype_name(info.dtype)));
         }
         if info.shape.contains(&0) || info.shape.is_empty() {
             return self
                 .problem(info, format!("shape {:?} is empty: was it gathered before it was saved?", info.shape));
+        }
+        match config.token_indices.read(info) {
+            None => {}
+            Some(Err(what)) => return self.problem(info, what),
+            Some(Ok(rows)) => {
+                if self.rows.iter().any(|other| other.name == rows.name) {
+                    return self.problem(info, "is there twice, under two names".to_owned());
+                }
+                return self.rows.push(rows);
+            }
         }
         let Some(name) = PeftName::parse(&info.name, PART_PREFIX) else {
             // The module that one in `modules_to_save` stands in for: PEFT saves its bias with all others, and never uses it.

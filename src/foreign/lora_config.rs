@@ -1,6 +1,6 @@
 //! What the config of a LoRA adapter says about how its factors are applied.
 
-use super::{Patterns, PeftConfig, PeftError, PeftType, config::short};
+use super::{Patterns, PeftConfig, PeftError, PeftType, config::short, token_rows::TokenIndices};
 
 /// Keys that change nothing about a finished adapter, and those that are read below.
 const KNOWN: &[&str] = &[
@@ -35,8 +35,23 @@ const KNOWN: &[&str] = &[
     "target_modules",
     "target_parameters",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
+];
+/// The same for an adapter of trainable tokens alone.
+const KNOWN_OF_TOKENS: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_weights",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+    "token_indices",
 ];
 /// Keys that name another method where they say anything, and the method.
 const VARIANTS: &[(&str, &str)] = &[
@@ -47,7 +62,6 @@ const VARIANTS: &[(&str, &str)] = &[
     ("layer_replication", "layer replication"),
     ("megatron_config", "Megatron's parallel layers"),
     ("monteclora_config", "MonteCLoRA"),
-    ("trainable_token_indices", "trainable tokens"),
     ("use_bdlora", "block-diagonal LoRA (BD-LoRA)"),
     ("use_qalora", "QALoRA"),
     ("velora_config", "VeLoRA"),
@@ -96,6 +110,8 @@ pub struct LoraConfig {
     pub base_class: Option<String>,
     /// What the base was called where the adapter was made.
     pub base: Option<String>,
+    /// Rows of embeddings that are replaced.
+    pub(super) token_indices: TokenIndices,
 }
 
 impl LoraConfig {
@@ -104,7 +120,11 @@ impl LoraConfig {
     /// # Errors
     /// [`PeftError::Unsupported`] for another method or variant, [`PeftError::Config`] for a value that cannot be.
     pub fn of(config: &PeftConfig) -> Result<Self, PeftError> {
-        config.expect_type(&PeftType::Lora)?;
+        // Trainable tokens by themselves are an adapter of no modules.
+        let is_of_tokens = *config.peft_type() == PeftType::TrainableTokens;
+        if !is_of_tokens {
+            config.expect_type(&PeftType::Lora)?;
+        }
         for (key, name) in VARIANTS {
             let is_set = config.keys().get(*key).is_some_and(|value| match value {
                 serde_json::Value::Bool(set) => *set,
@@ -118,7 +138,7 @@ impl LoraConfig {
         }
         refuse_changed_base(config)?;
         let known: Vec<&str> = KNOWN.iter().copied().chain(VARIANTS.iter().map(|(key, _)| *key)).collect();
-        config.refuse_unknown(&known)?;
+        config.refuse_unknown(if is_of_tokens { KNOWN_OF_TOKENS } else { &known })?;
         let ranks = config.entries("rank_pattern")?.into_iter().map(|(pattern, value)| {
             let rank = value.as_u64().filter(|&r| r > 0);
             rank.map(|rank| (pattern, rank)).ok_or_else(|| {
@@ -157,6 +177,7 @@ impl LoraConfig {
                 .into_iter()
                 .find_map(|(key, value)| (key == "base_model_class").then(|| value.as_str().map(str::to_owned))?),
             base: config.text("base_model_name_or_path")?.filter(|base| !base.is_empty()).map(str::to_owned),
+            token_indices: TokenIndices::of(config)?,
         })
     }
 
@@ -229,7 +250,8 @@ mod tests {
             (r#","kasa_config":{}"#, "KaSA"),
             (r#","use_bdlora":{"nblocks":2}"#, "BD-LoRA"),
             (r#","layer_replication":[[0,4],[2,5]]"#, "layer replication"),
-            (r#","trainable_token_indices":[3]"#, "trainable tokens"),
+            (r#","trainable_token_indices":[3,3]"#, "`trainable_token_indices`: row 3 comes twice"),
+            (r#","trainable_token_indices":{"wte":[-1]}"#, "a list of whole numbers from 0 up is expected, found [-1]"),
             (r#","init_lora_weights":"pissa_niter_16""#, "pissa, which also changes the base"),
             (r#","init_lora_weights":"mica""#, "mica, which is not supported"),
             (r#","bias":"some""#, "`bias`: \"none\""),

@@ -2,7 +2,7 @@
 //!
 //! Hugging Face PEFT: a [`PeftFolder`] holds `adapter_config.json`, parsed strictly into a [`PeftConfig`], and
 //! `adapter_model.safetensors`, opened as any other shard. [`LoraAdapter`] reads such a folder as low-rank factors: every tensor of the
-//! file has a role, every shape is checked against the config, and what this program does not implement is refused by name.
+//! file has a role (factors, tensors in full, replaced rows), every shape is checked against the config, and what this program does not implement is refused by name.
 //! [`AdapterKind`] says what a path given as an adapter is.
 //!
 //! Sparse adapters: every format comes down to lists of positions and deltas, one for each tensor ([`ForeignAdapter`]); only its files
@@ -30,6 +30,7 @@ mod pickle;
 mod pickle_value;
 pub(crate) mod published;
 mod sparse;
+mod token_rows;
 mod torch;
 mod unpacked;
 pub(crate) mod zip;
@@ -46,3 +47,4 @@ pub use names::{PeftName, base_name};
 pub use pattern::Patterns;
 pub use sparse::ForeignAdapter;
 pub(crate) use sparse::{ForeignTarget, Positions, Rounding};
+pub use token_rows::ReplacedRows;
