@@ -1,7 +1,7 @@
 //! Questions about paths. This is the one place that asks the file system whether something is there.
 //!
 //! Absent means `ENOENT` and nothing else: a path that cannot be examined (no permission, a failing disk, a stale network
-//! handle) is an error, never "not there". `tests/floor_plan.rs` keeps `exists()` and its relatives out of all other files.
+//! handle) is an error, never "not there". `tests/floor_plan` keeps `exists()` and its relatives out of all other files.
 
 use std::{
     ffi::OsString,
