@@ -1,0 +1,527 @@
+//! Adapters of different kinds in one checkpoint: what one leaves the others find, whoever goes comes out whole, and what would lose
+//! something is refused.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use neuroada_ckpt::{
+    checkpoint::{Context, ErrorKind, Observer, Silent},
+    merge::{
+        self, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeReport, Recovered, VerifyOptions, VerifyReport,
+        Which,
+    },
+    tensor::Dtype,
+};
+
+#[path = "support/lora.rs"]
+#[allow(dead_code, reason = "shared by tests that need different parts of it")]
+mod lora;
+#[path = "support/mixture.rs"]
+#[allow(dead_code, reason = "shared by tests that need different parts of it")]
+mod mixture;
+#[path = "support/stop_at.rs"]
+mod stop_at;
+#[path = "support/world.rs"]
+#[allow(dead_code, reason = "shared by tests that need different parts of it")]
+mod world;
+
+use lora::{Place, Tensors, read};
+use mixture::{DORA, EMBEDDING, FULL, LORA, Mixture, SPARSE, in_place, to_new};
+use stop_at::stop_at;
+use world::{Random, tree};
+
+const SHARD: &str = "model-00001-of-00002.safetensors";
+
+fn ctx() -> Context<'static> {
+    Context::default()
+}
+
+fn keeping(keep: KeptOriginals, options: MergeOptions<'static>) -> MergeOptions<'static> {
+    MergeOptions { keep, ..options }
+}
+
+/// In place with whole originals, without a base.
+fn whole() -> MergeOptions<'static> {
+    keeping(KeptOriginals::Whole, in_place(None))
+}
+
+impl Mixture {
+    fn add(&self, path: &Path, active: &[(usize, f64)], options: &MergeOptions<'_>) -> Result<MergeReport, MergeError> {
+        merge::merge(&ctx(), path, &self.inputs(active), options)
+    }
+    fn remove(&self, path: &Path, which: &[usize], options: &MergeOptions<'_>) -> Result<MergeReport, MergeError> {
+        let ids = which.iter().map(|&i| self.adapters[i].id).collect();
+        merge::unmerge(&ctx(), path, &Which::Some(ids), options)
+    }
+    fn remove_all(&self, path: &Path, options: &MergeOptions<'_>) -> Result<MergeReport, MergeError> {
+        merge::unmerge(&ctx(), path, &Which::All, options)
+    }
+    fn verify(&self, path: &Path, base: bool) -> Result<VerifyReport, MergeError> {
+        let base = base.then(|| self.base());
+        merge::verify(&ctx(), path, &VerifyOptions { base, ..VerifyOptions::default() })
+    }
+    fn work(&self) -> PathBuf {
+        self.copy(&self.base(), "work")
+    }
+    /// A copy of the base with one bit flipped in a tensor.
+    fn other_base(&self, name: &str, tensor: &str) -> PathBuf {
+        let path = self.copy(&self.base(), name);
+        flip(&path, tensor, 11);
+        path
+    }
+}
+
+/// Flips a bit of a tensor's byte.
+fn flip(checkpoint: &Path, tensor: &str, byte: usize) {
+    let of_shard = mixture::TENSORS.iter().find(|(_, of, ..)| *of == tensor).unwrap().0;
+    let shard = checkpoint.join(format!("model-0000{of_shard}-of-00002.safetensors"));
+    flip_in_file(&shard, tensor, byte);
+}
+
+fn flip_in_file(file: &Path, tensor: &str, byte: usize) {
+    let mut bytes = fs::read(file).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    let first = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[start + first + byte] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+/// The shards and side files alone.
+fn shards(path: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut tree = tree(path);
+    tree.retain(|path, _| !path.starts_with(".neuroada"));
+    tree
+}
+
+// --- what goes leaves what stays
+
+#[test]
+fn what_is_taken_out_leaves_what_the_others_alone_would_have_made() {
+    let mixture = Mixture::new();
+    let (a, b) = ((SPARSE[1], 0.3), (LORA[1], -0.15));
+    mixture.add(&mixture.base(), &[b], &to_new(&mixture.at("alone"), false, None)).unwrap();
+    let alone = shards(&mixture.at("alone"));
+    mixture.check(&mixture.at("alone"), &[b], "alone");
+    for (name, options) in [
+        ("whole", whole()),
+        ("hashes", in_place(Some(mixture.base()))),
+        ("both", keeping(KeptOriginals::Whole, in_place(Some(mixture.base())))),
+    ] {
+        for (first, second) in [(a, b), (b, a)] {
+            let path = mixture.copy(&mixture.base(), name);
+            mixture.add(&path, &[first], &options).unwrap();
+            mixture.add(&path, &[second], &options).unwrap();
+            mixture.check(&path, &mixture.sorted(vec![a, b]), name);
+            mixture.remove(&path, &[a.0], &options).unwrap();
+            assert!(shards(&path) == alone, "{name}");
+            assert!(mixture.verify(&path, true).unwrap().ok && mixture.verify(&path, false).unwrap().ok);
+            mixture.remove(&path, &[b.0], &options).unwrap();
+            assert!(tree(&path) == tree(&mixture.base()), "{name}");
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn one_of_two_low_rank_adapters_comes_out_of_a_checkpoint_that_kept_whole_originals() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    let both = [(LORA[0], 1.0), (LORA[1], -0.15)];
+    mixture.add(&path, &both, &whole()).unwrap();
+    mixture.check(&path, &mixture.sorted(both.to_vec()), "both");
+    // Neither the adapters' files nor the base are needed.
+    fs::remove_dir_all(&mixture.adapters[LORA[0]].path).unwrap();
+    fs::remove_dir_all(&mixture.adapters[LORA[1]].path).unwrap();
+    let report = mixture.remove(&path, &[LORA[0]], &in_place(None)).unwrap();
+    assert!(!report.needs_base);
+    mixture.check(&path, &both[1..], "one");
+    mixture.remove_all(&path, &in_place(None)).unwrap();
+    assert!(tree(&path) == tree(&mixture.base()));
+}
+
+#[test]
+fn ledger_and_weights_are_a_function_of_the_active_set() {
+    for keep in [KeptOriginals::Hashes, KeptOriginals::Whole] {
+        let mixture = Mixture::new();
+        // A ledger of hashes tells the name of the base: this one has it too.
+        fs::create_dir(mixture.at("elsewhere")).unwrap();
+        let path = mixture.copy(&mixture.base(), "elsewhere/base");
+        let base = (keep == KeptOriginals::Hashes).then(|| mixture.base());
+        let mut fresh: BTreeMap<Vec<usize>, BTreeMap<PathBuf, Vec<u8>>> = BTreeMap::new();
+        fresh.insert(Vec::new(), tree(&mixture.base()));
+        let (mut random, mut active) = (Random(8), Vec::new());
+        for _ in 0..24 {
+            let i = random.below(mixture.adapters.len() as u64) as usize;
+            let options = keeping(keep, in_place(base.clone()));
+            if active.contains(&i) {
+                active.retain(|&j| j != i);
+                mixture.remove(&path, &[i], &options).unwrap();
+            } else {
+                active.push(i);
+                active.sort_unstable();
+                mixture.add(&path, &[(i, 1.0)], &options).unwrap();
+            }
+            let expected = fresh.entry(active.clone()).or_insert_with(|| {
+                let out = mixture.at(&format!("fresh{active:?}"));
+                let all: Vec<_> = active.iter().map(|&i| (i, 1.0)).collect();
+                mixture.add(&mixture.base(), &all, &keeping(keep, to_new(&out, false, None))).unwrap();
+                let mut fresh = tree(&out);
+                // In place this program wrote no file of the folder's.
+                fresh.remove(Path::new(".neuroada/files"));
+                fresh
+            });
+            let found = tree(&path);
+            let differing: Vec<_> = found.iter().filter(|(name, bytes)| expected.get(*name) != Some(*bytes)).collect();
+            let names: Vec<_> = differing.iter().map(|(name, _)| name).collect();
+            assert!(found == *expected, "{keep:?} {active:?}: {names:?}");
+        }
+        assert!(fresh.len() > 12, "many sets were visited");
+    }
+}
+
+#[test]
+fn a_checkpoint_that_kept_hashes_takes_a_sparse_adapter_on_other_tensors_without_its_base() {
+    let mixture = Mixture::new();
+    let path = mixture.at("out");
+    let embedding = (EMBEDDING, 1.0);
+    let (other, same) = ((SPARSE[1], 0.3), (SPARSE[0], -1.7));
+    assert!(mixture.add(&mixture.base(), &[embedding], &to_new(&path, false, None)).unwrap().needs_base);
+    mixture.add(&path, &[other], &in_place(None)).unwrap();
+    mixture.check(&path, &mixture.sorted(vec![embedding, other]), "other tensors");
+    assert!(mixture.verify(&path, false).unwrap().ok);
+    let before = tree(mixture.dir.path());
+    for options in [in_place(None), whole(), to_new(&mixture.at("new"), false, None)] {
+        let refused = mixture.add(&path, &[same], &options).unwrap_err();
+        assert!(matches!(refused, MergeError::NeedsBase { .. }), "{refused}");
+    }
+    assert!(tree(mixture.dir.path()) == before);
+    mixture.add(&path, &[same], &in_place(Some(mixture.base()))).unwrap();
+    mixture.check(&path, &mixture.sorted(vec![embedding, other, same]), "the same tensor");
+    // What is on other tensors comes out again without the base too.
+    mixture.remove(&path, &[other.0], &in_place(None)).unwrap();
+    mixture.check(&path, &mixture.sorted(vec![embedding, same]), "taken out");
+    // Where nothing is changed as a whole any more, the ledger has what it needs.
+    assert!(!mixture.remove(&path, &[EMBEDDING], &in_place(Some(mixture.base()))).unwrap().needs_base);
+    mixture.remove_all(&path, &in_place(None)).unwrap();
+    assert!(tree(&path) == tree(&mixture.base()));
+}
+
+#[test]
+fn a_file_alone_is_merged_into_and_undone_with_adapters_of_two_kinds() {
+    let place = Place::new();
+    let mut random = Random(4);
+    let weights: Vec<f32> = (0..77 * 13).map(|_| random.delta()).collect();
+    let folder = place.base(Dtype::BF16, "{}", &[("m.a.weight", &[77, 13], weights)]);
+    let before = tree(&folder);
+    let tensors: Tensors<'_> =
+        &[("m.a.lora_A.weight", &[1, 13], vec![0.5; 13]), ("m.a.lora_B.weight", &[77, 1], vec![0.25; 77])];
+    world::write_adapter(&folder, &place.path("sparse.safetensors"), 3, &["m.a.weight"], true);
+    let sparse = MergeInput { adapter: place.path("sparse.safetensors"), scale: None };
+    let file = folder.join("model.safetensors");
+    merge::merge(&ctx(), &file, &[place.lora("lora", r#""r":1"#, tensors), sparse], &whole()).unwrap();
+    assert!(folder.join("model.safetensors.neuroada").is_dir());
+    assert!(merge::verify(&ctx(), &file, &VerifyOptions::default()).unwrap().ok);
+    merge::unmerge(&ctx(), &file, &Which::All, &in_place(None)).unwrap();
+    assert!(tree(&folder) == before);
+}
+
+// --- arithmetic
+
+#[test]
+fn magnitudes_beside_another_adapter_add_what_they_make_of_the_original() {
+    let place = Place::new();
+    place.base(Dtype::F32, "{}", &[("a.weight", &[2, 2], vec![3.0, 3.0, 0.0, 5.0])]);
+    // Alone it makes [6, 8, 0, 1] of them: it adds [3, 5, 0, -4].
+    let dora: Tensors<'_> = &[
+        ("a.lora_A.weight", &[1, 2], vec![0.0, 1.0]),
+        ("a.lora_B.weight", &[2, 1], vec![1.0, 0.0]),
+        ("a.lora_magnitude_vector", &[2], vec![10.0, 1.0]),
+    ];
+    let plain: Tensors<'_> =
+        &[("a.lora_A.weight", &[1, 2], vec![1.0, 2.0]), ("a.lora_B.weight", &[2, 1], vec![10.0, 100.0])];
+    let dora = place.lora("dora", r#""r":1,"lora_alpha":1,"use_dora":true"#, dora);
+    let plain = place.lora("plain", r#""r":1,"lora_alpha":1"#, plain);
+    place.merge(&[dora, plain], Default::default()).unwrap();
+    assert_eq!(read(&place.path("out"))["a.weight"], [16.0, 28.0, 100.0, 201.0]);
+}
+
+#[test]
+fn every_pair_of_kinds_is_the_plain_sum() {
+    let mixture = Mixture::new();
+    let out = mixture.at("out");
+    let n = mixture.adapters.len();
+    for (i, j) in (0..n).flat_map(|i| (i..n).map(move |j| (i, j))) {
+        let scale = |i: usize| *mixture.adapters[i].scales.last().unwrap();
+        let mut active = vec![(i, scale(i)), (j, scale(j))];
+        active.dedup();
+        mixture.add(&mixture.base(), &active, &to_new(&out, false, None)).unwrap();
+        mixture.check(&out, &mixture.sorted(active), "a pair");
+        fs::remove_dir_all(&out).unwrap();
+    }
+    let all: Vec<_> = (0..n).map(|i| (i, 1.0)).collect();
+    mixture.add(&mixture.base(), &all, &to_new(&out, false, None)).unwrap();
+    mixture.check(&out, &mixture.sorted(all), "all of them");
+    assert_ne!(mixture.expected("m.f.weight", &[(DORA, 1.0)]), mixture.expected("m.f.weight", &[(LORA[1], 1.0)]));
+}
+
+// --- cut short
+
+#[test]
+fn a_resumed_merge_of_low_rank_adapters_takes_over_proven_shards() {
+    use std::os::unix::fs::MetadataExt;
+    let mixture = Mixture::new();
+    let active = [(LORA[0], 1.0), (LORA[1], -0.15), (SPARSE[0], 0.3), (DORA, 1.0), (FULL, 1.0)];
+    for keep in [KeptOriginals::Hashes, KeptOriginals::Whole] {
+        let at = |name: &str| mixture.at(&format!("{name}-{keep:?}"));
+        let (plain, out) = (at("plain"), at("out"));
+        mixture.add(&mixture.base(), &active, &keeping(keep, to_new(&plain, false, None))).unwrap();
+        let options = keeping(keep, to_new(&out, true, None));
+        let merge = |observer: &dyn Observer| {
+            let ctx = Context { observer, ..Context::default() };
+            merge::merge(&ctx, &mixture.base(), &mixture.inputs(&active), &options)
+        };
+        let partial = mixture.at(&format!(".out-{keep:?}.neuroada-partial"));
+        let inode = |path: PathBuf| fs::metadata(path).unwrap().ino();
+        // Stopped later and later, until the first shard is whole.
+        let stopped = (0..100).find(|&block| {
+            merge(&stop_at("merging", block, false)).unwrap_err();
+            partial.join(SHARD).exists()
+        });
+        assert!(stopped.is_some() && !out.exists());
+        let finished = inode(partial.join(SHARD));
+        let report = merge(&Silent).unwrap();
+        assert!(report.notes.iter().all(|note| !note.contains("safetensors")), "{:?}", report.notes);
+        assert_eq!(inode(out.join(SHARD)), finished, "{keep:?}");
+        assert!(tree(&out) == tree(&plain), "{keep:?}");
+    }
+}
+
+/// Panics at the first block that is patched.
+#[derive(Default)]
+struct Crash(AtomicBool);
+
+impl Observer for Crash {
+    fn begin(&self, what: &str, _bytes: u64) {
+        self.0.store(what == "patching", Ordering::SeqCst);
+    }
+    fn advance(&self, _bytes: u64) {
+        assert!(!self.0.load(Ordering::SeqCst), "the power failed");
+    }
+}
+
+#[test]
+fn recovery_refuses_another_base_and_changes_nothing_then() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(LORA[1], 1.0)], &in_place(Some(mixture.base()))).unwrap();
+    let before = tree(&path);
+    let crash = Crash::default();
+    let crashing = Context { observer: &crash, ..Context::default() };
+    let options = in_place(Some(mixture.base()));
+    let inputs = mixture.inputs(&[(SPARSE[0], 1.0), (LORA[0], 1.0)]);
+    catch_unwind(AssertUnwindSafe(|| merge::merge(&crashing, &path, &inputs, &options))).unwrap_err();
+    let halfway = tree(&path);
+    assert!(halfway.contains_key(Path::new(".neuroada/txn")));
+    let other = mixture.other_base("other", "m.a.weight");
+    let merged = mixture.at("merged");
+    mixture.add(&mixture.base(), &[(FULL, 1.0)], &to_new(&merged, false, None)).unwrap();
+    for base in [None, Some(other.as_path()), Some(merged.as_path()), Some(&mixture.at("absent"))] {
+        merge::recover(&ctx(), &path, base).unwrap_err();
+        assert!(tree(&path) == halfway, "{base:?}");
+    }
+    let recovered = merge::recover(&ctx(), &path, Some(&mixture.base())).unwrap();
+    assert_eq!(recovered, Recovered::RolledBack);
+    assert!(tree(&path) == before);
+}
+
+// --- refusals
+
+#[test]
+fn what_cannot_be_added_up_is_refused_and_leaves_the_same_tree() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(FULL, 1.0), (LORA[1], 1.0)], &whole()).unwrap();
+    // Others of the same tensors: in full, low-rank, sparse.
+    let lora = |name: &str, tensors: Tensors<'_>| {
+        let folder = mixture.at(name);
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("adapter_config.json"), r#"{"peft_type":"LORA","r":1}"#).unwrap();
+        lora::write_tensors(&folder.join("adapter_model.safetensors"), Dtype::F32, tensors);
+        MergeInput { adapter: folder, scale: None }
+    };
+    let full = lora("full", &[("base_model.model.m.head.weight", &[12, 20], vec![1.0; 240])]);
+    let low_rank = lora(
+        "low-rank",
+        &[("m.head.lora_A.weight", &[1, 20], vec![1.0; 20]), ("m.head.lora_B.weight", &[12, 1], vec![1.0; 12])],
+    );
+    let over = lora("over", &[("base_model.model.m.a.weight", &[70, 33], vec![1.0; 70 * 33])]);
+    world::write_adapter(&mixture.base(), &mixture.at("sparse.safetensors"), 9, &["m.head.weight"], true);
+    let sparse = MergeInput { adapter: mixture.at("sparse.safetensors"), scale: None };
+    // The rows of one are the columns of the other; that shows where both are sparse.
+    world::write_adapter(&mixture.base(), &mixture.at("turned.safetensors"), 9, &["m.t.weight"], true);
+    let turned = MergeInput { adapter: mixture.at("turned.safetensors"), scale: None };
+    let before = tree(mixture.dir.path());
+    let (new, base) = (to_new(&mixture.at("new"), false, None), mixture.base());
+    let in_full = "one adapter holds it in full";
+    for (inputs, expected) in [
+        (vec![full.clone()], in_full),
+        (vec![low_rank.clone()], in_full),
+        (vec![sparse.clone()], in_full),
+        (vec![over.clone()], in_full),
+        (vec![mixture.input(LORA[1], 1.0)], "is merged into it already"),
+        (vec![mixture.input(SPARSE[1], 1.0), turned.clone()], "the rows of one are the columns of the other"),
+    ] {
+        for options in [&whole(), &in_place(Some(base.clone())), &new] {
+            let refused = merge::merge(&ctx(), &path, &inputs, options).unwrap_err();
+            assert!(refused.kind() == ErrorKind::Refused && refused.to_string().contains(expected), "{refused}");
+        }
+    }
+    for (inputs, expected) in [
+        ([mixture.input(FULL, 1.0), full], "two adapters hold it in full"),
+        ([mixture.input(FULL, 1.0), low_rank], in_full),
+        ([mixture.input(FULL, 1.0), sparse], in_full),
+        ([mixture.input(LORA[0], 1.0), over], in_full),
+    ] {
+        let refused = merge::merge(&ctx(), &base, &inputs, &new).unwrap_err();
+        assert!(refused.kind() == ErrorKind::Refused && refused.to_string().contains(expected), "{refused}");
+    }
+    let scaled = merge::merge(&ctx(), &base, &[mixture.input(FULL, 0.5)], &new).unwrap_err();
+    assert!(scaled.to_string().contains("a scale of 0.5 has no meaning"), "{scaled}");
+    let absent = mixture.remove(&path, &[LORA[0]], &whole()).unwrap_err();
+    assert!(absent.to_string().contains("is not merged into it"), "{absent}");
+    assert!(tree(mixture.dir.path()) == before);
+}
+
+#[test]
+fn in_place_without_a_base_and_without_kept_originals_is_refused() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(SPARSE[1], 1.0)], &in_place(None)).unwrap();
+    let before = tree(mixture.dir.path());
+    let dry = MergeOptions { dry_run: true, ..in_place(None) };
+    for options in [in_place(None), dry] {
+        let refused = mixture.add(&path, &[(LORA[1], 1.0)], &options).unwrap_err();
+        // m.a, m.t, m.f and the experts.
+        let expected = 70 * 33 * 2 + 33 * 24 * 2 + 40 * 25 * 4 + 2 * 24 * 20 * 2;
+        assert!(matches!(refused, MergeError::KeepsNothing { n_bytes, .. } if n_bytes == expected), "{refused}");
+    }
+    assert!(tree(mixture.dir.path()) == before);
+}
+
+#[test]
+fn another_base_is_refused_and_leaves_the_same_tree() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(LORA[1], 1.0), (SPARSE[0], 1.0)], &in_place(Some(mixture.base()))).unwrap();
+    let clean = mixture.copy(&mixture.base(), "clean");
+    let merged = mixture.at("merged");
+    mixture.add(&mixture.base(), &[(FULL, 1.0)], &to_new(&merged, false, None)).unwrap();
+    let others: Vec<PathBuf> = ["m.a.weight", "m.f.weight", "m.experts.down_proj"]
+        .iter()
+        .map(|tensor| mixture.other_base(&format!("other-{tensor}"), tensor))
+        .chain([merged, mixture.at("absent")])
+        .collect();
+    let before = tree(mixture.dir.path());
+    for other in &others {
+        for options in [in_place(Some(other.clone())), to_new(&mixture.at("new"), false, Some(other.clone()))] {
+            mixture.remove(&path, &[LORA[1]], &options).unwrap_err();
+            mixture.remove_all(&path, &options).unwrap_err();
+        }
+        let hashes = in_place(Some(other.clone()));
+        // Where nothing is merged yet, the base that is given must be what lies there.
+        mixture.add(&clean, &[(LORA[1], 1.0)], &hashes).unwrap_err();
+        assert!(tree(mixture.dir.path()) == before, "{}", other.display());
+    }
+    let refused = mixture.remove_all(&path, &in_place(Some(others[0].clone()))).unwrap_err();
+    assert!(refused.kind() == ErrorKind::Refused && refused.to_string().contains("m.a.weight"), "{refused}");
+    let report = merge::verify(
+        &ctx(),
+        &path,
+        &VerifyOptions { base: Some(others[1].clone()), ..VerifyOptions::default() },
+    );
+    assert!(report.map_or(true, |report| !report.ok), "a proof against another base");
+    mixture.remove_all(&path, &in_place(Some(mixture.base()))).unwrap();
+    assert!(tree(&path) == tree(&mixture.base()));
+}
+
+#[test]
+fn a_weight_that_somebody_changed_is_found_before_anything_is_written() {
+    let mixture = Mixture::new();
+    for (options, both) in [(whole(), true), (in_place(Some(mixture.base())), false)] {
+        let path = mixture.work();
+        mixture.add(&path, &[(LORA[1], 1.0), (SPARSE[0], 1.0)], &options).unwrap();
+        for tensor in ["m.a.weight", "m.t.weight"] {
+            flip(&path, tensor, 2);
+            let before = tree(mixture.dir.path());
+            for asked in [mixture.verify(&path, both), mixture.verify(&path, false)] {
+                assert!(!asked.unwrap().ok);
+            }
+            let refused = mixture.remove(&path, &[LORA[1]], &options).unwrap_err();
+            assert!(matches!(refused, MergeError::Tampered { .. }), "{refused}");
+            let refused = mixture.add(&path, &[(DORA, 1.0)], &options).unwrap_err();
+            assert!(matches!(refused, MergeError::Tampered { .. }), "{refused}");
+            assert!(tree(mixture.dir.path()) == before);
+            flip(&path, tensor, 2);
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_a_whole_original_is_found_and_the_shards_stay() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(LORA[1], 1.0), (SPARSE[0], 1.0), (DORA, 1.0)], &whole()).unwrap();
+    let ledger = path.join(".neuroada/ledger");
+    let sound = fs::read(&ledger).unwrap();
+    let before = shards(&path);
+    let start = 8 + u64::from_le_bytes(sound[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&sound[8..start]).unwrap();
+    let (mut random, mut n) = (Random(3), 0);
+    for (name, tensor) in header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__") {
+        let offset = |at: usize| tensor["data_offsets"][at].as_u64().unwrap() as usize;
+        let mut flipped = sound.clone();
+        let at = start + offset(0) + random.below((offset(1) - offset(0)) as u64) as usize;
+        flipped[at] ^= 1 << random.below(8);
+        fs::write(&ledger, flipped).unwrap();
+        for result in [
+            mixture.remove_all(&path, &in_place(None)),
+            mixture.remove(&path, &[LORA[1]], &in_place(None)),
+            mixture.add(&path, &[(LORA[0], 1.0)], &whole()),
+            mixture.remove_all(&path, &to_new(&mixture.at("new"), false, None)),
+        ] {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadInput, "{name}: {error}");
+            assert!(shards(&path) == before && !mixture.at("new").exists(), "{name}");
+        }
+        let asked = mixture.verify(&path, false);
+        assert!(asked.as_ref().is_err_and(|e| e.kind() == ErrorKind::BadInput), "{name}: {asked:?}");
+        n += 1;
+    }
+    assert!(n > 4, "{n} tensors of the ledger");
+    fs::write(&ledger, &sound).unwrap();
+    mixture.remove_all(&path, &in_place(None)).unwrap();
+    assert!(tree(&path) == tree(&mixture.base()));
+}
+
+#[test]
+fn a_dry_run_of_a_mixture_reports_the_same_and_writes_nothing() {
+    let mixture = Mixture::new();
+    let path = mixture.work();
+    mixture.add(&path, &[(SPARSE[0], 1.0)], &in_place(None)).unwrap();
+    let before = tree(mixture.dir.path());
+    let active = [(LORA[0], 1.0), (DORA, 1.0), (EMBEDDING, 1.0)];
+    let dry = mixture.add(&path, &active, &MergeOptions { dry_run: true, ..whole() }).unwrap();
+    assert!(tree(mixture.dir.path()) == before);
+    let real = mixture.add(&path, &active, &whole()).unwrap();
+    assert_eq!((&dry.kinds, &dry.total, dry.bytes_written), (&real.kinds, &real.total, real.bytes_written));
+    assert_eq!((dry.active, dry.added, dry.needs_base), (real.active, real.added, real.needs_base));
+}
