@@ -12,10 +12,10 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, ErrorKind, Observer, Silent},
+    checkpoint::{Checkpoint, Context, ErrorKind, Observer, Silent},
     merge::{
-        self, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeReport, Recovered, VerifyOptions, VerifyReport,
-        Which,
+        self, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport, Recovered, VerifyOptions,
+        VerifyReport, Which,
     },
     tensor::Dtype,
 };
@@ -99,6 +99,13 @@ fn shards(path: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut tree = tree(path);
     tree.retain(|path, _| !path.starts_with(".neuroada"));
     tree
+}
+
+fn read_f32(checkpoint: &Path, name: &str) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(checkpoint).unwrap();
+    let tensor = checkpoint.tensor(name).unwrap();
+    let bytes = tensor.window(&ctx(), 0..tensor.info.n_bytes()).unwrap();
+    bytes.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
 }
 
 // --- what goes leaves what stays
@@ -342,6 +349,70 @@ fn recovery_refuses_another_base_and_changes_nothing_then() {
     assert!(tree(&path) == before);
 }
 
+#[test]
+fn a_change_that_was_cut_short_before_its_journal_or_after_its_commit_is_recovered() {
+    let mixture = Mixture::new();
+    let options = [whole(), in_place(Some(mixture.base()))];
+    // What was merged, what comes or goes: positions become whole tensors, whole tensors become positions, or hashes change.
+    let (sparse, lora, dora) = ((SPARSE[0], 0.3), (LORA[1], 1.0), (DORA, 1.0));
+    let steps =
+        [(vec![sparse], Some(lora)), (vec![sparse, lora], None), (vec![lora], Some(dora)), (vec![], Some(lora))];
+    for (options, (first, added)) in options.iter().flat_map(|options| steps.iter().map(move |step| (options, step))) {
+        let path = mixture.work();
+        if !first.is_empty() {
+            mixture.add(&path, first, options).unwrap();
+        }
+        let before = tree(&path);
+        let change = |ctx: &Context<'_>| match added {
+            Some(added) => merge::merge(ctx, &path, &mixture.inputs(&[*added]), options),
+            None => {
+                let which = Which::Some(vec![mixture.adapters[lora.0].id]);
+                merge::unmerge(ctx, &path, &which, options)
+            }
+        };
+        let crash = Crash::default();
+        let crashing = Context { observer: &crash, ..Context::default() };
+        catch_unwind(AssertUnwindSafe(|| change(&crashing))).unwrap_err();
+        let halfway = tree(&path);
+        let base = options.base.as_deref();
+        assert_eq!(merge::recover(&ctx(), &path, base).unwrap(), Recovered::RolledBack);
+        assert!(tree(&path) == before);
+        change(&ctx()).unwrap();
+        let after = tree(&path);
+        let put = |tree: &BTreeMap<PathBuf, Vec<u8>>| {
+            fs::remove_dir_all(&path).unwrap();
+            for (name, bytes) in tree {
+                fs::create_dir_all(path.join(name).parent().unwrap()).unwrap();
+                fs::write(path.join(name), bytes).unwrap();
+            }
+        };
+        // The journal stayed; copies that nothing needs stayed too.
+        let txn = Path::new(".neuroada/txn");
+        let mut committed = halfway.clone();
+        committed.extend(after.clone());
+        committed.remove(Path::new(".neuroada/ledger.new"));
+        put(&committed);
+        assert!(path.join(txn).exists());
+        assert_eq!(merge::recover(&ctx(), &path, base).unwrap(), Recovered::Finished);
+        assert!(tree(&path) == after, "{first:?} {added:?}");
+        // The journal was not written yet.
+        let mut early = halfway.clone();
+        early.extend(before.clone());
+        early.remove(txn);
+        put(&early);
+        assert!(path.join(".neuroada/ledger.new").exists());
+        merge::recover(&ctx(), &path, base).unwrap();
+        assert!(tree(&path) == before, "{first:?} {added:?}");
+        // The new ledger is gone: nothing can put the weights back, and nothing is made worse.
+        let mut lost = halfway.clone();
+        lost.remove(Path::new(".neuroada/ledger.new"));
+        put(&lost);
+        let refused = merge::recover(&ctx(), &path, base).unwrap_err();
+        assert!(refused.kind() == ErrorKind::BadInput && tree(&path) == lost, "{refused}");
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
 // --- refusals
 
 #[test]
@@ -417,6 +488,72 @@ fn in_place_without_a_base_and_without_kept_originals_is_refused() {
 }
 
 #[test]
+fn a_base_that_shares_its_files_with_the_checkpoint_keeps_them() {
+    let mixture = Mixture::new();
+    for base_is_given in [true, false] {
+        // Its first shard is the base's own: nothing touches it.
+        let path = mixture.at("work");
+        let mut options = to_new(&path, false, None);
+        let MergeOutput::New { link, .. } = &mut options.output else { unreachable!() };
+        *link = true;
+        mixture.add(&mixture.base(), &[(EMBEDDING, 1.0)], &options).unwrap();
+        let before = tree(mixture.dir.path());
+        let base = base_is_given.then(|| mixture.base());
+        let options = MergeOptions { keep: KeptOriginals::Whole, ..in_place(base) };
+        let refused = mixture.add(&path, &[(LORA[1], 1.0)], &options).unwrap_err();
+        assert!(matches!(refused, MergeError::Linked { .. }), "{refused}");
+        assert!(tree(mixture.dir.path()) == before);
+        for keep in [KeptOriginals::Hashes, KeptOriginals::Whole] {
+            let output = MergeOutput::InPlace { through_links: true };
+            let options = MergeOptions { keep, output, ..options.clone() };
+            if keep == KeptOriginals::Hashes && !base_is_given {
+                let refused = mixture.add(&path, &[(LORA[1], 1.0)], &options).unwrap_err();
+                assert!(matches!(refused, MergeError::KeepsNothing { .. }), "{refused}");
+                assert!(tree(mixture.dir.path()) == before);
+                continue;
+            }
+            let base = tree(&mixture.base());
+            mixture.add(&path, &[(LORA[1], 1.0)], &options).unwrap();
+            mixture.check(&path, &mixture.sorted(vec![(LORA[1], 1.0), (EMBEDDING, 1.0)]), "linked");
+            assert!(tree(&mixture.base()) == base, "the base's own files stay");
+            mixture.remove(&path, &[LORA[1]], &in_place(Some(mixture.base()))).unwrap();
+            mixture.check(&path, &[(EMBEDDING, 1.0)], "taken out");
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
+}
+
+#[test]
+fn a_saved_copy_of_the_base_own_tensor_is_no_change_in_whatever_order() {
+    let mixture = Mixture::new();
+    // PEFT saves embeddings beside what it trained, unchanged.
+    let copy = mixture.at("copy");
+    fs::create_dir(&copy).unwrap();
+    fs::write(copy.join("adapter_config.json"), r#"{"peft_type":"LORA","r":1}"#).unwrap();
+    let bias = read_f32(&mixture.base(), "m.a.bias");
+    let tensors: Tensors<'_> = &[
+        ("base_model.model.m.a.bias", &[70], bias),
+        ("base_model.model.m.head.lora_A.weight", &[1, 20], vec![0.5; 20]),
+        ("base_model.model.m.head.lora_B.weight", &[12, 1], vec![0.5; 12]),
+    ];
+    lora::write_tensors(&copy.join("adapter_model.safetensors"), Dtype::F32, tensors);
+    let copy = MergeInput { adapter: copy, scale: None };
+    // The one changes single elements of the copied tensor, the other all of it.
+    for other in [mixture.input(SPARSE[2], 1.0), mixture.input(LORA[0], 1.0)] {
+        let options = keeping(KeptOriginals::Whole, in_place(Some(mixture.base())));
+        let mut expected = None;
+        for inputs in [[&copy, &other], [&other, &copy]] {
+            let path = mixture.work();
+            for input in inputs {
+                merge::merge(&ctx(), &path, std::slice::from_ref(input), &options).unwrap();
+            }
+            assert!(*expected.get_or_insert_with(|| tree(&path)) == tree(&path));
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
+}
+
+#[test]
 fn another_base_is_refused_and_leaves_the_same_tree() {
     let mixture = Mixture::new();
     let path = mixture.work();
@@ -442,11 +579,8 @@ fn another_base_is_refused_and_leaves_the_same_tree() {
     }
     let refused = mixture.remove_all(&path, &in_place(Some(others[0].clone()))).unwrap_err();
     assert!(refused.kind() == ErrorKind::Refused && refused.to_string().contains("m.a.weight"), "{refused}");
-    let report = merge::verify(
-        &ctx(),
-        &path,
-        &VerifyOptions { base: Some(others[1].clone()), ..VerifyOptions::default() },
-    );
+    let report =
+        merge::verify(&ctx(), &path, &VerifyOptions { base: Some(others[1].clone()), ..VerifyOptions::default() });
     assert!(report.map_or(true, |report| !report.ok), "a proof against another base");
     mixture.remove_all(&path, &in_place(Some(mixture.base()))).unwrap();
     assert!(tree(&path) == tree(&mixture.base()));

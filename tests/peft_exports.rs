@@ -10,9 +10,11 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
+    adapter::ConvertReport,
     adapter::{Adapter, AdapterNotes, AdapterWriter},
     checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter},
-    convert::{ConvertError, ConvertReport, Format, convert},
+    convert::{ConvertError, convert},
+    foreign::Format,
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, RowColumns},
     weights::{Answers, WeightMap},

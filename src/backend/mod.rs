@@ -27,7 +27,7 @@ pub use low_rank::{add_low_rank, merge_sums};
 pub use merger::Merger;
 #[cfg(feature = "cuda")]
 pub use merger::{GpuMerger, MergedWeights};
-pub use patch::{Layer, PatchCounts, merged_values, pick, union_columns};
+pub use patch::{Layer, PatchCounts, merged_values, pick, replace_values, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
 #[cfg(feature = "train")]

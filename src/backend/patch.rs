@@ -153,6 +153,30 @@ fn merged<T: Float>(layers: &[Layer<'_>], touched: &RowColumns, originals: &[u8]
     (values, counts)
 }
 
+/// Puts `values`, each rounded once to `dtype`, in the place of `elements`, and says what became of them.
+///
+/// # Panics
+/// Where lengths disagree, or `dtype` is no float.
+pub fn replace_values(dtype: Dtype, elements: &mut [u8], values: &[f32]) -> PatchCounts {
+    with_float!(dtype, T => replace::<T>(elements, values), else unreachable!("targets are floats"))
+}
+
+fn replace<T: Float>(elements: &mut [u8], values: &[f32]) -> PatchCounts {
+    assert_eq!(elements.len(), values.len() * T::BYTES, "one value per element");
+    let mut counts = PatchCounts::default();
+    for (element, &value) in elements.chunks_exact_mut(T::BYTES).zip(values) {
+        let original = T::from_le(element);
+        let value = T::from_acc(T::Acc::from_f64(f64::from(value)));
+        let is_same = value.same_bits(original);
+        counts.touched += 1;
+        counts.nonzero += u64::from(!is_same);
+        counts.changed += u64::from(!is_same);
+        counts.overflowed += u64::from(original.is_finite() && !value.is_finite());
+        value.write_le(element);
+    }
+    counts
+}
+
 #[cfg(test)]
 mod tests {
     use half::bf16;

@@ -103,6 +103,14 @@ pub enum MergeError {
         /// Why.
         what: String,
     },
+    /// One adapter replaces a row, another adds to it.
+    #[error("\"{}\": row {row} is replaced by one adapter, and another adds to it; merge one of them", Printable(.tensor))]
+    SharedRow {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: u64,
+    },
     /// The files leave something open that their owner knows.
     #[error("{}: \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
     Undecided {
@@ -204,6 +212,7 @@ impl MergeError {
             | Self::Linked { .. }
             | Self::Refused { .. }
             | Self::Undecided { .. }
+            | Self::SharedRow { .. }
             | Self::Overflow { .. }
             | Self::NeedsBase { .. }
             | Self::KeepsNothing { .. } => ErrorKind::Refused,

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     adapter::AdapterId,
-    backend::{PatchCounts, gather, largest_magnitude, merged_values, overflows, pick},
+    backend::{PatchCounts, gather, largest_magnitude, overflows, pick},
     checkpoint::{
         BaseValues, CheckpointError, Context, Printable, TensorRef, for_each_ordered, gather_cost, gather_rows,
         window_cost,
@@ -155,13 +155,13 @@ impl<'c> Look<'c> {
         let mut values = found.clone();
         if let Some(before) = &before {
             let recorded = change.recorded(ctx, self.touched, layout, rows, before)?;
-            let (expected, _) = merged_values(dtype, &before.layers(), &before.touched, &recorded);
+            let (expected, _) = before.merged(dtype, &recorded);
             self.compare(rows, &before.touched, &pick(&all, &found, width, &before.touched), &expected, &mut block);
             put(&all, &mut values, width, &before.touched, &recorded);
         }
         if let Some(after) = after {
             let originals = pick(&all, &values, width, &after.touched);
-            let (merged, counts) = merged_values(dtype, &after.layers(), &after.touched, &originals);
+            let (merged, counts) = after.merged(dtype, &originals);
             block.counts = counts;
             for source in &change.after.active {
                 if let Some(columns) = after.columns_of(source.id) {
@@ -501,7 +501,7 @@ impl<'a, 'l> Examination<'a, 'l> {
                     let found = gather_rows(ctx, touched.tensor, layout, rows.start, &before.touched)?;
                     let recorded = self.change.recorded(ctx, &as_before, layout, rows, &before)?;
                     let dtype = touched.tensor.info.dtype;
-                    let (expected, _) = merged_values(dtype, &before.layers(), &before.touched, &recorded);
+                    let (expected, _) = before.merged(dtype, &recorded);
                     look.compare(rows, &before.touched, &found, &expected, &mut block);
                 }
                 Ok(block)

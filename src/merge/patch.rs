@@ -10,7 +10,7 @@ use super::{
     stack::Stack,
 };
 use crate::{
-    backend::{merged_values, pick},
+    backend::pick,
     checkpoint::{Context, Patcher, Place, TensorRef, for_each_ordered, window_cost},
     tensor::RowLayout,
 };
@@ -80,7 +80,7 @@ fn patch_block(
     }
     if let Some(after) = &after_rows {
         let originals = pick(&all, &values, width, &after.touched);
-        let (merged, _) = merged_values(dtype, &after.layers(), &after.touched, &originals);
+        let (merged, _) = after.merged(dtype, &originals);
         put(&all, &mut values, width, &after.touched, &merged);
     }
     let place =

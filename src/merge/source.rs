@@ -22,7 +22,7 @@ use crate::{
 /// A path that cannot be read; [`MergeError::Refused`] for a method that cannot be merged as it is.
 fn is_low_rank(path: &Path) -> Result<bool, MergeError> {
     match AdapterKind::of(path)? {
-        AdapterKind::Peft(PeftType::Lora) => Ok(true),
+        AdapterKind::Peft(PeftType::Lora | PeftType::TrainableTokens) => Ok(true),
         AdapterKind::Peft(method) => {
             let what = format!("a PEFT adapter of method {} cannot be merged as it is", Printable(method.name()));
             Err(MergeError::Refused { path: path.to_owned(), what })
@@ -181,7 +181,8 @@ impl Source {
             AnyAdapter::Sparse(sparse) => sparse.targets().iter().map(|target| target.name.clone()).collect(),
             AnyAdapter::Lora(lora) => {
                 let modules = lora.modules().iter().map(LoraModule::target);
-                modules.chain(lora.full().iter().map(|full| full.name.clone())).collect()
+                let full = lora.full().iter().map(|full| full.name.clone());
+                modules.chain(full).chain(lora.rows().iter().map(|rows| rows.name.clone())).collect()
             }
             AnyAdapter::Kept(_) => Vec::new(),
         }

@@ -5,15 +5,15 @@ use std::{collections::BTreeMap, ops::Range};
 use super::{
     AdapterReading, MergeError,
     ledger::{Kept, Ledger},
-    plan::{Does, Target, Targets, Term, combine, plan, resolve, same_bytes},
+    plan::{Does, ReplacedRows, Target, Targets, Term, combine, plan, resolve, same_bytes},
     source::Source,
 };
 use crate::{
     adapter::{Adapter, AdapterId, DeltaRows},
-    backend::{Layer, union_columns},
+    backend::{Layer, PatchCounts, merged_values, replace_values, union_columns},
     checkpoint::{Checkpoint, Context, Printable, Shard, StateFolder, TensorInfo, TensorRef},
     mask::{POSITION_BYTES, ROW_BYTES, TargetInfo},
-    tensor::RowColumns,
+    tensor::{Dtype, RowColumns},
     weights::WeightMap,
 };
 
@@ -66,13 +66,27 @@ pub(super) struct Stack<'a> {
 /// The deltas of a run of rows of one tensor of which single elements change.
 pub(super) struct StackRows {
     deltas: Vec<(AdapterId, DeltaRows, f64)>,
+    /// Rows that stand in for the originals: which of these rows, and their values.
+    replaced: Vec<(usize, Vec<f32>)>,
     /// Every column that some adapter touches.
     pub(super) touched: RowColumns,
 }
 
 impl StackRows {
+    /// The merged elements at the touched columns, from the originals there, and what became of them.
+    pub(super) fn merged(&self, dtype: Dtype, originals: &[u8]) -> (Vec<u8>, PatchCounts) {
+        let (mut merged, mut counts) = merged_values(dtype, &self.layers(), &self.touched, originals);
+        let width = dtype.bitsize() / 8;
+        for (row, values) in &self.replaced {
+            let range = self.touched.row_range(*row);
+            let (start, end) = (range.start * width, range.end * width);
+            counts.add(replace_values(dtype, &mut merged[start..end], values));
+        }
+        (merged, counts)
+    }
+
     /// The deltas as the backend takes them.
-    pub(super) fn layers(&self) -> Vec<Layer<'_>> {
+    fn layers(&self) -> Vec<Layer<'_>> {
         let deltas = self.deltas.iter();
         deltas.map(|(_, rows, scale)| Layer { columns: &rows.columns, values: &rows.values, scale: *scale }).collect()
     }
@@ -185,15 +199,26 @@ impl<'a> Stack<'a> {
 
     /// Chosen columns per row of a tensor, over all adapters; for sizing blocks.
     pub(super) fn nnz(&self, name: &str) -> u64 {
-        self.sparse_of(name).map(|(.., target)| target.nnz).sum()
+        let replaced = self.replaced_of(name).map(|rows| rows.info.n_elements());
+        self.sparse_of(name).map(|(.., target)| target.nnz).chain(replaced).sum()
+    }
+
+    fn replaced_of(&self, name: &str) -> impl Iterator<Item = &ReplacedRows<'a>> {
+        self.targets.get(name).into_iter().flat_map(Target::replaced).map(|(_, rows)| rows)
     }
     /// Bytes of memory that `rows` of the tensor `name` take at most while single elements of them are worked on.
     pub(super) fn rows_bytes(&self, ctx: &Context<'_>, name: &str, rows: &Range<u64>) -> u64 {
-        self.sparse_of(name).map(|(_, adapter, target)| adapter.rows_bytes(ctx, target, rows)).sum()
+        let n_columns = self.targets.get(name).map_or(0, |target| target.n_columns);
+        let replaced =
+            self.replaced_of(name).map(|replaced| replaced.among(rows).len() as u64 * n_columns * POSITION_BYTES);
+        self.sparse_of(name).map(|(_, adapter, target)| adapter.rows_bytes(ctx, target, rows)).chain(replaced).sum()
     }
     /// The same for one row, the longest that there may be.
     pub(super) fn max_row_bytes(&self, name: &str) -> u64 {
-        self.sparse_of(name).map(|(.., target)| target.max_positions(1) * POSITION_BYTES + ROW_BYTES).sum()
+        let n_columns = self.targets.get(name).map_or(0, |target| target.n_columns);
+        let replaced = self.replaced_of(name).map(|_| n_columns * POSITION_BYTES + ROW_BYTES);
+        let sparse = self.sparse_of(name).map(|(.., target)| target.max_positions(1) * POSITION_BYTES + ROW_BYTES);
+        sparse.chain(replaced).sum()
     }
 
     /// The deltas on `rows` of the tensor `name`, or `None` where no adapter chose elements of it.
@@ -207,12 +232,33 @@ impl<'a> Stack<'a> {
         for (source, adapter, target) in self.sparse_of(name) {
             deltas.push((source.id, adapter.read_rows(ctx, target, rows.clone())?, source.scale));
         }
-        if deltas.is_empty() {
+        let mut replaced = Vec::new();
+        for rows_of in self.replaced_of(name) {
+            for &(row, of_tensor) in rows_of.among(rows) {
+                replaced.push(((row - rows.start) as usize, rows_of.read(of_tensor)?));
+            }
+        }
+        replaced.sort_by_key(|(row, _)| *row);
+        let any_rows = self.replaced_of(name).next().is_some();
+        if deltas.is_empty() && !any_rows {
             return Ok(None);
         }
-        let parts: Vec<&RowColumns> = deltas.iter().map(|(_, rows, _)| &rows.columns).collect();
+        let mut whole_rows = RowColumns::default();
+        let mut next = replaced.iter().peekable();
+        let all: Vec<u32> = next.peek().map_or_else(Vec::new, |(_, values)| (0..values.len() as u32).collect());
+        for row in 0..(rows.end - rows.start) as usize {
+            let is_replaced = next.next_if(|(replaced, _)| *replaced == row).is_some();
+            whole_rows.push_row(if is_replaced { &all } else { &[] });
+        }
+        let of_deltas = deltas.iter().map(|(_, rows, _): &(_, DeltaRows, _)| &rows.columns);
+        let parts: Vec<&RowColumns> = of_deltas.chain(any_rows.then_some(&whole_rows)).collect();
         let touched = union_columns(&parts);
-        Ok(Some(StackRows { deltas, touched }))
+        for (row, _) in &replaced {
+            if deltas.iter().any(|(_, deltas, _)| !deltas.columns.row(*row).is_empty()) {
+                return Err(MergeError::SharedRow { tensor: name.to_owned(), row: rows.start + *row as u64 });
+            }
+        }
+        Ok(Some(StackRows { deltas, replaced, touched }))
     }
 
     /// The original of a tensor that the ledger keeps whole.

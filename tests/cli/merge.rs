@@ -45,7 +45,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    255 kB
-    ledger   12.1 kB
+    ledger   13.8 kB
     --- stderr
     ");
     assert_snapshot!(place.run("inspect out --filter *.0.*q_proj*"), @r"
@@ -118,7 +118,7 @@ fn merge_as_json_is_one_document() {
       "n_shards_patched": 1,
       "bytes_checked": 16384,
       "bytes_written": 254760,
-      "ledger_bytes": 1776
+      "ledger_bytes": 2072
     }
     --- stderr
     "#);
@@ -146,7 +146,7 @@ fn merge_takes_several_adapters_with_scales() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    255 kB
-    ledger   12.4 kB
+    ledger   14.3 kB
     --- stderr
     ");
 }
@@ -249,7 +249,7 @@ fn merge_in_place_and_back_restores_every_byte() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    4.86 kB
-    ledger   12.1 kB
+    ledger   13.8 kB
     --- stderr
     ");
     assert_ne!(content(&place.path("tiny-llama")), base());
@@ -288,7 +288,7 @@ fn adapters_come_out_in_any_order() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    5.12 kB
-    ledger   1.78 kB
+    ledger   2.07 kB
     --- stderr
     ");
     assert_eq!(content(&place.path("both")), content(&place.path("only-b")));

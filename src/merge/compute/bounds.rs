@@ -66,6 +66,12 @@ pub(in crate::merge) fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Resu
                 let delta = largest_of(&read_f32(shard, info, 0..target.n_rows)?);
                 bound.raise(source, delta * f64::from(scale.abs()));
             }
+            Does::Rows(rows) => {
+                let n = rows.info.n_elements();
+                let replaced = largest_of(&read_f32(rows.shard, rows.info, 0..n)?);
+                largest = largest.max(replaced);
+                bound.raise(source, replaced);
+            }
             Does::Full { .. } => {}
         }
     }

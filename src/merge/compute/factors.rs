@@ -119,7 +119,11 @@ impl Buffer<'_> {
 }
 
 /// Reads the elements `range` of a tensor, widened exactly as far as float32 goes.
-pub(super) fn read_f32(shard: &Shard, info: &TensorInfo, range: Range<u64>) -> Result<Vec<f32>, CheckpointError> {
+pub(in crate::merge) fn read_f32(
+    shard: &Shard,
+    info: &TensorInfo,
+    range: Range<u64>,
+) -> Result<Vec<f32>, CheckpointError> {
     let width = info.dtype.bitsize() as u64 / 8;
     let mut bytes = vec![0; ((range.end - range.start) * width) as usize];
     shard.read_at(&mut bytes, shard.file_range(info).start + range.start * width)?;

@@ -17,7 +17,7 @@ mod prepared;
 mod rows;
 
 pub(super) use bounds::{Bound, bound_of};
-pub(super) use factors::Matrix;
+pub(super) use factors::{Matrix, read_f32};
 pub(super) use hash::RowsHasher;
 pub(super) use prepared::Prepared;
 pub(super) use rows::{Computer, HASH_ROWS, merge_cost, merge_rows, row_blocks};

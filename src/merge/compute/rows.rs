@@ -194,6 +194,8 @@ fn sums_of(ctx: &Context<'_>, product: &Product<'_>, rows: &Range<u64>) -> Resul
 /// Bits of what became of an element.
 const TOUCHED: u8 = 1;
 const NONZERO: u8 = 2;
+/// Its original does not matter, not even where it is a NaN.
+const REPLACED: u8 = 4;
 
 /// Rows in the accumulator's type.
 pub(super) struct Block<'t, 'a, T: Float> {
@@ -252,7 +254,7 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
                 let full = read_f32(shard, info, self.rows.start * n_columns..self.rows.end * n_columns)?;
                 for ((value, flag), full) in self.values.iter_mut().zip(&mut self.flags).zip(full) {
                     let full = T::Acc::from_f64(f64::from(full));
-                    *flag |= TOUCHED | if full == *value { 0 } else { NONZERO };
+                    *flag |= TOUCHED | REPLACED | if full == *value { 0 } else { NONZERO };
                     *value = full;
                 }
             }
@@ -260,6 +262,17 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
         for (index, term) in (first..).zip(terms) {
             match &term.does {
                 Does::Full { .. } => {}
+                Does::Rows(rows) => {
+                    for &(row, of_tensor) in rows.among(&self.rows) {
+                        let at = self.elements(&(row..row + 1));
+                        let values = self.values[at.clone()].iter_mut().zip(&mut self.flags[at]);
+                        for ((value, flag), new) in values.zip(rows.read(of_tensor)?) {
+                            let new = T::Acc::from_f64(f64::from(new));
+                            *flag |= TOUCHED | REPLACED | if new == *value { 0 } else { NONZERO };
+                            *value = new;
+                        }
+                    }
+                }
                 Does::LowRank(product) => {
                     let Some(shared) = intersection(&self.rows, &product.rows()) else { continue };
                     self.add_product(ctx, product, &shared)?;
@@ -410,7 +423,6 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
     /// Rounds every touched element once, to the weight's type.
     fn round(self, bytes: &mut [u8]) -> PatchCounts {
         let mut counts = PatchCounts::default();
-        let is_replaced = self.target.terms.iter().any(|term| matches!(term.does, Does::Full { .. }));
         for ((element, value), flag) in bytes.chunks_exact_mut(T::BYTES).zip(self.values).zip(self.flags) {
             if flag & TOUCHED == 0 {
                 continue;
@@ -419,7 +431,7 @@ impl<'t, 'a, T: Float> Block<'t, 'a, T> {
             let is_nonzero = flag & NONZERO != 0;
             counts.touched += 1;
             counts.nonzero += u64::from(is_nonzero);
-            if original.is_nan() && !is_replaced {
+            if original.is_nan() && flag & REPLACED == 0 {
                 continue;
             }
             let value = T::from_acc(value);

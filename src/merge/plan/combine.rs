@@ -32,6 +32,7 @@ pub(in crate::merge) fn combine<'a>(some: Targets<'a>, others: Targets<'a>) -> R
 
 /// Fails where the terms of a target cannot be added up.
 fn check(target: &Target<'_>) -> Result<(), String> {
+    refuse_shared_rows(target)?;
     let has_full = target.terms.iter().any(|term| matches!(term.does, Does::Full { .. }));
     if has_full && target.n_sources() > 1 {
         return Err("one adapter holds it in full, another adds to it; merge one of them".to_owned());
@@ -43,6 +44,26 @@ fn check(target: &Target<'_>) -> Result<(), String> {
         return Err("two adapters read it in different ways: the rows of one are the columns of the other".to_owned());
     }
     refuse_overlaps(target)
+}
+
+/// A row that one adapter replaces may have nothing else on it.
+fn refuse_shared_rows(target: &Target<'_>) -> Result<(), String> {
+    for (index, term) in target.terms.iter().enumerate() {
+        let Does::Rows(replaced) = &term.does else { continue };
+        for (_, other) in target.terms.iter().enumerate().filter(|(at, _)| *at != index) {
+            let shared = replaced.places.iter().map(|(row, _)| *row).find(|&row| match &other.does {
+                Does::Rows(others) => !others.among(&(row..row + 1)).is_empty(),
+                Does::LowRank(product) => product.rows().contains(&row),
+                Does::Bias { .. } | Does::Full { .. } => true,
+                // Known when their columns are read.
+                Does::Sparse { .. } => false,
+            });
+            if let Some(row) = shared {
+                return Err(format!("row {row} is replaced, and changed by something else besides; merge one of them"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Of one adapter, no two modules may lie on the same weights.
@@ -59,7 +80,7 @@ fn refuse_overlaps(target: &Target<'_>) -> Result<(), String> {
                 }
                 _ => parts.push((term.source.id, product.rows(), product.columns)),
             },
-            Does::Sparse { .. } | Does::Full { .. } => {}
+            Does::Sparse { .. } | Does::Full { .. } | Does::Rows(_) => {}
             Does::Bias { .. } => parts.push((term.source.id, 0..target.n_rows, Columns::all(target.n_columns))),
         }
     }

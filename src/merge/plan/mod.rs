@@ -15,7 +15,7 @@ pub(super) use combine::combine;
 pub(super) use planner::same_bytes;
 pub use recorded::RecordedTerm;
 pub(super) use recorded::resolve;
-pub(super) use term::{Does, Magnitude, Product, Target, Term};
+pub(super) use term::{Does, Magnitude, Product, ReplacedRows, Target, Term};
 
 use self::planner::{IsOriginal, Planner};
 use super::{AdapterReading, MergeError, source::Source};

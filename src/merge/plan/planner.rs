@@ -5,11 +5,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
-use super::term::{Does, Magnitude, Product, Target, Term};
+use super::term::{Does, Magnitude, Product, ReplacedRows, Target, Term};
 use crate::{
     adapter::Adapter,
     checkpoint::{Printable, Shard, TensorInfo, TensorRef},
-    foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
+    foreign::{self, FullTensor, LoraAdapter, LoraModule, LoraShape},
     mask::TargetInfo,
     merge::{
         AdapterReading, ExpertOrder, MergeError, Undecided,
@@ -175,7 +175,10 @@ impl<'m, 'a> Planner<'m, 'a> {
                 self.add_module(&lora, module)?;
             }
         }
-        Ok(lora.adapter.modules().len() + lora.adapter.full().len())
+        for rows in lora.adapter.rows() {
+            self.add_rows(&lora, rows)?;
+        }
+        Ok(lora.adapter.modules().len() + lora.adapter.full().len() + lora.adapter.rows().len())
     }
 
     /// What the adapter tells about how its factors are to be read.
@@ -254,6 +257,46 @@ impl<'m, 'a> Planner<'m, 'a> {
                     format!("it is one tensor with \"{other}\", and the adapter has two different ones for it"),
                 );
             }
+        }
+        Ok(())
+    }
+
+    fn add_rows(&mut self, lora: &Lora<'a>, rows: &'a foreign::ReplacedRows) -> Result<(), MergeError> {
+        let (shard, info) = lora.adapter.tensor(&rows.tensor);
+        let name = self.within_part(lora, &rows.name);
+        let n_columns = info.shape[1];
+        let found =
+            match self.map.find(&name, |tensor| tensor.info.shape.len() == 2 && tensor.info.shape[1] == n_columns) {
+                Ok(found) => found,
+                Err(Unplaced::Shape { found, .. }) => {
+                    self.problem(&rows.name, format!("adapter has rows of {n_columns}, base has {found:?}"));
+                    return Ok(());
+                }
+                Err(unplaced) => {
+                    self.problem(&rows.name, self.map.explain(&rows.name, &unplaced));
+                    return Ok(());
+                }
+            };
+        if lora.source.scale != 1.0 {
+            let (name, scale) = (Printable(&rows.name), lora.source.scale);
+            return Err(self.refused(format!(
+                "\"{name}\": the adapter replaces rows of it, and a scale of {scale} has no meaning for them"
+            )));
+        }
+        let mut places: Vec<(u64, u64)> = rows.rows.iter().copied().zip(0..).collect();
+        places.sort_unstable();
+        for tensor in found.copies() {
+            let n_rows = tensor.info.shape[0];
+            if let Some((row, _)) = places.last().filter(|(row, _)| *row >= n_rows) {
+                self.problem(
+                    &rows.name,
+                    format!("the adapter replaces row {row}, base has {n_rows}; resize the base first"),
+                );
+                continue;
+            }
+            self.note_renamed(&rows.name, &tensor.info.name);
+            let replaced = ReplacedRows { shard, info, places: places.as_slice().into() };
+            self.add_whole(tensor, n_columns, lora.source, Does::Rows(replaced));
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Does, Magnitude, Product, Target, Term};
+use super::{Does, Magnitude, Product, ReplacedRows, Target, Term};
 use crate::{
     checkpoint::{Shard, TensorInfo, TensorRef},
     merge::{compute::Matrix, source::Source},
@@ -22,6 +22,15 @@ enum RecordedChange {
     Bias(RecordedBias),
     /// The adapter's tensor of this name.
     Full(String),
+    Rows(RecordedRows),
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RecordedRows {
+    tensor: String,
+    /// Which row of the stored tensor each is for, and which of the adapter's it is.
+    places: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -68,6 +77,9 @@ impl RecordedTerm {
         let does = match &term.does {
             Does::Sparse { target, .. } => RecordedChange::Sparse(target.name.clone()),
             Does::Full { info, .. } => RecordedChange::Full(info.name.clone()),
+            Does::Rows(rows) => {
+                RecordedChange::Rows(RecordedRows { tensor: rows.info.name.clone(), places: rows.places.to_vec() })
+            }
             Does::Bias { info, scale, .. } => {
                 RecordedChange::Bias(RecordedBias { tensor: info.name.clone(), scale: f64::from(*scale) })
             }
@@ -143,6 +155,19 @@ fn resolve_one<'a>(target: &Target<'a>, recorded: &RecordedChange, source: &'a S
         RecordedChange::Full(name) => {
             let (shard, info) = of_adapter(name, target.tensor.info.n_elements())?;
             Does::Full { shard, info }
+        }
+        RecordedChange::Rows(RecordedRows { tensor, places }) => {
+            let n = places.len() as u64;
+            let (shard, info) = of_adapter(tensor, n.saturating_mul(target.n_columns))?;
+            let fits = places.iter().all(|&(row, of_tensor)| row < target.n_rows && of_tensor < n);
+            if !fits
+                || places.is_empty()
+                || !places.is_sorted_by(|a, b| a.0 < b.0)
+                || info.n_elements() != n * target.n_columns
+            {
+                return Err("replaced rows lie outside of the tensor".to_owned());
+            }
+            Does::Rows(ReplacedRows { shard, info, places: places.as_slice().into() })
         }
         RecordedChange::Bias(RecordedBias { tensor, scale }) => {
             let (shard, info) = of_adapter(tensor, target.n_rows)?;

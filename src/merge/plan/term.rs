@@ -1,11 +1,14 @@
 //! What adapters do to a stored tensor.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use super::super::{compute::Matrix, source::Source};
+use super::super::{
+    compute::{Matrix, read_f32},
+    source::Source,
+};
 use crate::{
     adapter::Adapter,
-    checkpoint::{Shard, TensorInfo, TensorRef},
+    checkpoint::{CheckpointError, Shard, TensorInfo, TensorRef},
     mask::TargetInfo,
     tensor::RowLayout,
     weights::Columns,
@@ -40,6 +43,32 @@ pub(in crate::merge) enum Does<'a> {
     Bias { shard: &'a Shard, info: &'a TensorInfo, scale: f32 },
     /// Stands in for the original.
     Full { shard: &'a Shard, info: &'a TensorInfo },
+    /// Stands in for some rows of it.
+    Rows(ReplacedRows<'a>),
+}
+
+/// Rows that stand in for those of the original.
+#[derive(Clone, Debug)]
+pub(in crate::merge) struct ReplacedRows<'a> {
+    pub(in crate::merge) shard: &'a Shard,
+    /// `[places.len(), n_columns]`.
+    pub(in crate::merge) info: &'a TensorInfo,
+    /// Which row of the target each is for, and which of the tensor it is; ascending.
+    pub(in crate::merge) places: Arc<[(u64, u64)]>,
+}
+
+impl ReplacedRows<'_> {
+    /// Those among `rows` of the target.
+    pub(in crate::merge) fn among(&self, rows: &Range<u64>) -> &[(u64, u64)] {
+        let first = self.places.partition_point(|(row, _)| *row < rows.start);
+        let n = self.places[first..].partition_point(|(row, _)| *row < rows.end);
+        &self.places[first..first + n]
+    }
+    /// The values of one of them, by its row in the tensor.
+    pub(in crate::merge) fn read(&self, row: u64) -> Result<Vec<f32>, CheckpointError> {
+        let n_columns = self.info.n_elements() / self.places.len() as u64;
+        read_f32(self.shard, self.info, row * n_columns..(row + 1) * n_columns)
+    }
 }
 
 /// `u v * scale`, for a run of rows of the tensor, and for all of its columns or some.
@@ -95,8 +124,9 @@ impl<'a> Target<'a> {
     /// How the tensor is read as rows, where single elements change and no others: there positions and their originals are all that a
     /// ledger keeps. None where some adapter changes it as a whole.
     pub(in crate::merge) fn positions(&self) -> Option<RowLayout> {
-        let mut layouts = self.terms.iter().map(|term| match term.does {
+        let mut layouts = self.terms.iter().map(|term| match &term.does {
             Does::Sparse { target, .. } => Some(target.layout),
+            Does::Rows(_) => RowLayout::new(&self.tensor.info.shape, false),
             _ => None,
         });
         let first = layouts.next()??;
@@ -107,6 +137,14 @@ impl<'a> Target<'a> {
     pub(in crate::merge) fn sparse(&self) -> impl Iterator<Item = (&'a Source, &'a Adapter, &'a TargetInfo)> {
         self.terms.iter().filter_map(|term| match term.does {
             Does::Sparse { adapter, target } => Some((term.source, adapter, target)),
+            _ => None,
+        })
+    }
+
+    /// Its replaced rows, each with its adapter.
+    pub(in crate::merge) fn replaced(&self) -> impl Iterator<Item = (&'a Source, &ReplacedRows<'a>)> {
+        self.terms.iter().filter_map(|term| match &term.does {
+            Does::Rows(rows) => Some((term.source, rows)),
             _ => None,
         })
     }
