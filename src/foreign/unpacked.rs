@@ -28,8 +28,8 @@ impl Unpacked {
     pub(super) fn open(ctx: &Context<'_>, path: &Path) -> Result<(Shard, Self), CheckpointError> {
         let pickle = Arc::new(Input::open(path)?);
         let tensors = open_any(ctx, Arc::clone(&pickle))?;
-        let sizes = tensors.iter().map(|(_, tensor)| tensor.n_bytes());
-        let n_bytes = sizes.fold(Some(0u64), |sum, n_bytes| sum?.checked_add(n_bytes?));
+        let mut sizes = tensors.iter().map(|(_, tensor)| tensor.n_bytes());
+        let n_bytes = sizes.try_fold(0u64, |sum, n_bytes| sum.checked_add(n_bytes?));
         let most = pickle.n_bytes().saturating_mul(MOST_COPIES);
         let Some(n_bytes) = n_bytes.filter(|&n_bytes| n_bytes <= most) else {
             let what = format!("its tensors have more than {most} bytes, twice the file's own size");

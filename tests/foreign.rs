@@ -1,0 +1,192 @@
+//! Other tools' adapters in every form that people have them: what is merged from them, and what is said of those that are not.
+
+#![allow(clippy::unwrap_used, reason = "all of this is a test")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use neuroada_ckpt::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Context},
+    foreign::{AdapterKind, ForeignAdapter, Format, PeftType},
+    merge::{self, LowRankOptions, LowRankReading, MergeInput, Which},
+    tensor::Dtype,
+};
+
+#[path = "support/lora.rs"]
+#[allow(dead_code, reason = "shared by tests that need different parts of it")]
+mod lora;
+
+use lora::{Place, Tensors, read, write_tensors};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+fn input(adapter: &Path) -> MergeInput {
+    MergeInput { adapter: adapter.to_owned(), scale: None }
+}
+
+fn numbers(n: usize, first: f32) -> Vec<f32> {
+    (0..n).map(|i| first + i as f32 / 8.0).collect()
+}
+
+/// A base for the adapter of `fixtures/reference/peft/pickled`, and a projector.
+fn pickled_base(place: &Place) -> PathBuf {
+    let tensors: Tensors<'_> = &[
+        ("lm_head.weight", &[6, 4], numbers(24, 3.0)),
+        ("model.embed_tokens.weight", &[6, 4], numbers(24, 2.0)),
+        ("model.layers.0.self_attn.q_proj.weight", &[4, 4], numbers(16, 1.0)),
+        ("model.mm_projector.0.bias", &[4], numbers(4, -1.0)),
+        ("model.mm_projector.0.weight", &[4, 4], numbers(16, 0.0)),
+        ("model.norm.weight", &[4], numbers(4, 5.0)),
+    ];
+    place.base(Dtype::F32, r#"{"model_type":"llava_llama","tie_word_embeddings":false}"#, tensors)
+}
+
+/// Copies files of the fixture into the folder `name`, under other names.
+fn adapter(place: &Place, name: &str, files: &[(&str, &str)]) -> PathBuf {
+    let folder = place.path(name);
+    fs::create_dir(&folder).unwrap();
+    for (from, to) in [("adapter_config.json", "adapter_config.json")].iter().chain(files) {
+        fs::copy(fixture("reference/peft/pickled").join(from), folder.join(to)).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn a_pickled_adapter_merges_to_the_bytes_of_the_same_tensors_in_safetensors() {
+    let place = Place::new();
+    pickled_base(&place);
+    let plain = adapter(&place, "plain", &[("adapter_model.safetensors", "adapter_model.safetensors")]);
+    let merged = |path: &Path| {
+        place.merge(&[input(path)], LowRankReading::default()).unwrap();
+        fs::read(place.path("out/model.safetensors")).unwrap()
+    };
+    let expected = merged(&plain);
+    assert_ne!(expected, fs::read(place.path("base/model.safetensors")).unwrap());
+    assert_eq!(merged(&plain.join("adapter_model.safetensors")), expected, "the file instead of its folder");
+    for name in ["zip.bin", "stream.bin"] {
+        let pickled = adapter(&place, name, &[(name, "adapter_model.bin")]);
+        assert_eq!(merged(&pickled), expected, "{name}");
+    }
+}
+
+#[test]
+fn what_was_trained_beside_an_adapter_is_merged_kept_and_taken_out_again() {
+    let place = Place::new();
+    let base = pickled_base(&place);
+    let non_lora = "non_lora_trainables.bin";
+    let llava = adapter(&place, "llava", &[("zip.bin", "adapter_model.bin"), (non_lora, non_lora)]);
+    let report = place.merge(&[input(&llava)], LowRankReading::default()).unwrap();
+    let (merged, expected) =
+        (read(&place.path("out")), read(&fixture("reference/peft/pickled/non_lora_trainables.safetensors")));
+    assert_eq!(expected.len(), 2);
+    for (name, values) in expected {
+        assert_eq!(merged[name.strip_prefix("base_model.model.").unwrap()], values, "{name}");
+    }
+    let ctx = Context::default();
+    let kept = place.path("out/.neuroada/adapters").join(&report.active[0].id);
+    assert_eq!(merge::adapter_id(&ctx, &kept).unwrap().to_string(), report.active[0].id);
+    let undone = LowRankOptions::new(place.path("undone"));
+    merge::undo_low_rank(&ctx, &place.path("out"), &Which::All, Some(&base), &undone).unwrap();
+    let bytes = |name: &str| fs::read(place.path(name)).unwrap();
+    assert_eq!(bytes("undone/model.safetensors"), bytes("base/model.safetensors"));
+}
+
+#[test]
+fn trainable_tokens_are_refused_by_name_until_they_are_merged() {
+    let place = Place::new();
+    place.base(Dtype::F32, "{}", &[("q.weight", &[3, 5], numbers(15, 0.0)), ("e.weight", &[9, 4], numbers(36, 0.0))]);
+    let tensors: Tensors<'_> = &[
+        ("base_model.model.q.lora_A.weight", &[1, 5], numbers(5, 1.0)),
+        ("base_model.model.q.lora_B.weight", &[3, 1], numbers(3, 1.0)),
+        ("base_model.model.e.token_adapter.trainable_tokens_delta", &[2, 4], numbers(8, 1.0)),
+    ];
+    let lora = place.lora("lora", r#""r":1,"trainable_token_indices":{"e":[7,3]}"#, tensors);
+    let said = place.merge(&[lora], LowRankReading::default()).unwrap_err().to_string();
+    assert!(said.contains("trainable tokens is not supported"), "{said}");
+    let alone = place.lora("alone", r#""r":1"#, &[("e.trainable_tokens_delta", &[1, 4], numbers(4, 1.0))]);
+    fs::write(alone.adapter.join("adapter_config.json"), r#"{"peft_type":"TRAINABLE_TOKENS","token_indices":[3]}"#)
+        .unwrap();
+    let said = place.merge(&[alone], LowRankReading::default()).unwrap_err().to_string();
+    assert!(said.contains("method TRAINABLE_TOKENS cannot be merged as it is"), "{said}");
+}
+
+#[test]
+fn sparse_adapters_of_peft_are_opened_by_their_file_too() {
+    for (name, format) in [("shira", Format::Shira), ("supertuning", Format::SuperTuning)] {
+        let folder = fixture("reference/convert").join(name);
+        for path in [folder.clone(), folder.join("adapter_model.safetensors")] {
+            let foreign = ForeignAdapter::open(&Context::default(), &path).unwrap().unwrap();
+            assert_eq!((foreign.format(), foreign.path()), (format, path.as_path()));
+            assert_eq!(AdapterKind::of(&path).unwrap(), AdapterKind::Peft(PeftType::Sparse(format)));
+        }
+    }
+}
+
+#[test]
+fn the_folder_of_one_adapter_is_that_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = fixture("tiny-llama-adapter.safetensors");
+    let copy = |name: &str| fs::copy(&file, dir.path().join(name)).unwrap();
+    let document = AdapterKind::Document("adapter".to_owned());
+    copy("ours.safetensors");
+    fs::write(dir.path().join("README.md"), "an adapter").unwrap();
+    assert_eq!(AdapterKind::of(dir.path()).unwrap(), document);
+    let (ctx, found) = (Context::default(), Adapter::open(dir.path()).unwrap());
+    assert_eq!(found.id(&ctx).unwrap(), Adapter::open(&file).unwrap().id(&ctx).unwrap());
+    assert_eq!(found.path(), dir.path().join("ours.safetensors"));
+    copy("another.safetensors");
+    assert_eq!(AdapterKind::of(dir.path()).unwrap(), AdapterKind::Folder);
+    assert!(Adapter::open(dir.path()).is_err());
+    assert_eq!(AdapterKind::of(&fixture("tiny-llama")).unwrap(), AdapterKind::Folder);
+}
+
+#[test]
+fn lora_files_of_other_tools_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("lora.safetensors");
+    for (a, b, said) in [
+        (
+            "lora_unet_down_0_to_q.lora_down.weight",
+            "lora_unet_down_0_to_q.lora_up.weight",
+            "a LoRA file of kohya's sd-scripts",
+        ),
+        ("lora_te_text_0_q.lora_down.weight", "lora_te_text_0_q.lora_up.weight", "a LoRA file of kohya's sd-scripts"),
+        ("unet.down.0.to_q.lora.down.weight", "unet.down.0.to_q.lora.up.weight", "a LoRA file of diffusers"),
+        ("unet.down.0.to_q.lora_A.weight", "unet.down.0.to_q.lora_B.weight", "a LoRA file of diffusers"),
+        ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight", "a PEFT LoRA adapter"),
+        ("model.q.weight", "model.k.weight", "a plain checkpoint file"),
+    ] {
+        write_tensors(&file, Dtype::F32, &[(a, &[2, 4], numbers(8, 0.0)), (b, &[4, 2], numbers(8, 0.0))]);
+        let error = Adapter::open(&file).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains("an adapter is needed"), "{a}: {error}");
+    }
+}
+
+#[test]
+fn an_index_may_have_another_stem() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(fixture("tiny-llama")).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let to = name.replace("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json");
+        fs::copy(entry.path(), dir.path().join(to)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.index_name(), Some("diffusion_pytorch_model.safetensors.index.json"));
+    let expected = Checkpoint::open(&fixture("tiny-llama")).unwrap();
+    assert_eq!(checkpoint.n_parameters(), expected.n_parameters());
+    assert_eq!(expected.index_name(), Some("model.safetensors.index.json"));
+    let index = dir.path().join("diffusion_pytorch_model.safetensors.index.json");
+    fs::copy(&index, dir.path().join("b.safetensors.index.json")).unwrap();
+    let said = Checkpoint::open(dir.path()).unwrap_err().to_string();
+    assert!(said.contains("has several indexes, one is needed: b.safetensors.index.json, diffusion"), "{said}");
+    fs::remove_file(dir.path().join("b.safetensors.index.json")).unwrap();
+    // A sharded adapter is no checkpoint.
+    fs::rename(&index, dir.path().join("adapter_model.safetensors.index.json")).unwrap();
+    assert!(Checkpoint::open(dir.path()).is_err());
+}
