@@ -9,12 +9,14 @@
 //! positions be made: then the base is needed, and every adapter is proven against it.
 
 mod error;
+mod input;
 mod method;
 mod run;
 mod survey;
 mod trim;
 
 pub use error::CombineError;
+pub use input::CombineInput;
 pub use method::Method;
-pub use run::{CombineInput, CombineOptions, CombineReport, combine};
+pub use run::{CombineOptions, CombineReport, combine};
 pub use survey::{InputReport, PairReport};

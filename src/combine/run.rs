@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     CombineError, Method,
+    input::CombineInput,
     method::Dice,
     survey::{InputReport, PairReport, Survey, Target, for_each_position, members_bytes, read_members},
     trim::Cut,
@@ -19,15 +20,6 @@ use crate::{
 
 /// The most adapters that are combined at once.
 const MOST_INPUTS: usize = 64;
-
-/// An adapter to combine.
-#[derive(Clone, Debug)]
-pub struct CombineInput {
-    /// The adapter, opened with its base where it takes that.
-    pub adapter: Adapter,
-    /// Its weight.
-    pub weight: f64,
-}
 
 /// How to combine.
 #[derive(Clone, Debug)]

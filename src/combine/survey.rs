@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use serde::Serialize;
 
-use super::{CombineError, run::CombineInput};
+use super::{CombineError, input::CombineInput};
 use crate::{
     adapter::{AdapterError, DeltaRows},
     checkpoint::{Checkpoint, Context, Printable, for_each_ordered, gather_cost, gather_rows},

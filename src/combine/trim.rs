@@ -2,7 +2,7 @@
 
 use super::{
     CombineError,
-    run::CombineInput,
+    input::CombineInput,
     survey::{Target, members_bytes, read_members},
 };
 use crate::checkpoint::{Context, for_each_ordered};

@@ -7,8 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{GpuError, detect, launch};
-
 /// The folder that is looked in, and no other, where this variable is set.
 const FOLDER_VARIABLE: &str = "NEUROADA_CUDA_LIB";
 /// Versions that can be used, the newest first.
@@ -25,17 +23,6 @@ pub struct BlasLibrary {
     pub path: PathBuf,
 }
 
-/// Looks for cuBLASLt and loads it, once in a process; needs no device.
-///
-/// Where `NEUROADA_CUDA_LIB` is set, that folder alone is looked in. Else: where the loader looks, `$CUDA_HOME`, `/usr/local/cuda`, and
-/// the packages of `$VIRTUAL_ENV`, `$CONDA_PREFIX` and the `python3` on the `PATH`.
-///
-/// # Errors
-/// [`GpuError::NoLibrary`] says where it was looked for, [`GpuError::BadLibrary`] what it lacks.
-pub fn blas_library() -> Result<BlasLibrary, GpuError> {
-    launch::cublaslt().map(|library| library.facts().clone())
-}
-
 /// A place to look in.
 pub(super) struct Place {
     /// As people know it.
@@ -44,9 +31,9 @@ pub(super) struct Place {
     pub(super) files: Vec<PathBuf>,
 }
 
-/// The names of the library that this machine's driver can serve, and every place it may be in.
-pub(super) fn where_to_look() -> (Vec<String>, Vec<Place>) {
-    let driver = detect().driver.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
+/// The names of the library that a driver of this CUDA version, such as `12.4`, can serve, and every place it may be in.
+pub(super) fn where_to_look(driver: Option<&str>) -> (Vec<String>, Vec<Place>) {
+    let driver = driver.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
     let served = |version: &u32| driver.is_none_or(|driver| *version <= driver);
     let names: Vec<_> =
         VERSIONS.into_iter().filter(served).map(|version| format!("libcublasLt.so.{version}")).collect();

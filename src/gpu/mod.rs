@@ -11,7 +11,6 @@
 //! judge on the CPU that it equals. [`Blas`] multiplies activations by weights for the trainer, through cuBLASLt, which is looked for
 //! when it is wanted ([`blas_library`]). Nothing here reads a file.
 
-mod detect;
 mod error;
 mod launch;
 mod library;
@@ -19,10 +18,12 @@ mod low_rank;
 mod matrix;
 mod ranker;
 
-pub use detect::{Detection, DeviceInfo, detect};
 pub use error::GpuError;
-pub use launch::{Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue};
-pub use library::{BlasLibrary, blas_library};
+pub use launch::{
+    Attention, Blas, BlasWeight, Copyable, Detection, DeviceInfo, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned,
+    Queue, blas_library, detect,
+};
+pub use library::BlasLibrary;
 pub use low_rank::{LowRank, LowRankCounts, LowRankFactors, merged_low_rank};
 pub use matrix::{DeviceMatrix, DevicePatch, DeviceTerms};
 pub use ranker::{Factor, Ranked, RowRanker};

@@ -1,7 +1,8 @@
 //! The house rules of `src/`, checked on its text: which folder may import which, where words are printed, where
-//! `unsafe` lives, who asks the file system. `source` reads the files, `look` finds in them what the rules are about. The reader of
+//! `unsafe` lives, who asks the file system. `circles` looks for files that import each other. `source` reads the files, `look` finds in them what the rules are about. The reader of
 //! Rust in `support/rust_text.rs` knows comments, strings, nested modules and grouped imports, and no more than that; `reader` tests it.
 
+mod circles;
 mod look;
 mod reader;
 #[path = "../support/rust_text.rs"]

@@ -10,7 +10,11 @@ use std::{
     sync::OnceLock,
 };
 
-use crate::gpu::{BlasLibrary, GpuError, library};
+use super::detect::detect;
+use crate::gpu::{
+    GpuError,
+    library::{BlasLibrary, where_to_look},
+};
 
 /// What calls answer: 0, or a failure.
 pub(super) type Status = c_int;
@@ -111,14 +115,25 @@ impl Library {
     }
 }
 
+/// Looks for cuBLASLt and loads it, once in a process; needs no device.
+///
+/// Where `NEUROADA_CUDA_LIB` is set, that folder alone is looked in. Else: where the loader looks, `$CUDA_HOME`, `/usr/local/cuda`, and
+/// the packages of `$VIRTUAL_ENV`, `$CONDA_PREFIX` and the `python3` on the `PATH`.
+///
+/// # Errors
+/// [`GpuError::NoLibrary`] says where it was looked for, [`GpuError::BadLibrary`] what it lacks.
+pub fn blas_library() -> Result<BlasLibrary, GpuError> {
+    cublaslt().map(|library| library.facts().clone())
+}
+
 /// cuBLASLt, looked for once in a process.
-pub(in crate::gpu) fn cublaslt() -> Result<&'static Library, GpuError> {
+pub(super) fn cublaslt() -> Result<&'static Library, GpuError> {
     static FOUND: OnceLock<Result<Library, GpuError>> = OnceLock::new();
     FOUND.get_or_init(find).as_ref().map_err(Clone::clone)
 }
 
 fn find() -> Result<Library, GpuError> {
-    let (names, places) = library::where_to_look();
+    let (names, places) = where_to_look(detect().driver.as_deref());
     let mut looked = Vec::new();
     for place in places {
         let mut said = Vec::new();

@@ -1,9 +1,9 @@
 //! What GPUs the machine has, and why one cannot be used.
 
-use super::launch;
+use super::driver;
 
 /// The least compute capability that the kernels run on.
-pub(super) const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 /// The oldest driver that reads the kernels (PTX ISA 8.0), as the driver counts: 12.0.
 const LEAST_DRIVER: i32 = 12_000;
 
@@ -51,28 +51,28 @@ pub fn detect() -> Detection {
 }
 
 fn look(found: &mut Detection) -> Result<(), String> {
-    if !launch::has_driver() {
+    if !driver::has_driver() {
         return Err("there is no NVIDIA driver (libcuda.so.1 was not found)".to_owned());
     }
-    let missing = launch::missing_symbols();
+    let missing = driver::missing_symbols();
     if let Some(first) = missing.first() {
         let n = missing.len();
         return Err(format!(
             "the driver lacks {first} ({n} of the functions needed): one for CUDA 12.0 or newer is needed"
         ));
     }
-    let version = launch::driver_version().map_err(|code| format!("the driver does not tell its version: {code}"))?;
+    let version = driver::driver_version().map_err(|code| format!("the driver does not tell its version: {code}"))?;
     let spoken = format!("{}.{}", version / 1000, version % 1000 / 10);
     found.driver = Some(spoken.clone());
     if version < LEAST_DRIVER {
         return Err(format!("the driver speaks CUDA {spoken}; 12.0 (driver 525) or newer is needed"));
     }
-    let n = launch::init().map_err(|code| match code.as_str() {
+    let n = driver::init().map_err(|code| match code.as_str() {
         "CUDA_ERROR_NO_DEVICE" => "the driver found no device".to_owned(),
         code => format!("the driver does not start: {code}"),
     })?;
     for ordinal in 0..n {
-        let facts = launch::device_facts(ordinal).map_err(|code| format!("GPU {ordinal} does not answer: {code}"))?;
+        let facts = driver::device_facts(ordinal).map_err(|code| format!("GPU {ordinal} does not answer: {code}"))?;
         let (name, capability, n_bytes) = facts;
         let problem = (capability < LEAST_CAPABILITY).then(|| {
             let ((major, minor), (least, _)) = (capability, LEAST_CAPABILITY);
