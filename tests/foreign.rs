@@ -11,7 +11,7 @@ use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Context},
     foreign::{AdapterKind, ForeignAdapter, Format, PeftType},
-    merge::{self, LowRankOptions, LowRankReading, MergeInput, Which},
+    merge::{self, AdapterReading, MergeInput, MergeOptions, Which},
     tensor::Dtype,
 };
 
@@ -62,7 +62,7 @@ fn a_pickled_adapter_merges_to_the_bytes_of_the_same_tensors_in_safetensors() {
     pickled_base(&place);
     let plain = adapter(&place, "plain", &[("adapter_model.safetensors", "adapter_model.safetensors")]);
     let merged = |path: &Path| {
-        place.merge(&[input(path)], LowRankReading::default()).unwrap();
+        place.merge(&[input(path)], AdapterReading::default()).unwrap();
         fs::read(place.path("out/model.safetensors")).unwrap()
     };
     let expected = merged(&plain);
@@ -80,7 +80,7 @@ fn what_was_trained_beside_an_adapter_is_merged_kept_and_taken_out_again() {
     let base = pickled_base(&place);
     let non_lora = "non_lora_trainables.bin";
     let llava = adapter(&place, "llava", &[("zip.bin", "adapter_model.bin"), (non_lora, non_lora)]);
-    let report = place.merge(&[input(&llava)], LowRankReading::default()).unwrap();
+    let report = place.merge(&[input(&llava)], AdapterReading::default()).unwrap();
     let (merged, expected) =
         (read(&place.path("out")), read(&fixture("reference/peft/pickled/non_lora_trainables.safetensors")));
     assert_eq!(expected.len(), 2);
@@ -90,29 +90,49 @@ fn what_was_trained_beside_an_adapter_is_merged_kept_and_taken_out_again() {
     let ctx = Context::default();
     let kept = place.path("out/.neuroada/adapters").join(&report.active[0].id);
     assert_eq!(merge::adapter_id(&ctx, &kept).unwrap().to_string(), report.active[0].id);
-    let undone = LowRankOptions::new(place.path("undone"));
-    merge::undo_low_rank(&ctx, &place.path("out"), &Which::All, Some(&base), &undone).unwrap();
+    let undone = MergeOptions { base: Some(base), ..MergeOptions::new_checkpoint(place.path("undone")) };
+    merge::unmerge(&ctx, &place.path("out"), &Which::All, &undone).unwrap();
     let bytes = |name: &str| fs::read(place.path(name)).unwrap();
     assert_eq!(bytes("undone/model.safetensors"), bytes("base/model.safetensors"));
 }
 
 #[test]
-fn trainable_tokens_are_refused_by_name_until_they_are_merged() {
+fn trainable_tokens_replace_their_rows_and_are_taken_out_again() {
     let place = Place::new();
-    place.base(Dtype::F32, "{}", &[("q.weight", &[3, 5], numbers(15, 0.0)), ("e.weight", &[9, 4], numbers(36, 0.0))]);
-    let tensors: Tensors<'_> = &[
-        ("base_model.model.q.lora_A.weight", &[1, 5], numbers(5, 1.0)),
-        ("base_model.model.q.lora_B.weight", &[3, 1], numbers(3, 1.0)),
-        ("base_model.model.e.token_adapter.trainable_tokens_delta", &[2, 4], numbers(8, 1.0)),
-    ];
-    let lora = place.lora("lora", r#""r":1,"trainable_token_indices":{"e":[7,3]}"#, tensors);
-    let said = place.merge(&[lora], LowRankReading::default()).unwrap_err().to_string();
-    assert!(said.contains("trainable tokens is not supported"), "{said}");
-    let alone = place.lora("alone", r#""r":1"#, &[("e.trainable_tokens_delta", &[1, 4], numbers(4, 1.0))]);
-    fs::write(alone.adapter.join("adapter_config.json"), r#"{"peft_type":"TRAINABLE_TOKENS","token_indices":[3]}"#)
-        .unwrap();
-    let said = place.merge(&[alone], LowRankReading::default()).unwrap_err().to_string();
-    assert!(said.contains("method TRAINABLE_TOKENS cannot be merged as it is"), "{said}");
+    let base = place.base(
+        Dtype::F32,
+        "{}",
+        &[("q.weight", &[3, 5], numbers(15, 0.0)), ("e.weight", &[9, 4], numbers(36, 0.0))],
+    );
+    let rows: Tensors<'_> = &[("base_model.model.e.token_adapter.trainable_tokens_delta", &[2, 4], numbers(8, 100.0))];
+    let mut with_lora = rows.to_vec();
+    with_lora.push(("base_model.model.q.lora_A.weight", &[1, 5], numbers(5, 1.0)));
+    with_lora.push(("base_model.model.q.lora_B.weight", &[3, 1], numbers(3, 1.0)));
+    for (lora, n_touched) in [
+        (place.lora("lora", r#""r":1,"trainable_token_indices":{"e":[7,3]}"#, &with_lora), 8 + 15),
+        (place.lora("lora-type", r#""r":1,"trainable_token_indices":[7,3]"#, &with_lora), 8 + 15),
+    ] {
+        let report = place.merge(std::slice::from_ref(&lora), AdapterReading::default()).unwrap();
+        assert_eq!(report.total.n_touched, n_touched);
+        let merged = read(&place.path("out"));
+        let mut expected = numbers(36, 0.0);
+        expected[7 * 4..8 * 4].copy_from_slice(&numbers(8, 100.0)[..4]);
+        expected[3 * 4..4 * 4].copy_from_slice(&numbers(8, 100.0)[4..]);
+        assert_eq!(merged["e.weight"], expected);
+        let scaled = MergeInput { scale: Some(0.5), ..lora };
+        let said = place.merge(&[scaled], AdapterReading::default()).unwrap_err().to_string();
+        assert!(said.contains("replaces rows of it, and a scale of 0.5 has no meaning"), "{said}");
+        let ctx = Context::default();
+        let undone = MergeOptions { base: Some(base.clone()), ..lora::replacing(&place.path("undone")) };
+        merge::unmerge(&ctx, &place.path("out"), &Which::All, &undone).unwrap();
+        let bytes = |name: &str| fs::read(place.path(name)).unwrap();
+        assert_eq!(bytes("undone/model.safetensors"), bytes("base/model.safetensors"));
+    }
+    let beyond: Tensors<'_> =
+        &[("base_model.model.e.token_adapter.trainable_tokens_delta", &[1, 4], numbers(4, 100.0))];
+    let beyond = place.lora("beyond", r#""r":1,"trainable_token_indices":[9]"#, beyond);
+    let said = place.merge(&[beyond], AdapterReading::default()).unwrap_err().to_string();
+    assert!(said.contains("the adapter replaces row 9, base has 9"), "{said}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, ops::Range};
 
 use super::{
     KeptOriginals, MergeError,
-    compute::{Computer, Prepared, row_blocks},
+    compute::{Computer, Prepared, prepare, row_blocks},
     ledger::{GROUP_ROWS, Kept},
     plan::Target,
     stack::{Stack, StackRows},
@@ -247,7 +247,7 @@ impl<'a> Change<'a> {
         touched: &Touched<'_>,
         target: &'t Target<'t>,
     ) -> Result<Prepared<'t>, MergeError> {
-        Prepared::new(ctx, target, &|rows| self.original_rows(ctx, touched, rows))
+        prepare(ctx, target, &|rows| self.original_rows(ctx, touched, rows))
     }
 
     /// A tensor's rows in blocks: of about as many chosen columns, or elements, as make a window.

@@ -11,7 +11,7 @@ use super::{
     compute::{Bound, Prepared, RowsHasher, bound_of, merge_cost, merge_rows},
     findings::{Findings, MAX_EXAMPLES, WrongOriginal},
     ledger::{Kept, KeptHashes, LedgerWriter},
-    plan::{RecordedTerm, Target},
+    plan::{Target, record},
     plausible::{can_overflow, needs_originals},
 };
 use crate::{
@@ -471,7 +471,7 @@ impl<'a, 'l> Examination<'a, 'l> {
             let active = &self.change.after.active;
             let terms = target.terms.iter().map(|term| {
                 let index = active.iter().position(|source| source.id == term.source.id);
-                RecordedTerm::of(target, term, index.expect("its adapter is active"))
+                record(target, term, index.expect("its adapter is active"))
             });
             ledger.end_target(info, target.n_columns, terms.collect(), hashes);
         }

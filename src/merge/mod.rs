@@ -16,6 +16,7 @@ mod compute;
 mod door;
 mod error;
 mod examine;
+mod factors;
 mod findings;
 mod in_place;
 mod journal;
@@ -42,13 +43,12 @@ pub use error::{MergeError, Undecided};
 pub use journal::Journal;
 pub use ledger::{
     Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerDocument, LedgerTarget, LowRankRecord, RecordedAdapter,
-    RecordedTarget,
+    RecordedTarget, RecordedTerm,
 };
 pub use options::{AdapterReading, ExpertOrder, KeptOriginals, MergeInput, MergeOptions, MergeOutput, Which};
 pub use originals::{OriginalValues, Originals};
-pub use plan::RecordedTerm;
 pub use recover::{Recovered, recover};
-pub use report::{AdapterEntry, KindReport, MergeReport};
-pub use source::adapter_id;
+pub use report::{KindReport, MergeReport};
+pub use source::{AdapterEntry, adapter_id};
 pub use summary::{ActiveAdapter, LedgerSummary, ledger_summary};
 pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{
     MergeError,
     change::{Change, Touched, Work, positions, put, touched_by_either},
-    compute::{merge_cost, merge_rows, row_blocks},
+    compute::{merge_cost, merge_rows, prepare, row_blocks},
     plan::Target,
     stack::Stack,
 };
@@ -114,7 +114,7 @@ fn patch_whole(
         Ok::<_, MergeError>(bytes)
     };
     let prepared = match touched.after {
-        Some(target) => Some(super::compute::Prepared::new(ctx, target, &read)?),
+        Some(target) => Some(prepare(ctx, target, &read)?),
         None => None,
     };
     let start = touched.tensor.shard.file_range(touched.tensor.info).start;

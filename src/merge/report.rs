@@ -7,24 +7,10 @@ use serde::Serialize;
 use super::{
     change::{Change, Touched, Work},
     findings::Findings,
+    source::AdapterEntry,
     stack::Stack,
 };
 use crate::{adapter::AdapterId, backend::PatchCounts, tensor::projection_kind};
-
-/// An adapter in a checkpoint.
-#[derive(Clone, PartialEq, Debug, Serialize)]
-pub struct AdapterEntry {
-    /// The adapter's id, 64 hexadecimal digits.
-    pub id: String,
-    /// The scale it is merged with.
-    pub scale: f64,
-    /// The base it says it was made from.
-    pub base: String,
-    /// Tensors it touches.
-    pub n_tensors: usize,
-    /// Deltas it holds.
-    pub n_deltas: u64,
-}
 
 /// Deltas on one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]

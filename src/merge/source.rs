@@ -2,8 +2,10 @@
 
 use std::{path::Path, str::FromStr};
 
+use serde::Serialize;
+
 use super::{
-    AdapterEntry, MergeError, MergeInput,
+    MergeError, MergeInput,
     ledger::{LedgerAdapter, file_digest},
     options::check_scale,
     state::state_of,
@@ -45,6 +47,21 @@ pub fn adapter_id(ctx: &Context<'_>, path: &Path) -> Result<AdapterId, MergeErro
     let sparse = Adapter::open(path)?;
     // A packed adapter says its id; reading all of it could take its base.
     Ok(sparse.claimed_id().map_or_else(|| sparse.id(ctx), Ok)?)
+}
+
+/// An adapter in a checkpoint.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct AdapterEntry {
+    /// The adapter's id, 64 hexadecimal digits.
+    pub id: String,
+    /// The scale it is merged with.
+    pub scale: f64,
+    /// The base it says it was made from.
+    pub base: String,
+    /// Tensors it touches.
+    pub n_tensors: usize,
+    /// Deltas it holds.
+    pub n_deltas: u64,
 }
 
 /// One adapter of a merge.

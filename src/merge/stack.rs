@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use super::{
     AdapterReading, MergeError,
-    ledger::{Kept, Ledger},
+    ledger::{Kept, Ledger, LedgerTarget},
     plan::{Does, ReplacedRows, Target, Targets, Term, combine, plan, resolve, same_bytes},
     source::Source,
 };
@@ -357,7 +357,13 @@ fn plan_again<'a>(
     let targets = combine(found, Targets::new())
         .map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
     let recorded = &ledger.document().targets;
-    if let Some(name) = recorded.keys().find(|name| !targets.contains_key(name.as_str())) {
+    // What an adapter that was taken out had touched is recorded on, though it is the base's again.
+    let is_left = |target: &LedgerTarget| match &target.kept {
+        Kept::Hash(hashes) | Kept::Whole(hashes) => hashes.base != hashes.merged,
+        Kept::Positions(_) => true,
+    };
+    let lost = recorded.iter().find(|(name, target)| is_left(target) && !targets.contains_key(name.as_str()));
+    if let Some((name, _)) = lost {
         let what =
             format!("\"{}\": its record speaks of this tensor, and its adapters do not lead there", Printable(name));
         return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use super::{factors::read_f32, rows::row_blocks};
+use super::rows::row_blocks;
 use crate::{
     adapter::AdapterId,
     backend::largest_finite,
     checkpoint::{CheckpointError, Context},
     merge::{
+        factors::read_f32,
         plan::{Does, Product, Target},
         plausible::{can_overflow, needs_originals},
     },

@@ -10,14 +10,14 @@
 //! adds more to a weight (several adapters, sparse deltas, biases), magnitudes and tensors in full are the CPU's work.
 
 mod bounds;
-mod factors;
 mod hash;
 mod norms;
+mod prepare;
 mod prepared;
 mod rows;
 
 pub(super) use bounds::{Bound, bound_of};
-pub(super) use factors::{Matrix, read_f32};
 pub(super) use hash::RowsHasher;
+pub(super) use prepare::prepare;
 pub(super) use prepared::Prepared;
 pub(super) use rows::{Computer, HASH_ROWS, merge_cost, merge_rows, row_blocks};

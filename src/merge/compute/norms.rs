@@ -1,22 +1,18 @@
 //! Norms of columns, for magnitudes of weights that are stored the other way round: known only when all rows were seen.
 
-use std::ops::Range;
-
 use super::{
-    factors::read_f32,
+    prepared::ReadRows,
     rows::{Block, HASH_ROWS, factor_of, merge_cost, row_blocks},
 };
 use crate::{
     checkpoint::{Context, for_each_ordered, window_cost},
     merge::{
         MergeError,
+        factors::read_f32,
         plan::{Magnitude, Product, Target},
     },
     tensor::with_float,
 };
-
-/// Reads the originals of a run of a target's rows.
-pub(in crate::merge) type ReadRows<'r> = dyn Fn(&Range<u64>) -> Result<Vec<u8>, MergeError> + Sync + 'r;
 
 /// What brings the columns of a target to the magnitudes of one of its products, `[n_columns]`.
 ///

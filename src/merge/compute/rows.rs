@@ -4,7 +4,7 @@ use std::ops::Range;
 #[cfg(feature = "cuda")]
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{factors::read_f32, prepared::Prepared};
+use super::prepared::Prepared;
 #[cfg(feature = "cuda")]
 use crate::tensor::Dtype;
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     checkpoint::{CheckpointError, Context},
     merge::{
         MergeError,
+        factors::read_f32,
         plan::{Does, Magnitude, Product, Target, Term},
     },
     tensor::{Accumulator, Float, with_float},

@@ -4,11 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    checkpoint::DOCUMENT_KEY,
-    merge::{AdapterReading, plan::RecordedTerm},
-    tensor::RowLayout,
-};
+use super::RecordedTerm;
+use crate::{checkpoint::DOCUMENT_KEY, merge::AdapterReading, tensor::RowLayout};
 
 /// Beside a document: its BLAKE3.
 pub(super) const CHECKSUM_KEY: &str = "neuroada.blake3";

@@ -19,6 +19,7 @@
 
 mod document;
 mod low_rank;
+mod term;
 mod writer;
 
 use std::{
@@ -30,6 +31,8 @@ use std::{
 
 pub use document::{Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerDocument, LedgerTarget};
 pub use low_rank::{LowRankRecord, RecordedAdapter, RecordedTarget};
+pub use term::RecordedTerm;
+pub(super) use term::{RecordedBias, RecordedChange, RecordedMagnitude, RecordedMatrix, RecordedProduct, RecordedRows};
 pub(super) use writer::LedgerWriter;
 
 use super::MergeError;

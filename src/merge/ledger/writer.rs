@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::{
-    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerAdapter, LedgerDocument, LedgerTarget,
+    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerAdapter, LedgerDocument, LedgerTarget, RecordedTerm,
     document::CHECKSUM_KEY,
 };
 use crate::{
     checkpoint::{Context, DOCUMENT_KEY, StateFolder, TensorFileWriter, TensorId, TensorInfo},
-    merge::{MergeError, plan::RecordedTerm},
+    merge::MergeError,
     tensor::{Dtype, RowColumns, dtype_name},
 };
 

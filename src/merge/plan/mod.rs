@@ -1,7 +1,7 @@
 //! From adapters and a checkpoint to what becomes of each stored tensor: [`Target`]s with their [`Term`]s.
 //!
 //! The planner finds the place of everything that an adapter holds, once, when the adapter is merged; the ledger records it
-//! ([`RecordedTerm`]), and undoing reads it from there. [`combine`] brings the targets of several adapters together.
+//! (`ledger::term`), and undoing reads it from there. [`combine`] brings the targets of several adapters together.
 
 mod combine;
 mod planner;
@@ -13,8 +13,7 @@ use std::collections::BTreeMap;
 
 pub(super) use combine::combine;
 pub(super) use planner::same_bytes;
-pub use recorded::RecordedTerm;
-pub(super) use recorded::resolve;
+pub(super) use recorded::{record, resolve};
 pub(super) use term::{Does, Magnitude, Product, ReplacedRows, Target, Term};
 
 use self::planner::{IsOriginal, Planner};

@@ -13,7 +13,7 @@ use crate::{
     mask::TargetInfo,
     merge::{
         AdapterReading, ExpertOrder, MergeError, Undecided,
-        compute::Matrix,
+        factors::Matrix,
         source::{AnyAdapter, Source},
     },
     tensor::{Dtype, dtype_name, projection_kind},

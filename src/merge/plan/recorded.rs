@@ -1,108 +1,52 @@
 //! Terms as a ledger records them: which tensors of the adapter's file go where, so that undoing derives nothing again.
 
-use serde::{Deserialize, Serialize};
-
 use super::{Does, Magnitude, Product, ReplacedRows, Target, Term};
 use crate::{
     checkpoint::{Shard, TensorInfo, TensorRef},
-    merge::{compute::Matrix, source::Source},
+    merge::{
+        factors::Matrix,
+        ledger::{
+            RecordedBias, RecordedChange, RecordedMagnitude, RecordedMatrix, RecordedProduct, RecordedRows,
+            RecordedTerm,
+        },
+        source::Source,
+    },
     weights::Columns,
 };
 
-/// What one adapter, by its place among the ledger's active ones, does to a tensor.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct RecordedTerm(usize, RecordedChange);
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RecordedChange {
-    /// The adapter's target of this name.
-    Sparse(String),
-    LowRank(RecordedProduct),
-    Bias(RecordedBias),
-    /// The adapter's tensor of this name.
-    Full(String),
-    Rows(RecordedRows),
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecordedRows {
-    tensor: String,
-    /// Which row of the stored tensor each is for, and which of the adapter's it is.
-    places: Vec<(u64, u64)>,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecordedBias {
-    tensor: String,
-    scale: f64,
-}
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecordedProduct {
-    /// The first row of the stored tensor, and how many.
-    rows: [u64; 2],
-    /// First, step and number of the stored tensor's columns; all where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    columns: Option<[u64; 3]>,
-    rank: u64,
-    scale: f64,
-    u: RecordedMatrix,
-    v: RecordedMatrix,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    magnitude: Option<RecordedMagnitude>,
-}
-
-/// A tensor of the adapter; the element of row 0 and column 0, and the strides of rows and columns, in elements.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct RecordedMatrix(String, u64, u64, u64);
-
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecordedMagnitude {
-    tensor: String,
-    of_columns: bool,
-    start: u64,
-}
-
-impl RecordedTerm {
-    /// A term of a target; `adapter` is the index of its source.
-    pub(in crate::merge) fn of(target: &Target<'_>, term: &Term<'_>, adapter: usize) -> Self {
-        let matrix = |matrix: &Matrix<'_>| {
-            RecordedMatrix(matrix.info.name.clone(), matrix.start, matrix.row_stride, matrix.column_stride)
-        };
-        let does = match &term.does {
-            Does::Sparse { target, .. } => RecordedChange::Sparse(target.name.clone()),
-            Does::Full { info, .. } => RecordedChange::Full(info.name.clone()),
-            Does::Rows(rows) => {
-                RecordedChange::Rows(RecordedRows { tensor: rows.info.name.clone(), places: rows.places.to_vec() })
-            }
-            Does::Bias { info, scale, .. } => {
-                RecordedChange::Bias(RecordedBias { tensor: info.name.clone(), scale: f64::from(*scale) })
-            }
-            Does::LowRank(product) => {
-                let Columns { first, step, n, .. } = product.columns;
-                let magnitude = product.magnitude.as_ref().map(|magnitude| RecordedMagnitude {
-                    tensor: magnitude.info.name.clone(),
-                    of_columns: magnitude.of_columns,
-                    start: magnitude.start,
-                });
-                RecordedChange::LowRank(RecordedProduct {
-                    rows: [product.first_row, product.n_rows],
-                    columns: (product.columns != Columns::all(target.n_columns)).then_some([first, step, n]),
-                    rank: product.rank,
-                    scale: f64::from(product.scale),
-                    u: matrix(&product.u),
-                    v: matrix(&product.v),
-                    magnitude,
-                })
-            }
-        };
-        Self(adapter, does)
-    }
+/// A term of a target; `adapter` is the index of its source.
+pub(in crate::merge) fn record(target: &Target<'_>, term: &Term<'_>, adapter: usize) -> RecordedTerm {
+    let matrix = |matrix: &Matrix<'_>| {
+        RecordedMatrix(matrix.info.name.clone(), matrix.start, matrix.row_stride, matrix.column_stride)
+    };
+    let does = match &term.does {
+        Does::Sparse { target, .. } => RecordedChange::Sparse(target.name.clone()),
+        Does::Full { info, .. } => RecordedChange::Full(info.name.clone()),
+        Does::Rows(rows) => {
+            RecordedChange::Rows(RecordedRows { tensor: rows.info.name.clone(), places: rows.places.to_vec() })
+        }
+        Does::Bias { info, scale, .. } => {
+            RecordedChange::Bias(RecordedBias { tensor: info.name.clone(), scale: f64::from(*scale) })
+        }
+        Does::LowRank(product) => {
+            let Columns { first, step, n, .. } = product.columns;
+            let magnitude = product.magnitude.as_ref().map(|magnitude| RecordedMagnitude {
+                tensor: magnitude.info.name.clone(),
+                of_columns: magnitude.of_columns,
+                start: magnitude.start,
+            });
+            RecordedChange::LowRank(RecordedProduct {
+                rows: [product.first_row, product.n_rows],
+                columns: (product.columns != Columns::all(target.n_columns)).then_some([first, step, n]),
+                rank: product.rank,
+                scale: f64::from(product.scale),
+                u: matrix(&product.u),
+                v: matrix(&product.v),
+                magnitude,
+            })
+        }
+    };
+    RecordedTerm(adapter, does)
 }
 
 /// The target of a stored tensor whose terms are recorded; `sources` are the ledger's active adapters.

@@ -3,7 +3,7 @@
 use std::{ops::Range, sync::Arc};
 
 use super::super::{
-    compute::{Matrix, read_f32},
+    factors::{Matrix, read_f32},
     source::Source,
 };
 use crate::{

@@ -7,7 +7,7 @@ use super::planner::{Lora, Planner, same_bytes, same_tensor};
 use crate::{
     checkpoint::Printable,
     foreign::{FullTensor, LoraAdapter, LoraModule, LoraShape},
-    merge::{MergeError, Undecided, compute::Matrix},
+    merge::{MergeError, Undecided, factors::Matrix},
     weights::TiedWeight,
 };
 

@@ -12,31 +12,31 @@ const MOST_BYTES: u64 = 4 << 20;
 
 /// A matrix that lies in a tensor with any strides, in elements.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::merge) struct Matrix<'a> {
-    pub(in crate::merge) shard: &'a Shard,
-    pub(in crate::merge) info: &'a TensorInfo,
+pub(super) struct Matrix<'a> {
+    pub(super) shard: &'a Shard,
+    pub(super) info: &'a TensorInfo,
     /// The element of row 0, column 0.
-    pub(in crate::merge) start: u64,
-    pub(in crate::merge) row_stride: u64,
-    pub(in crate::merge) column_stride: u64,
+    pub(super) start: u64,
+    pub(super) row_stride: u64,
+    pub(super) column_stride: u64,
 }
 
 impl<'a> Matrix<'a> {
     /// A tensor's elements as `[.., row_len]`, row-major.
-    pub(in crate::merge) fn rows(shard: &'a Shard, info: &'a TensorInfo, row_len: u64) -> Self {
+    pub(super) fn rows(shard: &'a Shard, info: &'a TensorInfo, row_len: u64) -> Self {
         Self { shard, info, start: 0, row_stride: row_len, column_stride: 1 }
     }
     /// The same matrix with rows and columns exchanged.
-    pub(in crate::merge) fn transposed(self) -> Self {
+    pub(super) fn transposed(self) -> Self {
         Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
     /// The same matrix from another element on.
-    pub(in crate::merge) fn from(self, row: u64, column: u64) -> Self {
+    pub(super) fn from(self, row: u64, column: u64) -> Self {
         Self { start: self.start + row * self.row_stride + column * self.column_stride, ..self }
     }
 
     /// Reads `rows` and `columns`, widened exactly, row-major. Memory: the result and a buffer of 4 MiB.
-    pub(in crate::merge) fn read(&self, rows: Range<u64>, columns: Range<u64>) -> Result<Vec<f32>, CheckpointError> {
+    pub(super) fn read(&self, rows: Range<u64>, columns: Range<u64>) -> Result<Vec<f32>, CheckpointError> {
         let (n_rows, n_columns) = ((rows.end - rows.start) as usize, (columns.end - columns.start) as usize);
         let mut read = vec![0.0; n_rows * n_columns];
         if read.is_empty() {
@@ -119,11 +119,7 @@ impl Buffer<'_> {
 }
 
 /// Reads the elements `range` of a tensor, widened exactly as far as float32 goes.
-pub(in crate::merge) fn read_f32(
-    shard: &Shard,
-    info: &TensorInfo,
-    range: Range<u64>,
-) -> Result<Vec<f32>, CheckpointError> {
+pub(super) fn read_f32(shard: &Shard, info: &TensorInfo, range: Range<u64>) -> Result<Vec<f32>, CheckpointError> {
     let width = info.dtype.bitsize() as u64 / 8;
     let mut bytes = vec![0; ((range.end - range.start) * width) as usize];
     shard.read_at(&mut bytes, shard.file_range(info).start + range.start * width)?;
