@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicI64, Ordering},
 };
 
@@ -360,7 +360,7 @@ impl Work {
             return;
         }
         let name = &names[self.random.below(names.len() as u64) as usize];
-        let (shard, place) = data_of(&self.path, name);
+        let (shard, place) = mixture::data_of(&self.path, name);
         let before = fs::read(&shard).unwrap();
         let mut bytes = before.clone();
         let at = place.start + self.random.below((place.end - place.start) as u64) as usize;
@@ -371,17 +371,6 @@ impl Work {
         fs::write(&shard, before).unwrap();
         self.counts.flipped += 1;
     }
-}
-
-/// The shard of a tensor, and where its bytes are.
-fn data_of(checkpoint: &Path, name: &str) -> (PathBuf, std::ops::Range<usize>) {
-    let of_shard = mixture::TENSORS.iter().find(|(_, of, ..)| *of == name).unwrap().0;
-    let shard = checkpoint.join(format!("model-0000{of_shard}-of-00002.safetensors"));
-    let bytes = fs::read(&shard).unwrap();
-    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
-    let offset = |at: usize| header[name]["data_offsets"][at].as_u64().unwrap() as usize;
-    (shard, start + offset(0)..start + offset(1))
 }
 
 #[test]

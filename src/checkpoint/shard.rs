@@ -122,6 +122,15 @@ impl Shard {
         Ok(meta.nlink())
     }
 
+    /// Device and inode: the same for every path to the file.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub fn identity(&self) -> Result<(u64, u64), CheckpointError> {
+        let meta = self.file.metadata().map_err(|e| CheckpointError::io("examine", &self.path, e))?;
+        Ok((meta.dev(), meta.ino()))
+    }
+
     /// Where the file lies.
     pub fn path(&self) -> &Path {
         &self.path

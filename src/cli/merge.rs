@@ -16,7 +16,6 @@ use neuroada_ckpt::{
 
 use super::{
     Answer,
-    adopt::adopt,
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count, number, percent},
@@ -161,13 +160,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 
 /// Merges, when there is nothing to recover any more.
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
-    // The folder holds what was converted until it is merged.
-    let (inputs, _folder) = adopt(&args.base, inputs, &args.low_rank.renames.answers(), env)?;
-    // Sparse adapters are files.
-    let mut any_low_rank = false;
-    for input in &inputs {
-        any_low_rank |= probe::is_folder(&input.adapter)?;
-    }
+    let any_low_rank = inputs.iter().any(|input| merge::changes_whole_tensors(&input.adapter));
     #[cfg(feature = "cuda")]
     let gpu = if any_low_rank { env.gpu_merger()? } else { None };
     #[cfg(feature = "cuda")]

@@ -6,7 +6,6 @@
 //! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
 
 mod about;
-mod adopt;
 mod card;
 mod combine;
 mod completions;

@@ -163,6 +163,17 @@ impl<'a> Change<'a> {
         }
     }
 
+    /// Fails where the original of a tensor is needed and nowhere to be had.
+    ///
+    /// # Errors
+    /// [`MergeError::NeedsBase`].
+    pub(super) fn needs_original(&self, touched: &Touched<'_>) -> Result<(), MergeError> {
+        match (self.before.kept(touched.name()), touched.origin) {
+            (Some(Kept::Hash(_)), Origin::Here) => self.in_base(touched.tensor).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the originals of a run of a tensor's rows.
     pub(super) fn original_rows(
         &self,
@@ -318,6 +329,28 @@ impl BaseValues for Beneath<'_> {
         let mut values = gather_rows(ctx, from, layout, first_row, &all)?;
         put(&all, &mut values, width, &merged.touched, &recorded);
         Ok(pick(&all, &values, width, columns))
+    }
+}
+
+/// The same for all tensors.
+pub(super) struct AllBeneath<'c>(pub(super) &'c Change<'c>);
+
+impl BaseValues for AllBeneath<'_> {
+    fn gather(
+        &self,
+        ctx: &Context<'_>,
+        tensor: TensorRef<'_>,
+        layout: RowLayout,
+        first_row: u64,
+        columns: &RowColumns,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        match self.0.touched_named(&tensor.info.name).map_err(file_error)? {
+            None => gather_rows(ctx, tensor, layout, first_row, columns),
+            Some(touched) => {
+                self.0.needs_original(&touched).map_err(file_error)?;
+                Beneath { change: self.0, touched: &touched }.gather(ctx, tensor, layout, first_row, columns)
+            }
+        }
     }
 }
 

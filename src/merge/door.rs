@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     AdapterReading, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport, Which,
-    change::{Change, Touched},
+    change::{AllBeneath, Change, Touched},
     compute::Computer,
     in_place,
     ledger::LedgerDocument,
@@ -110,13 +110,14 @@ impl Step<'_> {
         &self,
         ctx: &Context<'_>,
         remembered: &Remembered,
-        checkpoint: &Checkpoint,
+        beneath: &Change<'_>,
+        map: &WeightMap<'_>,
     ) -> Result<Vec<Source>, MergeError> {
         let Self::Add(inputs) = self else { return Ok(Vec::new()) };
-        let added = Source::open_all(ctx, inputs, checkpoint)?;
+        let added = Source::open_all(ctx, inputs, map, &AllBeneath(beneath))?;
         let is_there = |new: &&Source| remembered.sources.iter().any(|old| old.id == new.id);
         match added.iter().find(is_there) {
-            Some(new) => Err(MergeError::AlreadyMerged { path: checkpoint.root().to_owned(), id: new.id }),
+            Some(new) => Err(MergeError::AlreadyMerged { path: map.checkpoint().root().to_owned(), id: new.id }),
             None => Ok(added),
         }
     }
@@ -153,11 +154,20 @@ fn apply(
     let base = options.base.as_deref().map(open_base).transpose()?;
     let remembered = Remembered::open(ctx, &state)?;
     let removed = step.removed(&remembered, path)?;
-    let added = step.added(ctx, &remembered, &checkpoint)?;
     let before = Stack::of(&remembered, &checkpoint, base.as_ref())?;
-    let (new, plan_notes) = places(&added, &before, base.as_ref(), &checkpoint, options)?;
-    let after = before.changed(&checkpoint, &removed, added.iter(), new)?;
     let computer = Computer::new(options.merger);
+    let beneath = Change {
+        checkpoint: &checkpoint,
+        before: &before,
+        after: &before,
+        base: base.as_ref(),
+        keep: options.keep,
+        computer: &computer,
+    };
+    let map = WeightMap::new(&checkpoint, options.reading.answers())?;
+    let added = step.added(ctx, &remembered, &beneath, &map)?;
+    let (new, plan_notes) = places(ctx, &added, &beneath, &map, &options.reading)?;
+    let after = before.changed(&checkpoint, &removed, added.iter(), new)?;
     let change = Change {
         checkpoint: &checkpoint,
         before: &before,
@@ -174,6 +184,7 @@ fn apply(
                 drop((before, after, lock));
                 return apply(ctx, path, options, step);
             }
+            in_place::refuse_itself(&change)?;
             in_place::apply(ctx, &change, &state, document(&change), options.allow_overflow)?
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } => {
@@ -184,47 +195,55 @@ fn apply(
             out_of_place::apply(ctx, &change, document, &target, options.allow_overflow, &asked)?
         }
     };
-    report.notes.splice(0..0, checkpoint.notes().into_iter().chain(plan_notes));
+    let of_sources = added.iter().flat_map(|source| source.notes.iter().cloned());
+    report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(plan_notes));
     Ok(report)
 }
 
-/// Finds the places of new adapters.
+/// Finds the places of new adapters; `beneath` is a change of nothing, which knows the originals.
 fn places<'a>(
+    ctx: &Context<'_>,
     added: &'a [Source],
-    before: &Stack<'a>,
-    base: Option<&Checkpoint>,
-    checkpoint: &'a Checkpoint,
-    options: &MergeOptions<'_>,
+    beneath: &Change<'_>,
+    map: &WeightMap<'a>,
+    reading: &AdapterReading,
 ) -> Result<(Targets<'a>, Vec<String>), MergeError> {
     if added.is_empty() {
         return Ok((Targets::new(), Vec::new()));
     }
-    let reading = &options.reading;
     let names: Vec<String> = added.iter().flat_map(Source::parameters).collect();
-    let map = WeightMap::new(checkpoint, reading.answers())?;
     map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     map.check_axes(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
-    let is_original = |tensor: TensorRef<'a>, other: (&Shard, &TensorInfo)| {
-        let name = &tensor.info.name;
-        if !tensor.info.is_like(other.1) {
+    let is_original = |tensor: TensorRef<'a>, (shard, info): (&Shard, &TensorInfo)| {
+        if !tensor.info.is_like(info) {
             return Ok(false);
         }
-        // Of what was merged into, the base or the ledger has the original; where neither has, it counts as another.
-        let original = match before.targets.contains_key(name.as_str()) {
-            false => Some((tensor.shard, tensor.info)),
-            true => before
-                .whole(name)
-                .or_else(|| base.and_then(|base| base.tensor(name)).map(|found| (found.shard, found.info))),
+        let Some(touched) = beneath.touched_named(&tensor.info.name)? else {
+            return same_bytes((tensor.shard, tensor.info), (shard, info));
         };
-        original.map_or(Ok(false), |original| same_bytes(original, other))
+        beneath.needs_original(&touched)?;
+        for rows in beneath.blocks(ctx, &touched) {
+            ctx.check()?;
+            let original = beneath.original_rows(ctx, &touched, &rows)?;
+            let mut other = vec![0; original.len()];
+            shard.read_at(&mut other, shard.file_range(info).start + rows.start * touched.row_bytes())?;
+            if original != other {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     };
-    plan(&map, added.iter(), reading, &is_original)
+    plan(map, added.iter(), reading, &is_original)
 }
 
 /// The document of the ledger after a change, without adapters and targets.
 fn document(change: &Change<'_>) -> LedgerDocument {
     let remembered = change.before.ledger.map(|ledger| ledger.document().base.as_str()).unwrap_or_default();
-    let base = if remembered.is_empty() { change.checkpoint.name() } else { remembered.to_owned() };
+    let base = match (remembered, change.base) {
+        ("", Some(base)) => base.name(),
+        ("", None) => change.checkpoint.name(),
+        (remembered, _) => remembered.to_owned(),
+    };
     LedgerDocument::new(base, Vec::new(), AdapterReading::default())
 }
 

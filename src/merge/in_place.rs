@@ -13,7 +13,7 @@
 //! after 4 leaves the new state, all of it on disk. `ledger.new` goes after `txn`, and durably so: `txn` without it means that somebody
 //! else took it away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     KeptOriginals, MergeError, MergeReport,
@@ -64,6 +64,27 @@ pub(super) fn break_links(ctx: &Context<'_>, change: &Change<'_>, allow_overflow
     ctx.observer.begin("copying shared files", n_bytes);
     shared.iter().try_for_each(|shard| unshare(ctx, shard))?;
     Ok(true)
+}
+
+/// Fails where the base that is to have the originals is the checkpoint that is going to change, or shares a file with it.
+///
+/// # Errors
+/// [`MergeError::Refused`].
+pub(super) fn refuse_itself(change: &Change<'_>) -> Result<(), MergeError> {
+    let Some(base) = change.base else { return Ok(()) };
+    let mut own = BTreeSet::new();
+    for shard in change.checkpoint.shards() {
+        own.insert(shard.identity()?);
+    }
+    for shard in base.shards() {
+        if own.contains(&shard.identity()?) {
+            let what =
+                "the base shares this file with the checkpoint that is to be changed: its originals would be lost"
+                    .to_owned();
+            return Err(MergeError::Refused { path: shard.path().to_owned(), what });
+        }
+    }
+    Ok(())
 }
 
 /// Fails where a tensor would be overwritten as a whole and its original would be nowhere.

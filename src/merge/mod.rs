@@ -24,7 +24,6 @@ mod ledger;
 mod model_card;
 mod new_checkpoint;
 mod options;
-mod originals;
 mod out_of_place;
 mod patch;
 mod plan;
@@ -46,9 +45,8 @@ pub use ledger::{
     RecordedTarget, RecordedTerm,
 };
 pub use options::{AdapterReading, ExpertOrder, KeptOriginals, MergeInput, MergeOptions, MergeOutput, Which};
-pub use originals::{OriginalValues, Originals};
 pub use recover::{Recovered, recover};
 pub use report::{KindReport, MergeReport};
-pub use source::{AdapterEntry, adapter_id};
+pub use source::{AdapterEntry, adapter_id, changes_whole_tensors};
 pub use summary::{ActiveAdapter, LedgerSummary, ledger_summary};
 pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

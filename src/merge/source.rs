@@ -3,6 +3,7 @@
 use std::{path::Path, str::FromStr};
 
 use serde::Serialize;
+use tempfile::TempDir;
 
 use super::{
     MergeError, MergeInput,
@@ -11,20 +12,29 @@ use super::{
     state::state_of,
 };
 use crate::{
-    adapter::{Adapter, AdapterError, AdapterId, ColumnsKind},
+    adapter::{self, Adapter, AdapterError, AdapterId, AdapterNotes, ColumnsKind},
     checkpoint::{
-        AtomicFile, Checkpoint, CheckpointError, Context, EntryKind, OwnFolder, Printable, Shard, StateFolder,
+        AtomicFile, BaseValues, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
+        StateFolder,
     },
-    foreign::{AdapterKind, LoraAdapter, LoraModule, PEFT_CONFIG, PEFT_TENSORS, PeftType},
+    foreign::{AdapterKind, ForeignAdapter, LoraAdapter, LoraModule, PEFT_CONFIG, PEFT_TENSORS, PeftType},
+    weights::WeightMap,
 };
 
-/// Whether a path given as an adapter is a low-rank one; a PEFT adapter of another method is neither that nor a sparse one.
+/// Whether a path leads to an adapter that changes whole tensors, as a LoRA does. What is no adapter, a merge says.
+pub fn changes_whole_tensors(path: &Path) -> bool {
+    matches!(AdapterKind::of(path), Ok(AdapterKind::Peft(PeftType::Lora)))
+}
+
+/// Whether a path given as an adapter is one of PEFT's that changes whole tensors or rows of them; one of another method is neither that
+/// nor a sparse one.
 ///
 /// # Errors
 /// A path that cannot be read; [`MergeError::Refused`] for a method that cannot be merged as it is.
 fn is_low_rank(path: &Path) -> Result<bool, MergeError> {
     match AdapterKind::of(path)? {
         AdapterKind::Peft(PeftType::Lora | PeftType::TrainableTokens) => Ok(true),
+        AdapterKind::Peft(PeftType::Sparse(_)) => Ok(false),
         AdapterKind::Peft(method) => {
             let what = format!("a PEFT adapter of method {} cannot be merged as it is", Printable(method.name()));
             Err(MergeError::Refused { path: path.to_owned(), what })
@@ -71,6 +81,10 @@ pub(super) struct Source {
     /// The scale of the merge; of a low-rank adapter it comes on top of its own scaling.
     pub(super) scale: f64,
     pub(super) adapter: AnyAdapter,
+    /// What had to be decided when it was read, in words.
+    pub(super) notes: Vec<String>,
+    /// Where it lies that was converted, until it is merged.
+    _converted: Option<TempDir>,
 }
 
 #[derive(Debug)]
@@ -90,29 +104,68 @@ pub(super) struct KeptTensors {
 }
 
 impl Source {
-    /// Opens an adapter for a merge into `checkpoint`, reading and proving all of it; a packed one may derive its columns from there.
-    pub(super) fn open(ctx: &Context<'_>, input: &MergeInput, checkpoint: &Checkpoint) -> Result<Self, MergeError> {
+    /// Opens an adapter for a merge into the checkpoint of `map`, reading and proving all of it; a packed one may derive its columns from
+    /// there. Another tool's sparse adapter is converted on the way, in a temporary folder; `originals` are the values it is for.
+    fn open(
+        ctx: &Context<'_>,
+        input: &MergeInput,
+        map: &WeightMap<'_>,
+        originals: &dyn BaseValues,
+    ) -> Result<Self, MergeError> {
         let path = &input.adapter;
+        if let Some(foreign) = ForeignAdapter::open(ctx, path)? {
+            return Self::convert(ctx, input, &foreign, map, originals);
+        }
+        let checkpoint = map.checkpoint();
         if is_low_rank(path)? {
             let lora = LoraAdapter::open(ctx, path)?;
             let scale = check_scale(input, input.scale.unwrap_or(1.0), true)?;
             let id = AdapterId::from_str(lora.id(ctx)?.to_hex().as_str())?;
-            return Ok(Self { id, scale, adapter: AnyAdapter::Lora(lora) });
+            return Ok(Self::new(id, scale, AnyAdapter::Lora(lora)));
         }
         let sparse = open_sparse(ctx, path, checkpoint)?;
         let scale = check_scale(input, input.scale.unwrap_or(sparse.scale()), false)?;
-        Ok(Self { id: sparse.id(ctx)?, scale, adapter: AnyAdapter::Sparse(sparse) })
+        Ok(Self::new(sparse.id(ctx)?, scale, AnyAdapter::Sparse(sparse)))
+    }
+
+    fn new(id: AdapterId, scale: f64, adapter: AnyAdapter) -> Self {
+        Self { id, scale, adapter, notes: Vec::new(), _converted: None }
+    }
+
+    fn convert(
+        ctx: &Context<'_>,
+        input: &MergeInput,
+        foreign: &ForeignAdapter,
+        map: &WeightMap<'_>,
+        originals: &dyn BaseValues,
+    ) -> Result<Self, MergeError> {
+        let folder = tempfile::Builder::new().prefix("neuroada-").tempdir();
+        let folder = folder.map_err(|e| CheckpointError::io("create", &std::env::temp_dir(), e))?;
+        let name = input.adapter.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let path = folder.path().join(format!("{name}.safetensors"));
+        let report = adapter::import(ctx, foreign, map, originals, &AdapterNotes::default(), &path, Existing::Keep)?;
+        let sparse = Adapter::open(&path)?;
+        let scale = check_scale(input, input.scale.unwrap_or(sparse.scale()), false)?;
+        let mut source = Self::new(sparse.id(ctx)?, scale, AnyAdapter::Sparse(sparse));
+        if !report.exact {
+            let (n, of) = (report.n_rounded, report.n_entries);
+            let name = Printable(&name);
+            source.notes.push(format!("{name}: {n} of {of} deltas were rounded, as {} does it", report.from));
+        }
+        source._converted = Some(folder);
+        Ok(source)
     }
 
     /// Opens several, in ascending order of id.
     pub(super) fn open_all(
         ctx: &Context<'_>,
         inputs: &[MergeInput],
-        checkpoint: &Checkpoint,
+        map: &WeightMap<'_>,
+        originals: &dyn BaseValues,
     ) -> Result<Vec<Self>, MergeError> {
         let mut sources = Vec::new();
         for input in inputs {
-            let source = Self::open(ctx, input, checkpoint)?;
+            let source = Self::open(ctx, input, map, originals)?;
             if sources.iter().any(|other: &Self| other.id == source.id) {
                 let path = Printable::path(&input.adapter);
                 return Err(MergeError::Usage(format!("{path}: adapter {} is given twice", source.id.short())));
@@ -181,7 +234,7 @@ impl Source {
                 return Err(bad(&what));
             }
         };
-        Ok(Self { id, scale: entry.scale, adapter })
+        Ok(Self::new(id, entry.scale, adapter))
     }
 
     /// Where it lies.

@@ -97,8 +97,10 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
         }
         (Some(_), base) => Stack::of_or_unplaced(&remembered, &checkpoint, base.as_ref())?,
         (None, Some(base)) if !options.adapters.is_empty() => {
-            given = Source::open_all(ctx, &options.adapters, base)?;
-            expected_stack(&given, &checkpoint, base, &options.reading)?
+            let map = WeightMap::new(&checkpoint, options.reading.answers())?;
+            let of_base = WeightMap::new(base, options.reading.answers())?;
+            given = Source::open_all(ctx, &options.adapters, &of_base, base)?;
+            expected_stack(&given, &map, base, &options.reading)?
         }
         (None, _) => {
             let what = "has no ledger: give its base and the adapters that were merged".to_owned();
@@ -263,18 +265,17 @@ pub(super) fn open_base(path: &Path) -> Result<Checkpoint, MergeError> {
 /// The stack that merging `given` into `base` would make, on the checkpoint that it is said to have made.
 fn expected_stack<'a>(
     given: &'a [Source],
-    checkpoint: &'a Checkpoint,
+    map: &WeightMap<'a>,
     base: &Checkpoint,
     reading: &AdapterReading,
 ) -> Result<Stack<'a>, MergeError> {
-    let map = WeightMap::new(checkpoint, reading.answers())?;
     let is_original = |tensor: TensorRef<'a>, other: (&Shard, &TensorInfo)| match base.tensor(&tensor.info.name) {
         Some(found) if found.info.is_like(other.1) => Ok(same_bytes((found.shard, found.info), other)?),
         _ => Ok(false),
     };
-    let (targets, _) = plan(&map, given.iter(), reading, &is_original)?;
+    let (targets, _) = plan(map, given.iter(), reading, &is_original)?;
     let targets = combine(targets, Targets::new())
-        .map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
+        .map_err(|what| MergeError::Refused { path: map.checkpoint().root().to_owned(), what })?;
     Ok(Stack { active: given.iter().collect(), targets, ledger: None })
 }
 

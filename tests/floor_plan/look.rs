@@ -49,9 +49,9 @@ pub(crate) fn words(tokens: &[Token]) -> Vec<(usize, String)> {
     found
 }
 
-/// A file's tokens without its tests: none of `tests.rs`, and no item behind `#[cfg(test)]`.
+/// A file's tokens without its tests: none of `tests.rs` and `*_tests.rs`, and no item behind `#[cfg(test)]`.
 pub(crate) fn without_tests(source: &Source) -> Vec<&Token> {
-    if source.path.ends_with("/tests.rs") {
+    if source.path.ends_with("/tests.rs") || source.path.ends_with("_tests.rs") {
         return Vec::new();
     }
     let tokens = &source.tokens;

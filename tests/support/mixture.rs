@@ -276,7 +276,7 @@ fn write_base(folder: &Path) {
 }
 
 /// A sparse adapter of none to four deltas in each row; of a name with `true` the rows are the stored tensor's columns.
-fn write_sparse(base: &Path, path: &Path, seed: u64, targets: &[(&str, bool)]) -> AnyAdapter {
+pub(crate) fn write_sparse(base: &Path, path: &Path, seed: u64, targets: &[(&str, bool)]) -> AnyAdapter {
     let (checkpoint, ctx) = (Checkpoint::open(base).unwrap(), Context::default());
     let mut random = Random(seed);
     let mut writer = AdapterWriter::create(path, Existing::Keep, Dtype::F32).unwrap();
@@ -492,4 +492,15 @@ pub(crate) fn to_new(path: &Path, resume: bool, base: Option<PathBuf>) -> MergeO
     let output =
         MergeOutput::New { path: path.to_owned(), existing: Existing::Keep, ledger: true, link: false, resume };
     MergeOptions { reading: reading(), base, ..MergeOptions::to(output) }
+}
+
+/// The shard of a tensor, and where its bytes are.
+pub(crate) fn data_of(checkpoint: &Path, name: &str) -> (PathBuf, std::ops::Range<usize>) {
+    let of_shard = TENSORS.iter().find(|(_, of, ..)| *of == name).unwrap().0;
+    let shard = checkpoint.join(format!("model-0000{of_shard}-of-00002.safetensors"));
+    let bytes = fs::read(&shard).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    let offset = |at: usize| header[name]["data_offsets"][at].as_u64().unwrap() as usize;
+    (shard, start + offset(0)..start + offset(1))
 }

@@ -3,7 +3,6 @@
 use super::{ChecksumArg, ConvertArgs, EncodingArg};
 use crate::cli::{
     Answer,
-    adopt::adopt,
     env::Env,
     page::{Page, Table, bytes, count, percent},
 };
@@ -11,7 +10,7 @@ use anyhow::{anyhow, bail};
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, DOCUMENT_KEY, Printable, WorkFolder, probe},
     convert::{self, Checksum, Encoding, WeightSyncOptions, WeightSyncReport},
-    merge::{self, MergeInput, MergeOptions},
+    merge::{self, AdapterReading, MergeInput, MergeOptions},
 };
 
 /// Writes what INPUT makes of BASE as a `weight_vNNNNNN` folder.
@@ -45,8 +44,9 @@ pub(super) fn export(args: &ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
             let folder = WorkFolder::beside(&args.output)?;
             let path = folder.path().join(base_path.file_name().unwrap_or("merged".as_ref()));
             let input = MergeInput { adapter: args.input.clone(), scale: None };
-            let (inputs, _adopted) = adopt(base_path, vec![input], &args.renames.answers(), env)?;
-            let merged = merge::merge(&ctx, base_path, &inputs, &MergeOptions::new_checkpoint(&path))?;
+            let reading = AdapterReading { renames: args.renames.renames.clone(), ..AdapterReading::default() };
+            let options = MergeOptions { reading, ..MergeOptions::new_checkpoint(&path) };
+            let merged = merge::merge(&ctx, base_path, &[input], &options)?;
             merged.notes.iter().for_each(|note| env.note(note));
             (Checkpoint::open(&path)?, Some(folder))
         }
