@@ -119,6 +119,9 @@ pub(super) struct OutputArgs {
     /// Keep finished shards when cut short, and go on from those of an earlier run
     #[arg(long, requires = "output")]
     resume: bool,
+    /// Take along files that contradict the new weights: other copies of the old ones, the base's model card
+    #[arg(long, requires = "output")]
+    keep_other_files: bool,
     /// Check everything, say what would be written, write nothing
     #[arg(long)]
     dry_run: bool,
@@ -130,6 +133,11 @@ impl OutputArgs {
         self.output.is_none() && !self.dry_run
     }
 
+    /// Whether the result has the place of the input.
+    pub(super) fn is_changed_itself(&self) -> bool {
+        self.output.is_none()
+    }
+
     pub(super) fn options(self, ledger: bool) -> MergeOptions<'static> {
         let output = match self.output {
             Some(path) => {
@@ -138,7 +146,8 @@ impl OutputArgs {
             }
             None => MergeOutput::InPlace { through_links: self.break_links },
         };
-        MergeOptions { dry_run: self.dry_run, ..MergeOptions::to(output) }
+        let keep_other_files = self.keep_other_files;
+        MergeOptions { dry_run: self.dry_run, keep_other_files, ..MergeOptions::to(output) }
     }
 }
 
@@ -167,6 +176,7 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     let merger = gpu.as_ref().map_or_else(Merger::cpu, Merger::gpu);
     #[cfg(not(feature = "cuda"))]
     let merger = Merger::cpu();
+    let is_in_place = args.output.is_changed_itself();
     let keep = if args.low_rank.keep_originals { KeptOriginals::Whole } else { KeptOriginals::Hashes };
     let reading = args.low_rank.reading();
     let options = MergeOptions {
@@ -206,7 +216,7 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     if recovered {
         report.notes.insert(0, RECOVERED.to_owned());
     }
-    tell(&report, env)?;
+    tell(&report, is_in_place, env)?;
     #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu {
         tell_of_gpu(&gpu.counts(), env);
@@ -257,13 +267,19 @@ pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
 }
 
 /// Prints the report of a merge or an unmerge.
-pub(super) fn tell(report: &MergeReport, env: &Env) -> anyhow::Result<()> {
+pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> anyhow::Result<()> {
     match report.dry_run {
         true => env.report(report, print)?,
         false => env.report_work(report, print)?,
     }
     for note in &report.notes {
         env.note(note);
+    }
+    for file in &report.left_out {
+        match is_in_place {
+            true => env.note(&format!("stays beside the new weights: {file}")),
+            false => env.note(&format!("left out: {file}")),
+        }
     }
     if report.total.n_overflowed > 0 {
         env.note(&format!(

@@ -42,12 +42,13 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
     } else {
         Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<anyhow::Result<_>>()?)
     };
+    let is_in_place = args.output.is_changed_itself();
     let options = MergeOptions { base: args.base, ..args.output.options(true) };
     let report = match merge::unmerge(&env.context(), &args.path, &which, &options) {
         Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
         undone => undone?,
     };
-    tell(&report, env)?;
+    tell(&report, is_in_place, env)?;
     Ok(Answer::Yes)
 }
 

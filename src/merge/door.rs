@@ -189,13 +189,24 @@ fn apply(
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } => {
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
-            let target = Destination { path: output, existing, keep_ledger, link, resume, keep_other_files: false };
+            let target = Destination {
+                path: output,
+                existing,
+                keep_ledger,
+                link,
+                resume,
+                keep_other_files: options.keep_other_files,
+            };
             let asked = format!("{:?} {:?}\n", options.keep, options.reading);
             let document = document(&change);
             out_of_place::apply(ctx, &change, document, &target, options.allow_overflow, &asked)?
         }
     };
     let of_sources = added.iter().flat_map(|source| source.notes.iter().cloned());
+    let is_new = matches!(options.output, MergeOutput::New { .. });
+    if (options.dry_run || !is_new) && !(is_new && options.keep_other_files) && checkpoint.layout() != Layout::File {
+        report.left_out = checkpoint.side_files_left_out()?;
+    }
     report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(plan_notes));
     Ok(report)
 }

@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::MergeError;
+use super::{MergeError, model_card::CARD_NAME};
 use crate::checkpoint::{
     AtomicDir, Checkpoint, Context, Existing, Layout, LeftOut, STATE_FOLDER, Shard, SingleFile, StateFolder,
-    check_free_space, copy_side_files, folder_of, windows,
+    check_free_space, copy_side_files, folder_of, windows, write_atomic,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -91,6 +91,14 @@ impl<'a> NewCheckpoint<'a> {
         Ok(copy_side_files(ctx, self.from, &self.root, self.keep_other_files)?)
     }
 
+    /// Writes a file of the checkpoint's own into its folder, in the place of one that an earlier run left.
+    pub(super) fn write_file(&self, name: &str, text: &str) -> Result<(), MergeError> {
+        match self.output {
+            Output::Folder(_) => Ok(write_atomic(&self.root.join(name), Existing::Replace, text.as_bytes())?),
+            Output::File(_) => Ok(()),
+        }
+    }
+
     /// Completes the state with the list of this program's files, which a later `--force` replaces and no others, or removes it.
     pub(super) fn finish_state(&self, is_kept: bool) -> Result<(), MergeError> {
         if !is_kept {
@@ -123,6 +131,9 @@ fn check_replaced(output: &AtomicDir, from: &Checkpoint, destination: &Destinati
     let side_files = from.sorted_side_files(destination.keep_other_files)?;
     let mut planned: BTreeSet<PathBuf> = side_files.kept.into_iter().collect();
     planned.extend(from.shards().iter().map(|shard| PathBuf::from(shard.file_name())));
+    if !destination.keep_other_files {
+        planned.insert(PathBuf::from(CARD_NAME));
+    }
     if destination.keep_ledger {
         planned.insert(Path::new(STATE_FOLDER).join(StateFolder::FILES));
     }

@@ -99,6 +99,9 @@ pub struct MergeOptions<'a> {
     pub dry_run: bool,
     /// Whether a merge may make finite weights infinite or NaN, which the report counts. Taking adapters out may do it always.
     pub allow_overflow: bool,
+    /// Whether a new checkpoint gets the files too that contradict its weights, such as other copies of the old ones and the old model
+    /// card.
+    pub keep_other_files: bool,
     /// How what the adapters' files leave open is to be read.
     pub reading: AdapterReading,
     /// What is kept of tensors that change as a whole.
@@ -116,6 +119,7 @@ impl MergeOptions<'_> {
             output,
             dry_run: false,
             allow_overflow: false,
+            keep_other_files: false,
             reading: AdapterReading::default(),
             keep: KeptOriginals::default(),
             base: None,

@@ -10,7 +10,7 @@ use super::{
     source::AdapterEntry,
     stack::Stack,
 };
-use crate::{adapter::AdapterId, backend::PatchCounts, tensor::projection_kind};
+use crate::{adapter::AdapterId, backend::PatchCounts, checkpoint::LeftOut, tensor::projection_kind};
 
 /// Deltas on one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -65,6 +65,10 @@ pub struct MergeReport {
     /// Whether taking an adapter out of the result needs the base: of tensors that changed as a whole, hashes alone are kept.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub needs_base: bool,
+    /// Files beside the shards that would contradict the new weights, such as other copies of the old ones, and were left out of the new
+    /// checkpoint; in place they stay.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
     /// What had to be decided on the way, in words: tensors found under other names, tied heads, shards that `resume` could not take
     /// over; and warnings, which begin with `warning:`, of deltas of no plausible size.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -136,6 +140,7 @@ pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Fi
         bytes_written: findings.n_patched_bytes,
         ledger_bytes: 0,
         needs_base: false,
+        left_out: Vec::new(),
         notes,
     }
 }

@@ -271,6 +271,18 @@ impl Source {
             AnyAdapter::Sparse(_) | AnyAdapter::Lora(_) => None,
         }
     }
+    /// The base that it names, as it names it; none where that is a path of somebody's machine.
+    pub(super) fn full_base_name(&self) -> Option<String> {
+        let name = match &self.adapter {
+            AnyAdapter::Lora(lora) => lora.config().base.clone().unwrap_or_default(),
+            _ => self.entry(0).base,
+        };
+        let is_repository = name.split('/').count() == 2 && !name.starts_with(['.', '/', '~']) && !name.ends_with('/');
+        match (is_repository, self.entry(0).base) {
+            (true, _) => Some(name),
+            (false, name) => Some(name).filter(|name| !name.is_empty()),
+        }
+    }
     /// Bytes of its copy in a state folder, at most.
     pub(super) fn copy_bytes(&self) -> u64 {
         match &self.adapter {
