@@ -119,6 +119,8 @@ impl Copied<'_> {
             return BTreeMap::from([(String::new(), fs::read(path).unwrap())]);
         }
         let files = fs::read_dir(path).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_file());
+        // Programs of before 0.2 wrote no model card.
+        let files = files.filter(|entry| entry.file_name() != "README.md");
         files.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
     }
 

@@ -5,6 +5,7 @@
 //! adapters/ID.safetensors     a copy of every active adapter: where the touched positions are, and what was added
 //! low-rank                    instead of a ledger: the record of a merge that changed whole tensors
 //! originals.safetensors       beside that record: the originals, where they are kept
+//! card                        the model card that was written beside the weights, and the one whose place it took
 //! files                       the names of the files that this program wrote into the checkpoint's folder
 //! ledger.new                  the ledger after the change under way
 //! txn                         the change under way: digests of both ledgers
@@ -52,6 +53,8 @@ impl StateFolder {
     pub const ORIGINALS: &str = "originals.safetensors";
     /// The names of the files that this program wrote.
     pub const FILES: &str = "files";
+    /// The model card that was written beside the weights.
+    pub const CARD: &str = "card";
     /// A single file and its ledger are being replaced.
     pub const REPLACING: &str = "replacing";
     const ADAPTERS: &str = "adapters";
@@ -144,7 +147,7 @@ impl StateFolder {
         }
         self.remove_leftovers(&adapters)?;
         if kept.is_empty() && self.0.open()?.is_some() {
-            for name in [Self::LOW_RANK, Self::ORIGINALS, Self::LEDGER, Self::FILES] {
+            for name in [Self::LOW_RANK, Self::ORIGINALS, Self::CARD, Self::LEDGER, Self::FILES] {
                 self.0.remove(name)?;
             }
             let _somebody_s_own = adapters.remove_if_empty()?;
@@ -234,6 +237,7 @@ pub(super) fn is_own_entry(path: &Path) -> bool {
                 StateFolder::ORIGINALS,
                 StateFolder::FILES,
                 StateFolder::REPLACING,
+                StateFolder::CARD,
             ];
             known.contains(&&**name) || is_temporary(name)
         }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{
     AdapterReading, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport, Which,
+    card::{CARD_NAME, OldCard},
     change::{AllBeneath, Change, Touched},
     compute::Computer,
     in_place,
@@ -153,6 +154,7 @@ fn apply(
     let state = state_of(&checkpoint)?;
     let base = options.base.as_deref().map(open_base).transpose()?;
     let remembered = Remembered::open(ctx, &state)?;
+    let is_own_card = OldCard::of(&checkpoint, &state)?.is_own;
     let removed = step.removed(&remembered, path)?;
     let before = Stack::of(&remembered, &checkpoint, base.as_ref())?;
     let computer = Computer::new(options.merger);
@@ -206,6 +208,10 @@ fn apply(
     let is_new = matches!(options.output, MergeOutput::New { .. });
     if (options.dry_run || !is_new) && !(is_new && options.keep_other_files) && checkpoint.layout() != Layout::File {
         report.left_out = checkpoint.side_files_left_out()?;
+    }
+    if is_own_card {
+        // It is brought up to date.
+        report.left_out.retain(|file| file.path != CARD_NAME);
     }
     report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(plan_notes));
     Ok(report)

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     KeptOriginals, MergeError, MergeReport,
+    card::update_card,
     change::{Change, Touched, Work},
     journal::Journal,
     ledger::{Kept, Ledger, LedgerAdapter, LedgerDocument, LedgerWriter},
@@ -181,7 +182,8 @@ pub(super) fn apply(
         .and_then(|()| commit(state));
     match patched {
         Ok(()) => {
-            // The change is complete; what could not be removed now, the next change removes.
+            // The change is complete; what could not be brought up to date or removed now, the next change does.
+            let _old_card = update_card(&change, state, !report.needs_base);
             let _left_behind = state.tidy(&after.copies());
         }
         Err(e) => return Err(roll_back(ctx, &change, state, &touched, &files, e)),

@@ -10,6 +10,7 @@
 //! `source` opens adapters, `plan` finds what each of them does to which stored tensor: its terms. Where terms are single elements alone,
 //! a tensor is worked on at those positions; where some term changes it as a whole, `compute` makes its rows anew.
 
+mod card;
 mod change;
 mod checksummed;
 mod compute;

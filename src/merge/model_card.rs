@@ -7,9 +7,6 @@ use std::fmt::Write;
 
 use crate::checkpoint::{markdown_code, markdown_text, shell_word, yaml_string};
 
-/// The card's file name.
-pub(super) const CARD_NAME: &str = "README.md";
-
 /// Characters of an id that tell adapters apart, as everywhere in this program.
 const SHORT_ID: usize = 12;
 /// Longer licence lines are not carried over.

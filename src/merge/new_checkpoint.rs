@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{MergeError, model_card::CARD_NAME};
+use super::{MergeError, card::CARD_NAME};
 use crate::checkpoint::{
     AtomicDir, Checkpoint, Context, Existing, Layout, LeftOut, STATE_FOLDER, Shard, SingleFile, StateFolder,
-    check_free_space, copy_side_files, folder_of, windows, write_atomic,
+    check_free_space, copy_side_files, folder_of, windows,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -89,14 +89,6 @@ impl<'a> NewCheckpoint<'a> {
     /// Brings along what the folder holds beside its shards, but for files that contradict the new weights, which are returned.
     pub(super) fn copy_side_files(&self, ctx: &Context<'_>) -> Result<Vec<LeftOut>, MergeError> {
         Ok(copy_side_files(ctx, self.from, &self.root, self.keep_other_files)?)
-    }
-
-    /// Writes a file of the checkpoint's own into its folder, in the place of one that an earlier run left.
-    pub(super) fn write_file(&self, name: &str, text: &str) -> Result<(), MergeError> {
-        match self.output {
-            Output::Folder(_) => Ok(write_atomic(&self.root.join(name), Existing::Replace, text.as_bytes())?),
-            Output::File(_) => Ok(()),
-        }
     }
 
     /// Completes the state with the list of this program's files, which a later `--force` replaces and no others, or removes it.

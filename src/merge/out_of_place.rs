@@ -8,11 +8,11 @@ use std::{
 
 use super::{
     KeptOriginals, MergeError, MergeReport,
+    card::{OldCard, write_card},
     change::{Change, Touched, Work},
     compute::Bound,
     examine::{Examination, Look},
     ledger::{GROUP_ROWS, Ledger, LedgerDocument, LedgerWriter},
-    model_card::{CARD_NAME, CardAdapter, CardFacts, model_card},
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     patch::patch,
     report::report,
@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{
     checkpoint::{
-        Checkpoint, Context, CopyMode, ErrorKind, Layout, Patcher, Shard, Silent, StateFolder, give_name, probe,
-        read_whole, rewrite_shard, share_file,
+        Checkpoint, Context, CopyMode, Layout, OwnFolder, Patcher, Shard, Silent, StateFolder, give_name,
+        rewrite_shard, share_file,
     },
     tensor::projection_kind,
 };
@@ -114,8 +114,11 @@ pub(super) fn apply(
         give_name(&part, &path)?;
     }
     report.left_out = output.copy_side_files(ctx)?;
-    if !target.keep_other_files && !change.after.active.is_empty() {
-        output.write_file(CARD_NAME, &card(change, target.keep_ledger)?)?;
+    let needs_base = change.needs_base(&touched);
+    if !target.keep_other_files && !is_file {
+        let old = OldCard::of(checkpoint, &StateFolder::of(checkpoint)?)?;
+        let remembers = target.keep_ledger && !needs_base;
+        write_card(change, &OwnFolder::at(output.root())?, (state, target.keep_ledger), &old, remembers)?;
     }
     change.unchanged()?;
 
@@ -123,7 +126,7 @@ pub(super) fn apply(
     let is_kept = target.keep_ledger && !change.after.active.is_empty();
     if is_kept {
         report.ledger_bytes = ledger_bytes;
-        report.needs_base = written.0.ledger.as_ref().is_some_and(|ledger| ledger.document().needs_base());
+        report.needs_base = needs_base;
     }
     drop(written);
     output.finish_state(is_kept)?;
@@ -133,41 +136,6 @@ pub(super) fn apply(
     output.commit()?;
     Ok(report)
 }
-
-/// The model card of the new checkpoint.
-fn card(change: &Change<'_>, remembers: bool) -> Result<String, MergeError> {
-    let base = change.checkpoint;
-    let adapters = change.after.active.iter().map(|source| CardAdapter {
-        id: source.id.to_string(),
-        kind: source.kind().to_owned(),
-        scale: source.scale,
-        base: source.full_base_name(),
-        name: None,
-    });
-    let adapters: Vec<CardAdapter> = adapters.collect();
-    // A repository is what some adapter says that the base is one of.
-    let is_this = |name: &&String| name.rsplit_once('/').is_some_and(|(_, last)| last == base.name());
-    let repository = adapters.iter().filter_map(|adapter| adapter.base.as_ref()).find(is_this).cloned();
-    let remembers = remembers && !change.needs_base(&change.touched()?);
-    let base_readme = card_of(base)?;
-    Ok(model_card(&CardFacts { base: repository.unwrap_or_else(|| base.name()), base_readme, adapters, remembers }))
-}
-
-/// The base's own card; none where it has none, or one that is no text of a sane size.
-fn card_of(base: &Checkpoint) -> Result<Option<String>, MergeError> {
-    let path = base.root().join(CARD_NAME);
-    if base.layout() == Layout::File || !probe::is_present(&path)? {
-        return Ok(None);
-    }
-    match read_whole(&path, MAX_CARD_BYTES) {
-        Ok(bytes) => Ok(String::from_utf8(bytes).ok()),
-        Err(e) if matches!(e.kind(), ErrorKind::BadInput | ErrorKind::Refused) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Larger cards are not read for their licence.
-const MAX_CARD_BYTES: u64 = 4 << 20;
 
 /// What was written beside the new checkpoint: what is trusted from here on is what lies on disk.
 struct Written(Remembered);

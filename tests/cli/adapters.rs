@@ -40,12 +40,12 @@ pub(crate) fn write_adapter_for(base: &Path, path: &Path, targets: &str, first: 
     path.to_owned()
 }
 
-/// The bytes of all files of a checkpoint's folder, by name, without the folder that remembers.
+/// The bytes of all files of a checkpoint's folder, by name, without the folder that remembers and the card that names the adapters.
 pub(crate) fn content(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<_> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap())
-        .filter(|entry| entry.file_type().unwrap().is_file())
+        .filter(|entry| entry.file_type().unwrap().is_file() && entry.file_name() != "README.md")
         .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
         .collect();
     files.sort();

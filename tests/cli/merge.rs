@@ -57,7 +57,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
     size        255 kB
     metadata    format=pt
     merged      00677c4f4526734daad3d26b8a3ad6e946e8ceeef58f710cd6891f6dbede8da0 scale 1
-    ledger      2,432 originals of 14 tensors, 12.1 kB
+    ledger      2,432 originals of 14 tensors, 13.8 kB
 
     kind    type  shape     tensors  parameters     size  share
     q_proj  BF16  [64, 64]        1       4,096  8.19 kB  100 %
@@ -204,6 +204,7 @@ fn a_dry_run_writes_nothing() {
     matched      14 tensors, none unmatched
     shards       2 of 3 patched
     would write  255 kB
+    ledger       5.17 kB
     --- stderr
     ");
     assert_eq!(place.files(), before);
@@ -616,4 +617,47 @@ fn recover_finds_nothing_to_do() {
     }
     --- stderr
     "#);
+}
+
+#[test]
+fn a_new_checkpoint_has_a_card_of_its_own_and_nothing_that_contradicts_it() {
+    let place = place();
+    place.copy_fixture("tiny-llama");
+    let theirs = "---\nlicense: apache-2.0\n---\n# Tiny\n";
+    place.write("tiny-llama/README.md", theirs);
+    place.write("tiny-llama/pytorch_model.bin", "old weights");
+    let card = |name: &str| fs::read_to_string(place.path(name).join("README.md")).ok();
+    let merge = "merge tiny-llama --adapter a.safetensors";
+    let dry = place.run(&format!("{merge} -o out --dry-run"));
+    let told = place.run(&format!("{merge} -o out"));
+    for told in [&dry, &told] {
+        assert!(told.contains("left out: README.md: the old model's card\nleft out: pytorch_model.bin: "), "{told}");
+    }
+    assert!(!place.path("out/pytorch_model.bin").exists());
+    let written = card("out").unwrap();
+    assert!(written.contains("license: apache-2.0") && written.contains("00677c4f4526"), "{written}");
+    // More adapters, fewer, in place or not: the card follows.
+    place.stdout("merge out --adapter b.safetensors --in-place");
+    let both = card("out").unwrap();
+    assert!(both.contains("00677c4f4526") && both.contains("2 adapters"), "{both}");
+    place.stdout(&format!("{merge} --adapter b.safetensors -o both"));
+    assert_eq!(card("both").unwrap(), both);
+    place.stdout("unmerge out --adapter b.safetensors -o less");
+    assert_eq!(card("less").unwrap(), written);
+    place.stdout("unmerge both -o none");
+    assert_eq!(card("none").as_deref(), Some(theirs));
+    place.stdout("unmerge out");
+    assert_eq!(card("out").as_deref(), Some(theirs));
+    // What somebody wrote there since is theirs.
+    place.write("less/README.md", "mine");
+    place.stdout("unmerge less");
+    assert_eq!(card("less").as_deref(), Some("mine"));
+    // In place the files stay, and are listed.
+    let told = place.run("merge tiny-llama --adapter a.safetensors --in-place");
+    assert!(told.contains("stays beside the new weights: pytorch_model.bin: "), "{told}");
+    assert_eq!(card("tiny-llama").as_deref(), Some(theirs));
+    place.stdout("unmerge tiny-llama");
+    place.stdout(&format!("{merge} -o all --keep-other-files"));
+    assert_eq!(card("all").as_deref(), Some(theirs));
+    assert!(place.path("all/pytorch_model.bin").exists());
 }

@@ -146,6 +146,11 @@ impl World {
     }
 }
 
+/// The card of a new checkpoint and what remembers it: work in place writes none.
+fn is_card(path: &Path) -> bool {
+    path == Path::new("README.md") || path == Path::new(".neuroada/card")
+}
+
 /// Every file below a folder, with its bytes.
 pub(crate) fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
@@ -153,7 +158,7 @@ pub(crate) fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 walk(root, &path, found);
-            } else {
+            } else if !is_card(path.strip_prefix(root).unwrap()) {
                 found.insert(path.strip_prefix(root).unwrap().to_owned(), fs::read(&path).unwrap());
             }
         }
