@@ -94,8 +94,8 @@ fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
     let driver = text("tests/gpu/fake_driver.cpp");
     let defined = driver.lines().filter_map(|line| line.strip_prefix("API ")?.split('(').next());
     let mut defined: Vec<&str> = defined.collect();
-    let device = text("src/gpu/launch/device.rs");
-    let list = device.split("const SYMBOLS").nth(1).expect("the list is there").split("];").next().expect("it ends");
+    let asking = text("src/gpu/launch/driver.rs");
+    let list = asking.split("const SYMBOLS").nth(1).expect("the list is there").split("];").next().expect("it ends");
     let mut asked: Vec<&str> = list.split('"').skip(1).step_by(2).collect();
     defined.sort_unstable();
     asked.sort_unstable();
