@@ -215,7 +215,7 @@ fn taking_all_adapters_out_of_old_merges_gives_the_bytes_of_the_base() {
 }
 
 #[test]
-#[ignore = "needs unmerge --in-place for LoRA"]
+
 fn old_merges_of_lora_are_undone_in_place() {
     for case in CASES.iter().filter(|case| case.keeps != Ledger) {
         undo_in_place(&case.copied());

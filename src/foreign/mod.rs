@@ -29,6 +29,7 @@ mod peft_read;
 mod pickle;
 mod pickle_value;
 pub(crate) mod published;
+mod recognise;
 mod sparse;
 mod token_rows;
 mod torch;

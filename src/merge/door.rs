@@ -206,7 +206,8 @@ fn apply(
     };
     let of_sources = added.iter().flat_map(|source| source.notes.iter().cloned());
     let is_new = matches!(options.output, MergeOutput::New { .. });
-    if (options.dry_run || !is_new) && !(is_new && options.keep_other_files) && checkpoint.layout() != Layout::File {
+    let is_listed = !is_new || (options.dry_run && !options.keep_other_files);
+    if is_listed && checkpoint.layout() != Layout::File {
         report.left_out = checkpoint.side_files_left_out()?;
     }
     if is_own_card {

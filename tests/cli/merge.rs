@@ -635,7 +635,7 @@ fn a_new_checkpoint_has_a_card_of_its_own_and_nothing_that_contradicts_it() {
     }
     assert!(!place.path("out/pytorch_model.bin").exists());
     let written = card("out").unwrap();
-    assert!(written.contains("license: apache-2.0") && written.contains("00677c4f4526"), "{written}");
+    assert!(written.contains("license: \"apache-2.0\"") && written.contains("00677c4f4526"), "{written}");
     // More adapters, fewer, in place or not: the card follows.
     place.stdout("merge out --adapter b.safetensors --in-place");
     let both = card("out").unwrap();

@@ -272,7 +272,7 @@ fn a_failing_call_of_any_command_leaves_old_or_new_and_says_so() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn a_failing_call_of_lora_in_place_leaves_old_or_new_and_says_so() {
     let merged = ["--keep-originals -o in/kept", "-o in/hashes"];
     let n_faults = fail_calls(&LORA_CASES, &merged.map(|words| format!("merge in/base --adapter in/lora {words}")));

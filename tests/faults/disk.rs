@@ -43,7 +43,7 @@ fn a_disk_too_small_is_seen_before_the_first_write() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn a_disk_too_small_for_the_originals_of_lora_is_seen_before_the_first_write() {
     if !is_root() {
         return skipped("mounting needs root");
@@ -67,7 +67,7 @@ fn what_may_not_be_written_is_told_and_left_alone() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn what_may_not_be_written_is_told_and_left_alone_by_lora() {
     for scenario in [0, 4] {
         change_what_may_not_be_written(scenarios::world_with_lora, &scenarios::lora()[scenario]);

@@ -40,7 +40,7 @@ fn kills_at_random_moments_lose_nothing() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn kills_of_lora_in_place_lose_nothing() {
     kill_at_random(&scenarios::world_with_lora(), &scenarios::lora());
 }

@@ -159,7 +159,7 @@ fn power_loss_leaves_the_old_bytes_or_the_new_ones() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn power_loss_in_a_change_of_lora_leaves_the_old_bytes_or_the_new_ones() {
     lose_power(scenarios::world_with_lora, &scenarios::lora());
 }

@@ -16,7 +16,7 @@ use super::{copy_tree, run};
 use crate::world::{self, Random, World, tree};
 
 /// Kinds of changes that are tested: each gets the same share of a run's cycles. Two as soon as LoRA adapters are merged in place.
-pub(crate) const N_KINDS: u64 = 1;
+pub(crate) const N_KINDS: u64 = 2;
 
 /// Which adapters are merged, and what undoing a change relies on.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -53,7 +53,7 @@ fn a_failing_call_in_place_is_told_and_leaves_old_or_new() {
 }
 
 #[test]
-#[ignore = "needs merge --in-place for LoRA"]
+
 fn a_failing_call_in_place_of_lora_is_told_and_leaves_old_or_new() {
     // A merge that keeps originals, and one taken out with the help of the base.
     let all = scenarios::lora();
