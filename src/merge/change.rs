@@ -15,6 +15,7 @@ use super::{
     stack::{Stack, StackRows},
 };
 use crate::{
+    adapter::AdapterId,
     backend::{pick, union_columns},
     checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
     tensor::{RowColumns, RowLayout, dtype_name},
@@ -161,6 +162,23 @@ impl<'a> Change<'a> {
             true => Ok(found),
             false => Err(wrong(format!("it is {} {:?}", dtype_name(found.info.dtype), found.info.shape))),
         }
+    }
+
+    /// What is kept of a tensor as a whole; none of one of which single elements are kept, or nothing.
+    pub(super) fn keeps(&self, touched: &Touched<'_>) -> Option<KeptOriginals> {
+        let after = touched.after?;
+        match (touched.work, self.before.kept(touched.name())) {
+            (Work::Positions(_), _) => None,
+            (Work::Rows { .. }, _) if after.positions().is_some() => None,
+            (_, Some(Kept::Whole(_))) => Some(KeptOriginals::Whole),
+            (_, Some(Kept::Hash(_))) => Some(KeptOriginals::Hashes),
+            (_, Some(Kept::Positions(_)) | None) => Some(self.keep),
+        }
+    }
+
+    /// Whether an adapter is added by the change.
+    pub(super) fn adds(&self, id: AdapterId) -> bool {
+        !self.before.active.iter().any(|before| before.id == id)
     }
 
     /// Fails where the original of a tensor is needed and nowhere to be had.

@@ -154,7 +154,6 @@ fn apply(
     let state = state_of(&checkpoint)?;
     let base = options.base.as_deref().map(open_base).transpose()?;
     let remembered = Remembered::open(ctx, &state)?;
-    let is_own_card = OldCard::of(&checkpoint, &state)?.is_own;
     let removed = step.removed(&remembered, path)?;
     let before = Stack::of(&remembered, &checkpoint, base.as_ref())?;
     let computer = Computer::new(options.merger);
@@ -178,6 +177,16 @@ fn apply(
         keep: options.keep,
         computer: &computer,
     };
+    // Seen before the work: nothing may fail when it is done.
+    let mut left_out = Vec::new();
+    let is_new = matches!(options.output, MergeOutput::New { .. });
+    let is_listed = !is_new || (options.dry_run && !options.keep_other_files);
+    if is_listed && checkpoint.layout() != Layout::File {
+        left_out = checkpoint.side_files_left_out()?;
+        let is_own_card = OldCard::of(&checkpoint, &state)?.is_own;
+        // That one is brought up to date.
+        left_out.retain(|file| !is_own_card || file.path != CARD_NAME);
+    }
     let mut report = match &options.output {
         _ if options.dry_run => dry_run(ctx, &change, options)?,
         MergeOutput::InPlace { through_links } => {
@@ -204,16 +213,10 @@ fn apply(
             out_of_place::apply(ctx, &change, document, &target, options.allow_overflow, &asked)?
         }
     };
+    if is_listed {
+        report.left_out = left_out;
+    }
     let of_sources = added.iter().flat_map(|source| source.notes.iter().cloned());
-    let is_new = matches!(options.output, MergeOutput::New { .. });
-    let is_listed = !is_new || (options.dry_run && !options.keep_other_files);
-    if is_listed && checkpoint.layout() != Layout::File {
-        report.left_out = checkpoint.side_files_left_out()?;
-    }
-    if is_own_card {
-        // It is brought up to date.
-        report.left_out.retain(|file| file.path != CARD_NAME);
-    }
     report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(plan_notes));
     Ok(report)
 }

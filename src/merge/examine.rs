@@ -7,271 +7,22 @@ use std::{collections::BTreeMap, ops::Range};
 
 use super::{
     KeptOriginals, MergeError,
-    change::{Beneath, Change, Origin, Touched, Work, hex, positions, put, touched_by_either},
-    compute::{Bound, Prepared, RowsHasher, bound_of, merge_cost, merge_rows},
+    change::{Beneath, Change, Origin, Touched, Work},
+    compute::{Bound, RowsHasher, bound_of},
     findings::{Findings, MAX_EXAMPLES, WrongOriginal},
     ledger::{Kept, KeptHashes, LedgerWriter},
+    look::{BlockFindings, Look},
     plan::{Target, record},
     plausible::{can_overflow, needs_originals},
 };
 use crate::{
     adapter::AdapterId,
-    backend::{PatchCounts, gather, largest_magnitude, overflows, pick},
-    checkpoint::{
-        BaseValues, CheckpointError, Context, Printable, TensorRef, for_each_ordered, gather_cost, gather_rows,
-        window_cost,
-    },
-    tensor::{RowBlock, RowColumns, RowLayout},
+    backend::{PatchCounts, largest_magnitude, pick},
+    checkpoint::{BaseValues, Context, Printable, TensorRef, for_each_ordered, gather_cost, window_cost},
+    tensor::RowLayout,
 };
 
-/// What one block of rows contributes.
-#[derive(Default)]
-pub(super) struct BlockFindings {
-    counts: PatchCounts,
-    n_touched: u64,
-    n_changed: u64,
-    changed: Vec<String>,
-    /// Weights that are finite before the change and not after it: how many, and the row and column of the first.
-    overflowed: Option<(u64, (u64, u64))>,
-    /// The positions and originals of `after`, of a tensor that is worked on at positions.
-    kept: Option<(RowColumns, Vec<u8>)>,
-    /// Per sparse adapter of `after` on this tensor: originals at its columns.
-    anchored: Vec<(AdapterId, Vec<u8>)>,
-    /// Of a tensor that is worked on as a whole, hashes of its groups of rows: as found, beneath, and afterwards.
-    found: Vec<u8>,
-    beneath: Vec<u8>,
-    merged: Vec<u8>,
-    /// The original rows, where they are kept.
-    originals: Vec<u8>,
-    /// The largest magnitude of an original, where it is needed.
-    largest: f64,
-}
-
-/// A touched tensor, ready to be looked at.
-pub(super) struct Look<'c> {
-    pub(super) touched: &'c Touched<'c>,
-    change: &'c Change<'c>,
-    /// Of a tensor that is worked on as a whole and stays touched.
-    prepared: Option<Prepared<'c>>,
-    /// What is known of deltas of adapters that are added.
-    bound: Bound,
-    keep: Option<KeptOriginals>,
-}
-
-impl<'c> Look<'c> {
-    /// Reads what has to be known of the whole tensor before any of its rows.
-    pub(super) fn new(
-        ctx: &Context<'_>,
-        change: &'c Change<'c>,
-        touched: &'c Touched<'c>,
-        bound: Option<&Bound>,
-    ) -> Result<Self, MergeError> {
-        let prepared = match (touched.work, touched.after) {
-            (Work::Rows { .. }, Some(target)) => Some(change.prepare(ctx, touched, target)?),
-            _ => None,
-        };
-        Ok(Self { touched, change, prepared, bound: bound.cloned().unwrap_or_default(), keep: change.keeps(touched) })
-    }
-
-    /// Bytes of memory that looking at a block of rows takes at most, beside the rows themselves.
-    pub(super) fn block_bytes(&self, ctx: &Context<'_>, rows: &Range<u64>) -> u64 {
-        let (change, name) = (self.change, self.touched.name());
-        let n_bytes = (rows.end - rows.start) * self.touched.row_bytes();
-        match self.touched.work {
-            Work::Positions(_) => change.before.rows_bytes(ctx, name, rows) + change.after.rows_bytes(ctx, name, rows),
-            Work::Nothing { .. } => window_cost(n_bytes),
-            Work::Rows { .. } => {
-                let compute = self.touched.after.map_or(0, |target| merge_cost(ctx, target, rows));
-                let is_elsewhere = !matches!(self.touched.origin, Origin::Here);
-                let n_copies = 2 * u64::from(is_elsewhere)
-                    + u64::from(self.keep == Some(KeptOriginals::Whole))
-                    + u64::from(self.touched.before.is_some());
-                change.before.rows_bytes(ctx, name, rows) + compute + n_copies * window_cost(n_bytes)
-            }
-        }
-    }
-
-    /// Looks at a block of rows on disk.
-    fn on_disk(&self, ctx: &Context<'_>, rows: &Range<u64>) -> Result<BlockFindings, MergeError> {
-        let Touched { tensor, work, .. } = *self.touched;
-        let n_bytes = (rows.end - rows.start) * self.touched.row_bytes();
-        let block = match work {
-            Work::Positions(layout) => {
-                let from_disk = |columns: &RowColumns| gather_rows(ctx, tensor, layout, rows.start, columns);
-                self.at_positions(ctx, layout, rows, from_disk)?.0
-            }
-            Work::Rows { .. } | Work::Nothing { .. } => {
-                let start = rows.start * self.touched.row_bytes();
-                let window = tensor.window(ctx, start..start + n_bytes)?;
-                let mut bytes = window.to_vec();
-                tensor.shard.confirm(&window)?;
-                self.at_rows(ctx, rows, &mut bytes)?
-            }
-        };
-        ctx.observer.advance(n_bytes);
-        Ok(block)
-    }
-
-    /// Looks at a block of rows in memory, and makes of them what `after` says. Positions must lie in rows of one piece.
-    pub(super) fn in_memory(
-        &self,
-        ctx: &Context<'_>,
-        rows: &Range<u64>,
-        bytes: &mut [u8],
-    ) -> Result<BlockFindings, MergeError> {
-        let Work::Positions(layout) = self.touched.work else { return self.at_rows(ctx, rows, bytes) };
-        let width = self.touched.tensor.info.dtype.bitsize() / 8;
-        let place = |row: usize, column: u32| (row * layout.d_in as usize + column as usize) * width;
-        let in_memory = |columns: &RowColumns| {
-            let mut found = Vec::with_capacity(columns.nnz() * width);
-            for (row, column, _) in positions(columns) {
-                found.extend_from_slice(&bytes[place(row, column)..][..width]);
-            }
-            Ok(found)
-        };
-        let (block, touched, after) = self.at_positions(ctx, layout, rows, in_memory)?;
-        for (row, column, at) in positions(&touched) {
-            bytes[place(row, column)..][..width].copy_from_slice(&after[at * width..(at + 1) * width]);
-        }
-        Ok(block)
-    }
-
-    /// Looks at the touched positions of a block of rows; also returns them and their values after the change.
-    fn at_positions(
-        &self,
-        ctx: &Context<'_>,
-        layout: RowLayout,
-        rows: &Range<u64>,
-        find: impl FnOnce(&RowColumns) -> Result<Vec<u8>, CheckpointError>,
-    ) -> Result<(BlockFindings, RowColumns, Vec<u8>), MergeError> {
-        let (change, name) = (self.change, self.touched.name());
-        let dtype = self.touched.tensor.info.dtype;
-        let width = dtype.bitsize() / 8;
-        let before = change.before.rows(ctx, name, rows)?;
-        let after = change.after.rows(ctx, name, rows)?;
-        let all = touched_by_either(before.as_ref(), after.as_ref());
-        let found = find(&all)?;
-        let mut block = BlockFindings { n_touched: all.nnz() as u64, ..BlockFindings::default() };
-        let mut values = found.clone();
-        if let Some(before) = &before {
-            let recorded = change.recorded(ctx, self.touched, layout, rows, before)?;
-            let (expected, _) = before.merged(dtype, &recorded);
-            self.compare(rows, &before.touched, &pick(&all, &found, width, &before.touched), &expected, &mut block);
-            put(&all, &mut values, width, &before.touched, &recorded);
-        }
-        if let Some(after) = after {
-            let originals = pick(&all, &values, width, &after.touched);
-            let (merged, counts) = after.merged(dtype, &originals);
-            block.counts = counts;
-            for source in &change.after.active {
-                if let Some(columns) = after.columns_of(source.id) {
-                    block.anchored.push((source.id, pick(&after.touched, &originals, width, columns)));
-                }
-            }
-            put(&all, &mut values, width, &after.touched, &merged);
-            if counts.overflowed > 0 {
-                let lost = overflows(dtype, &found, &values);
-                let place = |at: usize| (rows.start + all.row_of(at) as u64, u64::from(all.columns()[at]));
-                block.overflowed = lost.first().map(|&first| (lost.len() as u64, place(first)));
-            }
-            block.kept = Some((after.touched, originals));
-        }
-        Ok((block, all, values))
-    }
-
-    /// Lists elements that are not what `before` left there.
-    fn compare(
-        &self,
-        rows: &Range<u64>,
-        columns: &RowColumns,
-        found: &[u8],
-        expected: &[u8],
-        block: &mut BlockFindings,
-    ) {
-        if found == expected {
-            return;
-        }
-        let width = self.touched.tensor.info.dtype.bitsize() / 8;
-        for (row, column, at) in positions(columns) {
-            let element = at * width..(at + 1) * width;
-            if found[element.clone()] == expected[element.clone()] {
-                continue;
-            }
-            block.n_changed += 1;
-            if block.changed.len() < MAX_EXAMPLES {
-                let (found, expected) = (hex(&found[element.clone()]), hex(&expected[element]));
-                let (row, name) = (rows.start + row as u64, Printable(self.touched.name()));
-                let what = format!("\"{name}\" [{row}, {column}]: bits {found}, the merges left {expected}");
-                block.changed.push(what);
-            }
-        }
-    }
-
-    /// Looks at whole rows, and makes of them what `after` says.
-    fn at_rows(&self, ctx: &Context<'_>, rows: &Range<u64>, bytes: &mut [u8]) -> Result<BlockFindings, MergeError> {
-        let (touched, change) = (self.touched, self.change);
-        let (dtype, row_bytes) = (touched.tensor.info.dtype, touched.row_bytes());
-        let width = dtype.bitsize() / 8;
-        let mut block = BlockFindings { n_touched: (bytes.len() / width) as u64, ..BlockFindings::default() };
-        let is_hashed = matches!(change.before.kept(touched.name()), Some(Kept::Hash(_) | Kept::Whole(_)));
-        if is_hashed {
-            block.found = RowsHasher::groups(bytes, row_bytes);
-        }
-        if matches!(touched.work, Work::Nothing { .. }) {
-            return Ok(block);
-        }
-        // Without earlier merges what was found is the original, which can be read again.
-        let found = touched.before.map(|_| bytes.to_vec());
-        match touched.origin {
-            Origin::Here => change.lay_under(ctx, touched, rows, bytes)?,
-            Origin::Ledger(_) | Origin::Base(_) => {
-                bytes.copy_from_slice(&change.original_rows(ctx, touched, rows)?);
-            }
-        }
-        block.beneath = RowsHasher::groups(bytes, row_bytes);
-        let Some((target, prepared)) = touched.after.zip(self.prepared.as_ref()) else { return Ok(block) };
-        for (source, adapter, sparse) in target.sparse().filter(|(.., sparse)| !sparse.transposed) {
-            let columns = adapter.read_rows(ctx, sparse, rows.clone())?.columns;
-            let n_rows = (rows.end - rows.start) as usize;
-            let rows = RowBlock::new(bytes, dtype, n_rows, target.n_columns as usize);
-            block.anchored.push((source.id, gather(rows, &columns)));
-        }
-        if self.keep == Some(KeptOriginals::Whole) {
-            block.originals = bytes.to_vec();
-        }
-        if self.bound.needs_originals() {
-            block.largest = largest_magnitude(dtype, bytes);
-        }
-        block.counts = merge_rows(ctx, change.computer, prepared, rows, bytes)?;
-        if block.counts.overflowed > 0 {
-            let found = found.map_or_else(|| change.original_rows(ctx, touched, rows), Ok)?;
-            let lost = overflows(dtype, &found, bytes);
-            let place = |at: usize| (rows.start + at as u64 / target.n_columns, at as u64 % target.n_columns);
-            block.overflowed = lost.first().map(|&first| (lost.len() as u64, place(first)));
-        }
-        block.merged = RowsHasher::groups(bytes, row_bytes);
-        Ok(block)
-    }
-}
-
 impl Change<'_> {
-    /// What is kept of a tensor as a whole; none of one of which single elements are kept, or nothing.
-    pub(super) fn keeps(&self, touched: &Touched<'_>) -> Option<KeptOriginals> {
-        let after = touched.after?;
-        match (touched.work, self.before.kept(touched.name())) {
-            (Work::Positions(_), _) => None,
-            (Work::Rows { .. }, _) if after.positions().is_some() => None,
-            (_, Some(Kept::Whole(_))) => Some(KeptOriginals::Whole),
-            (_, Some(Kept::Hash(_))) => Some(KeptOriginals::Hashes),
-            (_, Some(Kept::Positions(_)) | None) => Some(self.keep),
-        }
-    }
-
-    /// Whether an adapter is added by the change.
-    fn adds(&self, id: AdapterId) -> bool {
-        !self.before.active.iter().any(|before| before.id == id)
-    }
-
     /// How much the adapters that are added can change each tensor at most, by name; reads them once.
     pub(super) fn bounds(
         &self,
@@ -487,25 +238,13 @@ impl<'a, 'l> Examination<'a, 'l> {
         };
         let layout = before.positions().expect("positions are kept of what has them");
         let as_before = Touched { after: None, work: Work::Positions(layout), ..*touched };
-        let look =
-            Look { touched: &as_before, change: self.change, prepared: None, bound: Bound::default(), keep: None };
+        let look = Look::before(self.change, &as_before);
         let (mut n_changed, mut changed) = (0, Vec::new());
         for_each_ordered(
             ctx,
             self.change.blocks(ctx, &as_before),
             |rows| self.change.before.rows_bytes(ctx, touched.name(), rows) + gather_cost(ctx),
-            |rows| {
-                let stack = self.change.before.rows(ctx, touched.name(), rows)?;
-                let mut block = BlockFindings::default();
-                if let Some(before) = stack {
-                    let found = gather_rows(ctx, touched.tensor, layout, rows.start, &before.touched)?;
-                    let recorded = self.change.recorded(ctx, &as_before, layout, rows, &before)?;
-                    let dtype = touched.tensor.info.dtype;
-                    let (expected, _) = before.merged(dtype, &recorded);
-                    look.compare(rows, &before.touched, &found, &expected, &mut block);
-                }
-                Ok(block)
-            },
+            |rows| look.compare_before(ctx, layout, rows),
             |_, block| {
                 n_changed += block.n_changed;
                 changed.extend(block.changed);

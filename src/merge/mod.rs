@@ -22,6 +22,7 @@ mod findings;
 mod in_place;
 mod journal;
 mod ledger;
+mod look;
 mod model_card;
 mod new_checkpoint;
 mod options;
