@@ -14,6 +14,6 @@ fuzz_target!(|document: (String, String)| {
     assert!(LedgerDocument::parse(&metadata(checksum)).is_err(), "a checksum is not guessed");
     let right = LedgerDocument::checksum(&text);
     if let Ok(ledger) = LedgerDocument::parse(&metadata(right)) {
-        let _positions = ledger.nnz();
+        let _elements = (ledger.n_touched(), ledger.needs_base());
     }
 });
