@@ -230,13 +230,27 @@ fn refuse_early(
     let mut by_size: Vec<&Touched<'_>> = touched.iter().filter(|target| change.tells(target)).collect();
     by_size.sort_by_key(|target| target.tensor.info.n_bytes());
     by_size.retain(|target| seen.insert((target.tensor.shard_index, projection_kind(target.name()))));
-    let telling: BTreeSet<&str> = by_size.iter().map(|target| target.name()).collect();
+    let (whole, telling): (Vec<&Touched<'_>>, Vec<&Touched<'_>>) =
+        by_size.into_iter().partition(|target| matches!(target.work, Work::Rows { .. }) && target.before.is_none());
+    // Of a tensor that only now comes to be changed as a whole, the elements that sparse adapters were made for tell, without the products.
+    let sparse = Stack {
+        active: change.after.active.clone(),
+        targets: whole.iter().filter_map(|target| Some((target.name(), target.after?.sparse_alone()))).collect(),
+        ledger: None,
+    };
+    let at_elements = Change { after: &sparse, before: &Stack::default(), ..*change };
+    let telling: BTreeSet<&str> = telling.iter().map(|target| target.name()).collect();
     let any_overflow = touched.iter().any(can_overflow);
     let first: Vec<Touched<'_>> =
         touched.iter().filter(|target| telling.contains(target.name()) || can_overflow(target)).copied().collect();
     let quiet = Context { observer: &Silent, ..*ctx };
     let observed = if any_overflow { ctx } else { &quiet };
-    match change.examine(observed, &first, bounds, None)?.judge(change, allow_overflow) {
+    let none = BTreeMap::new();
+    let judged = at_elements
+        .examine(&quiet, &at_elements.touched()?, &none, None)?
+        .judge_inputs(&at_elements)
+        .and_then(|()| change.examine(observed, &first, bounds, None)?.judge(change, allow_overflow));
+    match judged {
         Ok(()) => Ok(()),
         // Told with all that is wrong.
         Err(_) => change.examine(ctx, touched, bounds, None)?.judge(change, allow_overflow),

@@ -149,6 +149,13 @@ impl<'a> Target<'a> {
         })
     }
 
+    /// The same tensor with its sparse terms alone.
+    pub(in crate::merge) fn sparse_alone(&self) -> Self {
+        let mut target = self.clone();
+        target.terms.retain(|term| matches!(term.does, Does::Sparse { .. }));
+        target
+    }
+
     /// Whether every row gets at most one product and nothing else.
     pub(in crate::merge) fn is_simple(&self) -> bool {
         // Products of one adapter lie on different rows.
