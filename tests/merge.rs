@@ -10,7 +10,7 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Shard, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Observer, Shard, TensorFileWriter},
     mask::{BaseInfo, Recipe},
     merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which},
     tensor::{Dtype, RowColumns},
@@ -206,6 +206,43 @@ fn an_adapter_for_another_base_is_refused_by_content() {
     assert!(error.to_string().contains("5 of 6 tensors have its values"), "{error}");
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(tree(world.dir.path()) == before);
+}
+
+/// Remembers the passes of a command.
+#[derive(Default)]
+struct Passes(std::sync::Mutex<Vec<String>>);
+
+impl Observer for Passes {
+    fn begin(&self, what: &str, _bytes: u64) {
+        self.0.lock().unwrap().push(what.to_owned());
+    }
+    fn advance(&self, _bytes: u64) {}
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_wrong_base_is_found_before_anything_is_copied_whichever_tensor_tells() {
+    let world = World::new();
+    for (number, shard) in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate() {
+        let header = Shard::open(&world.base().join(shard)).unwrap();
+        for info in header.header().tensors().iter().filter(|info| info.name.starts_with("w.")) {
+            let other = world.copy_base(&format!("{number}-{}", info.name));
+            let mut bytes = fs::read(other.join(shard)).unwrap();
+            let range = header.file_range(info);
+            bytes[range.start as usize..range.end as usize].iter_mut().for_each(|byte| *byte ^= 1);
+            fs::write(other.join(shard), bytes).unwrap();
+            let passes = Passes::default();
+            let ctx = Context { observer: &passes, ..Context::default() };
+            let options = MergeOptions::new_checkpoint(world.at("out"));
+            let error = merge::merge(&ctx, &other, &[world.input(0)], &options).unwrap_err();
+            assert!(matches!(&error, MergeError::WrongBase { tensor, .. } if *tensor == info.name), "{error}");
+            assert!(!passes.0.lock().unwrap().iter().any(|pass| pass == "merging"), "{}: copied", info.name);
+            assert!(!world.at("out").exists());
+            fs::remove_dir_all(other).unwrap();
+        }
+    }
 }
 
 #[test]
