@@ -73,6 +73,17 @@ impl<'a> TensorRef<'a> {
         self.shard.window(ctx, self.info, range)
     }
 
+    /// The same, read into memory of the caller's own and proven to be there still.
+    ///
+    /// # Errors
+    /// A failure to read, a file that shrank.
+    pub fn read(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Vec<u8>, CheckpointError> {
+        let window = self.window(ctx, range)?;
+        let bytes = window.to_vec();
+        self.shard.confirm(&window)?;
+        Ok(bytes)
+    }
+
     /// The tensor as rows of several elements.
     ///
     /// # Errors

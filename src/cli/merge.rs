@@ -25,9 +25,9 @@ use super::{
 /// Add adapters to a checkpoint
 ///
 /// Every weight becomes round(original + delta * scale + …) over all adapters in it, in one fixed order, whatever the order they
-/// were merged in. Everything is checked before the first byte is written: each tensor of each adapter must match, and the
-/// base's values must be those the adapter was made from. The result remembers the original bits (in .neuroada/), so
-/// that unmerge can take any adapter out again, exactly.
+/// were merged in. Everything is checked before the result appears: each tensor of each adapter must match, and the base's values must
+/// be those that a sparse adapter was made from. A wrong base is found before anything is copied. The result remembers the
+/// original bits (in .neuroada/), so that unmerge can take any adapter out again, exactly.
 #[derive(Args)]
 #[command(group = ArgGroup::new("where").args(["output", "in_place"]).required(true))]
 pub(super) struct MergeArgs {

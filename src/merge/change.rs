@@ -205,9 +205,7 @@ impl<'a> Change<'a> {
             Origin::Here => touched.tensor,
             Origin::Ledger(tensor) | Origin::Base(tensor) => tensor,
         };
-        let window = tensor.window(ctx, range)?;
-        let mut bytes = window.to_vec();
-        tensor.shard.confirm(&window)?;
+        let mut bytes = tensor.read(ctx, range)?;
         self.lay_under(ctx, touched, rows, &mut bytes)?;
         Ok(bytes)
     }

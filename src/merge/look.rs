@@ -117,10 +117,7 @@ impl<'c> Look<'c> {
             }
             Work::Rows { .. } | Work::Nothing { .. } => {
                 let start = rows.start * self.touched.row_bytes();
-                let window = tensor.window(ctx, start..start + n_bytes)?;
-                let mut bytes = window.to_vec();
-                tensor.shard.confirm(&window)?;
-                self.at_rows(ctx, rows, &mut bytes)?
+                self.at_rows(ctx, rows, &mut tensor.read(ctx, start..start + n_bytes)?)?
             }
         };
         ctx.observer.advance(n_bytes);

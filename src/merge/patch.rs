@@ -107,12 +107,7 @@ fn patch_whole(
 ) -> Result<(), MergeError> {
     let originals = lasting_originals(change, touched)?;
     let (n_rows, row_bytes) = (touched.n_rows(), touched.row_bytes());
-    let read = |rows: &Range<u64>| {
-        let window = originals.window(ctx, rows.start * row_bytes..rows.end * row_bytes)?;
-        let bytes = window.to_vec();
-        originals.shard.confirm(&window)?;
-        Ok::<_, MergeError>(bytes)
-    };
+    let read = |rows: &Range<u64>| Ok(originals.read(ctx, rows.start * row_bytes..rows.end * row_bytes)?);
     let prepared = match touched.after {
         Some(target) => Some(prepare(ctx, target, &read)?),
         None => None,
