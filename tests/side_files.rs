@@ -15,7 +15,7 @@ use neuroada_ckpt::{
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
-use world::{World, tree};
+use world::{World, whole_tree};
 
 const KEPT: &[&str] = &[
     "1_Pooling/config.json",
@@ -77,7 +77,7 @@ fn add_files(folder: &Path) {
 
 /// The files of a new checkpoint beside its shards and its ledger.
 fn side_files(folder: &Path) -> Vec<String> {
-    let names = tree(folder).into_keys().map(|path| path.to_string_lossy().into_owned());
+    let names = whole_tree(folder).into_keys().map(|path| path.to_string_lossy().into_owned());
     let is_own = |name: &String| name.starts_with(".neuroada") || name.ends_with("-of-00002.safetensors");
     let names = names.filter(|name| !is_own(name) && name != "config.json" && name != "model.safetensors.index.json");
     names.collect()
@@ -114,9 +114,16 @@ fn no_new_checkpoint_holds_them() {
     add_files(&base);
     let (ctx, merged, again) = (Context::default(), world.at("merged"), world.at("again"));
     merge::merge(&ctx, &base, &[world.input(0)], &MergeOptions::new_checkpoint(&merged)).unwrap();
-    assert_eq!(side_files(&merged), KEPT);
+    // A card of its own, and the base's own when all is taken out.
+    let with_card = || [&["README.md"], KEPT].concat();
+    let sorted = |mut names: Vec<&'static str>| {
+        names.sort_unstable();
+        names
+    };
+    assert_eq!(side_files(&merged), sorted(with_card()));
     merge::unmerge(&ctx, &merged, &Which::All, &MergeOptions::new_checkpoint(&again)).unwrap();
-    assert_eq!(side_files(&again), KEPT);
+    assert_eq!(side_files(&again), sorted(with_card()));
+    assert_eq!(fs::read(again.join("README.md")).unwrap(), fs::read(base.join("README.md")).unwrap());
 
     let (delta, synced) = (world.at("weight_v000001"), world.at("synced"));
     let options =

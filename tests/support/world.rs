@@ -151,14 +151,21 @@ fn is_card(path: &Path) -> bool {
     path == Path::new("README.md") || path == Path::new(".neuroada/card")
 }
 
-/// Every file below a folder, with its bytes.
+/// Every file below a folder, with its bytes, but for the card of a new checkpoint.
 pub(crate) fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = whole_tree(folder);
+    found.retain(|path, _| !is_card(path));
+    found
+}
+
+/// Every file below a folder, with its bytes.
+pub(crate) fn whole_tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 walk(root, &path, found);
-            } else if !is_card(path.strip_prefix(root).unwrap()) {
+            } else {
                 found.insert(path.strip_prefix(root).unwrap().to_owned(), fs::read(&path).unwrap());
             }
         }
