@@ -82,13 +82,25 @@ pub(super) struct Examination<'a, 'l> {
     ledger: Option<&'l mut LedgerWriter>,
     pub(super) findings: Findings,
     current: Current,
+    /// By tensor, what [`Self::finish`] goes on with.
+    later: BTreeMap<String, Later>,
+}
+
+/// Per sparse adapter, the originals at its positions, hashed.
+type Anchors = BTreeMap<AdapterId, blake3::Hasher>;
+
+/// What was gathered of a tensor that is worked on as a whole.
+struct Later {
+    anchors: Anchors,
+    /// The hash that the base's tensor must have.
+    base: Option<String>,
 }
 
 /// What is gathered of a tensor.
 #[derive(Default)]
 struct Current {
     counts: PatchCounts,
-    anchors: BTreeMap<AdapterId, blake3::Hasher>,
+    anchors: Anchors,
     /// By adapter, the largest original where its deltas are so large that they are compared with it.
     largest: BTreeMap<AdapterId, f64>,
     found: RowsHasher,
@@ -102,7 +114,14 @@ impl<'a, 'l> Examination<'a, 'l> {
         bounds: &'a BTreeMap<String, Bound>,
         ledger: Option<&'l mut LedgerWriter>,
     ) -> Self {
-        Self { change, bounds, ledger, findings: Findings::default(), current: Current::default() }
+        Self {
+            change,
+            bounds,
+            ledger,
+            findings: Findings::default(),
+            current: Current::default(),
+            later: BTreeMap::new(),
+        }
     }
 
     /// Makes a tensor ready to be looked at.
@@ -123,7 +142,8 @@ impl<'a, 'l> Examination<'a, 'l> {
             |rows| look.block_bytes(ctx, rows) + own_bytes(rows),
             |rows| look.on_disk(ctx, rows),
             |rows, block| self.push(ctx, &look, &rows, block),
-        )
+        )?;
+        self.finish(ctx, &[touched])
     }
 
     /// Takes in the block `rows`; a tensor's first block begins it, its last ends it.
@@ -196,42 +216,70 @@ impl<'a, 'l> Examination<'a, 'l> {
     /// Compares what was gathered of a tensor with what is known of it, and ends it in the ledger.
     fn end(&mut self, ctx: &Context<'_>, look: &Look<'_>) -> Result<(), MergeError> {
         let touched = look.touched;
-        let (info, name) = (touched.tensor.info, touched.name());
-        self.compare_before(ctx, look)?;
-        let hashes = self.compare_hashes(ctx, look)?;
-        let is_there = touched.after.is_some();
-        if let (Work::Rows { .. }, Some(target)) = (touched.work, touched.after) {
-            match target.positions() {
-                // It was changed as a whole, and is not any more: what is kept of it now is gathered from beneath.
-                Some(layout) => self.keep_positions(ctx, look, layout)?,
-                None => self.anchor_transposed(ctx, look, target)?,
-            }
-        }
+        let name = touched.name();
+        let (hashes, base) = self.compare_hashes(look);
         if matches!(touched.work, Work::Nothing { .. }) {
             self.carry_over(ctx, look)?;
-        } else if is_there {
+        } else if touched.after.is_some() {
             self.findings.counts.insert(name.to_owned(), self.current.counts);
         }
-        self.compare_anchors(look);
         for (&id, &original) in &self.current.largest {
             let delta = look.bound.by_source.get(&id).copied().unwrap_or(0.0);
             let index = self.change.after.active.iter().position(|source| source.id == id);
             self.findings.implausible.compare(index.unwrap_or(0), name, delta, original);
         }
-        if let (Some(ledger), Some(target)) = (self.ledger.as_deref_mut(), touched.after) {
-            let active = &self.change.after.active;
-            let terms = target.terms.iter().map(|term| {
-                let index = active.iter().position(|source| source.id == term.source.id);
-                record(target, term, index.expect("its adapter is active"))
-            });
-            ledger.end_target(info, target.n_columns, terms.collect(), hashes);
+        let anchors = std::mem::take(&mut self.current.anchors);
+        match touched.work {
+            Work::Rows { .. } => _ = self.later.insert(name.to_owned(), Later { anchors, base }),
+            Work::Positions(_) | Work::Nothing { .. } => self.compare_anchors(touched, &anchors),
+        }
+        let is_gathered_later = matches!(touched.work, Work::Rows { .. })
+            && touched.after.is_some_and(|target| target.positions().is_some());
+        if !is_gathered_later {
+            self.end_target(touched, hashes);
+        }
+        Ok(())
+    }
+
+    /// Ends a tensor in the ledger.
+    fn end_target(&mut self, touched: &Touched<'_>, hashes: Option<KeptHashes>) {
+        let (Some(ledger), Some(target)) = (self.ledger.as_deref_mut(), touched.after) else { return };
+        let active = &self.change.after.active;
+        let terms = target.terms.iter().map(|term| {
+            let index = active.iter().position(|source| source.id == term.source.id);
+            record(target, term, index.expect("its adapter is active"))
+        });
+        ledger.end_target(touched.tensor.info, target.n_columns, terms.collect(), hashes);
+    }
+
+    /// Looks at what could not be looked at while blocks came in, since that takes passes of its own: nobody may begin one inside another.
+    pub(super) fn finish(&mut self, ctx: &Context<'_>, touched: &[&Touched<'_>]) -> Result<(), MergeError> {
+        for touched in touched {
+            let Some(Later { mut anchors, base }) = self.later.remove(touched.name()) else { continue };
+            self.compare_before(ctx, touched)?;
+            if let Some(base) = base {
+                // What will be needed to take it out again, and to roll back.
+                let tensor = self.change.in_base(touched.tensor)?;
+                if hash_of(ctx, self.change, touched, tensor)? != base {
+                    self.findings.wrong_originals.push((touched.name().to_owned(), WrongOriginal::Base));
+                }
+            }
+            let Some(target) = touched.after else { continue };
+            match target.positions() {
+                // It was changed as a whole, and is not any more: what is kept of it now is gathered from beneath.
+                Some(layout) => {
+                    self.keep_positions(ctx, touched, layout, &mut anchors)?;
+                    self.end_target(touched, None);
+                }
+                None => self.anchor_transposed(ctx, touched, target, &mut anchors)?,
+            }
+            self.compare_anchors(touched, &anchors);
         }
         Ok(())
     }
 
     /// Of a tensor that single elements of were changed in, and that is changed as a whole now: whether they are as they were left.
-    fn compare_before(&mut self, ctx: &Context<'_>, look: &Look<'_>) -> Result<(), MergeError> {
-        let touched = look.touched;
+    fn compare_before(&mut self, ctx: &Context<'_>, touched: &Touched<'_>) -> Result<(), MergeError> {
         let kept = self.change.before.kept(touched.name());
         let (Work::Rows { .. }, Some(Kept::Positions(_)), Some(before)) = (touched.work, kept, touched.before) else {
             return Ok(());
@@ -257,8 +305,9 @@ impl<'a, 'l> Examination<'a, 'l> {
         Ok(())
     }
 
-    /// Compares the hashes of a tensor that was or is changed as a whole; returns those that the ledger keeps.
-    fn compare_hashes(&mut self, ctx: &Context<'_>, look: &Look<'_>) -> Result<Option<KeptHashes>, MergeError> {
+    /// Compares the hashes of a tensor that was or is changed as a whole; returns those that the ledger keeps, and that which the base must
+    /// have.
+    fn compare_hashes(&mut self, look: &Look<'_>) -> (Option<KeptHashes>, Option<String>) {
         let touched = look.touched;
         let name = touched.name();
         let (found, base, merged) =
@@ -276,7 +325,7 @@ impl<'a, 'l> Examination<'a, 'l> {
                 }
             }
             if matches!(touched.work, Work::Nothing { .. }) {
-                return Ok(Some(before.clone()));
+                return (Some(before.clone()), None);
             }
             if base != before.base {
                 let whose = match touched.origin {
@@ -285,17 +334,13 @@ impl<'a, 'l> Examination<'a, 'l> {
                 };
                 self.findings.wrong_originals.push((name.to_owned(), whose));
             }
-        } else if look.keep == Some(KeptOriginals::Hashes)
-            && matches!(touched.origin, Origin::Here)
-            && self.change.base.is_some()
-        {
-            // What will be needed to take it out again, and to roll back.
-            let tensor = self.change.in_base(touched.tensor)?;
-            if hash_of(ctx, self.change, touched, tensor)? != base {
-                self.findings.wrong_originals.push((name.to_owned(), WrongOriginal::Base));
-            }
         }
-        Ok(look.keep.map(|_| KeptHashes { base, merged }))
+        let needs_base = before.is_none()
+            && look.keep == Some(KeptOriginals::Hashes)
+            && matches!(touched.origin, Origin::Here)
+            && self.change.base.is_some();
+        let of_base = needs_base.then(|| base.clone());
+        (look.keep.map(|_| KeptHashes { base, merged }), of_base)
     }
 
     /// Copies what the ledger keeps of a tensor that stays as it is.
@@ -323,8 +368,13 @@ impl<'a, 'l> Examination<'a, 'l> {
     }
 
     /// Gathers what is kept of single elements from beneath a tensor that was changed as a whole, and the anchors with it.
-    fn keep_positions(&mut self, ctx: &Context<'_>, look: &Look<'_>, layout: RowLayout) -> Result<(), MergeError> {
-        let touched = look.touched;
+    fn keep_positions(
+        &mut self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        layout: RowLayout,
+        anchors: &mut Anchors,
+    ) -> Result<(), MergeError> {
         let change = self.change;
         let at_positions = Touched { before: None, work: Work::Positions(layout), ..*touched };
         let beneath = Beneath { change, touched };
@@ -332,7 +382,6 @@ impl<'a, 'l> Examination<'a, 'l> {
         if let Some(ledger) = ledger.as_deref_mut() {
             ledger.begin_positions(touched.tensor.info, layout.transposed)?;
         }
-        let anchors = &mut self.current.anchors;
         anchors.clear();
         for_each_ordered(
             ctx,
@@ -360,31 +409,34 @@ impl<'a, 'l> Examination<'a, 'l> {
     }
 
     /// Gathers the anchors of sparse adapters whose rows are the tensor's columns.
-    fn anchor_transposed(&mut self, ctx: &Context<'_>, look: &Look<'_>, target: &Target<'_>) -> Result<(), MergeError> {
-        let beneath = Beneath { change: self.change, touched: look.touched };
+    fn anchor_transposed(
+        &self,
+        ctx: &Context<'_>,
+        touched: &Touched<'_>,
+        target: &Target<'_>,
+        anchors: &mut Anchors,
+    ) -> Result<(), MergeError> {
+        let beneath = Beneath { change: self.change, touched };
         for (source, adapter, sparse) in target.sparse().filter(|(.., sparse)| sparse.transposed) {
             let mut hasher = blake3::Hasher::new();
-            let as_positions = Touched { work: Work::Positions(sparse.layout), ..*look.touched };
+            let as_positions = Touched { work: Work::Positions(sparse.layout), ..*touched };
             for rows in self.change.blocks(ctx, &as_positions) {
                 ctx.check()?;
                 let columns = adapter.read_rows(ctx, sparse, rows.clone())?.columns;
-                hasher.update(&beneath.gather(ctx, look.touched.tensor, sparse.layout, rows.start, &columns)?);
+                hasher.update(&beneath.gather(ctx, touched.tensor, sparse.layout, rows.start, &columns)?);
             }
-            self.current.anchors.insert(source.id, hasher);
+            anchors.insert(source.id, hasher);
         }
         Ok(())
     }
 
-    fn compare_anchors(&mut self, look: &Look<'_>) {
-        let Some(target) = look.touched.after else { return };
-        if matches!(look.touched.work, Work::Nothing { .. }) {
-            return;
-        }
+    fn compare_anchors(&mut self, touched: &Touched<'_>, gathered: &Anchors) {
+        let Some(target) = touched.after.filter(|_| !matches!(touched.work, Work::Nothing { .. })) else { return };
         for (source, _, sparse) in target.sparse() {
             let anchors = self.findings.anchors.entry(source.id).or_default();
-            let name = look.touched.name();
-            let hasher = self.current.anchors.entry(source.id).or_default();
-            if hasher.finalize() == sparse.anchor {
+            let name = touched.name();
+            let hash = gathered.get(&source.id).cloned().unwrap_or_default().finalize();
+            if hash == sparse.anchor {
                 anchors.n_matching += 1;
             } else if anchors.first_mismatch.as_deref().is_none_or(|first| name < first) {
                 anchors.first_mismatch = Some(name.to_owned());

@@ -212,6 +212,7 @@ fn rewrite<'t>(
             }
         },
     )?;
+    examination.finish(ctx, &at_once)?;
     later.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
     Ok(later)
 }

@@ -183,6 +183,16 @@ impl<'a> WeightMap<'a> {
         tie.is_covered_by(&given)
     }
 
+    /// Whether rows of a tied weight that PEFT trained under `name` were trained for all that share it: it ties them where `name` is the input
+    /// embedding and the model's own config, not that of a part, ties embedding and head.
+    ///
+    /// Source: `_get_module_names_tied_with_embedding` of PEFT 0.21.
+    pub fn rows_are_tied(&self, tie: &TiedWeight<'_>, name: &str) -> bool {
+        let canonical = self.rules.canonical(&self.renamed(name));
+        let is_off = self.checkpoint.config().get("tie_word_embeddings") == Some(&serde_json::Value::Bool(false));
+        tie.is_embedding(module_of(&canonical)) && !is_off
+    }
+
     /// The name that an adapter's key has after the user's renames.
     pub(super) fn renamed<'n>(&self, name: &'n str) -> Cow<'n, str> {
         self.answers.renames.iter().find_map(|rename| rename.apply(name)).map_or(Cow::Borrowed(name), Cow::Owned)

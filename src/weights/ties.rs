@@ -33,6 +33,11 @@ impl TiedWeight<'_> {
         reads_all && (self.heads.is_empty() || self.heads.iter().any(has))
     }
 
+    /// Whether a module of this canonical name reads it as an embedding.
+    pub(super) fn is_embedding(&self, module: &str) -> bool {
+        self.embeddings.iter().any(|embedding| embedding == module)
+    }
+
     /// The modules that share the weight, for people.
     pub fn uses(&self) -> String {
         let mut words: Vec<&str> = self.embeddings.iter().map(String::as_str).collect();

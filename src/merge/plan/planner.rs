@@ -283,6 +283,12 @@ impl<'m, 'a> Planner<'m, 'a> {
                 "\"{name}\": the adapter replaces rows of it, and a scale of {scale} has no meaning for them"
             )));
         }
+        if let Some(tie) = self.map.tie(&name)
+            && !self.map.is_covered(tie, &[name.to_string()])
+            && !self.map.rows_are_tied(tie, &name)
+        {
+            self.ask_tied(&rows.name, tie)?;
+        }
         let mut places: Vec<(u64, u64)> = rows.rows.iter().copied().zip(0..).collect();
         places.sort_unstable();
         for tensor in found.copies() {
