@@ -40,7 +40,7 @@ pub(super) struct MergeArgs {
     #[command(flatten)]
     output: OutputArgs,
     /// Write no ledger: the merge cannot be undone
-    #[arg(long, requires = "output")]
+    #[arg(long, conflicts_with = "in_place")]
     no_ledger: bool,
     /// Merge even where finite weights become infinite or NaN, and report how many
     #[arg(long)]

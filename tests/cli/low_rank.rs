@@ -142,6 +142,47 @@ fn in_place_a_lora_keeps_originals_or_has_a_base() {
 }
 
 #[test]
+fn a_lora_goes_onto_a_sparse_merge_and_out_again_with_any_number_of_threads() {
+    let place = Place::new();
+    let factors: Vec<(String, [u64; 2], f32)> = (0..2)
+        .flat_map(|layer| {
+            [("gate_proj", 176, 64), ("up_proj", 176, 64), ("down_proj", 64, 176)].map(move |(name, d_out, d_in)| {
+                let module = format!("base_model.model.model.layers.{layer}.mlp.{name}");
+                [
+                    (format!("{module}.lora_A.weight"), [2, d_in], 0.01),
+                    (format!("{module}.lora_B.weight"), [d_out, 2], 0.5),
+                ]
+            })
+        })
+        .flatten()
+        .collect();
+    let factors: Vec<(&str, &[u64], f32)> =
+        factors.iter().map(|(name, shape, value)| (name.as_str(), shape.as_slice(), *value)).collect();
+    write_peft(&place, "lora", r#"{"peft_type":"LORA","r":2,"lora_alpha":4}"#, &factors);
+    write_adapter(&place, "sparse.safetensors", "proj.weight", 0, 0.5);
+    place.stdout("merge [FIXTURES]/tiny-llama --adapter sparse.safetensors -o sparse");
+    place.stdout("merge [FIXTURES]/tiny-llama --adapter sparse.safetensors --adapter lora -o both");
+    let id = place.json("inspect both")["merges"]["active"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|a| a["kind"] == "lora")
+        .unwrap()["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    for threads in [1, 2, 3, 8] {
+        place.stdout(&format!("merge sparse --adapter lora -o onto --threads {threads}"));
+        assert_eq!(content(&place.path("onto")), content(&place.path("both")));
+        place.stdout(&format!("unmerge onto --adapter {id} --base [FIXTURES]/tiny-llama -o out --threads {threads}"));
+        assert_eq!(content(&place.path("out")), content(&place.path("sparse")));
+        for folder in ["onto", "out"] {
+            std::fs::remove_dir_all(place.path(folder)).unwrap();
+        }
+    }
+}
+
+#[test]
 fn hostile_and_foreign_adapters_are_named_and_nothing_is_written() {
     let place = Place::new();
     let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));

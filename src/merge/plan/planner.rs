@@ -287,7 +287,7 @@ impl<'m, 'a> Planner<'m, 'a> {
             && !self.map.is_covered(tie, &[name.to_string()])
             && !self.map.rows_are_tied(tie, &name)
         {
-            self.ask_tied(&rows.name, tie)?;
+            self.ask_tied(std::slice::from_ref(&rows.name), tie)?;
         }
         let mut places: Vec<(u64, u64)> = rows.rows.iter().copied().zip(0..).collect();
         places.sort_unstable();

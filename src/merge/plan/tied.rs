@@ -109,22 +109,23 @@ impl<'a> Planner<'_, 'a> {
         if self.map.is_covered(tie, &names) {
             return Ok(());
         }
-        self.ask_tied(&names[0], tie)
+        self.ask_tied(&names, tie)
     }
 
-    /// Fails unless the user said that all that share a weight may change with `name`; tells that they do.
-    pub(super) fn ask_tied(&mut self, name: &str, tie: &TiedWeight<'a>) -> Result<(), MergeError> {
+    /// Fails unless the user said that all that share a weight may change with `names`; tells that they do.
+    pub(super) fn ask_tied(&mut self, names: &[String], tie: &TiedWeight<'a>) -> Result<(), MergeError> {
         if !self.reading.tied_head {
             let what = format!(
-                "the model shares this weight under several names ({}), and the adapter was trained for some of them alone: merged, it \
-                 would change the others too",
-                tie.uses()
+                "the model shares this weight under several names ({}), and the adapter was trained for {} alone: merged, it would \
+                 change the others too",
+                tie.uses(),
+                if names.len() == 1 { "this one" } else { "some of them" }
             );
-            return Err(self.undecided(name, Undecided::TiedHead, what));
+            return Err(self.undecided(&names[0], Undecided::TiedHead, what));
         }
         self.note_once(format!(
             "{} is shared ({}): what is merged into one changes the others",
-            Printable(name),
+            Printable(&names[0]),
             tie.uses()
         ));
         Ok(())
