@@ -29,6 +29,11 @@ STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 
 RANK, ALPHA = 4, 8
 
+NONE_DIFFERS = "no weight differs"
+
+# One cell of so many is also merged in place, and taken out again.
+ROUND_TRIPS = 8
+
 Outputs = dict[str, torch.Tensor]
 
 
@@ -219,7 +224,7 @@ class Truth:
                 far.append((difference, name))
         far.sort(reverse=True)
         told = ", ".join(f"{name} by {difference:.2g}" for difference, name in far[:3])
-        return f"{len(far)} of {len(self.weights)} weights differ: {told}" if far else "no weight differs"
+        return f"{len(far)} of {len(self.weights)} weights differ: {told}" if far else NONE_DIFFERS
 
 
 def parameter_groups(model: Module) -> list[list[str]]:
@@ -242,7 +247,7 @@ def axes_of(model: Module) -> dict[str, bool]:
     return axes
 
 
-# The cell -------------------------------------------------------------------------------------------------------------
+# Merging --------------------------------------------------------------------------------------------------------------
 
 
 def train(base: Base, form_name: str, adapter: Path, result: dict) -> tuple[Outputs, Truth]:
@@ -282,13 +287,15 @@ def train(base: Base, form_name: str, adapter: Path, result: dict) -> tuple[Outp
     return reference, Truth.of(model, groups, axes)
 
 
-def reload(base: Base, form_name: str, adapter: Path) -> Outputs | None:
-    """What PEFT computes when it loads the adapter's file; `None` where it cannot."""
+def reload(base: Base, form_name: str, adapter: Path, merged: bool = False) -> Outputs | None:
+    """What PEFT computes with the adapter's file, beside the model or merged into it; `None` where it cannot."""
     tower = tower_of(base.family, FORMS[form_name].part)
     model, _ = base.load()
     part = tower.take(model, base.folder) if tower else model
     try:
-        PeftModel.from_pretrained(part, adapter).eval()
+        peft = PeftModel.from_pretrained(part, adapter).eval()
+        if merged:
+            part = peft.merge_and_unload()
         if tower:
             tower.graft(model, part)
         return base.compute(model)
@@ -296,10 +303,15 @@ def reload(base: Base, form_name: str, adapter: Path) -> Outputs | None:
         return None
 
 
-def call(program: Path, base: Base, adapter: Path, out: Path, options: list[str]) -> tuple[int, dict]:
-    """Runs one merge; gives the exit code and the document that says why it failed."""
+def merge(program: Path, base: Base, adapter: Path, out: Path, options: list[str]) -> tuple[int, dict]:
+    """Merges the adapter into a new checkpoint."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [program, "merge", base.folder, "-a", adapter, "-o", out, "--json", "--threads", "1", *options]
+    return call(program, ["merge", base.folder, "-a", adapter, "-o", out, *options])
+
+
+def call(program: Path, words: list) -> tuple[int, dict]:
+    """Runs the program; gives the exit code and the document that says why it failed."""
+    command = [program, *words, "--json", "--threads", "1"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
     try:
         document = json.loads(done.stdout) if done.returncode else {}
@@ -308,6 +320,57 @@ def call(program: Path, base: Base, adapter: Path, out: Path, options: list[str]
     if done.returncode and "error" not in document:
         document["error"] = (done.stderr or done.stdout).strip()
     return done.returncode, document
+
+
+# In place -------------------------------------------------------------------------------------------------------------
+
+
+def has_round_trip(family: str, form: str) -> bool:
+    """Whether the cell also merges in place: every eighth, spread over families and forms."""
+    return (list(FAMILIES).index(family) + list(FORMS).index(form)) % ROUND_TRIPS == 0
+
+
+def round_trip(program: Path, base: Base, adapter: Path, merged: Path, copy: Path, options: list[str]) -> str:
+    """Merges into a copy of the base, and takes the adapter out again; says what is not as it should be."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(base.folder, copy)
+    code, document = call(program, ["merge", copy, "-a", adapter, "--in-place", "--keep-originals", *options])
+    if code:
+        return f"`merge --in-place` ends with {code}: {document['error']}"
+    differing = differences(tensors_of(merged), tensors_of(copy))
+    if differing:
+        return f"in place these tensors are others than in a new checkpoint: {differing}"
+    code, document = call(program, ["unmerge", copy])
+    if code:
+        return f"`unmerge` ends with {code}: {document['error']}"
+    differing = differences(files_of(base.folder), files_of(copy))
+    return f"after `unmerge` these files are not the base's: {differing}" if differing else ""
+
+
+def tensors_of(folder: Path) -> dict[str, tuple]:
+    """Type, shape and bytes of every tensor in the folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, info in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                first, end = info["data_offsets"]
+                found[name] = (info["dtype"], info["shape"], data[start + first : start + end])
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def differences(expected: dict, found: dict) -> str:
+    """The first names whose values are not the same; empty where all are."""
+    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# The whole cell -------------------------------------------------------------------------------------------------------
 
 
 def short(text: str, *paths: Path) -> str:
@@ -336,14 +399,14 @@ def run_cell(base: Base, form_name: str, program: Path, folder: Path) -> dict:
         result["truth"] = truth.cannot_be_stored
 
     given: list[list[str]] = []
-    code, document = call(program, base, adapter, out, [])
+    code, document = merge(program, base, adapter, out, [])
     while code == 4:
         answer = truth.answer(document.get("hint") or "")
         if answer is None or answer in given:
             break
         result.setdefault("asked", short(document["error"], folder, base.folder.parent))
         given.append(answer)
-        code, document = call(program, base, adapter, out, sum(given, []))
+        code, document = merge(program, base, adapter, out, sum(given, []))
     answers = sum(given, [])
     result |= {"exit": code, "answers": answers}
     if code:
@@ -365,9 +428,20 @@ def run_cell(base: Base, form_name: str, program: Path, folder: Path) -> dict:
     outputs = base.compute(merged)
     result["distance"] = round(distance(reference, outputs), 3)
     if result["distance"] <= 1:
+        if has_round_trip(base.name, form_name):
+            fault = round_trip(program, base, adapter, out, folder / "in-place", answers)
+            result["round_trip"] = short(fault, folder, base.folder.parent) or "equal"
+            if fault:
+                return result | {"outcome": "not-in-place", "reason": result["round_trip"]}
         return result | {"outcome": asked + "equal"}
     if again and result["reload"] > 1 and distance(again, outputs) <= 1:
         return result | {"outcome": "equal-to-file", "reason": f"the file does not hold what was trained{file_differs}"}
+    furthest = truth.furthest(merged)
+    if furthest == NONE_DIFFERS and not truth.cannot_be_stored:
+        by_peft = reload(base, form_name, adapter, merged=True)
+        if by_peft and distance(by_peft, outputs) <= 1:
+            reason = f"PEFT's unmerged model is {result['distance']} tolerances away from what PEFT merges"
+            return result | {"outcome": "equal-to-peft-merge", "reason": reason}
     stored = f"; {truth.cannot_be_stored}" if truth.cannot_be_stored else ""
-    reason = f"{result['distance']} tolerances away; {truth.furthest(merged)}{stored}{file_differs}"
+    reason = f"{result['distance']} tolerances away; {furthest}{stored}{file_differs}"
     return result | {"outcome": asked + "wrong", "reason": reason}

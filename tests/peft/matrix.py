@@ -37,16 +37,18 @@ OUTCOMES = {
     "refused": ("G", "refused, though the trained model could be stored: a gap"),
     "wrong": ("**X**", "merged, and the outputs are not equal"),
     "asked-wrong": ("**?X**", "asked and answered truthfully, and the outputs are not equal"),
+    "not-in-place": ("**I**", "equal as a new checkpoint, but not merged in place, or not taken out again exactly"),
     "equal-to-file": ("f", "equal to what PEFT loads from the file, which is not what was trained"),
+    "equal-to-peft-merge": ("p", "every weight is as trained; PEFT's unmerged model is not what PEFT itself merges"),
     "crash": ("**C**", "the program ended in another way"),
     "too-weak": ("w", "the adapter does not change the outputs clearly"),
     "does-not-apply": ("·", "PEFT itself refuses, or the family has no such module"),
     "harness-error": ("**E**", "this test failed"),
 }
 # Outcomes that nothing has to be done about.
-SETTLED = ("equal", "asked-equal", "refused-rightly", "equal-to-file", "does-not-apply")
+SETTLED = ("equal", "asked-equal", "refused-rightly", "equal-to-file", "equal-to-peft-merge", "does-not-apply")
 # Outcomes that make the command fail. A refusal is safe, and no failure.
-FAILURES = ("wrong", "asked-wrong", "crash", "too-weak", "harness-error")
+FAILURES = ("wrong", "asked-wrong", "not-in-place", "crash", "too-weak", "harness-error")
 # A worker that says nothing for so long has hung, in seconds.
 PATIENCE = 300
 
@@ -191,6 +193,8 @@ def summarise(results: Path, target: Path) -> Counter:
         text.append(f"| {family} | " + " | ".join(OUTCOMES[mark][0] if mark else "" for mark in marks) + " |")
     counts = Counter(entry["outcome"] for entry in known.values())
     text += ["", f"{len(known)} cells: " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o]) + "."]
+    trips = Counter(entry["round_trip"] == "equal" for entry in known.values() if "round_trip" in entry)
+    text += ["", f"Merged in place and taken out again: {trips.total()} of them, {trips[True]} exactly."]
     versions = Counter(entry["program"] for entry in known.values() if "program" in entry)
     text += ["", "Programs (SHA-256): " + ", ".join(f"{v} in {n} cells" for v, n in versions.most_common()) + "."]
     for outcome, (_, meaning) in OUTCOMES.items():
