@@ -60,6 +60,16 @@ pub fn recover(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> Result<Re
         let base = base.map(open_base).transpose()?;
         recovered = recover_locked(ctx, &checkpoint, &state, base.as_ref())?;
     }
+    if !state.is_interrupted()?
+        && let Some(ledger) = Ledger::open(ctx, &state, StateFolder::LEDGER)?
+        && ledger.document().active.is_empty()
+    {
+        // The last adapter was taken out, and what it left behind was not removed any more.
+        let _lock = in_place::begin(&checkpoint, true)?;
+        drop(ledger);
+        state.tidy(&[])?;
+        recovered = Recovered::Finished;
+    }
     if checkpoint.layout() != Layout::File {
         for shard in checkpoint.shards() {
             if StateFolder::at(shard.path(), Layout::File)?.is_interrupted()? {
