@@ -266,6 +266,17 @@ pub(crate) fn write_own(folder: &OwnFolder, name: &str, bytes: &[u8]) -> Result<
     AtomicFile::create_own(folder, name)?.commit_bytes(bytes)
 }
 
+/// Copies the file `source` to one of this program's own state, which replaces what has its name.
+///
+/// # Errors
+/// As [`AtomicFile::create_own`] and [`AtomicFile::commit`], and a failure to read.
+pub(crate) fn copy_own(source: &Path, folder: &OwnFolder, name: &str) -> Result<(), CheckpointError> {
+    let mut from = File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
+    let output = AtomicFile::create_own(folder, name)?;
+    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", output.target(), e))?;
+    output.commit()
+}
+
 /// Makes renames in a folder last through a power loss.
 ///
 /// # Errors

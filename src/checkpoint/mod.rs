@@ -42,8 +42,8 @@ mod side_files;
 mod single_file;
 mod state_folder;
 
-pub(crate) use atomic_file::write_own;
 pub use atomic_file::{AtomicFile, Existing, sync_folder, write_atomic};
+pub(crate) use atomic_file::{copy_own, write_own};
 pub use codes::{CodedWeight, Codes};
 pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{LoraConfig, PEFT_CONFIG, PEFT_TENSORS, PeftError, PeftFolder, PeftName, ReplacedRows, base_name};
 use crate::{
-    checkpoint::{AtomicFile, CheckpointError, Context, OwnFolder, Printable, Shard, TensorFileWriter, TensorInfo},
+    checkpoint::{CheckpointError, Context, OwnFolder, Printable, Shard, TensorFileWriter, TensorInfo, copy_own},
     tensor::{Dtype, dtype_name, projection_kind},
 };
 
@@ -178,9 +178,9 @@ impl LoraAdapter {
     /// # Errors
     /// What the system says.
     pub(crate) fn write_copy(&self, ctx: &Context<'_>, own: &OwnFolder) -> Result<(), CheckpointError> {
-        copy_whole(self.folder.config().path(), own, PEFT_CONFIG)?;
+        copy_own(self.folder.config().path(), own, PEFT_CONFIG)?;
         if let Some(shard) = self.folder.single_file() {
-            return copy_whole(shard.path(), own, PEFT_TENSORS);
+            return copy_own(shard.path(), own, PEFT_TENSORS);
         }
         let mut writer = TensorFileWriter::create_own(own, PEFT_TENSORS)?;
         for (shard, info) in self.folder.tensors() {
@@ -266,14 +266,6 @@ impl LoraAdapter {
         }
         Ok(hasher.finalize())
     }
-}
-
-/// Copies a file whole or not at all.
-fn copy_whole(source: &Path, folder: &OwnFolder, name: &str) -> Result<(), CheckpointError> {
-    let mut from = std::fs::File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
-    let output = AtomicFile::create_own(folder, name)?;
-    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", output.target(), e))?;
-    output.commit()
 }
 
 fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {

@@ -8,7 +8,7 @@ use super::{input::Input, torch::open_any};
 use crate::checkpoint::{CheckpointError, Context, Existing, Shard, TensorFileWriter, check_free_space};
 
 /// The tensors of a pickle may have this many times its bytes: two names may stand for one storage, as tied weights do.
-const MOST_COPIES: u64 = 2;
+const MAX_COPIES: u64 = 2;
 
 /// The file of a pickle's tensors and the temporary folder it lies in, which goes with this.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Unpacked {
         let tensors = open_any(ctx, Arc::clone(&pickle))?;
         let mut sizes = tensors.iter().map(|(_, tensor)| tensor.n_bytes());
         let n_bytes = sizes.try_fold(0u64, |sum, n_bytes| sum.checked_add(n_bytes?));
-        let most = pickle.n_bytes().saturating_mul(MOST_COPIES);
+        let most = pickle.n_bytes().saturating_mul(MAX_COPIES);
         let Some(n_bytes) = n_bytes.filter(|&n_bytes| n_bytes <= most) else {
             let what = format!("its tensors have more than {most} bytes, twice the file's own size");
             return Err(CheckpointError::bad_file(path, what));

@@ -113,14 +113,9 @@ impl<'a> Change<'a> {
     fn touched_one(&self, name: &'a str) -> Result<Touched<'a>, MergeError> {
         let (before, after) = (self.before.targets.get(name), self.after.targets.get(name));
         let target = before.or(after).expect("it is a name of one of them");
-        let is_whole = matches!(self.before.kept(name), Some(Kept::Hash(_) | Kept::Whole(_)));
+        let is_whole = self.before.kept(name).and_then(Kept::hashes).is_some();
         let (n_rows, n_columns) = (target.n_rows, target.n_columns);
-        let positions = match (before.filter(|_| !is_whole), after) {
-            _ if is_whole => None,
-            (_, Some(after)) => after.positions(),
-            (Some(before), None) => before.positions(),
-            (None, None) => None,
-        };
+        let positions = if is_whole { None } else { after.or(before).and_then(Target::positions) };
         let is_same = before.zip(after).is_some_and(|(before, after)| before.is_same_as(after));
         let work = match positions {
             Some(layout) => Work::Positions(layout),

@@ -165,18 +165,18 @@ fn apply(
         keep: options.keep,
         computer: &computer,
     };
-    let map = WeightMap::new(&checkpoint, options.reading.answers())?;
-    let added = step.added(ctx, &remembered, &beneath, &map)?;
-    let (new, plan_notes) = places(ctx, &added, &beneath, &map, &options.reading)?;
-    let after = before.changed(&checkpoint, &removed, added.iter(), new)?;
-    let change = Change {
-        checkpoint: &checkpoint,
-        before: &before,
-        after: &after,
-        base: base.as_ref(),
-        keep: options.keep,
-        computer: &computer,
+    // Only what is new is placed.
+    let map = match step {
+        Step::Add(_) => Some(WeightMap::new(&checkpoint, options.reading.answers())?),
+        Step::Remove(_) => None,
     };
+    let (mut added, mut new, mut plan_notes) = (Vec::new(), Targets::new(), Vec::new());
+    if let Some(map) = &map {
+        added = step.added(ctx, &remembered, &beneath, map)?;
+        (new, plan_notes) = places(ctx, &added, &beneath, map, &options.reading)?;
+    }
+    let after = before.changed(&checkpoint, &removed, added.iter(), new)?;
+    let change = Change { after: &after, ..beneath };
     // Seen before the work: nothing may fail when it is done.
     let mut left_out = Vec::new();
     let is_new = matches!(options.output, MergeOutput::New { .. });
@@ -229,9 +229,6 @@ fn places<'a>(
     map: &WeightMap<'a>,
     reading: &AdapterReading,
 ) -> Result<(Targets<'a>, Vec<String>), MergeError> {
-    if added.is_empty() {
-        return Ok((Targets::new(), Vec::new()));
-    }
     let names: Vec<String> = added.iter().flat_map(Source::parameters).collect();
     map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     map.check_axes(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;

@@ -312,10 +312,7 @@ impl<'a, 'l> Examination<'a, 'l> {
         let name = touched.name();
         let (found, base, merged) =
             (self.current.found.finish(), self.current.beneath.finish(), self.current.merged.finish());
-        let before = match self.change.before.kept(name) {
-            Some(Kept::Hash(hashes) | Kept::Whole(hashes)) => Some(hashes),
-            _ => None,
-        };
+        let before = self.change.before.kept(name).and_then(Kept::hashes);
         if let Some(before) = before {
             if found != before.merged {
                 self.findings.n_changed_tensors += 1;

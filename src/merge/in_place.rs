@@ -20,7 +20,7 @@ use super::{
     card::update_card,
     change::{Change, Touched, Work},
     journal::Journal,
-    ledger::{Kept, Ledger, LedgerAdapter, LedgerDocument, LedgerWriter},
+    ledger::{Ledger, LedgerAdapter, LedgerDocument, LedgerWriter},
     out_of_place::state_bytes,
     patch::patch,
     report::report,
@@ -91,7 +91,7 @@ pub(super) fn refuse_itself(change: &Change<'_>) -> Result<(), MergeError> {
 /// Fails where a tensor would be overwritten as a whole and its original would be nowhere.
 ///
 /// # Errors
-/// [`MergeError::KeepsNothing`] with the bytes that keeping them would take; [`MergeError::NeedsBase`].
+/// [`MergeError::KeepsNothing`] with the bytes that keeping them would take.
 pub(super) fn check_kept(change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
     if change.base.is_some() {
         return Ok(());
@@ -100,13 +100,10 @@ pub(super) fn check_kept(change: &Change<'_>, touched: &[Touched<'_>]) -> Result
         matches!(touched.work, Work::Rows { .. }) && change.keeps(touched) == Some(KeptOriginals::Hashes)
     };
     let lost: u64 = touched.iter().filter(is_lost).map(|touched| touched.tensor.info.n_bytes()).sum();
-    if lost == 0 {
-        return Ok(());
+    match lost {
+        0 => Ok(()),
+        n_bytes => Err(MergeError::KeepsNothing { path: change.checkpoint.root().to_owned(), n_bytes }),
     }
-    if touched.iter().filter(is_lost).any(|touched| matches!(change.before.kept(touched.name()), Some(Kept::Hash(_)))) {
-        change.in_base(touched[0].tensor)?;
-    }
-    Err(MergeError::KeepsNothing { path: change.checkpoint.root().to_owned(), n_bytes: lost })
 }
 
 /// Changes the checkpoint itself; the caller holds the lock. `document` is that of the new ledger, without targets.

@@ -225,7 +225,7 @@ impl<'c> Look<'c> {
         let (dtype, row_bytes) = (touched.tensor.info.dtype, touched.row_bytes());
         let width = dtype.bitsize() / 8;
         let mut block = BlockFindings { n_touched: (bytes.len() / width) as u64, ..BlockFindings::default() };
-        let is_hashed = matches!(change.before.kept(touched.name()), Some(Kept::Hash(_) | Kept::Whole(_)));
+        let is_hashed = change.before.kept(touched.name()).and_then(Kept::hashes).is_some();
         if is_hashed {
             block.found = RowsHasher::groups(bytes, row_bytes);
         }

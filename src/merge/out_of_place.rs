@@ -12,7 +12,7 @@ use super::{
     change::{Change, Touched, Work},
     compute::Bound,
     examine::Examination,
-    ledger::{GROUP_ROWS, Ledger, LedgerDocument, LedgerWriter},
+    ledger::{GROUP_ROWS, LedgerDocument, LedgerWriter},
     look::Look,
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     patch::patch,
@@ -99,12 +99,16 @@ pub(super) fn apply(
     }
     let ledger = writer.finish(ctx, change.record(ctx, state)?)?;
     let ledger_bytes = ledger.n_bytes();
-    let written = Written::open(ctx, state, ledger)?;
+    // What is trusted from here on is what lies on disk.
+    let remembered = Remembered::of_ledger(ctx, state, ledger)?;
+    let after = match waiting.iter().any(|shard| !shard.later.is_empty()) {
+        true => Stack::of(&remembered, checkpoint, change.base)?,
+        false => Stack::default(),
+    };
     for Waiting { index, later, part, path, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
             files[index] = Some(Patcher::open(ctx, &part)?);
-            let after = written.stack(change)?;
             let patched = Change { after: &after, ..*change };
             let later: Vec<Touched<'_>> = later.into_iter().copied().collect();
             patch(ctx, &patched, &later, &files)?;
@@ -129,25 +133,14 @@ pub(super) fn apply(
         report.ledger_bytes = ledger_bytes;
         report.needs_base = needs_base;
     }
-    drop(written);
+    drop(after);
+    drop(remembered);
     output.finish_state(is_kept)?;
     if let Some(resume) = resume {
         report.notes.extend(resume.finish(checkpoint)?);
     }
     output.commit()?;
     Ok(report)
-}
-
-/// What was written beside the new checkpoint: what is trusted from here on is what lies on disk.
-struct Written(Remembered);
-
-impl Written {
-    fn open(ctx: &Context<'_>, state: &StateFolder, ledger: Ledger) -> Result<Self, MergeError> {
-        Ok(Self(Remembered::of_ledger(ctx, state, ledger)?))
-    }
-    fn stack<'s>(&'s self, change: &Change<'s>) -> Result<Stack<'s>, MergeError> {
-        Stack::of(&self.0, change.checkpoint, change.base)
-    }
 }
 
 /// A shard that gets its name when all were judged.

@@ -149,10 +149,7 @@ fn recover_locked(
 fn prove_wholes(ctx: &Context<'_>, change: &Change<'_>, touched: &[Touched<'_>]) -> Result<(), MergeError> {
     for touched in touched.iter().filter(|touched| matches!(touched.work, Work::Rows { .. })) {
         let name = touched.name();
-        let kept = [change.after, change.before].into_iter().find_map(|stack| match stack.kept(name) {
-            Some(Kept::Hash(hashes) | Kept::Whole(hashes)) => Some(hashes),
-            _ => None,
-        });
+        let kept = [change.after, change.before].into_iter().find_map(|stack| stack.kept(name)?.hashes());
         let original = lasting_originals(change, touched)?;
         if let Some(hashes) = kept
             && hash_of(ctx, change, touched, original)? != hashes.base

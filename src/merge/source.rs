@@ -14,8 +14,8 @@ use super::{
 use crate::{
     adapter::{self, Adapter, AdapterError, AdapterId, AdapterNotes, ColumnsKind},
     checkpoint::{
-        AtomicFile, BaseValues, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
-        StateFolder,
+        BaseValues, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
+        StateFolder, copy_own,
     },
     foreign::{AdapterKind, ForeignAdapter, LoraAdapter, LoraModule, PEFT_CONFIG, PEFT_TENSORS, PeftType},
     weights::WeightMap,
@@ -311,8 +311,8 @@ impl Source {
             }
             AnyAdapter::Kept(kept) => {
                 own.create()?;
-                copy_whole(&kept.folder.path().join(PEFT_CONFIG), &own, PEFT_CONFIG)?;
-                copy_whole(kept.shard.path(), &own, PEFT_TENSORS)?;
+                copy_own(&kept.folder.path().join(PEFT_CONFIG), &own, PEFT_CONFIG)?;
+                copy_own(kept.shard.path(), &own, PEFT_TENSORS)?;
             }
         }
         Ok(own.sync()?)
@@ -388,12 +388,4 @@ fn open_sparse(ctx: &Context<'_>, path: &Path, checkpoint: &Checkpoint) -> Resul
         }
         opened => Ok(opened?),
     }
-}
-
-/// Copies a file whole or not at all.
-fn copy_whole(source: &Path, folder: &OwnFolder, name: &str) -> Result<(), MergeError> {
-    let mut from = std::fs::File::open(source).map_err(|e| CheckpointError::io("read", source, e))?;
-    let output = AtomicFile::create_own(folder, name)?;
-    std::io::copy(&mut from, &mut output.file()).map_err(|e| CheckpointError::io("copy", output.target(), e))?;
-    Ok(output.commit()?)
 }

@@ -125,20 +125,13 @@ impl<'a> Stack<'a> {
         checkpoint: &'a Checkpoint,
         base: Option<&Checkpoint>,
     ) -> Result<Self, MergeError> {
-        let (Err(MergeError::NeedsBase { .. }), Some(ledger)) =
-            (Self::of(remembered, checkpoint, base), &remembered.ledger)
-        else {
-            return Self::of(remembered, checkpoint, base);
+        let ledger = match (Self::of(remembered, checkpoint, base), &remembered.ledger) {
+            (Err(MergeError::NeedsBase { .. }), Some(ledger)) => ledger,
+            (opened, _) => return opened,
         };
         let mut targets = Targets::new();
         for (name, recorded) in &ledger.document().targets {
-            let absent = |what: String| MergeError::Refused {
-                path: checkpoint.root().to_owned(),
-                what: format!("\"{}\": {what}", Printable(name)),
-            };
-            let tensor =
-                checkpoint.tensor(name).ok_or_else(|| absent("there is no such tensor any more".to_owned()))?;
-            ledger.check_stored(tensor).map_err(absent)?;
+            let tensor = stored(ledger, checkpoint, name)?;
             let n_columns = recorded.n_columns.max(1);
             let n_rows = tensor.info.n_elements() / n_columns;
             targets.insert(&tensor.info.name, Target { tensor, n_rows, n_columns, terms: Vec::new() });
@@ -243,15 +236,9 @@ impl<'a> Stack<'a> {
         if deltas.is_empty() && !any_rows {
             return Ok(None);
         }
-        let mut whole_rows = RowColumns::default();
-        let mut next = replaced.iter().peekable();
-        let all: Vec<u32> = next.peek().map_or_else(Vec::new, |(_, values)| (0..values.len() as u32).collect());
-        for row in 0..(rows.end - rows.start) as usize {
-            let is_replaced = next.next_if(|(replaced, _)| *replaced == row).is_some();
-            whole_rows.push_row(if is_replaced { &all } else { &[] });
-        }
+        let whole_rows = any_rows.then(|| whole_rows((rows.end - rows.start) as usize, &replaced));
         let of_deltas = deltas.iter().map(|(_, rows, _): &(_, DeltaRows, _)| &rows.columns);
-        let parts: Vec<&RowColumns> = of_deltas.chain(any_rows.then_some(&whole_rows)).collect();
+        let parts: Vec<&RowColumns> = of_deltas.chain(&whole_rows).collect();
         let touched = union_columns(&parts);
         for (row, _) in &replaced {
             if deltas.iter().any(|(_, deltas, _)| !deltas.columns.row(*row).is_empty()) {
@@ -271,6 +258,18 @@ impl<'a> Stack<'a> {
     }
 }
 
+/// All columns of the rows that are replaced, which ascend, and none of the others.
+fn whole_rows(n_rows: usize, replaced: &[(usize, Vec<f32>)]) -> RowColumns {
+    let mut columns = RowColumns::default();
+    let mut next = replaced.iter().peekable();
+    let all: Vec<u32> = next.peek().map_or_else(Vec::new, |(_, values)| (0..values.len() as u32).collect());
+    for row in 0..n_rows {
+        let is_replaced = next.next_if(|(replaced, _)| *replaced == row).is_some();
+        columns.push_row(if is_replaced { &all } else { &[] });
+    }
+    columns
+}
+
 /// The targets of a ledger, whose places are recorded; in version 1 they are the adapters' own names.
 fn recorded_targets<'a>(
     ledger: &'a Ledger,
@@ -283,12 +282,7 @@ fn recorded_targets<'a>(
         MergeError::BadLedger { path: ledger.path().to_owned(), what }
     };
     for (name, recorded) in &ledger.document().targets {
-        let absent = |what: String| MergeError::Refused {
-            path: checkpoint.root().to_owned(),
-            what: format!("\"{}\": {what}", Printable(name)),
-        };
-        let tensor = checkpoint.tensor(name).ok_or_else(|| absent("there is no such tensor any more".to_owned()))?;
-        ledger.check_stored(tensor).map_err(absent)?;
+        let tensor = stored(ledger, checkpoint, name)?;
         let target = match recorded.terms.is_empty() {
             true => by_name(tensor, recorded.n_columns, sources),
             false => resolve(tensor, recorded.n_columns, &recorded.terms, sources).map_err(|what| bad(name, &what))?,
@@ -309,6 +303,19 @@ fn recorded_targets<'a>(
         return Err(MergeError::BadLedger { path: ledger.path().to_owned(), what });
     }
     Ok(targets)
+}
+
+/// The stored tensor that a ledger speaks of.
+fn stored<'a>(ledger: &Ledger, checkpoint: &'a Checkpoint, name: &str) -> Result<TensorRef<'a>, MergeError> {
+    let tensor = checkpoint.tensor(name).ok_or_else(|| "there is no such tensor any more".to_owned());
+    let found = tensor.and_then(|tensor| ledger.check_stored(tensor).map(|()| tensor));
+    found.map_err(|what| about(checkpoint, name, &what))
+}
+
+/// A refusal that is about one tensor.
+fn about(checkpoint: &Checkpoint, name: &str, what: &str) -> MergeError {
+    let what = format!("\"{}\": {what}", Printable(name));
+    MergeError::Refused { path: checkpoint.root().to_owned(), what }
 }
 
 /// What sparse adapters do to the tensor that has their targets' name.
@@ -364,19 +371,17 @@ fn plan_again<'a>(
     };
     let lost = recorded.iter().find(|(name, target)| is_left(target) && !targets.contains_key(name.as_str()));
     if let Some((name, _)) = lost {
-        let what =
-            format!("\"{}\": its record speaks of this tensor, and its adapters do not lead there", Printable(name));
-        return Err(MergeError::Refused { path: checkpoint.root().to_owned(), what });
+        return Err(about(checkpoint, name, "its record speaks of this tensor, and its adapters do not lead there"));
     }
     for (name, target) in &targets {
-        let absent = |what: String| MergeError::Refused {
-            path: checkpoint.root().to_owned(),
-            what: format!("\"{}\": {what}", Printable(name)),
-        };
         if !recorded.contains_key(*name) {
-            return Err(absent("its record does not speak of this tensor, and its adapters lead there".to_owned()));
+            return Err(about(
+                checkpoint,
+                name,
+                "its record does not speak of this tensor, and its adapters lead there",
+            ));
         }
-        ledger.check_stored(target.tensor).map_err(absent)?;
+        ledger.check_stored(target.tensor).map_err(|what| about(checkpoint, name, &what))?;
     }
     Ok(targets)
 }

@@ -6,7 +6,7 @@
 //! change. All touched weights being right, no other element can differ.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -133,8 +133,8 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
             let on_base = base_findings(ctx, &change, &by_position)?;
             anchor_reports(&stack, &on_base, "the base's values", &mut problems);
         }
-        let is_whole = |name: &str| whole.iter().any(|touched| touched.name() == name);
-        let expected = |name: &str| match is_whole(name) {
+        let compared: BTreeSet<&str> = whole.iter().map(Touched::name).collect();
+        let expected = |name: &str| match compared.contains(name) {
             // Compared already, every element.
             true => None,
             false => Some(findings.counts.get(name).map_or(0, |counts| counts.changed)),
@@ -164,10 +164,7 @@ fn verify_whole(
     findings: &mut Findings,
     problems: &mut Vec<String>,
 ) -> Result<u64, MergeError> {
-    let kept = match change.before.kept(touched.name()) {
-        Some(Kept::Hash(hashes) | Kept::Whole(hashes)) => Some(hashes),
-        _ => None,
-    };
+    let kept = change.before.kept(touched.name()).and_then(Kept::hashes);
     let name = Printable(touched.name());
     let originals = match touched.origin {
         Origin::Ledger(tensor) | Origin::Base(tensor) => Some(tensor),

@@ -87,6 +87,16 @@ pub enum Kept {
     Whole(KeptHashes),
 }
 
+impl Kept {
+    /// The hashes, where the tensor is changed as a whole.
+    pub(in crate::merge) fn hashes(&self) -> Option<&KeptHashes> {
+        match self {
+            Self::Hash(hashes) | Self::Whole(hashes) => Some(hashes),
+            Self::Positions(_) => None,
+        }
+    }
+}
+
 /// Originals at changed positions.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
