@@ -481,7 +481,7 @@ fn what_cannot_be_combined_is_refused_and_nothing_is_written() {
         (vec![plain.clone(), plain.clone()], "is given twice"),
         (vec![plain.clone(), place.lora("full", r#""r":1"#, full)], "one adapter holds it in full"),
         (vec![place.lora("absent", r#""r":1"#, absent)], "\"m.x.weight\": the base has no such tensor"),
-        (vec![place.lora("resized", r#""r":1"#, resized)], "a merge keeps the base's shapes"),
+        (vec![place.lora("resized", r#""r":1"#, resized)], "--allow-new-tensors puts the adapter's in its place"),
         (vec![MergeInput { scale: Some(1e300), ..plain.clone() }], "not a number that float32 holds"),
     ] {
         let found = said(place.merge(&adapters, AdapterReading::default()));

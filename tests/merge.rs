@@ -18,11 +18,14 @@ use neuroada_ckpt::{
 
 #[path = "support/stop_at.rs"]
 mod stop_at;
+#[path = "support/unnamed.rs"]
+mod unnamed;
 #[path = "support/world.rs"]
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
 use stop_at::stop_at;
+use unnamed::unnamed;
 use world::{Random, World, tree, values_at};
 
 fn merge_new(world: &World, which: &[usize], name: &str) -> PathBuf {
@@ -139,8 +142,9 @@ fn any_order_of_merges_and_unmerges_is_a_fresh_merge_of_what_is_left() {
             fresh.remove(Path::new(".neuroada/files"));
             fresh
         });
-        // Weights, ledger and adapters' copies: all of it is a function of the active set.
-        assert!(&tree(&path) == expected, "{active:?}");
+        // Weights, ledger and adapters' copies: all of it is a function of the active set, but for where its names stand.
+        assert!(unnamed(tree(&path)) == unnamed(expected.clone()), "{active:?}");
+        assert!(!active.is_empty() || &tree(&path) == expected, "the base's bytes");
     }
     assert!(fresh.len() > 8, "many sets were visited");
 }

@@ -26,12 +26,15 @@ mod lora;
 mod mixture;
 #[path = "support/stop_at.rs"]
 mod stop_at;
+#[path = "support/unnamed.rs"]
+mod unnamed;
 #[path = "support/world.rs"]
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
 use mixture::{Active, Mixture, in_place, to_new};
 use stop_at::stop_at;
+use unnamed::unnamed;
 use world::{Random, tree};
 
 /// Panics at the n-th block that is patched.
@@ -325,10 +328,10 @@ impl Work {
                 let options = to_new(&out, false, None);
                 let (inputs, base) = (self.mixture.inputs(&self.active), self.mixture.base());
                 merge::merge(&Context::default(), &base, &inputs, &options).unwrap();
-                self.fresh.insert(key.clone(), shards(tree(&out)));
+                self.fresh.insert(key.clone(), unnamed(shards(tree(&out))));
                 fs::remove_dir_all(&out).unwrap();
             }
-            assert!(shards(found) == self.fresh[&key], "{step}: a fresh merge of {key} gives other files");
+            assert!(unnamed(shards(found)) == self.fresh[&key], "{step}: a fresh merge of {key} gives other files");
             self.counts.fresh += 1;
         }
         if self.one_in(6) {

@@ -14,6 +14,8 @@ use crate::tensor::{Dtype, checked_bytes, dtype_name};
 
 /// The metadata key of this program's own files: masks, adapters, ledgers.
 pub const DOCUMENT_KEY: &str = "neuroada";
+/// The metadata key under which a checkpoint's shards, or its index, name the adapters that were merged.
+pub const MERGED_KEY: &str = "neuroada.merged";
 /// Headers larger than this are refused, here and by the safetensors crate.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// More tensors than this in one file are refused: forty times the largest published shard.
@@ -76,6 +78,19 @@ impl Header {
         let raw =
             RawHeader::parse(text).map_err(|e| bad(format!("the header is malformed: {}", malformed(json, 8, &e))))?;
         Self::check(path, raw, json.len() as u64, file_bytes)
+    }
+
+    /// Parses `json`, a header by itself, of a file that holds just the tensors it lists; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub(crate) fn parse_text(path: &Path, json: &[u8]) -> Result<Self, CheckpointError> {
+        let bad = |what: String| CheckpointError::bad_file(path, what);
+        let text = std::str::from_utf8(json).map_err(|e| bad(e.to_string()))?;
+        let raw =
+            RawHeader::parse(text).map_err(|e| bad(format!("the header is malformed: {}", malformed(json, 8, &e))))?;
+        let end = raw.tensors.iter().map(|tensor| tensor.data.end).max().unwrap_or(0);
+        Self::check(path, raw, json.len() as u64, end.saturating_add(8 + json.len() as u64))
     }
 
     fn check(path: &Path, raw: RawHeader, json_bytes: u64, file_bytes: u64) -> Result<Self, CheckpointError> {
@@ -170,6 +185,10 @@ impl Header {
     /// Bytes of the JSON, without the length before it.
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
+    }
+    /// Bytes of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.data_start() + self.tensors.last().map_or(0, |tensor| tensor.data.end)
     }
     /// Where tensor data begins, in bytes from the start of the file.
     pub fn data_start(&self) -> u64 {

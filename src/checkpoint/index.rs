@@ -9,7 +9,7 @@ use std::{
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::{
-    CheckpointError, Printable, Shard, TensorInfo,
+    CheckpointError, MERGED_KEY, Printable, Shard, TensorInfo,
     json::{Allowance, Text, malformed, not_a_string, read_whole},
     probe,
 };
@@ -79,6 +79,7 @@ pub struct Index {
     /// By name.
     shards: Vec<String>,
     total_size: Option<u64>,
+    merged: Option<String>,
 }
 
 impl Index {
@@ -128,7 +129,12 @@ impl Index {
         for (_, shard) in &mut tensors {
             *shard = sorted[*shard as usize];
         }
-        Ok(Self { weight_map: tensors, shards: shards.into_keys().collect(), total_size: raw.total_size })
+        Ok(Self {
+            weight_map: tensors,
+            shards: shards.into_keys().collect(),
+            total_size: raw.metadata.total_size,
+            merged: raw.metadata.merged,
+        })
     }
 
     /// The shards, by name.
@@ -144,6 +150,11 @@ impl Index {
     /// Whether the model has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.weight_map.binary_search_by(|(tensor, _)| tensor.as_str().cmp(name)).is_ok()
+    }
+
+    /// What its metadata says was merged in place, under [`MERGED_KEY`](super::MERGED_KEY).
+    pub fn merged(&self) -> Option<&str> {
+        self.merged.as_deref()
     }
 
     /// Everything in which the index and its shards disagree; `shards` are those of [`Index::shard_names`].
@@ -209,7 +220,14 @@ fn is_plain_file_name(name: &str) -> bool {
 /// The JSON has this shape; names may still repeat or lead elsewhere.
 struct RawIndex {
     weight_map: WeightMap,
+    metadata: Metadata,
+}
+
+/// What is looked at of `metadata`.
+#[derive(Default)]
+struct Metadata {
     total_size: Option<u64>,
+    merged: Option<String>,
 }
 
 impl RawIndex {
@@ -230,7 +248,7 @@ impl<'de> Visitor<'de> for IndexVisitor<'_> {
         f.write_str("an object with a weight_map")
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawIndex, A::Error> {
-        let (mut weight_map, mut total_size) = (None, None);
+        let (mut weight_map, mut metadata) = (None, Metadata::default());
         while let Some(key) = map.next_key_seed(Text(self.0, "a key"))? {
             match key.as_str() {
                 "weight_map" => {
@@ -238,50 +256,50 @@ impl<'de> Visitor<'de> for IndexVisitor<'_> {
                         return Err(de::Error::custom("weight_map appears twice"));
                     }
                 }
-                "metadata" => total_size = map.next_value_seed(MetadataSeed(self.0))?,
+                "metadata" => metadata = map.next_value_seed(MetadataSeed(self.0))?,
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
             }
         }
         let weight_map = weight_map.ok_or_else(|| de::Error::missing_field("weight_map"))?;
-        Ok(RawIndex { weight_map, total_size })
+        Ok(RawIndex { weight_map, metadata })
     }
     fn visit_str<E: de::Error>(self, text: &str) -> Result<RawIndex, E> {
         Err(not_a_string(text, &self))
     }
 }
 
-/// `metadata`, of which `total_size` alone is looked at; absent or null is fine.
+/// `metadata`; absent or null is fine.
 struct MetadataSeed<'a>(&'a Allowance);
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
-    type Value = Option<u64>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<u64>, D::Error> {
+    type Value = Metadata;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Metadata, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
 impl<'de> Visitor<'de> for MetadataSeed<'_> {
-    type Value = Option<u64>;
+    type Value = Metadata;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("metadata as an object")
     }
-    fn visit_unit<E: de::Error>(self) -> Result<Option<u64>, E> {
-        Ok(None)
+    fn visit_unit<E: de::Error>(self) -> Result<Metadata, E> {
+        Ok(Metadata::default())
     }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<u64>, A::Error> {
-        let mut total_size = None;
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+        let mut metadata = Metadata::default();
         while let Some(key) = map.next_key_seed(Text(self.0, "a key"))? {
-            if key == "total_size" {
-                total_size = Some(map.next_value_seed(TotalSizeVisitor)?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
+            match key.as_str() {
+                "total_size" => metadata.total_size = Some(map.next_value_seed(TotalSizeVisitor)?),
+                MERGED_KEY => metadata.merged = Some(map.next_value_seed(Text(self.0, "a string"))?),
+                _ => _ = map.next_value::<IgnoredAny>()?,
             }
         }
-        Ok(total_size)
+        Ok(metadata)
     }
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Option<u64>, E> {
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Metadata, E> {
         Err(not_a_string(text, &self))
     }
 }

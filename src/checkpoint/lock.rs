@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt,
-    path::Component,
+    path::{Component, Path},
 };
 
 use rustix::{
@@ -87,6 +87,23 @@ impl CheckpointLock {
         }
         Ok(Self { files })
     }
+
+    /// Locks one more file, which is going to take the place of one that is locked: no moment passes in which nothing is.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`].
+    pub(crate) fn extend(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let file =
+            File::options().read(true).write(true).open(path).map_err(|e| CheckpointError::io("lock", path, e))?;
+        match try_lock(&file) {
+            LockAttempt::Locked => self.files.push(file),
+            LockAttempt::Held | LockAttempt::Unsupported => {
+                return Err(CheckpointError::io("lock", path, io::ErrorKind::WouldBlock.into()));
+            }
+            LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", path, e)),
+        }
+        Ok(())
+    }
 }
 
 /// Network file systems lock only what is open for writing; other file systems lock what this user may only read, too, and whether
@@ -162,8 +179,6 @@ pub fn in_place_hazards(checkpoint: &Checkpoint) -> Result<Vec<String>, Checkpoi
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn checkpoint(folder: &Path) -> Checkpoint {

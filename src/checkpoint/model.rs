@@ -43,6 +43,8 @@ pub struct Checkpoint {
     /// The index file's name, of a sharded checkpoint.
     index_name: Option<String>,
     wrong_total: Option<WrongTotal>,
+    /// What the index says was merged.
+    merged_in_index: Option<String>,
     /// No output replaces, holds or lies in the folder meanwhile.
     _in_use: Option<InUse>,
 }
@@ -188,7 +190,8 @@ impl Checkpoint {
         let (index, shards) = open_shards(root, index_path)?;
         let wrong_total = index.wrong_total(&shards);
         let index_name = index_path.file_name().map(|name| name.to_string_lossy().into_owned());
-        Ok(Self { wrong_total, index_name, ..Self::assemble(root, Layout::Sharded, shards)? })
+        let merged_in_index = index.merged().map(str::to_owned);
+        Ok(Self { wrong_total, index_name, merged_in_index, ..Self::assemble(root, Layout::Sharded, shards)? })
     }
 
     fn assemble(root: &Path, layout: Layout, shards: Vec<Shard>) -> Result<Self, CheckpointError> {
@@ -221,6 +224,7 @@ impl Checkpoint {
             codes,
             index_name: None,
             wrong_total: None,
+            merged_in_index: None,
             _in_use: in_use,
         })
     }
@@ -335,6 +339,11 @@ impl Checkpoint {
     /// The name of its index file, where it is sharded.
     pub fn index_name(&self) -> Option<&str> {
         self.index_name.as_deref()
+    }
+
+    /// What its index says was merged in place, under [`MERGED_KEY`](super::MERGED_KEY).
+    pub(crate) fn merged_in_index(&self) -> Option<&str> {
+        self.merged_in_index.as_deref()
     }
 
     /// What is wrong with its index, and does no harm.

@@ -20,12 +20,14 @@ use super::{
 /// Shorter runs of pages are written through the page cache.
 const LEAST_DIRECT: usize = 64 << 10;
 
-/// Copies `source` to the new file `target`, with its mode, synced, piece by piece: each of `pieces` is a run of the file,
-/// which `edit` may change before it is written; what it returns goes to `sink`, in the pieces' order.
+/// Copies `source` to the new file `target`, with its mode, synced: first the JSON `header`, which may be another than the source's, then
+/// the tensor data piece by piece. Each of `pieces` is a run of the source, which `edit` may change before it is written; what it returns
+/// goes to `sink`, in the pieces' order.
 ///
-/// `held` is the most bytes that `edit` holds for a piece beside its bytes: scratch, the result. Pieces ascend and cover the file. What
-/// is not in memory is read past the page cache, and where the file system can, everything is written past it: reading, editing and
-/// writing overlap. Memory: pieces and what is held for them, within [`Context::pass_bytes`].
+/// `held` is the most bytes that `edit` holds for a piece beside its bytes: scratch, the result. Pieces ascend and cover the data. What
+/// is not in memory is read past the page cache, and where the file system can, everything is written past it (with a header that is
+/// longer or shorter, where the difference is whole pages): reading, editing and writing overlap. Memory: the header, and pieces and what
+/// is held for them, within [`Context::pass_bytes`].
 ///
 /// # Errors
 /// What `edit` or `sink` return, a failure to read or write, [`CheckpointError::Changed`] where the source changed meanwhile,
@@ -37,6 +39,7 @@ pub fn rewrite_shard<T, R, E>(
     ctx: &Context<'_>,
     source: &Shard,
     target: &Path,
+    header: &[u8],
     pieces: impl IntoIterator<Item = (Range<u64>, T), IntoIter: Send>,
     held: impl Fn(&T) -> u64 + Sync,
     edit: impl Fn(&T, &mut [u8]) -> Result<R, E> + Sync,
@@ -49,10 +52,15 @@ where
 {
     let meta = source.file().metadata().map_err(|e| CheckpointError::io("read", source.path(), e))?;
     let file = create_like(&meta, target)?;
-    preallocate(&file, target, source.file_bytes())?;
+    let data = source.header().data_start()..source.file_bytes();
+    let prefix = [&(header.len() as u64).to_le_bytes(), header].concat();
+    let new_start = prefix.len() as u64;
+    preallocate(&file, target, new_start + data.end - data.start)?;
+    file.write_all_at(&prefix, 0).map_err(|e| CheckpointError::io("write", target, e))?;
+    ctx.observer.advance(data.start);
     let writer = Writer::new(ctx, &file, target);
     let tensors = source.header().tensors().iter().map(|info| (source, info));
-    let mut n_written = 0;
+    let mut n_written = data.start;
     read_and_map_ordered(
         ctx,
         pieces,
@@ -61,7 +69,7 @@ where
         |(range, _)| Ok(source.read_copy(ctx, range.clone())?),
         |(range, tag), mut bytes| {
             let result = edit(tag, bytes.as_mut())?;
-            writer.write(&bytes, range.start)?;
+            writer.write(&bytes, new_start + (range.start - data.start))?;
             ctx.observer.advance(range.end - range.start);
             Ok(result)
         },
@@ -71,7 +79,7 @@ where
             sink(tag, result)
         },
     )?;
-    assert_eq!(n_written, source.file_bytes(), "pieces leave nothing out");
+    assert_eq!(n_written, data.end, "pieces leave nothing out");
     source.unchanged()?;
     // Not tried again on failure: the system may have dropped the pages and would then report success.
     Ok(file.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?)
@@ -145,11 +153,12 @@ mod tests {
         writer.finish_tensor(id, vec![data.len() as u64]);
         writer.finish(&Context::default(), &Default::default()).unwrap();
         let shard = Shard::open(&path).unwrap();
-        let n = shard.file_bytes();
-        for io in [Io::Auto, Io::Direct, Io::Mapped, Io::Read] {
+        let (start, n) = (shard.header().data_start(), shard.file_bytes());
+        let header = shard.header_json().unwrap();
+        for (io, longer) in [(Io::Auto, 0), (Io::Direct, 4096), (Io::Direct, 7), (Io::Mapped, 7), (Io::Read, 0)] {
             let ctx = Context { io, max_memory: 1 << 20, ..Context::default() };
             // Pieces that end on pages, beside them, within one, and all over the place.
-            let cuts = [0, 4096, 4096 * 40, 4096 * 80 + 1, 4096 * 80 + 2, 1_000_003, 1_000_004, 2_500_000, n];
+            let cuts = [start, 4096, 4096 * 40, 4096 * 80 + 1, 4096 * 80 + 2, 1_000_003, 1_000_004, 2_500_000, n];
             let mut pieces: Vec<(Range<u64>, u8)> = cuts.windows(2).map(|cut| (cut[0]..cut[1], 0)).collect();
             pieces[3].1 = 9;
             pieces[7].1 = 7;
@@ -158,7 +167,9 @@ mod tests {
                 expected[range.start as usize] ^= tag;
                 expected[range.end as usize - 1] ^= tag;
             }
-            let target = dir.path().join(format!("{io:?}"));
+            let header = [&header[..], &vec![b' '; longer]].concat();
+            expected.splice(..start as usize, [&(header.len() as u64).to_le_bytes()[..], &header].concat());
+            let target = dir.path().join(format!("{io:?} {longer}"));
             let edit = |tag: &u8, bytes: &mut [u8]| {
                 bytes[0] ^= tag;
                 *bytes.last_mut().unwrap() ^= tag;
@@ -169,9 +180,9 @@ mod tests {
                 n_seen += n_bytes;
                 Ok(())
             };
-            rewrite_shard(&ctx, &shard, &target, pieces, |_| 0, edit, sink).unwrap();
-            assert_eq!(n_seen, n);
-            assert!(std::fs::read(&target).unwrap() == expected, "{io:?}");
+            rewrite_shard(&ctx, &shard, &target, &header, pieces, |_| 0, edit, sink).unwrap();
+            assert_eq!(n_seen, n - start);
+            assert!(std::fs::read(&target).unwrap() == expected, "{io:?} {longer}");
         }
     }
 

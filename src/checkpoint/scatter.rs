@@ -37,6 +37,8 @@ pub struct Patcher {
     io: Io,
     /// The longest write.
     max_write: u64,
+    /// Where tensor data begins.
+    data_start: u64,
 }
 
 /// Where an element goes: bytes from the start of the file, and its index among the elements.
@@ -48,25 +50,30 @@ impl Patcher {
     /// # Errors
     /// As [`Shard::open_for_writing`].
     pub fn of(ctx: &Context<'_>, shard: &Shard) -> Result<Self, CheckpointError> {
-        Ok(Self::new(ctx, shard.path(), shard.open_for_writing()?))
+        Ok(Self::new(ctx, shard.path(), shard.open_for_writing()?, shard.header().data_start()))
     }
 
-    /// Opens the existing file `path`, part of an output, for reading and writing.
+    /// Opens the existing file `path`, part of an output, for reading and writing; its tensor data begins at `data_start`.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
-    pub fn open(ctx: &Context<'_>, path: &Path) -> Result<Self, CheckpointError> {
+    pub fn open(ctx: &Context<'_>, path: &Path, data_start: u64) -> Result<Self, CheckpointError> {
         let file = File::options().read(true).write(true).open(path);
-        Ok(Self::new(ctx, path, file.map_err(|e| CheckpointError::io("open for writing", path, e))?))
+        Ok(Self::new(ctx, path, file.map_err(|e| CheckpointError::io("open for writing", path, e))?, data_start))
     }
 
-    fn new(ctx: &Context<'_>, path: &Path, file: File) -> Self {
+    fn new(ctx: &Context<'_>, path: &Path, file: File, data_start: u64) -> Self {
         let direct = match ctx.io {
             Io::Auto | Io::Direct => direct::open_for_rewriting(path, &file),
             Io::Mapped | Io::Read => None,
         };
         let max_write = MAX_WRITE.min(ctx.window_bytes());
-        Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io, max_write }
+        Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io, max_write, data_start }
+    }
+
+    /// Where tensor data begins, in bytes from the start of the file.
+    pub fn data_start(&self) -> u64 {
+        self.data_start
     }
 
     /// Bytes of memory that [`Self::write`] takes at most beside its arguments.
@@ -242,7 +249,7 @@ mod tests {
             for io in [Io::Auto, Io::Direct, Io::Mapped, Io::Read] {
                 for own in [0..n_bytes, 0..0, 4097..n_bytes.max(4097) - 1, n_bytes / 2..n_bytes] {
                     std::fs::write(&path, &bytes).unwrap();
-                    let patcher = Patcher::open(&Context { io, ..Context::default() }, &path).unwrap();
+                    let patcher = Patcher::open(&Context { io, ..Context::default() }, &path, 0).unwrap();
                     patcher.write(own.clone(), &placed, &elements, width as usize).unwrap();
                     patcher.sync().unwrap();
                     assert!(std::fs::read(&path).unwrap() == expected, "{n_bytes} {io:?} {own:?}");
@@ -259,7 +266,7 @@ mod tests {
         // Each part ends in the middle of a page, where the next one begins.
         const PART: u64 = 70_001;
         std::fs::write(&path, vec![0; (N * PART) as usize]).unwrap();
-        let patcher = Patcher::open(&Context { io: Io::Direct, ..Context::default() }, &path).unwrap();
+        let patcher = Patcher::open(&Context { io: Io::Direct, ..Context::default() }, &path, 0).unwrap();
         std::thread::scope(|scope| {
             for part in 0..N {
                 let patcher = &patcher;

@@ -39,7 +39,7 @@ pub(super) struct MergeArgs {
     adapters: Vec<String>,
     #[command(flatten)]
     output: OutputArgs,
-    /// Write no ledger: the merge cannot be undone
+    /// Write no ledger, and no adapter's id into the shards' headers: the merge cannot be undone
     #[arg(long, conflicts_with = "in_place")]
     no_ledger: bool,
     /// Merge even where finite weights become infinite or NaN, and report how many
@@ -72,6 +72,10 @@ struct LowRankArgs {
     /// LoRA trained for some of the names of a weight that the model shares, such as embedding and head: change it for all of them
     #[arg(long = "tied-weights", alias = "tied-head")]
     tied: bool,
+    /// LoRA with a new head or a resized vocabulary: add tensors that the base does not have, and replace those of another size; config.json
+    /// is edited to match
+    #[arg(long, requires = "output")]
+    allow_new_tensors: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -94,6 +98,7 @@ impl LowRankArgs {
             expert_axes: self.expert_axes,
             renames: self.renames.renames.clone(),
             tied_head: self.tied,
+            new_tensors: self.allow_new_tensors,
         }
     }
 }
@@ -191,6 +196,9 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     let mut report = match merged {
         Err(e @ MergeError::AlreadyMerged { .. }) => {
             Err(e).hint("take it out with unmerge first, to merge it with another scale")?
+        }
+        Err(e @ MergeError::MergedBefore { .. }) => {
+            Err(e).hint("merge into the base that the adapter was made from, or bring its .neuroada folder back")?
         }
         Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint the adapter was made from")?,
         Err(e @ MergeError::Overflow { .. }) => {
@@ -326,6 +334,7 @@ fn print(report: &MergeReport, page: &mut Page) {
     if report.ledger_bytes > 0 {
         facts.push(("ledger", bytes(report.ledger_bytes)));
     }
+    facts.extend(report.new_tensors.iter().map(|line| ("new", line.clone())));
     page.facts(&facts);
 }
 

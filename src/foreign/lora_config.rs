@@ -108,6 +108,8 @@ pub struct LoraConfig {
     pub peft_version: Option<(u64, u64)>,
     /// The class of the model that the adapter was trained on, where the config names it.
     pub base_class: Option<String>,
+    /// What the model is for, where the config says it: `CAUSAL_LM`, `SEQ_CLS` and so on.
+    pub task_type: Option<String>,
     /// What the base was called where the adapter was made.
     pub base: Option<String>,
     /// Rows of embeddings that are replaced.
@@ -176,6 +178,7 @@ impl LoraConfig {
                 .entries("auto_mapping")?
                 .into_iter()
                 .find_map(|(key, value)| (key == "base_model_class").then(|| value.as_str().map(str::to_owned))?),
+            task_type: config.text("task_type")?.map(str::to_owned),
             base: config.text("base_model_name_or_path")?.filter(|base| !base.is_empty()).map(str::to_owned),
             token_indices: TokenIndices::of(config)?,
         })

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     adapter::AdapterId,
     backend::{pick, union_columns},
-    checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, Printable, TensorRef, gather_rows},
+    checkpoint::{BaseValues, Checkpoint, CheckpointError, Context, Printable, TensorInfo, TensorRef, gather_rows},
     tensor::{RowColumns, RowLayout, dtype_name},
 };
 
@@ -144,16 +144,21 @@ impl<'a> Change<'a> {
 
     /// The base's tensor.
     pub(super) fn in_base(&self, tensor: TensorRef<'_>) -> Result<TensorRef<'a>, MergeError> {
+        self.in_base_like(tensor.info)
+    }
+
+    /// The base's tensor of this name, type and shape.
+    pub(super) fn in_base_like(&self, info: &TensorInfo) -> Result<TensorRef<'a>, MergeError> {
         let Some(base) = self.base else {
             let base = self.before.ledger.map_or_else(String::new, |ledger| ledger.document().base.clone());
             return Err(MergeError::NeedsBase { path: self.checkpoint.root().to_owned(), base });
         };
         let wrong = |what: String| MergeError::Refused {
             path: base.root().to_owned(),
-            what: format!("\"{}\": {what}: not the base of this merge", Printable(&tensor.info.name)),
+            what: format!("\"{}\": {what}: not the base of this merge", Printable(&info.name)),
         };
-        let found = base.tensor(&tensor.info.name).ok_or_else(|| wrong("there is no such tensor".to_owned()))?;
-        match found.info.is_like(tensor.info) {
+        let found = base.tensor(&info.name).ok_or_else(|| wrong("there is no such tensor".to_owned()))?;
+        match found.info.is_like(info) {
             true => Ok(found),
             false => Err(wrong(format!("it is {} {:?}", dtype_name(found.info.dtype), found.info.shape))),
         }

@@ -4,14 +4,17 @@ use std::path::Path;
 
 use super::{
     AdapterReading, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport, Which,
+    added::{self, Texts},
     card::{CARD_NAME, OldCard},
     change::{AllBeneath, Change, Touched},
     compute::Computer,
+    frame::Frame,
     in_place,
     ledger::LedgerDocument,
+    mark::refuse_merged,
     new_checkpoint::Destination,
     out_of_place,
-    plan::{Targets, plan, same_bytes},
+    plan::{AddedTensors, Plan, Targets, plan, same_bytes},
     recover::recover,
     report::report,
     source::Source,
@@ -170,12 +173,15 @@ fn apply(
         Step::Add(_) => Some(WeightMap::new(&checkpoint, options.reading.answers())?),
         Step::Remove(_) => None,
     };
-    let (mut added, mut new, mut plan_notes) = (Vec::new(), Targets::new(), Vec::new());
+    let mut added = Vec::new();
+    let mut new = Plan { targets: Targets::new(), added: AddedTensors::new(), notes: Vec::new() };
     if let Some(map) = &map {
         added = step.added(ctx, &remembered, &beneath, map)?;
-        (new, plan_notes) = places(ctx, &added, &beneath, map, &options.reading)?;
+        let frame = Frame::of(&checkpoint, remembered.ledger.as_ref());
+        refuse_merged(&checkpoint, |file| frame.is_own(file), &added)?;
+        new = places(ctx, &added, &beneath, map, &options.reading)?;
     }
-    let after = before.changed(&checkpoint, &removed, added.iter(), new)?;
+    let after = before.changed(&checkpoint, &removed, added.iter(), (new.targets, new.added))?;
     let change = Change { after: &after, ..beneath };
     // Seen before the work: nothing may fail when it is done.
     let mut left_out = Vec::new();
@@ -196,7 +202,8 @@ fn apply(
                 return apply(ctx, path, options, step);
             }
             in_place::refuse_itself(&change)?;
-            in_place::apply(ctx, &change, &state, document(&change), options.allow_overflow)?
+            let lock = lock.as_mut().expect("work in place holds the lock");
+            in_place::apply(ctx, &change, (&state, lock), document(&change), options.allow_overflow)?
         }
         MergeOutput::New { path: output, existing, ledger, link, resume } => {
             let (existing, keep_ledger, link, resume) = (*existing, *ledger, *link, *resume);
@@ -217,7 +224,7 @@ fn apply(
         report.left_out = left_out;
     }
     let of_sources = added.iter().flat_map(|source| source.notes.iter().cloned());
-    report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(plan_notes));
+    report.notes.splice(0..0, checkpoint.notes().into_iter().chain(of_sources).chain(new.notes));
     Ok(report)
 }
 
@@ -228,7 +235,7 @@ fn places<'a>(
     beneath: &Change<'_>,
     map: &WeightMap<'a>,
     reading: &AdapterReading,
-) -> Result<(Targets<'a>, Vec<String>), MergeError> {
+) -> Result<Plan<'a>, MergeError> {
     let names: Vec<String> = added.iter().flat_map(Source::parameters).collect();
     map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     map.check_axes(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
@@ -275,15 +282,18 @@ fn dry_run(ctx: &Context<'_>, change: &Change<'_>, options: &MergeOptions<'_>) -
     let touched: Vec<Touched<'_>> = change.touched()?;
     if let MergeOutput::InPlace { .. } = options.output {
         in_place::check_kept(change, &touched)?;
+        added::refuse_in_place(change)?;
     }
+    added::check(ctx, change)?;
     let bounds = change.bounds_if(ctx, &touched, options.allow_overflow)?;
     let findings = change.examine(ctx, &touched, &bounds, None)?;
     findings.judge(change, options.allow_overflow)?;
     change.unchanged()?;
     let mut report = report(change, &touched, &findings);
     report.dry_run = true;
-    if let MergeOutput::New { .. } = options.output {
-        report.bytes_written = checkpoint.n_bytes();
+    report.notes.extend(Texts::of(change)?.notes);
+    if let MergeOutput::New { ledger, .. } = options.output {
+        report.bytes_written = out_of_place::new_bytes(change, ledger)?;
     }
     let is_kept = !matches!(options.output, MergeOutput::New { ledger: false, .. });
     if is_kept && !change.after.active.is_empty() {

@@ -75,6 +75,14 @@ pub enum MergeError {
         /// The adapter.
         id: AdapterId,
     },
+    /// The files say that the adapter was merged, though no ledger remembers it.
+    #[error("{}: adapter {} was merged into it before, and its ledger is gone: it would count twice", Printable::path(.path), .id.short())]
+    MergedBefore {
+        /// The file that says it.
+        path: PathBuf,
+        /// The adapter.
+        id: AdapterId,
+    },
     /// Weights that a merge wrote were changed since by somebody else.
     #[error("{}: {} not what the merges recorded in its ledger left there:{}", Printable::path(.path), how_many(*.n_changed, *.n_tensors), indented_list(.examples))]
     Tampered {
@@ -142,6 +150,14 @@ pub enum MergeError {
         /// How many there are in all tensors.
         n_overflowed: u64,
     },
+    /// Adding tensors, or taking them away, moves the others of their shard.
+    #[error("{}: \"{}\": an adapter adds this tensor, which works for a new checkpoint only, and so does taking it out (-o)", Printable::path(.path), Printable(.tensor))]
+    NewTensorsInPlace {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The first of them.
+        tensor: String,
+    },
     /// Of tensors that were changed as a whole hashes alone were kept.
     #[error(
         "{}: of tensors that merges changed as a whole its ledger keeps hashes alone; its base {} is needed",
@@ -208,6 +224,7 @@ impl MergeError {
             Self::Unmatched { .. }
             | Self::WrongBase { .. }
             | Self::AlreadyMerged { .. }
+            | Self::MergedBefore { .. }
             | Self::Tampered { .. }
             | Self::Linked { .. }
             | Self::Refused { .. }
@@ -215,6 +232,7 @@ impl MergeError {
             | Self::SharedRow { .. }
             | Self::Overflow { .. }
             | Self::NeedsBase { .. }
+            | Self::NewTensorsInPlace { .. }
             | Self::KeepsNothing { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
             Self::RollbackFailed { .. } => ErrorKind::Interrupted,

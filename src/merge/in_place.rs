@@ -16,9 +16,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    KeptOriginals, MergeError, MergeReport,
+    KeptOriginals, MergeError, MergeReport, added,
     card::update_card,
     change::{Change, Touched, Work},
+    frame::{Frame, check_room, name_in_index, note_index, settle, unname_in_index},
     journal::Journal,
     ledger::{Ledger, LedgerAdapter, LedgerDocument, LedgerWriter},
     out_of_place::state_bytes,
@@ -110,8 +111,8 @@ pub(super) fn check_kept(change: &Change<'_>, touched: &[Touched<'_>]) -> Result
 pub(super) fn apply(
     ctx: &Context<'_>,
     change: &Change<'_>,
-    state: &StateFolder,
-    document: LedgerDocument,
+    (state, lock): (&StateFolder, &mut CheckpointLock),
+    mut document: LedgerDocument,
     allow_overflow: bool,
 ) -> Result<MergeReport, MergeError> {
     // A link in their place is refused now: later there would be something to roll back, and no way to.
@@ -119,12 +120,22 @@ pub(super) fn apply(
     let (checkpoint, before) = (change.checkpoint, change.before);
     let touched = change.touched()?;
     check_kept(change, &touched)?;
+    added::refuse_in_place(change)?;
+    check_room(&Frame::of(checkpoint, before.ledger), state, &change.after.ids())?;
+    // In place headers stay.
+    if let Some(ledger) = before.ledger.map(Ledger::document) {
+        document.marked = ledger.marked.clone();
+        document.headers = ledger.headers.clone();
+        document.files = ledger.files.clone();
+    }
+    note_index(checkpoint, &mut document.marked)?;
     let files = open_for_writing(ctx, checkpoint, &touched)?;
     let bounds = change.bounds_if(ctx, &touched, allow_overflow)?;
     check_free_space(folder_of(state.path()), state_bytes(change, &touched))?;
     let mut writer = LedgerWriter::create(state, StateFolder::LEDGER_NEW, document)?;
     let findings = change.examine(ctx, &touched, &bounds, Some(&mut writer))?;
     findings.judge(change, allow_overflow)?;
+    added::record(ctx, change, &mut writer)?;
     change.unchanged()?;
     let mut report = report(change, &touched, &findings);
 
@@ -174,6 +185,7 @@ pub(super) fn apply(
     let change = Change { after: &after, ..*change };
     let touched = change.touched()?;
     let patched = still_named(checkpoint, &touched)
+        .and_then(|()| name_in_index(checkpoint, before, &after))
         .and_then(|()| patch(ctx, &change, &touched, &files))
         .and_then(|()| still_named(checkpoint, &touched))
         .and_then(|()| commit(state));
@@ -181,7 +193,16 @@ pub(super) fn apply(
         Ok(()) => {
             // The change is complete; what could not be brought up to date or removed now, the next change does.
             let _old_card = update_card(&change, state, !report.needs_base);
-            let _left_behind = state.tidy(&after.copies());
+            match settle(ctx, &Frame::of(checkpoint, after.ledger), state, lock) {
+                Ok(()) => _ = state.tidy(&after.copies()),
+                // The ledger knows what is left to do, and stays, even where it names no adapter any more.
+                Err(e) => {
+                    let (root, source) = (checkpoint.root(), std::io::Error::other(format!("{e}; `recover` goes on")));
+                    return Err(
+                        CheckpointError::committed(root, "bring headers and index up to date in", source).into()
+                    );
+                }
+            }
         }
         Err(e) => return Err(roll_back(ctx, &change, state, &touched, &files, e)),
     }
@@ -262,6 +283,7 @@ fn roll_back(
     let back = change.backwards();
     let touched: Vec<Touched<'_>> = touched.iter().map(Touched::backwards).collect();
     let rolled_back = patch(&ctx, &back, &touched, files)
+        .and_then(|()| unname_in_index(change.checkpoint, change.before, change.after))
         .and_then(|()| finish(state))
         .and_then(|()| Ok(state.tidy(&change.before.copies())?));
     match rolled_back {

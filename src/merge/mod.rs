@@ -10,6 +10,7 @@
 //! `source` opens adapters, `plan` finds what each of them does to which stored tensor: its terms. Where terms are single elements alone,
 //! a tensor is worked on at those positions; where some term changes it as a whole, `compute` makes its rows anew.
 
+mod added;
 mod card;
 mod change;
 mod checksummed;
@@ -19,10 +20,12 @@ mod error;
 mod examine;
 mod factors;
 mod findings;
+mod frame;
 mod in_place;
 mod journal;
 mod ledger;
 mod look;
+mod mark;
 mod model_card;
 mod new_checkpoint;
 mod options;
@@ -43,12 +46,12 @@ pub use door::{merge, unmerge};
 pub use error::{MergeError, Undecided};
 pub use journal::Journal;
 pub use ledger::{
-    Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerDocument, LedgerTarget, LowRankRecord, RecordedAdapter,
-    RecordedTarget, RecordedTerm,
+    Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerAdded, LedgerDocument, LedgerReplaced, LedgerTarget,
+    LowRankRecord, RecordedAdapter, RecordedTarget, RecordedTerm, TextEdit,
 };
 pub use options::{AdapterReading, ExpertOrder, KeptOriginals, MergeInput, MergeOptions, MergeOutput, Which};
 pub use recover::{Recovered, recover};
 pub use report::{KindReport, MergeReport};
 pub use source::{AdapterEntry, adapter_id, changes_whole_tensors};
-pub use summary::{ActiveAdapter, LedgerSummary, ledger_summary};
+pub use summary::{ActiveAdapter, LedgerSummary, NamedAdapter, ledger_summary, named_adapters};
 pub use verify::{AnchorReport, VerifyOptions, VerifyReport, verify};

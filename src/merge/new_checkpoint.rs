@@ -6,10 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{MergeError, card::CARD_NAME};
+use super::{
+    MergeError,
+    card::CARD_NAME,
+    frame::{MAX_INDEX_BYTES, original_index},
+};
 use crate::checkpoint::{
-    AtomicDir, Checkpoint, Context, Existing, Layout, LeftOut, STATE_FOLDER, Shard, SingleFile, StateFolder,
-    check_free_space, copy_side_files, folder_of, windows,
+    AtomicDir, Checkpoint, Context, Existing, Layout, LeftOut, OwnFolder, STATE_FOLDER, Shard, SingleFile, StateFolder,
+    check_free_space, copy_side_files, folder_of, read_whole, windows, write_own,
 };
 
 /// Where a new checkpoint goes, and how.
@@ -91,6 +95,15 @@ impl<'a> NewCheckpoint<'a> {
         Ok(copy_side_files(ctx, self.from, &self.root, self.keep_other_files)?)
     }
 
+    /// Lets the index be what it was before merges in place, which the shards' headers name from now on.
+    pub(super) fn restore_index(&self) -> Result<(), MergeError> {
+        let (Some(name), Some(_)) = (self.from.index_name(), self.from.merged_in_index()) else { return Ok(()) };
+        let path = self.root.join(name);
+        let text = String::from_utf8_lossy(&read_whole(&path, MAX_INDEX_BYTES)?).into_owned();
+        let original = original_index(&path, &text)?;
+        Ok(write_own(&OwnFolder::at(&self.root)?, name, original.as_bytes())?)
+    }
+
     /// Completes the state with the list of this program's files, which a later `--force` replaces and no others, or removes it.
     pub(super) fn finish_state(&self, is_kept: bool) -> Result<(), MergeError> {
         if !is_kept {
@@ -141,7 +154,7 @@ pub(super) struct RowBlocks<R> {
     pub(super) rows: R,
 }
 
-/// A shard's bytes in order: blocks of its targets, which ascend, each with the target's number and its rows, and windows of all that
+/// The tensor data of a shard in order: blocks of its targets, which ascend, each with the target's number and its rows, and windows of all that
 /// lies between.
 pub(super) fn pieces<'t, R>(
     ctx: &'t Context<'_>,
@@ -162,5 +175,5 @@ where
         });
         Some(between.chain(blocks))
     };
-    targets.map(Some).chain([None]).enumerate().scan(0, cut).flatten()
+    targets.map(Some).chain([None]).enumerate().scan(shard.header().data_start(), cut).flatten()
 }

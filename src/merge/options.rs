@@ -33,7 +33,7 @@ pub enum MergeOutput {
         path: PathBuf,
         /// What to do where it exists.
         existing: Existing,
-        /// Whether the result remembers how to undo the merge.
+        /// Whether the result remembers how to undo the merge, and its shards' headers name the adapters.
         ledger: bool,
         /// Whether shards that nothing touches are hard-linked instead of copied.
         link: bool,
@@ -81,6 +81,10 @@ pub struct AdapterReading {
     /// Whether an adapter of some of the modules that share one weight may change the others too: embedding and head.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub tied_head: bool,
+    /// Whether tensors of low-rank adapters that the base has not, or has in another size, are added to a new checkpoint: heads of other
+    /// models, embeddings of a larger vocabulary.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub new_tensors: bool,
 }
 
 impl AdapterReading {

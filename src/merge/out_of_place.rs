@@ -8,12 +8,15 @@ use std::{
 
 use super::{
     KeptOriginals, MergeError, MergeReport,
+    added::{self, Texts, arrange, layout_after},
     card::{OldCard, write_card},
     change::{Change, Touched, Work},
     compute::Bound,
     examine::Examination,
-    ledger::{GROUP_ROWS, LedgerDocument, LedgerWriter},
+    frame::{Frame, by_shard, marked_header},
+    ledger::{GROUP_ROWS, LedgerDocument, LedgerWriter, TextEdit},
     look::Look,
+    mark::MarkedAdapter,
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     patch::patch,
     report::report,
@@ -22,8 +25,8 @@ use super::{
 };
 use crate::{
     checkpoint::{
-        Checkpoint, Context, CopyMode, Layout, OwnFolder, Patcher, Shard, Silent, StateFolder, give_name,
-        rewrite_shard, share_file,
+        Checkpoint, Context, CopyMode, Header, Layout, OwnFolder, Patcher, Shard, Silent, StateFolder, give_name,
+        remove_file, rewrite_shard, share_file,
     },
     tensor::projection_kind,
 };
@@ -34,7 +37,7 @@ use crate::{
 pub(super) fn apply(
     ctx: &Context<'_>,
     change: &Change<'_>,
-    document: LedgerDocument,
+    mut document: LedgerDocument,
     target: &Destination<'_>,
     allow_overflow: bool,
     plan_notes: &str,
@@ -42,9 +45,17 @@ pub(super) fn apply(
     let checkpoint = change.checkpoint;
     let touched = change.touched()?;
     let bounds = change.bounds_if(ctx, &touched, allow_overflow)?;
+    added::check(ctx, change)?;
     refuse_early(ctx, change, &touched, &bounds, allow_overflow)?;
     let is_file = checkpoint.layout() == Layout::File;
     let what = || plan(change, plan_notes);
+    let frame = Frame::of(checkpoint, change.before.ledger);
+    let marks = marks_of(change, target.keep_ledger);
+    document.marked = marked_shards(checkpoint, &marks);
+    let arranged = arranged_headers(change, &frame, &marks, &mut document.headers)?;
+    let bytes_written = bytes_of(change, &frame, &marks, &arranged)?;
+    let texts = Texts::of(change)?;
+    texts.record(&mut document);
     let output = NewCheckpoint::begin(checkpoint, target, what, state_bytes(change, &touched))?;
     let resume = match target.resume && !is_file {
         true => Some(Resume::begin(ctx, output.root(), &what(), checkpoint)?),
@@ -57,30 +68,39 @@ pub(super) fn apply(
     let mut examination = Examination::new(change, &bounds, Some(&mut writer));
     ctx.observer.begin("merging", checkpoint.shards().iter().map(Shard::file_bytes).sum());
     let mut waiting = Vec::new();
-    let mut by_shard: Vec<Vec<&Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
-    touched.iter().for_each(|target| by_shard[target.tensor.shard_index].push(target));
-    for (index, (shard, mut of_shard)) in checkpoint.shards().iter().zip(by_shard).enumerate() {
+    let mut touched_of: Vec<Vec<&Touched<'_>>> = vec![Vec::new(); checkpoint.shards().len()];
+    touched.iter().for_each(|target| touched_of[target.tensor.shard_index].push(target));
+    for (index, ((shard, mut of_shard), marks)) in checkpoint.shards().iter().zip(touched_of).zip(marks).enumerate() {
         of_shard.sort_by_key(|target| target.tensor.info.data.start);
         let path = output.shard_path(shard);
+        let header = match arranged.get(&index) {
+            // It gets another one when it is written once more.
+            Some(_) => String::from_utf8_lossy(&shard.header_json()?).into_owned(),
+            None => frame.header_naming(shard, marks)?,
+        };
         if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
             of_shard.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
             continue;
         }
         let part = path.with_extension("part");
+        let keeps_header = header.as_bytes() == shard.header_json()?;
         let is_untouched = of_shard.iter().all(|target| matches!(target.work, Work::Nothing { .. }));
         let mode = if target.link && is_untouched { CopyMode::Link } else { CopyMode::Auto };
         let any_whole = of_shard.iter().any(|target| matches!(target.work, Work::Rows { .. }));
         // Blocks that are shared cost nothing, unless most of them are written over.
-        if !any_whole && share_file(shard.path(), &part, mode)?.is_some() {
+        if !any_whole && keeps_header && share_file(shard.path(), &part, mode)?.is_some() {
             of_shard.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
             // Sharing once more costs less than proving: there is no record, and no name before the end.
-            waiting.push(Waiting { index, later: of_shard, part, path, is_recorded: false });
+            let data_start = shard.header().data_start();
+            waiting.push(Waiting { index, later: of_shard, part, path, data_start, is_recorded: false });
             continue;
         }
         let mut written = resume.as_ref().map(|_| Vec::new());
-        let later = rewrite(ctx, change, shard, &of_shard, &part, &mut examination, &mut written)?;
-        if !later.is_empty() {
-            waiting.push(Waiting { index, later, part, path, is_recorded: true });
+        let to = (part.as_path(), header.as_bytes());
+        let later = rewrite(ctx, change, shard, &of_shard, to, &mut examination, &mut written)?;
+        if !later.is_empty() || arranged.contains_key(&index) {
+            let data_start = 8 + header.len() as u64;
+            waiting.push(Waiting { index, later, part, path, data_start, is_recorded: true });
             continue;
         }
         if let Some((resume, written)) = resume.as_ref().zip(written) {
@@ -97,6 +117,7 @@ pub(super) fn apply(
     for source in &change.after.active {
         source.write_copy(ctx, state)?;
     }
+    added::record(ctx, change, &mut writer)?;
     let ledger = writer.finish(ctx, change.record(ctx, state)?)?;
     let ledger_bytes = ledger.n_bytes();
     // What is trusted from here on is what lies on disk.
@@ -105,13 +126,19 @@ pub(super) fn apply(
         true => Stack::of(&remembered, checkpoint, change.base)?,
         false => Stack::default(),
     };
-    for Waiting { index, later, part, path, is_recorded } in waiting {
+    for Waiting { index, later, mut part, path, data_start, is_recorded } in waiting {
         if !later.is_empty() {
             let mut files: Vec<Option<Patcher>> = checkpoint.shards().iter().map(|_| None).collect();
-            files[index] = Some(Patcher::open(ctx, &part)?);
+            files[index] = Some(Patcher::open(ctx, &part, data_start)?);
             let patched = Change { after: &after, ..*change };
             let later: Vec<Touched<'_>> = later.into_iter().copied().collect();
             patch(ctx, &patched, &later, &files)?;
+        }
+        if let Some(header) = arranged.get(&index) {
+            let second = path.with_extension("arranged");
+            arrange(ctx, change, index, (&part, &second), header)?;
+            remove_file(&part)?;
+            part = second;
         }
         if let Some(resume) = resume.as_ref().filter(|_| is_recorded) {
             resume.record_file(ctx, &checkpoint.shards()[index].file_name(), &part)?;
@@ -119,6 +146,11 @@ pub(super) fn apply(
         give_name(&part, &path)?;
     }
     report.left_out = output.copy_side_files(ctx)?;
+    if checkpoint.index_name().is_some_and(|name| frame.is_own(name)) {
+        output.restore_index()?;
+    }
+    texts.write(&OwnFolder::at(output.root())?)?;
+    report.notes.extend(texts.notes);
     let needs_base = change.needs_base(&touched);
     if !target.keep_other_files && !is_file {
         let old = OldCard::of(checkpoint, &StateFolder::of(checkpoint)?)?;
@@ -127,7 +159,7 @@ pub(super) fn apply(
     }
     change.unchanged()?;
 
-    report.bytes_written = checkpoint.n_bytes();
+    report.bytes_written = bytes_written;
     let is_kept = target.keep_ledger && !change.after.active.is_empty();
     if is_kept {
         report.ledger_bytes = ledger_bytes;
@@ -150,22 +182,95 @@ struct Waiting<'t> {
     later: Vec<&'t Touched<'t>>,
     part: PathBuf,
     path: PathBuf,
+    /// Where its tensor data begins.
+    data_start: u64,
     /// Whether a run that is cut short leaves a record of it.
     is_recorded: bool,
 }
 
-/// Copies a shard, patching and examining on the way the tensors whose rows lie in one piece; returns the others, examined.
+/// The adapters that each shard's header names after a change: none without a ledger, when nothing of the merge is remembered.
+fn marks_of(change: &Change<'_>, keep_ledger: bool) -> Vec<Vec<MarkedAdapter>> {
+    let named = if keep_ledger { change.after } else { &Stack::default() };
+    by_shard(named, change.checkpoint.shards().len())
+}
+
+/// Bytes of the shards of the checkpoint that a change makes.
+///
+/// # Errors
+/// A header that cannot be read, or would be longer than readers accept.
+pub(super) fn new_bytes(change: &Change<'_>, keep_ledger: bool) -> Result<u64, MergeError> {
+    let frame = Frame::of(change.checkpoint, change.before.ledger);
+    let marks = marks_of(change, keep_ledger);
+    let arranged = arranged_headers(change, &frame, &marks, &mut BTreeMap::new())?;
+    bytes_of(change, &frame, &marks, &arranged)
+}
+
+fn bytes_of(
+    change: &Change<'_>,
+    frame: &Frame<'_>,
+    marks: &[Vec<MarkedAdapter>],
+    arranged: &BTreeMap<usize, String>,
+) -> Result<u64, MergeError> {
+    let mut n_bytes = 0;
+    for (index, (shard, marks)) in change.checkpoint.shards().iter().zip(marks).enumerate() {
+        n_bytes += match arranged.get(&index) {
+            Some(header) => Header::parse_text(shard.path(), header.as_bytes())?.file_bytes(),
+            None => {
+                let header = frame.header_naming(shard, marks.clone())?;
+                8 + header.len() as u64 + shard.file_bytes() - shard.header().data_start()
+            }
+        };
+    }
+    Ok(n_bytes)
+}
+
+/// The headers of the shards that tensors are added to or taken out of, by the shard's number; `edits` gets how to take them back.
+fn arranged_headers(
+    change: &Change<'_>,
+    frame: &Frame<'_>,
+    marks: &[Vec<MarkedAdapter>],
+    edits: &mut BTreeMap<String, TextEdit>,
+) -> Result<BTreeMap<usize, String>, MergeError> {
+    *edits = change.before.ledger.map_or_else(BTreeMap::new, |ledger| ledger.document().headers.clone());
+    let mut headers = BTreeMap::new();
+    for (index, (shard, marks)) in change.checkpoint.shards().iter().zip(marks).enumerate() {
+        if !added::rearranges(change, index) {
+            continue;
+        }
+        let original = frame.original_header(shard)?.0;
+        let layout = layout_after(change, shard, index, &original)?;
+        match layout == original {
+            true => _ = edits.remove(&shard.file_name()),
+            false => _ = edits.insert(shard.file_name(), TextEdit::between(&original, &layout)),
+        }
+        headers.insert(index, marked_header(shard, &layout, marks.clone())?);
+    }
+    Ok(headers)
+}
+
+/// The names of the shards whose headers name adapters.
+fn marked_shards(checkpoint: &Checkpoint, marks: &[Vec<MarkedAdapter>]) -> Vec<String> {
+    let marked = checkpoint.shards().iter().zip(marks).filter(|(_, marks)| !marks.is_empty());
+    marked.map(|(shard, _)| shard.file_name()).collect()
+}
+
+/// Copies a shard under another header, patching and examining on the way the tensors whose rows lie in one piece; returns the others, examined.
 /// `written` gets the hashes of what was written, where they are wanted.
 fn rewrite<'t>(
     ctx: &Context<'_>,
     change: &Change<'t>,
     shard: &Shard,
     of_shard: &[&'t Touched<'t>],
-    part: &Path,
+    (part, header): (&Path, &[u8]),
     examination: &mut Examination<'t, '_>,
     written: &mut Option<Vec<Piece>>,
 ) -> Result<Vec<&'t Touched<'t>>, MergeError> {
     let hashes = written.is_some();
+    if let Some(written) = written {
+        let prefix = [&(header.len() as u64).to_le_bytes(), header].concat();
+        written.push(Piece::new(prefix.len() as u64, blake3::hash(&prefix)));
+    }
+    let (old_start, new_start) = (shard.header().data_start(), 8 + header.len() as u64);
     let is_later = |touched: &&Touched<'_>| match touched.work {
         // Blocks of very long rows would not fit into memory whole.
         Work::Positions(layout) => layout.transposed || ctx.pass_bytes() / 8 < GROUP_ROWS * touched.row_bytes(),
@@ -183,6 +288,7 @@ fn rewrite<'t>(
         ctx,
         shard,
         part,
+        header,
         pieces(ctx, shard, looks.iter().map(row_blocks_of)).map(|(range, rows)| {
             let rows: Option<(&Look<'_>, Range<u64>)> = rows.map(|(number, rows)| (&looks[number], rows));
             (range.clone(), (range.end, rows))
@@ -197,7 +303,7 @@ fn rewrite<'t>(
         },
         |(end, rows), (block, hash)| {
             if let (Some(written), Some(hash)) = (&mut *written, hash) {
-                written.push(Piece::new(end, hash));
+                written.push(Piece::new(end - old_start + new_start, hash));
             }
             match (rows, block) {
                 (Some((look, rows)), Some(block)) => examination.push(ctx, look, &rows, block),
@@ -230,7 +336,7 @@ fn refuse_early(
     let sparse = Stack {
         active: change.after.active.clone(),
         targets: whole.iter().filter_map(|target| Some((target.name(), target.after?.sparse_alone()))).collect(),
-        ledger: None,
+        ..Stack::default()
     };
     let at_elements = Change { after: &sparse, before: &Stack::default(), ..*change };
     let telling: BTreeSet<&str> = telling.iter().map(|target| target.name()).collect();
@@ -262,12 +368,12 @@ impl Change<'_> {
                 self.after.nnz(target.name()) * width + target.n_rows() / 4
             }
         };
-        touched.iter().map(originals).sum()
+        touched.iter().map(originals).sum::<u64>() + added::kept_bytes(self)
     }
 
     /// Whether the ledger after the change has hashes alone of some tensor.
     pub(super) fn needs_base(&self, touched: &[Touched<'_>]) -> bool {
-        touched.iter().any(|target| self.keeps(target) == Some(KeptOriginals::Hashes))
+        touched.iter().any(|target| self.keeps(target) == Some(KeptOriginals::Hashes)) || added::needs_base(self)
     }
 
     /// Whether looking at a tensor can tell that the base is another, or that somebody changed it.

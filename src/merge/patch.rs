@@ -84,7 +84,7 @@ fn patch_block(
         put(&all, &mut values, width, &after.touched, &merged);
     }
     let place =
-        |row: u64, column: u64| tensor.shard.file_range(tensor.info).start + layout.flat(row, column) * width as u64;
+        |row: u64, column: u64| file.data_start() + tensor.info.data.start + layout.flat(row, column) * width as u64;
     let mut places: Vec<Place> =
         positions(&all).map(|(row, column, at)| (place(rows.start + row as u64, u64::from(column)), at)).collect();
     places.sort_unstable();
@@ -112,7 +112,7 @@ fn patch_whole(
         Some(target) => Some(prepare(ctx, target, &read)?),
         None => None,
     };
-    let start = touched.tensor.shard.file_range(touched.tensor.info).start;
+    let start = file.data_start() + touched.tensor.info.data.start;
     let n_columns = touched.tensor.info.n_elements() / n_rows;
     for_each_ordered(
         ctx,

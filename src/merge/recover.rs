@@ -9,6 +9,7 @@ use super::{
     change::{Change, Touched, Work},
     compute::Computer,
     examine::hash_of,
+    frame::{Frame, settle, unname_in_index},
     in_place,
     journal::Journal,
     ledger::{Kept, Ledger},
@@ -60,15 +61,23 @@ pub fn recover(ctx: &Context<'_>, path: &Path, base: Option<&Path>) -> Result<Re
         let base = base.map(open_base).transpose()?;
         recovered = recover_locked(ctx, &checkpoint, &state, base.as_ref())?;
     }
+    // As it is now: its index may have been written.
+    let checkpoint = Checkpoint::open_interrupted(path)?;
     if !state.is_interrupted()?
         && let Some(ledger) = Ledger::open(ctx, &state, StateFolder::LEDGER)?
-        && ledger.document().active.is_empty()
+        && (ledger.document().active.is_empty() || Frame::of(&checkpoint, Some(&ledger)).is_unsettled()?)
     {
-        // The last adapter was taken out, and what it left behind was not removed any more.
-        let _lock = in_place::begin(&checkpoint, true)?;
+        // The change was committed, and what comes after it was cut short.
+        let mut lock = in_place::begin(&checkpoint, true)?;
+        settle(ctx, &Frame::of(&checkpoint, Some(&ledger)), &state, &mut lock)?;
+        let is_empty = ledger.document().active.is_empty();
         drop(ledger);
-        state.tidy(&[])?;
-        recovered = Recovered::Finished;
+        if is_empty {
+            state.tidy(&[])?;
+        }
+        if recovered == Recovered::Nothing {
+            recovered = Recovered::Finished;
+        }
     }
     if checkpoint.layout() != Layout::File {
         for shard in checkpoint.shards() {
@@ -140,6 +149,7 @@ fn recover_locked(
     prove_wholes(ctx, &back, &touched)?;
     let files = in_place::open_for_writing(ctx, checkpoint, &touched)?;
     patch(ctx, &back, &touched, &files)?;
+    unname_in_index(checkpoint, &before, &after)?;
     in_place::finish(state)?;
     state.tidy(&before.copies())?;
     Ok(Recovered::RolledBack)

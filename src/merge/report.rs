@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
+    added,
     change::{Change, Touched, Work},
     findings::Findings,
     source::AdapterEntry,
@@ -56,6 +57,9 @@ pub struct MergeReport {
     pub n_shards: usize,
     /// Of those, shards that were patched.
     pub n_shards_patched: usize,
+    /// Tensors that adapters brought along and that the base has not, or has in another size, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub new_tensors: Vec<String>,
     /// Bytes read from touched tensors while checking.
     pub bytes_checked: u64,
     /// Bytes of the output's files, or, in place, of the weights written.
@@ -136,6 +140,7 @@ pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Fi
         n_matched: touched.len(),
         n_shards: change.checkpoint.shards().len(),
         n_shards_patched: shards.len(),
+        new_tensors: added::lines(change),
         bytes_checked: touched.iter().map(|target| target.tensor.info.n_bytes()).sum(),
         bytes_written: findings.n_patched_bytes,
         ledger_bytes: 0,

@@ -160,7 +160,7 @@ impl Resume {
         let Some((record, ranges)) = record.as_ref().and_then(|record| Some((record, record.ranges()?))) else {
             return Ok(Err("has a damaged record"));
         };
-        if meta.len() != record.n_bytes || meta.len() != shard.file_bytes() {
+        if meta.len() != record.n_bytes {
             return Ok(Err("does not have the recorded length"));
         }
         let mut is_same = true;

@@ -5,7 +5,9 @@ use std::{collections::BTreeMap, ops::Range};
 use super::{
     AdapterReading, MergeError,
     ledger::{Kept, Ledger, LedgerTarget},
-    plan::{Does, ReplacedRows, Target, Targets, Term, combine, plan, resolve, same_bytes},
+    plan::{
+        AddedTensors, Does, ReplacedRows, Target, Targets, Term, combine, plan, resolve, resolve_added, same_bytes,
+    },
     source::Source,
 };
 use crate::{
@@ -59,6 +61,8 @@ impl Remembered {
 pub(super) struct Stack<'a> {
     pub(super) active: Vec<&'a Source>,
     pub(super) targets: Targets<'a>,
+    /// Tensors that adapters bring along.
+    pub(super) added: AddedTensors<'a>,
     /// None where nothing was ever merged, or where the ledger is still to be written.
     pub(super) ledger: Option<&'a Ledger>,
 }
@@ -113,7 +117,8 @@ impl<'a> Stack<'a> {
             true => plan_again(ledger, &remembered.sources, checkpoint, base)?,
             false => recorded_targets(ledger, &remembered.sources, checkpoint)?,
         };
-        Ok(Self { active, targets, ledger: Some(ledger) })
+        let added = recorded_added(ledger, &remembered.sources, checkpoint)?;
+        Ok(Self { active, targets, added, ledger: Some(ledger) })
     }
 
     /// The same; where an old record does not say what its adapters do, and only the base could tell, tensors without terms.
@@ -136,7 +141,8 @@ impl<'a> Stack<'a> {
             let n_rows = tensor.info.n_elements() / n_columns;
             targets.insert(&tensor.info.name, Target { tensor, n_rows, n_columns, terms: Vec::new() });
         }
-        Ok(Self { active: remembered.sources.iter().collect(), targets, ledger: Some(ledger) })
+        let added = recorded_added(ledger, &remembered.sources, checkpoint)?;
+        Ok(Self { active: remembered.sources.iter().collect(), targets, added, ledger: Some(ledger) })
     }
 
     /// This stack without the adapters `removed`, and with `added`, which touch `new`.
@@ -148,7 +154,7 @@ impl<'a> Stack<'a> {
         checkpoint: &Checkpoint,
         removed: &[AdapterId],
         added: impl Iterator<Item = &'a Source>,
-        new: Targets<'a>,
+        (new, new_tensors): (Targets<'a>, AddedTensors<'a>),
     ) -> Result<Self, MergeError> {
         let stays = |source: &Source| !removed.contains(&source.id);
         let mut left = Targets::new();
@@ -159,12 +165,27 @@ impl<'a> Stack<'a> {
                 left.insert(name, target);
             }
         }
-        let targets =
-            combine(left, new).map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
+        let refused = |what: String| MergeError::Refused { path: checkpoint.root().to_owned(), what };
+        let targets = combine(left, new).map_err(refused)?;
+        let mut all = self.added.clone();
+        all.retain(|_, added| stays(added.source));
+        for (name, added) in new_tensors {
+            if let Some(other) = all.insert(name.clone(), added) {
+                let (name, id) = (Printable(&name), other.source.id.short());
+                return Err(refused(format!("\"{name}\": adapter {id} brought this tensor along already")));
+            }
+        }
+        let shared = all.iter().find(|(name, _)| targets.contains_key(name.as_str()));
+        if let Some((name, added)) = shared {
+            let (name, id) = (Printable(name), added.source.id.short());
+            let what =
+                format!("\"{name}\": adapter {id} brings this tensor along, and another change of it is asked for");
+            return Err(refused(format!("{what}: take one of them")));
+        }
         let mut active: Vec<&'a Source> =
             self.active.iter().copied().filter(|source| stays(source)).chain(added).collect();
         active.sort_by_key(|source| source.id);
-        Ok(Self { active, targets, ledger: None })
+        Ok(Self { active, targets, added: all, ledger: None })
     }
 
     /// Ids of the active adapters.
@@ -182,6 +203,9 @@ impl<'a> Stack<'a> {
             for terms in target.terms.chunk_by(|a, b| a.source.id == b.source.id) {
                 *counts.entry(terms[0].source.id).or_default() += 1;
             }
+        }
+        for added in self.added.values() {
+            *counts.entry(added.source.id).or_default() += 1;
         }
         self.active.iter().map(|source| counts.get(&source.id).copied().unwrap_or(0)).collect()
     }
@@ -305,6 +329,20 @@ fn recorded_targets<'a>(
     Ok(targets)
 }
 
+/// The tensors that a ledger says were added.
+fn recorded_added<'a>(
+    ledger: &Ledger,
+    sources: &'a [Source],
+    checkpoint: &Checkpoint,
+) -> Result<AddedTensors<'a>, MergeError> {
+    let mut all = AddedTensors::new();
+    for (name, recorded) in &ledger.document().added {
+        let added = resolve_added(name, recorded, sources, checkpoint);
+        all.insert(name.clone(), added.map_err(|what| about(checkpoint, name, &what))?);
+    }
+    Ok(all)
+}
+
 /// The stored tensor that a ledger speaks of.
 fn stored<'a>(ledger: &Ledger, checkpoint: &'a Checkpoint, name: &str) -> Result<TensorRef<'a>, MergeError> {
     let tensor = checkpoint.tensor(name).ok_or_else(|| "there is no such tensor any more".to_owned());
@@ -360,8 +398,8 @@ fn plan_again<'a>(
             _ => false,
         })
     };
-    let (found, _) = plan(&map, sources.iter(), reading, &is_original)?;
-    let targets = combine(found, Targets::new())
+    let found = plan(&map, sources.iter(), reading, &is_original)?;
+    let targets = combine(found.targets, Targets::new())
         .map_err(|what| MergeError::Refused { path: checkpoint.root().to_owned(), what })?;
     let recorded = &ledger.document().targets;
     // What an adapter that was taken out had touched is recorded on, though it is the base's again.

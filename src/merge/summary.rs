@@ -1,13 +1,16 @@
 //! What a checkpoint's ledger says, read from its header alone.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::{
     MergeError,
     ledger::{Ledger, LedgerDocument},
+    mark::Mark,
     state::state_of,
 };
-use crate::checkpoint::{Checkpoint, Shard, StateFolder};
+use crate::checkpoint::{Checkpoint, MERGED_KEY, Shard, StateFolder};
 
 /// One merged adapter.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -35,6 +38,26 @@ pub struct LedgerSummary {
     pub needs_base: bool,
     /// Whether a change was interrupted and waits for `recover`.
     pub interrupted: bool,
+}
+
+/// An adapter that a checkpoint's files name, though no ledger remembers it.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct NamedAdapter {
+    /// The adapter's id, 64 hexadecimal digits.
+    pub id: String,
+    /// The scale it was merged with.
+    pub scale: f64,
+}
+
+/// The adapters that the headers of shards or the index name, by id: what is known of merges where the ledger is gone.
+pub fn named_adapters(checkpoint: &Checkpoint) -> Vec<NamedAdapter> {
+    let headers = checkpoint.shards().iter().filter_map(|shard| shard.header().metadata().get(MERGED_KEY));
+    let values = headers.map(String::as_str).chain(checkpoint.merged_in_index());
+    // What is malformed names nothing.
+    let marks = values.filter_map(|value| Mark::parse(value).ok());
+    let by_id: BTreeMap<String, f64> =
+        marks.flat_map(|mark| mark.all_adapters()).map(|adapter| (adapter.id, adapter.scale)).collect();
+    by_id.into_iter().map(|(id, scale)| NamedAdapter { id, scale }).collect()
 }
 
 /// The ledger of an open checkpoint, or `None` where it has none. Reads the ledger's header only.

@@ -13,13 +13,14 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    AdapterEntry, AdapterReading, KeptOriginals, MergeError, MergeInput,
+    AdapterEntry, AdapterReading, KeptOriginals, MergeError, MergeInput, added,
     change::{Change, Origin, Touched, Work},
     compute::{Computer, RowsHasher, merge_cost, merge_rows},
     examine::Examination,
     findings::{Findings, MAX_EXAMPLES},
+    frame::Frame,
     ledger::Kept,
-    plan::{Targets, combine, plan, same_bytes},
+    plan::{Added, Targets, combine, plan, same_bytes},
     report::entries,
     source::Source,
     stack::{Remembered, Stack},
@@ -126,6 +127,12 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
     for touched in &whole {
         n_wrong += verify_whole(ctx, &change, touched, &mut findings, &mut problems)?;
     }
+    let frame = match stack.ledger {
+        Some(ledger) => Frame::of(&checkpoint, Some(ledger)),
+        None => Frame::without_ledger(&checkpoint),
+    };
+    problems.extend(frame.problems(&stack)?);
+    problems.extend(added::verify(ctx, &checkpoint, &stack.added)?);
     let anchors = anchor_reports(&stack, &findings, "the ledger's originals", &mut problems);
     let mut bytes_compared = 0;
     if let Some(base) = &base {
@@ -134,12 +141,12 @@ pub fn verify(ctx: &Context<'_>, path: &Path, options: &VerifyOptions) -> Result
             anchor_reports(&stack, &on_base, "the base's values", &mut problems);
         }
         let compared: BTreeSet<&str> = whole.iter().map(Touched::name).collect();
-        let expected = |name: &str| match compared.contains(name) {
+        let expected = |name: &str| match compared.contains(name) || stack.added.contains_key(name) {
             // Compared already, every element.
             true => None,
             false => Some(findings.counts.get(name).map_or(0, |counts| counts.changed)),
         };
-        bytes_compared = compare_tensors(ctx, &checkpoint, base, expected, &mut problems)?;
+        bytes_compared = compare_tensors(ctx, &frame, (&checkpoint, base), expected, &mut problems)?;
         base.unchanged()?;
     }
     checkpoint.unchanged()?;
@@ -270,10 +277,19 @@ fn expected_stack<'a>(
         Some(found) if found.info.is_like(other.1) => Ok(same_bytes((found.shard, found.info), other)?),
         _ => Ok(false),
     };
-    let (targets, _) = plan(map, given.iter(), reading, &is_original)?;
+    let planned = plan(map, given.iter(), reading, &is_original)?;
+    let (mut added, mut targets) = (planned.added, planned.targets);
+    targets.retain(|name, target| {
+        // What the base does not have, the adapter brought along.
+        let is_new = base.tensor(name).is_none_or(|found| !found.info.is_like(target.tensor.info));
+        let new = if is_new { Added::of_full(target) } else { None };
+        let is_target = new.is_none();
+        added.extend(new.map(|new| ((*name).to_owned(), new)));
+        is_target
+    });
     let targets = combine(targets, Targets::new())
         .map_err(|what| MergeError::Refused { path: map.checkpoint().root().to_owned(), what })?;
-    Ok(Stack { active: given.iter().collect(), targets, ledger: None })
+    Ok(Stack { active: given.iter().collect(), targets, added, ledger: None })
 }
 
 fn anchor_reports(
@@ -298,8 +314,8 @@ fn anchor_reports(
 /// Compares shards, headers and every tensor with the base; `expected` says how many elements of a tensor differ, or `None` for a tensor that is not compared.
 fn compare_tensors(
     ctx: &Context<'_>,
-    checkpoint: &Checkpoint,
-    base: &Checkpoint,
+    frame: &Frame<'_>,
+    (checkpoint, base): (&Checkpoint, &Checkpoint),
     expected: impl Fn(&str) -> Option<u64>,
     problems: &mut Vec<String>,
 ) -> Result<u64, MergeError> {
@@ -311,16 +327,18 @@ fn compare_tensors(
         return Ok(0);
     }
     for (merged, original) in checkpoint.shards().iter().zip(base.shards()) {
-        if merged.header_json()? != original.header_json()? {
+        if frame.original_header(merged)?.0.as_bytes() != original.header_json()? {
             problems.push(format!("{}: its header differs from the base's", Printable(&merged.file_name())));
         }
     }
     ctx.observer.begin("comparing", base.n_bytes());
     let mut pairs = Vec::new();
     for tensor in checkpoint.tensors() {
+        if expected(&tensor.info.name).is_none() {
+            continue;
+        }
         let same = |found: &TensorRef<'_>| found.info.is_like(tensor.info);
         match base.tensor(&tensor.info.name).filter(same) {
-            Some(_) if expected(&tensor.info.name).is_none() => {}
             Some(original) => pairs.push((tensor, original)),
             None => problems.push(format!("\"{}\": the base has no such tensor", Printable(&tensor.info.name))),
         }

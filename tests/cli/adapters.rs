@@ -7,7 +7,7 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, gather_rows},
+    checkpoint::{Checkpoint, Context, Existing, TensorRef, gather_rows},
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, RowColumns},
 };
@@ -38,6 +38,13 @@ pub(crate) fn write_adapter_for(base: &Path, path: &Path, targets: &str, first: 
     }
     adapter.finish(&ctx, 1.0, &Recipe::custom(), &BaseInfo::of(&base), &AdapterNotes::default()).unwrap();
     path.to_owned()
+}
+
+/// The tensors of a checkpoint, with their bytes: what is the same wherever a merge was made.
+pub(crate) fn weights(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let bytes = |tensor: TensorRef<'_>| tensor.read(&Context::default(), 0..tensor.info.n_bytes()).unwrap();
+    checkpoint.tensors().map(|tensor| (tensor.info.name.clone(), bytes(tensor))).collect()
 }
 
 /// The bytes of all files of a checkpoint's folder, by name, without the folder that remembers and the card that names the adapters.

@@ -233,7 +233,7 @@ fn foreign_sparse_adapters_merge_and_unmerge_like_any_other() {
 
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
-    wrote    255 kB
+    wrote    263 kB
     ledger   13.8 kB
     --- stderr
     ");

@@ -31,7 +31,8 @@ fn place() -> Place {
     let place = Place::new();
     write_adapter(&place, "a", PROJECTIONS, 0, 0.01);
     write_adapter(&place, "b", "q_proj.weight", 1, -0.5);
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter a -o merged");
+    copy(&fixtures().join("tiny-llama"), &place.path("merged"));
+    place.stdout("merge merged --adapter a --in-place");
     tear(&place, "torn");
     place
 }

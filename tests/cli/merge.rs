@@ -44,7 +44,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
 
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
-    wrote    255 kB
+    wrote    263 kB
     ledger   13.8 kB
     --- stderr
     ");
@@ -54,7 +54,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
     checkpoint  out (llama), 3 shards
     tensors     1
     parameters  4,096
-    size        255 kB
+    size        263 kB
     metadata    format=pt
     merged      00677c4f4526734daad3d26b8a3ad6e946e8ceeef58f710cd6891f6dbede8da0 scale 1
     ledger      2,432 originals of 14 tensors, 13.8 kB
@@ -64,8 +64,8 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
 
     shard                             tensors     size
     model-00001-of-00003.safetensors        2  34.1 kB
-    model-00002-of-00003.safetensors       13   118 kB
-    model-00003-of-00003.safetensors        6   102 kB
+    model-00002-of-00003.safetensors       13   122 kB
+    model-00003-of-00003.safetensors        6   106 kB
     --- stderr
     ");
 }
@@ -117,8 +117,8 @@ fn merge_as_json_is_one_document() {
       "n_shards": 3,
       "n_shards_patched": 1,
       "bytes_checked": 16384,
-      "bytes_written": 254760,
-      "ledger_bytes": 2072
+      "bytes_written": 258856,
+      "ledger_bytes": 2120
     }
     --- stderr
     "#);
@@ -145,8 +145,8 @@ fn merge_takes_several_adapters_with_scales() {
 
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
-    wrote    255 kB
-    ledger   14.3 kB
+    wrote    263 kB
+    ledger   14.4 kB
     --- stderr
     ");
 }
@@ -203,7 +203,7 @@ fn a_dry_run_writes_nothing() {
 
     matched      14 tensors, none unmatched
     shards       2 of 3 patched
-    would write  255 kB
+    would write  263 kB
     ledger       5.17 kB
     --- stderr
     ");
@@ -289,7 +289,7 @@ fn adapters_come_out_in_any_order() {
     matched  14 tensors, none unmatched
     shards   2 of 3 patched
     wrote    5.12 kB
-    ledger   2.07 kB
+    ledger   2.19 kB
     --- stderr
     ");
     assert_eq!(content(&place.path("both")), content(&place.path("only-b")));

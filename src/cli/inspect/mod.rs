@@ -15,7 +15,7 @@ use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
     mask::{FileKind, MaskFile},
-    merge::{ActiveAdapter, LedgerSummary, MergeError, ledger_summary},
+    merge::{ActiveAdapter, LedgerSummary, MergeError, NamedAdapter, ledger_summary, named_adapters},
     tensor::{dtype_name, projection_kind},
 };
 use serde::Serialize;
@@ -87,6 +87,9 @@ struct InspectReport {
     sparse: Option<SparseFacts>,
     /// What a merged checkpoint remembers.
     merges: Option<LedgerSummary>,
+    /// Adapters that were merged, as the files say, where no ledger remembers them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    named: Vec<NamedAdapter>,
     /// Only with `--tensors`.
     tensors: Option<Vec<TensorFacts>>,
 }
@@ -224,6 +227,10 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         Kind::Checkpoint => merges_of(&checkpoint)?,
         _ => None,
     };
+    let named = match (kind, &merges) {
+        (Kind::Checkpoint, None) => named_adapters(&checkpoint),
+        _ => Vec::new(),
+    };
     let chosen = || checkpoint.tensors().filter(|tensor| filter.is_none_or(|f| f.is_match(&tensor.info.name)));
     let total = Count::of(chosen());
     Ok(InspectReport {
@@ -247,6 +254,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
         peft,
         sparse,
         merges,
+        named,
         tensors: list_tensors.then(|| chosen().map(TensorFacts::of).collect()),
     })
 }
@@ -385,6 +393,9 @@ fn write_page(report: &InspectReport, page: &mut Page) {
     if let Some(merges) = &report.merges {
         facts.extend(merge_facts(merges));
     }
+    let named =
+        |adapter: &NamedAdapter| ("merged", format!("{} scale {}, its ledger is gone", adapter.id, adapter.scale));
+    facts.extend(report.named.iter().map(named));
     if let Some(path) = &report.interrupted {
         page.line(format_args!(
             "INTERRUPTED: a change was cut short, the weights may be a mixture; run: neuroada-ckpt recover {path}"

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::RecordedTerm;
+use super::{RecordedTerm, TextEdit};
 use crate::{checkpoint::DOCUMENT_KEY, merge::AdapterReading, tensor::RowLayout};
 
 /// Beside a document: its BLAKE3.
@@ -27,8 +27,55 @@ pub struct LedgerDocument {
     /// How what the adapters left open was read, in records that do not say where they belong.
     #[serde(default, skip_serializing_if = "is_default")]
     pub reading: AdapterReading,
+    /// Files that name adapters: shards whose headers a merge out of place wrote, the index that one in place wrote.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub marked: Vec<String>,
+    /// Headers of shards that adapters brought tensors into, by the shard's name: how to take that back.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, TextEdit>,
+    /// Files beside the shards that were edited, by name: how to take that back.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, TextEdit>,
+    /// Tensors that adapters brought along, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub added: BTreeMap<String, LedgerAdded>,
     /// Touched tensors.
     pub targets: BTreeMap<String, LedgerTarget>,
+}
+
+/// A tensor that an adapter brought along: one that the base has not, or has in another size.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerAdded {
+    /// Which of the active adapters.
+    pub adapter: usize,
+    /// The adapter's tensor.
+    pub tensor: String,
+    /// Its type in the checkpoint.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// PEFT's `task_type` of its adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
+    /// The base's tensor that it took the place of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced: Option<LedgerReplaced>,
+}
+
+/// A tensor of the base that one of another size took the place of.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerReplaced {
+    /// Its type.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// BLAKE3 of its bytes.
+    pub blake3: String,
+    /// Whether the ledger keeps it, as `T.whole`; else undoing reads the base.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whole: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -164,7 +211,18 @@ mod version_1 {
 impl LedgerDocument {
     /// A document without targets.
     pub(in crate::merge) fn new(base: String, active: Vec<LedgerAdapter>, reading: AdapterReading) -> Self {
-        Self { kind: LedgerKind::Ledger, version: VERSION, base, active, reading, targets: BTreeMap::new() }
+        Self {
+            kind: LedgerKind::Ledger,
+            version: VERSION,
+            base,
+            active,
+            reading,
+            marked: Vec::new(),
+            headers: BTreeMap::new(),
+            files: BTreeMap::new(),
+            added: BTreeMap::new(),
+            targets: BTreeMap::new(),
+        }
     }
 
     /// Parses the document of a ledger's header and checks it against its checksum.
@@ -214,7 +272,9 @@ impl LedgerDocument {
 
     /// Whether taking some adapter out needs the base.
     pub fn needs_base(&self) -> bool {
+        let is_hash = |replaced: &LedgerReplaced| !replaced.whole;
         self.targets.values().any(|target| matches!(target.kept, Kept::Hash(_)))
+            || self.added.values().any(|added| added.replaced.as_ref().is_some_and(is_hash))
     }
 }
 
@@ -247,7 +307,7 @@ impl From<version_1::Document> for LedgerDocument {
             }
         };
         let targets = old.targets.into_iter().map(|(name, old)| (name, target(old))).collect();
-        let reading = AdapterReading::default();
-        Self { kind: LedgerKind::Ledger, version: 1, base: String::new(), active: active.collect(), reading, targets }
+        let new = Self::new(String::new(), active.collect(), AdapterReading::default());
+        Self { version: 1, targets, ..new }
     }
 }

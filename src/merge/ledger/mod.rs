@@ -18,6 +18,7 @@
 //! change writes version 2.
 
 mod document;
+mod edit;
 mod low_rank;
 mod term;
 mod writer;
@@ -29,7 +30,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use document::{Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerDocument, LedgerTarget};
+pub use document::{
+    Kept, KeptHashes, KeptPositions, LedgerAdapter, LedgerAdded, LedgerDocument, LedgerReplaced, LedgerTarget,
+};
+pub use edit::TextEdit;
 pub use low_rank::{LowRankRecord, RecordedAdapter, RecordedTarget};
 pub use term::RecordedTerm;
 pub(super) use term::{RecordedBias, RecordedChange, RecordedMagnitude, RecordedMatrix, RecordedProduct, RecordedRows};
@@ -91,7 +95,9 @@ impl Ledger {
             Kept::Whole(_) => 1,
             Kept::Hash(_) => 0,
         };
-        if shard.header().tensors().len() != document.targets.values().map(n_tensors).sum::<usize>() {
+        let is_kept = |added: &&LedgerAdded| added.replaced.as_ref().is_some_and(|replaced| replaced.whole);
+        let n_replaced = document.added.values().filter(is_kept).count();
+        if shard.header().tensors().len() != document.targets.values().map(n_tensors).sum::<usize>() + n_replaced {
             return Err(bad("the ledger is damaged: it has tensors that its document does not name".to_owned()));
         }
         let digest = match document.version() {
@@ -102,6 +108,16 @@ impl Ledger {
         let ledger = Self { path: path.clone(), document, digest, shard: Some(shard), is_old_record: false };
         for (name, target) in &ledger.document.targets {
             ledger.check_target(ctx, name, target)?;
+        }
+        for (name, replaced) in
+            ledger.document.added.iter().filter_map(|(name, added)| Some((name, added.replaced.as_ref()?)))
+        {
+            let is_like = |info: &crate::checkpoint::TensorInfo| {
+                dtype_name(info.dtype) == replaced.dtype && info.shape == replaced.shape
+            };
+            if replaced.whole && !ledger.whole(name).is_some_and(|(_, info)| is_like(info)) {
+                return Err(ledger.bad(name, "the ledger is damaged: no whole tensor of the right type and shape"));
+            }
         }
         Ok(Some(ledger))
     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerAdapter, LedgerDocument, LedgerTarget, RecordedTerm,
-    document::CHECKSUM_KEY,
+    GROUP_ROWS, Kept, KeptHashes, KeptPositions, Ledger, LedgerAdapter, LedgerAdded, LedgerDocument, LedgerTarget,
+    RecordedTerm, document::CHECKSUM_KEY,
 };
 use crate::{
     checkpoint::{Context, DOCUMENT_KEY, StateFolder, TensorFileWriter, TensorId, TensorInfo},
@@ -143,6 +143,23 @@ impl LedgerWriter {
         let (dtype, shape) = (dtype_name(info.dtype), info.shape.clone());
         let target = LedgerTarget { dtype, shape, layout: None, n_columns, kept, terms };
         self.document.targets.insert(info.name.clone(), target);
+    }
+
+    /// Begins the original of a tensor that one of another size took the place of; [`Self::push_whole`] appends to it.
+    pub(in crate::merge) fn begin_replaced(&mut self, name: &str, info: &TensorInfo) {
+        assert!(self.current.is_none(), "one target at a time");
+        self.current = Some(Current::Whole(self.writer.add_tensor(format!("{name}.whole"), info.dtype)));
+    }
+
+    /// Ends it.
+    pub(in crate::merge) fn end_replaced(&mut self, info: &TensorInfo) {
+        let Some(Current::Whole(id)) = self.current.take() else { unreachable!("a whole tensor was begun") };
+        self.writer.finish_tensor(id, info.shape.clone());
+    }
+
+    /// Records a tensor that an adapter brought along.
+    pub(in crate::merge) fn add(&mut self, name: String, added: LedgerAdded) {
+        self.document.added.insert(name, added);
     }
 
     /// Lets the ledger of these adapters, whose copies are there, appear, synced, and opens it: what is trusted from here on is what lies on disk.

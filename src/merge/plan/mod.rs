@@ -3,6 +3,7 @@
 //! The planner finds the place of everything that an adapter holds, once, when the adapter is merged; the ledger records it
 //! (`ledger::term`), and undoing reads it from there. [`combine`] brings the targets of several adapters together.
 
+mod added;
 mod combine;
 mod planner;
 mod recorded;
@@ -11,6 +12,7 @@ mod tied;
 
 use std::collections::BTreeMap;
 
+pub(super) use added::{Added, AddedTensors, added_of_shard, resolve_added, same_added};
 pub(super) use combine::combine;
 pub(super) use planner::same_bytes;
 pub(super) use recorded::{record, resolve};
@@ -23,7 +25,15 @@ use crate::weights::WeightMap;
 /// Tensors that adapters change, by name.
 pub(super) type Targets<'a> = BTreeMap<&'a str, Target<'a>>;
 
-/// Finds the places of adapters in the checkpoint of `map`; also says what had to be decided on the way, in words.
+/// What adapters do to a checkpoint.
+pub(super) struct Plan<'a> {
+    pub(super) targets: Targets<'a>,
+    pub(super) added: AddedTensors<'a>,
+    /// What had to be decided on the way, in words.
+    pub(super) notes: Vec<String>,
+}
+
+/// Finds the places of adapters in the checkpoint of `map`.
 ///
 /// # Errors
 /// [`MergeError::Unmatched`] lists everything of an adapter that the checkpoint does not have as the adapter needs it;
@@ -33,10 +43,10 @@ pub(super) fn plan<'a>(
     sources: impl Iterator<Item = &'a Source>,
     reading: &AdapterReading,
     is_original: &IsOriginal<'_, 'a>,
-) -> Result<(Targets<'a>, Vec<String>), MergeError> {
+) -> Result<Plan<'a>, MergeError> {
     let mut planner = Planner::new(map, reading, is_original);
     for source in sources {
         planner.add(source)?;
     }
-    Ok((planner.targets, planner.notes))
+    Ok(Plan { targets: planner.targets, added: planner.added, notes: planner.notes })
 }

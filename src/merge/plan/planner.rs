@@ -5,10 +5,13 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
-use super::term::{Does, Magnitude, Product, ReplacedRows, Target, Term};
+use super::{
+    added::{Added, AddedTensors},
+    term::{Does, Magnitude, Product, ReplacedRows, Target, Term},
+};
 use crate::{
     adapter::Adapter,
-    checkpoint::{Printable, Shard, TensorInfo, TensorRef},
+    checkpoint::{Checkpoint, Printable, Shard, TensorInfo, TensorRef},
     foreign::{self, FullTensor, LoraAdapter, LoraModule, LoraShape},
     mask::TargetInfo,
     merge::{
@@ -29,6 +32,7 @@ pub(super) struct Planner<'m, 'a> {
     pub(super) is_original: &'m IsOriginal<'m, 'a>,
     /// By the tensor's name.
     pub(super) targets: BTreeMap<&'a str, Target<'a>>,
+    pub(super) added: AddedTensors<'a>,
     pub(super) notes: Vec<String>,
     /// Of the current adapter.
     pub(super) problems: Vec<String>,
@@ -40,7 +44,8 @@ impl<'m, 'a> Planner<'m, 'a> {
         reading: &'m AdapterReading,
         is_original: &'m IsOriginal<'m, 'a>,
     ) -> Self {
-        Self { map, reading, is_original, targets: BTreeMap::new(), notes: Vec::new(), problems: Vec::new() }
+        let (targets, added) = (BTreeMap::new(), AddedTensors::new());
+        Self { map, reading, is_original, targets, added, notes: Vec::new(), problems: Vec::new() }
     }
 
     /// Finds the place of everything that an adapter holds.
@@ -207,18 +212,7 @@ impl<'m, 'a> Planner<'m, 'a> {
         let name = self.within_part(lora, &full.name);
         let found = match self.map.find(&name, |tensor| tensor.info.shape == info.shape) {
             Ok(found) => found,
-            Err(Unplaced::Shape { found, .. }) => {
-                let what = format!(
-                    "adapter has {:?}, base has {found:?}; a merge keeps the base's shapes, so resize the base first",
-                    info.shape
-                );
-                self.problem(&full.name, what);
-                return Ok(());
-            }
-            Err(unplaced) => {
-                self.problem(&full.name, self.map.explain(&full.name, &unplaced));
-                return Ok(());
-            }
+            Err(unplaced) => return self.add_new(lora, full, unplaced),
         };
         if lora.source.scale != 1.0 {
             let name = Printable(&full.name);
@@ -258,6 +252,61 @@ impl<'m, 'a> Planner<'m, 'a> {
                 );
             }
         }
+        Ok(())
+    }
+
+    /// Adds a tensor that the base has not, or has in another size, where the user allows it.
+    fn add_new(&mut self, lora: &Lora<'a>, full: &'a FullTensor, unplaced: Unplaced) -> Result<(), MergeError> {
+        let (shard, info) = lora.adapter.tensor(&full.tensor);
+        let checkpoint = self.map.checkpoint();
+        let (name, replaced) = match &unplaced {
+            Unplaced::Missing { name } if self.reading.new_tensors => (name, None),
+            Unplaced::Shape { name, .. } if self.reading.new_tensors && info.shape.len() == 2 => {
+                (name, checkpoint.tensor(name))
+            }
+            Unplaced::Missing { .. } => {
+                let what = self.map.explain(&full.name, &unplaced);
+                self.problem(&full.name, format!("{what} (--allow-new-tensors adds it)"));
+                return Ok(());
+            }
+            Unplaced::Shape { found, .. } => {
+                let what = format!(
+                    "adapter has {:?}, base has {found:?}; --allow-new-tensors puts the adapter's in its place",
+                    info.shape
+                );
+                self.problem(&full.name, what);
+                return Ok(());
+            }
+            unplaced => {
+                self.problem(&full.name, self.map.explain(&full.name, unplaced));
+                return Ok(());
+            }
+        };
+        if let Some(other) = self.added.get(name.as_str()) {
+            if other.source.id != lora.source.id || !same_tensor(other.from, (shard, info))? {
+                self.problem(&full.name, "two adapters hold it in full, or one holds two different ones");
+            }
+            return Ok(());
+        }
+        let fits = replaced.is_none_or(|tensor| tensor.info.shape.len() == 2 && tensor.info.shape[1] == info.shape[1]);
+        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+        let dtype = replaced.map_or_else(|| main_dtype(checkpoint), |tensor| tensor.info.dtype);
+        if !fits || !is_float(dtype) || !is_float(info.dtype) || replaced.is_some_and(|tensor| tensor.coded().is_some())
+        {
+            let what = format!("adapter has {} {:?}, which cannot be added", dtype_name(info.dtype), info.shape);
+            self.problem(&full.name, what);
+            return Ok(());
+        }
+        let shard_index = replaced.map_or(checkpoint.shards().len() - 1, |tensor| tensor.shard_index);
+        let added = Added {
+            source: lora.source,
+            from: (shard, info),
+            dtype,
+            shard_index,
+            task: lora.adapter.config().task_type.clone(),
+            replaces: replaced.map(|tensor| (tensor.info.dtype, tensor.info.shape.clone())),
+        };
+        self.added.insert(name.clone(), added);
         Ok(())
     }
 
@@ -446,6 +495,19 @@ impl Lora<'_> {
     fn scale_of(&self, module: &LoraModule) -> f32 {
         (module.scaling * self.source.scale) as f32
     }
+}
+
+/// The type that most elements of a checkpoint have, among those that numbers are rounded to.
+fn main_dtype(checkpoint: &Checkpoint) -> Dtype {
+    let mut n_elements: BTreeMap<String, (u64, Dtype)> = BTreeMap::new();
+    let floats = checkpoint.tensors().filter(|tensor| {
+        tensor.coded().is_none() && matches!(tensor.info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    });
+    for tensor in floats {
+        let dtype = tensor.info.dtype;
+        n_elements.entry(dtype_name(dtype)).or_insert((0, dtype)).0 += tensor.info.n_elements();
+    }
+    n_elements.into_values().max_by_key(|(n, _)| *n).map_or(Dtype::F32, |(_, dtype)| dtype)
 }
 
 /// Whether two tensors are equal: type, shape and every byte.
