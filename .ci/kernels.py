@@ -1,25 +1,31 @@
 #!/usr/bin/env python3
 """Compiles src/gpu/kernels/*.cu to PTX with one pinned compiler, so that anyone gets the same bytes.
 
-    .ci/kernels.py            write src/gpu/kernels/ptx/*.ptx
+    .ci/kernels.py            write src/gpu/kernels/ptx.tar.zst, which holds one .ptx for each .cu
     .ci/kernels.py --check    compare with what is committed, then compile that for each GPU generation; fails on
                               register spills. Says so and passes where the compilers cannot be had.
 
-Needs Python 3.8 or newer with venv and a PyPI mirror; about 180 MB go to target/kernels. No GPU, no toolkit.
+The archive is an ordinary one: `tar --zstd -xf src/gpu/kernels/ptx.tar.zst` unpacks it. The check compares what it holds, so
+another version of zstd may write it in other bytes.
+
+Needs Python 3.9 or newer with venv and a PyPI mirror; about 180 MB go to target/kernels. No GPU, no toolkit.
 NVRTC 12.0 writes PTX ISA 8.0, which drivers from 525 on load, for compute_80 and everything newer.
 """
 
 import ctypes
 import glob
+import io
 import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "src/gpu/kernels"
+ARCHIVE = KERNELS / "ptx.tar.zst"
 VENV = ROOT / "target/kernels"
-WHEELS = ["nvidia-cuda-nvrtc-cu12==12.0.140", "nvidia-cuda-nvcc==13.0.88"]
+WHEELS = ["nvidia-cuda-nvrtc-cu12==12.0.140", "nvidia-cuda-nvcc==13.0.88", "zstandard==0.25.0"]
 OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "--fmad=false", "--extra-device-vectorization", "-default-device", f"-I{KERNELS}"]
 GENERATIONS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
@@ -70,8 +76,34 @@ def compiler(nvrtc_path, builtins_path):
     return compile_one
 
 
-def check_generations(ptxas, path):
+def zstd(expression, data):
+    """What `expression` makes of `data`; evaluated by the Python of the venv, which has the zstandard package."""
+    code = f"import sys, zstandard; data = sys.stdin.buffer.read(); sys.stdout.buffer.write({expression})"
+    return subprocess.run([str(VENV / "bin/python"), "-c", code], input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def pack(files):
+    """The archive of `files`, a dict from names to bytes: sorted, without times and owners, so that the same files give the same bytes."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in sorted(files.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return zstd("zstandard.ZstdCompressor(level=19).compress(data)", tar.getvalue())
+
+
+def unpack(archive_bytes):
+    """The files of an archive, from names to bytes."""
+    tar = io.BytesIO(zstd("zstandard.ZstdDecompressor().decompress(data)", archive_bytes))
+    with tarfile.open(fileobj=tar) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def check_generations(ptxas, file_name, ptx):
     """Compiles PTX for each generation; the number of kernels that spill registers."""
+    path = VENV / file_name
+    path.write_bytes(ptx)
     n_spilling = 0
     for generation in GENERATIONS:
         done = subprocess.run([ptxas, "-v", f"-arch={generation}", "-o", "/dev/null", str(path)], capture_output=True, text=True)
@@ -87,6 +119,20 @@ def check_generations(ptxas, path):
     return n_spilling
 
 
+def check(ptxas, compiled):
+    """Compares what was compiled with what is committed, and looks for register spills in that."""
+    committed = unpack(ARCHIVE.read_bytes()) if ARCHIVE.exists() else {}
+    n_wrong = 0
+    for name in sorted(compiled.keys() | committed.keys()):
+        is_same = committed.get(name) == compiled.get(name)
+        print(f"{name}: {'as committed' if is_same else 'DIFFERS: run .ci/kernels.py'}")
+        n_wrong += not is_same
+        if name in committed:
+            n_wrong += check_generations(ptxas, name, committed[name])
+    if n_wrong:
+        sys.exit("error: the committed PTX is not what the sources make, or registers spill")
+
+
 def main():
     found, why = tools()
     if not found:
@@ -96,19 +142,12 @@ def main():
         sys.exit(f"error: the compilers cannot be had here: {why}")
     nvrtc_path, builtins_path, ptxas = found
     compile_one = compiler(nvrtc_path, builtins_path)
-    n_wrong = 0
-    for path in sorted(KERNELS.glob("*.cu")):
-        ptx, committed = compile_one(path), KERNELS / "ptx" / f"{path.stem}.ptx"
-        if "--check" not in sys.argv:
-            committed.write_bytes(ptx)
-            print(f"{committed.relative_to(ROOT)}: {len(ptx)} bytes")
-            continue
-        is_same = committed.exists() and committed.read_bytes() == ptx
-        print(f"{committed.relative_to(ROOT)}: {'as committed' if is_same else 'DIFFERS: run .ci/kernels.py'}")
-        n_wrong += not is_same
-        n_wrong += check_generations(ptxas, committed)
-    if n_wrong:
-        sys.exit("error: the committed PTX is not what the sources make, or registers spill")
+    compiled = {f"{path.stem}.ptx": compile_one(path) for path in sorted(KERNELS.glob("*.cu"))}
+    if "--check" in sys.argv:
+        return check(ptxas, compiled)
+    ARCHIVE.write_bytes(pack(compiled))
+    n_bytes = sum(len(ptx) for ptx in compiled.values())
+    print(f"{ARCHIVE.relative_to(ROOT)}: {len(compiled)} files, {n_bytes} bytes, {ARCHIVE.stat().st_size} compressed")
 
 
 main()

@@ -1,7 +1,7 @@
 //! NVIDIA GPUs: what the machine has, memory on a device, and the kernels that work there.
 //!
 //! The driver is looked for when the program runs; nothing of CUDA is needed to build it, and the driver alone to use it: kernels are
-//! PTX, compiled ahead from `kernels/*.cu` by `.ci/kernels.py` and carried in the binary. [`detect()`] says what was found and
+//! PTX, compiled ahead from `kernels/*.cu` by `.ci/kernels.py` and carried in the binary under zstd. [`detect()`] says what was found and
 //! why a GPU cannot be used. A [`Gpu`] is one device, a [`Queue`] a line of work on it, [`DeviceVec`] memory that belongs to a
 //! queue, [`Pinned`] host memory that copies straight to the device. `launch` is the one folder that talks to the driver: every call
 //! that Rust cannot check is proven there, one function per kernel.

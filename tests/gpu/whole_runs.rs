@@ -103,12 +103,17 @@ fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
 }
 
 #[test]
-fn every_kernel_of_the_sources_is_in_the_ptx() {
-    for name in ["topk", "score", "patch", "low_rank", "attention", "attention_128"] {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/gpu/kernels/ptx/{name}.ptx"));
-        let ptx = fs::read_to_string(&path).expect("PTX is committed");
-        // What drivers from 525 on read, for devices from compute capability 8.0 on.
-        assert!(ptx.contains("\n.version 8.0\n.target sm_80\n"), "{}", path.display());
-        assert!(ptx.contains(".visible .entry "), "{}", path.display());
+fn every_file_of_kernels_is_in_the_archive_of_ptx() {
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gpu/kernels");
+    let archive = fs::read(kernels.join("ptx.tar.zst")).expect("the archive is committed");
+    let tar = zstd::decode_all(archive.as_slice()).expect("it is whole");
+    let tar = String::from_utf8(tar).expect("PTX and the headers of a tar archive are text");
+    let paths = fs::read_dir(kernels).expect("sources are there").map(|entry| entry.expect("likewise").path());
+    let sources: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|end| end == "cu")).collect();
+    for source in &sources {
+        let name = source.file_stem().expect("a file has a name").to_string_lossy();
+        assert!(tar.contains(&format!("{name}.ptx\0")), "{name}");
     }
+    // What drivers from 525 on read, for devices from compute capability 8.0 on.
+    assert_eq!(tar.matches("\n.version 8.0\n.target sm_80\n").count(), sources.len());
 }

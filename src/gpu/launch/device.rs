@@ -13,24 +13,9 @@ use cudarc::{
 use super::{
     code_of,
     detect::{Detection, detect},
+    ptx::ptx_of,
 };
 use crate::gpu::GpuError;
-
-/// Kernels by file: the PTX that `.ci/kernels.py` makes of `kernels/*.cu`.
-const PTX: [(&str, &str); 12] = [
-    ("topk", include_str!("../kernels/ptx/topk.ptx")),
-    ("score", include_str!("../kernels/ptx/score.ptx")),
-    ("patch", include_str!("../kernels/ptx/patch.ptx")),
-    ("low_rank", include_str!("../kernels/ptx/low_rank.ptx")),
-    ("passes", include_str!("../kernels/ptx/passes.ptx")),
-    ("head", include_str!("../kernels/ptx/head.ptx")),
-    ("sparse", include_str!("../kernels/ptx/sparse.ptx")),
-    ("attention", include_str!("../kernels/ptx/attention.ptx")),
-    ("attention_64", include_str!("../kernels/ptx/attention_64.ptx")),
-    ("attention_80", include_str!("../kernels/ptx/attention_80.ptx")),
-    ("attention_96", include_str!("../kernels/ptx/attention_96.ptx")),
-    ("attention_128", include_str!("../kernels/ptx/attention_128.ptx")),
-];
 
 /// Failures of work under way, by the driver's names; they stay for the rest of the process.
 const STAYING: [&str; 10] = [
@@ -142,8 +127,7 @@ impl Gpu {
         let module = match modules.get(file) {
             Some(module) => Arc::clone(module),
             None => {
-                let (_, ptx) = PTX.iter().find(|(of, _)| *of == file).expect("kernels belong to a file");
-                let loaded = self.inner.context.load_module(Ptx::from_src(*ptx));
+                let loaded = self.inner.context.load_module(Ptx::from_src(ptx_of(file)));
                 let module = loaded.map_err(|e| self.failed("compiling kernels for it", e))?;
                 modules.insert(file, Arc::clone(&module));
                 module

@@ -1,6 +1,6 @@
 //! All calls of the driver that Rust cannot check: the only unsafe code of the folder above.
 //!
-//! `driver` asks what there is, `detect` says which of it can be used, `device` takes it into use, `memory` holds what lies on them and moves it, `kernels` starts work, `blas` has
+//! `driver` asks what there is, `detect` says which of it can be used, `device` takes it into use, `ptx` has the kernels, `memory` holds what lies on them and moves it, `kernels` starts work, `blas` has
 //! matrices multiplied by a library, of which `cublaslt` is what is called. Three rules make all else safe. Device memory belongs to
 //! one [`Queue`], whose work happens in order, and every access goes through it. Pinned memory is handed out only when no copy is
 //! under way in it. A kernel is started only by the function that bears its name, which ties its arguments to the lengths of the
@@ -17,6 +17,7 @@ mod driver;
 mod kernels;
 mod memory;
 mod passes;
+mod ptx;
 mod sparse;
 
 use cudarc::driver::DriverError;
