@@ -15,8 +15,9 @@
 //! - [`weights`]: the map of weights, what each one is and which stored tensors hold it
 //! - [`foreign`]: adapters as other tools leave them on disk
 //! - [`checkpoint`] (files) and [`backend`] (hot loops); neither knows the other
-//! - `gpu`: device slices and launches (feature `cuda`)
 //! - [`tensor`]: plain values
+//!
+//! `gpu` (feature `cuda`) is a guest beside them: it implements traits of [`backend`] and `train`, and nothing imports it.
 
 pub mod adapter;
 pub mod backend;

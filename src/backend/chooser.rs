@@ -1,149 +1,47 @@
-//! Who chooses: the CPU, or a GPU with the CPU for what it cannot take.
+//! Which device chooses: the CPU, or an accelerator with the CPU for what it does not support.
 
-#[cfg(feature = "cuda")]
-use std::{
-    hash::{BuildHasher, RandomState},
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::fmt;
 
-use super::{NotANumber, ScoredRows, topk_rows};
-#[cfg(feature = "cuda")]
-use super::{Score, mix};
-#[cfg(feature = "cuda")]
-use crate::gpu::{Factor, GpuError, Ranked, RowRanker};
+use super::{AcceleratorError, NotANumber, ScoredRows, topk_rows};
 
 /// Why nothing was chosen.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ChooseError {
     /// A NaN has no rank.
     #[error(transparent)]
     NotANumber(#[from] NotANumber),
-    /// The GPU failed.
-    #[cfg(feature = "cuda")]
+    /// The accelerator failed.
     #[error(transparent)]
-    Gpu(#[from] GpuError),
+    Accelerator(#[from] AcceleratorError),
 }
 
-/// Who chooses the largest of each row. The result is the same, bit for bit.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Chooser<'a> {
-    #[cfg(feature = "cuda")]
-    gpu: Option<&'a GpuChooser>,
-    #[cfg(not(feature = "cuda"))]
-    marker: std::marker::PhantomData<&'a ()>,
+/// An accelerator that chooses the largest of each row.
+pub trait RowChooser: fmt::Debug + Send + Sync {
+    /// As [`topk_rows`], bit for bit; the CPU does what the accelerator does not support.
+    ///
+    /// # Errors
+    /// [`NotANumber`] names the first row and column holding a NaN; the others are the accelerator's own.
+    fn topk_rows(&self, rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, ChooseError>;
+
+    /// What it did so far.
+    fn counts(&self) -> ChosenRows;
 }
 
-/// Chooses on a GPU what it can take, looks over a part of it, and counts.
-#[cfg(feature = "cuda")]
-pub struct GpuChooser {
-    ranker: RowRanker,
-    /// The share of rows that are chosen again on the CPU.
-    check: f64,
-    seed: u64,
-    n_rows: AtomicU64,
-    n_left: AtomicU64,
-    n_checked: AtomicU64,
-}
-
-#[cfg(feature = "cuda")]
-impl std::fmt::Debug for GpuChooser {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.ranker.gpu())
-    }
-}
-
-/// What a [`GpuChooser`] did, in rows.
-#[cfg(feature = "cuda")]
+/// What a [`RowChooser`] did, in rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChosenRows {
     /// Chosen on the GPU.
     pub on_gpu: u64,
-    /// Chosen on the CPU, because the GPU does not take their type, length or score.
+    /// Chosen on the CPU, because the GPU does not support their type, length or score.
     pub on_cpu: u64,
     /// Of those on the GPU, chosen again on the CPU and found equal.
     pub checked: u64,
 }
 
-#[cfg(feature = "cuda")]
-impl GpuChooser {
-    /// A chooser over a ranker, which chooses the share `check` (0 to 1) of all rows again on the CPU: a random sample, and at
-    /// least one row of each block where the share is not 0.
-    pub fn new(ranker: RowRanker, check: f64) -> Self {
-        let [n_rows, n_left, n_checked] = [0, 0, 0].map(AtomicU64::new);
-        // Another sample in each run: what is wrong here and there is found in the end.
-        Self { ranker, check, seed: RandomState::new().hash_one(0), n_rows, n_left, n_checked }
-    }
-
-    /// What it did so far.
-    pub fn counts(&self) -> ChosenRows {
-        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        ChosenRows { on_gpu: read(&self.n_rows), on_cpu: read(&self.n_left), checked: read(&self.n_checked) }
-    }
-
-    fn topk_rows(&self, rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, ChooseError> {
-        let weights = rows.weights();
-        let n_rows = weights.n_rows();
-        let norms;
-        let factor = match rows.score() {
-            Score::Magnitude => Some(Factor::None),
-            Score::Smallest => Some(Factor::Smallest),
-            Score::Gradient(gradients) => Some(Factor::Gradient(gradients)),
-            Score::Snip(gradients) => Some(Factor::Product(gradients)),
-            Score::Fisher(gradients) => Some(Factor::Square(gradients)),
-            Score::Wanda(of) => {
-                // Of the matrices that the rows belong to.
-                let (first, last) = (of.first_row / of.d_out, (of.first_row + n_rows.max(1) as u64 - 1) / of.d_out);
-                let d_in = weights.d_in();
-                let range = first as usize * d_in..(last as usize + 1) * d_in;
-                norms = of.norms[range].iter().map(|&norm| norm as f32).collect::<Vec<f32>>();
-                let narrow = |n: u64| u32::try_from(n).ok();
-                narrow(of.first_row % of.d_out).zip(narrow(of.d_out)).map(|(first_row, d_out)| Factor::Norms {
-                    norms: &norms,
-                    first_row,
-                    d_out,
-                })
-            }
-            Score::Random { .. } => None,
-        };
-        let Some(factor) = factor.filter(|factor| RowRanker::takes(weights.dtype(), weights.d_in(), factor)) else {
-            self.n_left.fetch_add(n_rows as u64, Ordering::Relaxed);
-            return Ok(topk_rows(rows, k)?);
-        };
-        let Ranked { columns, first_nan } = self.ranker.topk_rows(weights, &factor, k)?;
-        if let Some((row, _)) = first_nan {
-            // The CPU names it, and has the last word on whether it is one.
-            topk_rows(&rows.slice(0..row + 1), k)?;
-            return Err(self.wrong(row, n_rows, "it was said to hold a NaN").into());
-        }
-        self.n_rows.fetch_add(n_rows as u64, Ordering::Relaxed);
-        self.look_over(rows, k.min(weights.d_in()), &columns)?;
-        Ok(columns)
-    }
-
-    /// Chooses a random sample of the rows again.
-    fn look_over(&self, rows: &ScoredRows<'_>, k: usize, columns: &[u32]) -> Result<(), ChooseError> {
-        let n_rows = rows.weights().n_rows();
-        if self.check <= 0.0 || n_rows == 0 || k == 0 {
-            return Ok(());
-        }
-        let block = self.n_checked.load(Ordering::Relaxed);
-        let random = |i: usize| mix(self.seed ^ mix(block << 32 | i as u64));
-        let at_least = (random(n_rows) % n_rows as u64) as usize;
-        let bound = (self.check * u64::MAX as f64) as u64;
-        for row in (0..n_rows).filter(|&row| row == at_least || random(row) <= bound) {
-            let expected = topk_rows(&rows.slice(row..row + 1), k)?;
-            if expected != columns[row * k..(row + 1) * k] {
-                return Err(self.wrong(row, n_rows, "other columns are the largest").into());
-            }
-            self.n_checked.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    fn wrong(&self, row: usize, n_rows: usize, why: &'static str) -> GpuError {
-        let ordinal = self.ranker.gpu().ordinal();
-        GpuError::WrongResult { ordinal, kernel: "topk", row: row as u64, n_rows: n_rows as u64, why }
-    }
+/// Which device chooses the largest of each row. The result is the same, bit for bit.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Chooser<'a> {
+    accelerator: Option<&'a dyn RowChooser>,
 }
 
 impl<'a> Chooser<'a> {
@@ -152,21 +50,19 @@ impl<'a> Chooser<'a> {
         Self::default()
     }
 
-    /// A GPU.
-    #[cfg(feature = "cuda")]
-    pub fn gpu(gpu: &'a GpuChooser) -> Self {
-        Self { gpu: Some(gpu) }
+    /// An accelerator.
+    pub fn on(accelerator: &'a dyn RowChooser) -> Self {
+        Self { accelerator: Some(accelerator) }
     }
 
     /// As [`topk_rows`].
     ///
     /// # Errors
-    /// [`NotANumber`] names the first row and column holding a NaN; on a GPU also what failed there.
+    /// [`NotANumber`] names the first row and column holding a NaN; on an accelerator also what failed there.
     pub fn topk_rows(&self, rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, ChooseError> {
-        #[cfg(feature = "cuda")]
-        if let Some(gpu) = self.gpu {
-            return gpu.topk_rows(rows, k);
+        match self.accelerator {
+            Some(accelerator) => accelerator.topk_rows(rows, k),
+            None => Ok(topk_rows(rows, k)?),
         }
-        Ok(topk_rows(rows, k)?)
     }
 }

@@ -4,9 +4,10 @@
 //!
 //! [`ScoredRows`] turns every weight of a run of rows into an integer key, larger first; the functions below choose by key,
 //! and settle equal keys in favour of the lower column. Keys are integers so that every instruction set and thread count
-//! agrees. A [`Chooser`] does the same on a GPU, as a [`Merger`] does with
-//! low-rank products. What is chosen becomes what a merge changes in `patch`.
+//! agrees. A [`Chooser`] does the same on an accelerator that is a [`RowChooser`], as a [`Merger`] does with
+//! low-rank products on a [`LowRankMerger`]. What is chosen becomes what a merge changes in `patch`.
 
+mod accelerator;
 mod chooser;
 mod finite;
 mod keys;
@@ -18,15 +19,12 @@ mod score;
 mod simd;
 
 use crate::tensor::{RowBlock, RowColumns};
-pub use chooser::{ChooseError, Chooser};
-#[cfg(feature = "cuda")]
-pub use chooser::{ChosenRows, GpuChooser};
+pub use accelerator::AcceleratorError;
+pub use chooser::{ChooseError, Chooser, ChosenRows, RowChooser};
 pub use finite::{largest_finite, largest_magnitude, overflow_margin, overflows};
 pub use keys::{Digit, KeySpace};
 pub use low_rank::{add_low_rank, merge_sums};
-pub use merger::Merger;
-#[cfg(feature = "cuda")]
-pub use merger::{GpuMerger, MergedWeights};
+pub use merger::{LowRankMerger, MergedWeights, Merger};
 pub use patch::{Layer, PatchCounts, merged_values, pick, replace_values, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};

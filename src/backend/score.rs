@@ -164,14 +164,15 @@ impl<'a> ScoredRows<'a> {
     }
 
     /// What they are ranked by.
-    #[cfg(feature = "cuda")]
-    pub(super) fn score(&self) -> Score<'a> {
+    pub fn score(&self) -> Score<'a> {
         self.score
     }
 
     /// The run `rows` of these rows, with their scores.
-    #[cfg(feature = "cuda")]
-    pub(super) fn slice(&self, rows: std::ops::Range<usize>) -> Self {
+    ///
+    /// # Panics
+    /// Where there are fewer rows.
+    pub fn slice(&self, rows: std::ops::Range<usize>) -> Self {
         let start = rows.start as u64;
         let of = |gradients: RowBlock<'a>| gradients.slice(rows.clone());
         let score = match self.score {

@@ -4,7 +4,10 @@
 
 use serde::Serialize;
 
-use super::page::{Align, Page, Table, bytes};
+use super::{
+    gpu::{self, Found, GpuFacts, LibraryFacts},
+    page::{Align, Page, Table, bytes},
+};
 
 /// Where the work is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -12,7 +15,6 @@ pub(super) enum Device {
     Auto,
     Cpu,
     /// A GPU, by number.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     Cuda(usize),
 }
 
@@ -26,7 +28,7 @@ pub(super) fn parse_device(text: &str) -> Result<Device, String> {
     };
     match ordinal {
         None => Err("expected auto, cpu, cuda or cuda:N".to_owned()),
-        Some(_) if !cfg!(feature = "cuda") => Err("this build has no GPU support; use auto or cpu".to_owned()),
+        Some(_) if !gpu::IS_SUPPORTED => Err("this build has no GPU support; use auto or cpu".to_owned()),
         Some(ordinal) => Ok(Device::Cuda(ordinal)),
     }
 }
@@ -44,29 +46,10 @@ pub(super) struct DevicesReport {
     cublaslt: Option<LibraryFacts>,
 }
 
-#[derive(Serialize, Default)]
-struct LibraryFacts {
-    version: Option<String>,
-    path: Option<String>,
-    /// Why there is none.
-    problem: Option<String>,
-    /// Where it was looked for in vain.
-    looked: Vec<String>,
-}
-
 #[derive(Serialize)]
 struct CpuFacts {
     n_threads: usize,
     instruction_set: &'static str,
-}
-
-#[derive(Serialize)]
-struct GpuFacts {
-    device: String,
-    name: String,
-    compute_capability: String,
-    n_bytes: u64,
-    problem: Option<String>,
 }
 
 /// Looks at the machine.
@@ -75,43 +58,8 @@ pub(super) fn devices() -> DevicesReport {
         n_threads: rayon::current_num_threads(),
         instruction_set: neuroada_ckpt::backend::instruction_set(),
     };
-    #[cfg(not(feature = "cuda"))]
-    return DevicesReport {
-        cpu,
-        driver: None,
-        gpus: Vec::new(),
-        problem: Some("this build has no GPU support".to_owned()),
-        cublaslt: None,
-    };
-    #[cfg(feature = "cuda")]
-    {
-        let found = neuroada_ckpt::gpu::detect();
-        let facts = |device: neuroada_ckpt::gpu::DeviceInfo| GpuFacts {
-            device: format!("cuda:{}", device.ordinal),
-            name: device.name,
-            compute_capability: format!("{}.{}", device.capability.0, device.capability.1),
-            n_bytes: device.n_bytes,
-            problem: device.problem,
-        };
-        let gpus = found.devices.into_iter().map(facts).collect();
-        let cublaslt = found.driver.is_some().then(cublaslt);
-        DevicesReport { cpu, driver: found.driver, gpus, problem: found.problem, cublaslt }
-    }
-}
-
-#[cfg(feature = "cuda")]
-fn cublaslt() -> LibraryFacts {
-    use neuroada_ckpt::gpu::{GpuError, blas_library};
-    match blas_library() {
-        Ok(found) => {
-            let path = Some(found.path.to_string_lossy().into_owned());
-            LibraryFacts { version: Some(found.version), path, ..LibraryFacts::default() }
-        }
-        Err(GpuError::NoLibrary { names, looked }) => {
-            LibraryFacts { problem: Some(format!("{names} was not found")), looked, ..LibraryFacts::default() }
-        }
-        Err(other) => LibraryFacts { problem: Some(other.to_string()), ..LibraryFacts::default() },
-    }
+    let Found { driver, gpus, problem, cublaslt } = gpu::found();
+    DevicesReport { cpu, driver, gpus, problem, cublaslt }
 }
 
 /// The report for people.
@@ -148,9 +96,11 @@ mod tests {
         for bad in ["cudb", "cuda:", "cuda:-1", "cuda1", "gpu"] {
             assert!(parse_device(bad).unwrap_err().starts_with("expected auto"), "{bad}");
         }
-        #[cfg(feature = "cuda")]
-        assert_eq!((parse_device("cuda"), parse_device("cuda:1")), (Ok(Device::Cuda(0)), Ok(Device::Cuda(1))));
-        #[cfg(not(feature = "cuda"))]
-        assert!(parse_device("cuda:1").unwrap_err().contains("no GPU support"));
+        match gpu::IS_SUPPORTED {
+            true => {
+                assert_eq!((parse_device("cuda"), parse_device("cuda:1")), (Ok(Device::Cuda(0)), Ok(Device::Cuda(1))));
+            }
+            false => assert!(parse_device("cuda:1").unwrap_err().contains("no GPU support")),
+        }
     }
 }

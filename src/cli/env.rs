@@ -8,18 +8,16 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use neuroada_ckpt::checkpoint::{Context, InUse, Io, MIN_MEMORY};
-#[cfg(feature = "cuda")]
 use neuroada_ckpt::{
-    backend::{GpuChooser, GpuMerger},
-    gpu::{Gpu, RowRanker},
+    backend::{LowRankMerger, RowChooser},
+    checkpoint::{Context, InUse, Io, MIN_MEMORY},
 };
 use serde::Serialize;
 
-#[cfg(feature = "cuda")]
-use super::failure::Hint;
 use super::{
     device::{Device, parse_device},
+    failure::Hint,
+    gpu::Gpu,
     page::Page,
     progress::Progress,
 };
@@ -27,7 +25,6 @@ use super::{
 /// Where `--max-memory` is not given.
 const DEFAULT_MEMORY: u64 = 1 << 30;
 /// Memory of a GPU that streams of rows stay within.
-#[cfg(feature = "cuda")]
 const GPU_MEMORY: u64 = 1 << 30;
 
 /// Options of every command.
@@ -160,7 +157,6 @@ impl Env {
     }
 
     /// The GPU that was asked for.
-    #[cfg(feature = "cuda")]
     pub(super) fn gpu(&self) -> anyhow::Result<Option<Gpu>> {
         self.asked_for_gpu.set(true);
         let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
@@ -168,14 +164,13 @@ impl Env {
     }
 
     /// Bytes of `gpu`'s memory that a model may take.
-    #[cfg(all(feature = "cuda", feature = "train"))]
+    #[cfg(feature = "train")]
     pub(super) fn memory_of(&self, gpu: &Gpu) -> anyhow::Result<u64> {
-        let (free, _) = gpu.memory()?;
+        let free = gpu.free_bytes()?;
         Ok(self.args.gpu_memory.map_or(free, |most| most.min(free)))
     }
 
     /// The same for what streams through it, and bytes of its memory to stay within.
-    #[cfg(feature = "cuda")]
     fn streaming_gpu(&self) -> anyhow::Result<Option<(Gpu, u64)>> {
         let Some(gpu) = self.gpu()? else { return Ok(None) };
         let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
@@ -184,20 +179,17 @@ impl Env {
     }
 
     /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
-    #[cfg(feature = "cuda")]
-    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<GpuChooser>> {
+    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<Box<dyn RowChooser>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         // Windows and results take up to half of the memory.
         let pinned_bytes = self.max_memory() / 8;
-        let ranker = RowRanker::new(&gpu, rayon::current_num_threads(), gpu_memory, pinned_bytes);
-        Ok(Some(GpuChooser::new(ranker, check)))
+        Ok(Some(gpu.chooser(gpu_memory, pinned_bytes, check)))
     }
 
     /// Who merges low-rank products, where a GPU was asked for.
-    #[cfg(feature = "cuda")]
-    pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<GpuMerger>> {
+    pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<Box<dyn LowRankMerger>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
-        Ok(Some(GpuMerger::new(&gpu, rayon::current_num_threads(), gpu_memory)))
+        Ok(Some(gpu.merger(gpu_memory)))
     }
 
     /// Prints the report of work that is done: where it cannot be written, the error says so.

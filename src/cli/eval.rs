@@ -14,6 +14,7 @@ use super::{
     data::DataArgs,
     env::Env,
     failure::Hint,
+    gpu::OnDevice,
     merge::parse_input,
     page::{Page, Table, count, number, percent},
 };
@@ -289,16 +290,30 @@ struct Measured<'a> {
     written: Option<Vec<String>>,
 }
 
+/// Measuring, on whatever device.
+struct Measuring<'w, 'a> {
+    wanted: &'w Wanted<'a>,
+    env: &'w Env,
+}
+
+impl<'a> OnDevice for Measuring<'_, 'a> {
+    type Output = Measured<'a>;
+
+    fn run<D: Device>(self, device: &D) -> anyhow::Result<Measured<'a>> {
+        self.wanted.measure(self.env, device)
+    }
+}
+
 impl<'a> Wanted<'a> {
     /// On the device that was asked for.
     fn measure_somewhere(&self, env: &Env) -> anyhow::Result<Measured<'a>> {
-        #[cfg(feature = "cuda")]
+        let work = Measuring { wanted: self, env };
         if let Some(gpu) = env.gpu()? {
-            let dtype = train::CudaDevice::dtype_of(self.base).hint("--device cpu takes them")?;
-            return self.measure(env, &train::CudaDevice::new(&gpu, dtype)?);
+            let dtype = gpu.dtype_of(self.base).hint("--device cpu takes them")?;
+            return gpu.run(dtype, work);
         }
         super::data::check_memory(env, self.base.root(), "evaluation", self.memory()?.total)?;
-        self.measure(env, &CpuDevice::new())
+        work.run(&CpuDevice::new())
     }
 
     /// What evaluation takes on the processor.

@@ -19,7 +19,7 @@ use neuroada_ckpt::{
 };
 use serde::Serialize;
 
-use super::env::ReportLost;
+use super::{env::ReportLost, gpu};
 
 /// An error with advice, which is printed on a line of its own.
 #[derive(Debug)]
@@ -144,7 +144,7 @@ fn kind_of(error: &anyhow::Error) -> ErrorKind {
     error.chain().find_map(kind_of_one).unwrap_or(ErrorKind::Usage)
 }
 
-/// One line per error enum of the library; a GPU that cannot be used was asked for, one that fails is a failing device.
+/// One line per error enum of the library.
 fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
     if let Some(hinted) = error.downcast_ref::<Hinted>() {
         return Some(kind_of(&hinted.error));
@@ -165,25 +165,8 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(CombineError::kind))
         .or_else(|| error.downcast_ref().map(ConvertError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
-        .or_else(|| gpu_kind(error))
+        .or_else(|| gpu::error_kind(error))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
-}
-
-#[cfg(feature = "cuda")]
-fn gpu_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    use neuroada_ckpt::gpu::GpuError;
-    Some(match error.downcast_ref()? {
-        GpuError::Unusable { .. }
-        | GpuError::NoSuchDevice { .. }
-        | GpuError::NoLibrary { .. }
-        | GpuError::BadLibrary { .. } => ErrorKind::Usage,
-        _ => ErrorKind::Io,
-    })
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpu_kind(_error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    None
 }
 
 /// Advice that fits an error wherever it comes from.
@@ -192,7 +175,6 @@ fn advice(error: &anyhow::Error) -> Option<String> {
         if let Some(MergeError::RollbackFailed { path, .. }) = error.downcast_ref() {
             return Some(format!("neuroada-ckpt recover {}", Printable::path(path)));
         }
-        #[cfg(feature = "cuda")]
         if matches!(error.downcast_ref(), Some(MaskError::Gpu(_)))
             || matches!(error.downcast_ref(), Some(MergeError::Gpu(_)))
         {

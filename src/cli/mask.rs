@@ -1,10 +1,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-#[cfg(feature = "cuda")]
-use neuroada_ckpt::backend::ChosenRows;
 use neuroada_ckpt::{
-    backend::Chooser,
+    backend::{Chooser, ChosenRows},
     checkpoint::{Checkpoint, Existing},
     mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
 };
@@ -109,12 +107,8 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let checkpoint = Checkpoint::open(&args.base)?;
     let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
     let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);
-    #[cfg(feature = "cuda")]
     let gpu = env.gpu_chooser(args.check.unwrap_or(0.0))?;
-    #[cfg(feature = "cuda")]
-    let chooser = gpu.as_ref().map_or_else(Chooser::cpu, Chooser::gpu);
-    #[cfg(not(feature = "cuda"))]
-    let chooser = Chooser::cpu();
+    let chooser = gpu.as_deref().map_or_else(Chooser::cpu, Chooser::on);
     let options = MaskOptions {
         amount: args.budget.unwrap_or(Amount::K(args.k.unwrap_or(1))),
         score: match args.score {
@@ -147,7 +141,6 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));
     let report = with_axes_hint(mask::create_mask(&env.context(), &checkpoint, &options, output))?;
     env.report_work(&report, print)?;
-    #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu.filter(|_| !report.dry_run) {
         tell_of_gpu(&gpu.counts(), env);
     }
@@ -165,7 +158,6 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
 }
 
 /// Says what was chosen where; the report is the same wherever that was.
-#[cfg(feature = "cuda")]
 fn tell_of_gpu(rows: &ChosenRows, env: &Env) {
     let ChosenRows { on_gpu, on_cpu, checked } = *rows;
     let checked_too = if checked > 0 { format!(", {} of them checked", count(checked)) } else { String::new() };

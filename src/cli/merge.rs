@@ -2,10 +2,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail};
 use clap::{ArgGroup, Args};
-#[cfg(feature = "cuda")]
-use neuroada_ckpt::backend::MergedWeights;
 use neuroada_ckpt::{
-    backend::Merger,
+    backend::{MergedWeights, Merger},
     checkpoint::{Checkpoint, Existing, probe},
     merge::{
         self, AdapterReading, ExpertOrder, KeptOriginals, KindReport, MergeError, MergeInput, MergeOptions,
@@ -175,12 +173,8 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 /// Merges, when there is nothing to recover any more.
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
     let any_low_rank = inputs.iter().any(|input| merge::changes_whole_tensors(&input.adapter));
-    #[cfg(feature = "cuda")]
     let gpu = if any_low_rank { env.gpu_merger()? } else { None };
-    #[cfg(feature = "cuda")]
-    let merger = gpu.as_ref().map_or_else(Merger::cpu, Merger::gpu);
-    #[cfg(not(feature = "cuda"))]
-    let merger = Merger::cpu();
+    let merger = gpu.as_deref().map_or_else(Merger::cpu, Merger::on);
     let is_in_place = args.output.is_changed_itself();
     let keep = if args.low_rank.keep_originals { KeptOriginals::Whole } else { KeptOriginals::Hashes };
     let reading = args.low_rank.reading();
@@ -225,7 +219,6 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
         report.notes.insert(0, RECOVERED.to_owned());
     }
     tell(&report, is_in_place, env)?;
-    #[cfg(feature = "cuda")]
     if let Some(gpu) = gpu {
         tell_of_gpu(&gpu.counts(), env);
     }
@@ -237,7 +230,6 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
 }
 
 /// Says what was merged where; the report is the same wherever that was.
-#[cfg(feature = "cuda")]
 fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
     let MergedWeights { on_gpu, on_cpu } = *weights;
     env.detail(&format!("{} weights merged on the GPU", count(on_gpu)));

@@ -19,6 +19,7 @@ mod env;
 mod eval;
 mod extract;
 mod failure;
+mod gpu;
 mod init;
 mod inputs;
 mod inspect;

@@ -9,16 +9,11 @@ use neuroada_ckpt::{
     checkpoint::{Checkpoint, Context, Existing, Printable},
     data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
-    train::{
-        self, CpuDevice, Device, EvalRecord, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule, StepRecord,
-        TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
-    },
-};
-#[cfg(feature = "cuda")]
-use neuroada_ckpt::{
-    gpu::{Gpu, GpuError},
     tensor::Dtype,
-    train::{CudaDevice, Keep},
+    train::{
+        self, CpuDevice, Device, EvalRecord, Keep, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule,
+        StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
+    },
 };
 use serde::Serialize;
 use serde_json::json;
@@ -29,6 +24,7 @@ use super::{
     data::{DataArgs, check_memory, read},
     env::Env,
     failure::Hint,
+    gpu::{Gpu, OnDevice},
     page::{Page, bytes, count, duration, number, percent},
 };
 
@@ -271,14 +267,13 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
         notes: args.notes.notes(),
     };
     let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
-    let report = place.train(&ctx, &job, &teller)?;
+    let report = place.train(Run { ctx: &ctx, job: &job, watcher: &teller })?;
     env.report_work(&report, print)?;
     Ok(Answer::Yes)
 }
 
 /// Where a run takes place.
 struct Place {
-    #[cfg(feature = "cuda")]
     gpu: Option<(Gpu, Dtype)>,
     /// Bytes of the GPU's memory that can be had.
     free: Option<u64>,
@@ -287,62 +282,54 @@ struct Place {
 
 impl Place {
     fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> anyhow::Result<Self> {
-        #[cfg(feature = "cuda")]
         if let Some(gpu) = env.gpu()? {
-            let dtype = CudaDevice::dtype_of(base).hint("--device cpu takes them")?;
-            let memory = MemoryEstimate::on_gpu(config, base, dtype, size);
+            let dtype = gpu.dtype_of(base).hint("--device cpu takes them")?;
+            let memory = gpu.memory_of_run(config, base, dtype, size);
             let most = env.memory_of(&gpu)?;
-            if memory.total > most {
-                let keeps = size.keep == Keep::All;
-                let less =
-                    if keeps { "--layer-checkpoints or a smaller --batch-tokens" } else { "a smaller --batch-tokens" };
-                let (ordinal, needed) = (gpu.ordinal(), memory.total);
-                let error = GpuError::OutOfMemory { ordinal, what: "the run", needed, available: most };
-                return Err(error).hint(&format!("{less} takes less"));
-            }
+            let keeps = size.keep == Keep::All;
+            let less =
+                if keeps { "--layer-checkpoints or a smaller --batch-tokens" } else { "a smaller --batch-tokens" };
+            gpu.check_room("the run", memory.total, most).hint(&format!("{less} takes less"))?;
             return Ok(Self { gpu: Some((gpu, dtype)), free: Some(most), memory });
         }
         let memory = MemoryEstimate::on_cpu(config, base, size);
         check_memory(env, base.root(), "training", memory.total)?;
-        Ok(Self {
-            #[cfg(feature = "cuda")]
-            gpu: None,
-            free: None,
-            memory,
-        })
+        Ok(Self { gpu: None, free: None, memory })
     }
 
     /// As `--device` takes it.
     fn name(&self) -> String {
-        #[cfg(feature = "cuda")]
-        if let Some((gpu, _)) = &self.gpu {
-            return format!("cuda:{}", gpu.ordinal());
-        }
-        "cpu".to_owned()
+        self.gpu.as_ref().map_or_else(|| "cpu".to_owned(), |(gpu, _)| gpu.name())
     }
 
-    fn train(&self, ctx: &Context<'_>, job: &TrainJob<'_>, watcher: &dyn Watcher) -> anyhow::Result<TrainReport> {
-        #[cfg(feature = "cuda")]
-        if let Some((gpu, dtype)) = &self.gpu {
-            return train_on(ctx, &CudaDevice::new(gpu, *dtype)?, job, watcher);
+    fn train(&self, run: Run<'_>) -> anyhow::Result<TrainReport> {
+        match &self.gpu {
+            Some((gpu, dtype)) => gpu.run(*dtype, run),
+            None => run.run(&CpuDevice::new()),
         }
-        train_on(ctx, &CpuDevice::new(), job, watcher)
     }
 }
 
-fn train_on<D: Device>(
-    ctx: &Context<'_>,
-    device: &D,
-    job: &TrainJob<'_>,
-    watcher: &dyn Watcher,
-) -> anyhow::Result<TrainReport> {
-    let mut model = Model::load(ctx, device, job.base)?;
-    model.attach(ctx, device, job.base, job.mask)?;
-    match train::train(ctx, device, &mut model, job, watcher) {
-        Err(error @ TrainError::OtherRun { .. }) => {
-            Err(error).hint("without --resume and with --force it starts again")
+/// Training, on whatever device.
+struct Run<'a> {
+    ctx: &'a Context<'a>,
+    job: &'a TrainJob<'a>,
+    watcher: &'a dyn Watcher,
+}
+
+impl OnDevice for Run<'_> {
+    type Output = TrainReport;
+
+    fn run<D: Device>(self, device: &D) -> anyhow::Result<TrainReport> {
+        let Self { ctx, job, watcher } = self;
+        let mut model = Model::load(ctx, device, job.base)?;
+        model.attach(ctx, device, job.base, job.mask)?;
+        match train::train(ctx, device, &mut model, job, watcher) {
+            Err(error @ TrainError::OtherRun { .. }) => {
+                Err(error).hint("without --resume and with --force it starts again")
+            }
+            other => Ok(other?),
         }
-        other => Ok(other?),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::backend::AcceleratorError;
+
 /// What can go wrong on the way to a GPU and on it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum GpuError {
@@ -93,6 +95,12 @@ pub enum GpuError {
         /// The library's name for the failure.
         code: String,
     },
+}
+
+impl From<GpuError> for AcceleratorError {
+    fn from(error: GpuError) -> Self {
+        Self::new(error)
+    }
 }
 
 fn found(count: usize) -> String {

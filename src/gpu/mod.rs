@@ -10,14 +10,23 @@
 //! [`DeviceMatrix`] holds a weight that stays on the device and is patched there, [`LowRank`] merges `W + s * B A`. Each has a plain
 //! judge on the CPU that it equals. [`Blas`] multiplies activations by weights for the trainer, through cuBLASLt, which is looked for
 //! when it is wanted ([`blas_library`]). Nothing here reads a file.
+//!
+//! The rest of the library does not know of this folder. It says in traits what an accelerator can do for it, and this folder does that:
+//! [`GpuChooser`] is a [`RowChooser`](crate::backend::RowChooser), [`GpuMerger`] a [`LowRankMerger`](crate::backend::LowRankMerger), and
+//! `CudaDevice` a `Device` of the trainer.
 
+mod chooser;
 mod error;
 mod launch;
 mod library;
 mod low_rank;
 mod matrix;
+mod merger;
 mod ranker;
+#[cfg(feature = "train")]
+mod train;
 
+pub use chooser::GpuChooser;
 pub use error::GpuError;
 pub use launch::{
     Attention, Blas, BlasWeight, Copyable, Detection, DeviceInfo, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned,
@@ -26,7 +35,10 @@ pub use launch::{
 pub use library::BlasLibrary;
 pub use low_rank::{LowRank, LowRankCounts, LowRankFactors, merged_low_rank};
 pub use matrix::{DeviceMatrix, DevicePatch, DeviceTerms};
+pub use merger::GpuMerger;
 pub use ranker::{Factor, Ranked, RowRanker};
+#[cfg(feature = "train")]
+pub use train::{CudaDevice, CudaWeight};
 
 /// The most columns that rows chosen on a device may have.
 pub const MOST_COLUMNS: usize = 131_072;

@@ -67,9 +67,8 @@ pub enum MaskError {
         what: String,
     },
     /// The GPU failed.
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Gpu(#[from] crate::gpu::GpuError),
+    Gpu(#[from] crate::backend::AcceleratorError),
     /// Nothing tells which way round a weight is stored.
     #[error(
         "{}: tensor \"{}\": neither its shape nor the model's type tells whether it is stored as [d_out, d_in] or as [d_in, d_out]",
@@ -95,7 +94,6 @@ impl MaskError {
         match self {
             Self::Checkpoint(error) => error.kind(),
             Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
-            #[cfg(feature = "cuda")]
             Self::Gpu(_) => ErrorKind::Io,
             Self::Parts { .. } | Self::Axes { .. } => ErrorKind::Refused,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,

@@ -185,8 +185,7 @@ impl Source<'_> {
             };
             of_run(slice(block, &run)).map_err(|error| match error {
                 ChooseError::NotANumber(found) => self.not_a_number(first_row, found),
-                #[cfg(feature = "cuda")]
-                ChooseError::Gpu(error) => MaskError::Gpu(error),
+                ChooseError::Accelerator(error) => MaskError::Gpu(error),
             })?;
         }
         Ok(())

@@ -39,9 +39,8 @@ pub enum MergeError {
     #[error(transparent)]
     Mask(#[from] MaskError),
     /// A GPU failed.
-    #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Gpu(#[from] crate::gpu::GpuError),
+    Gpu(#[from] crate::backend::AcceleratorError),
     /// The request makes no sense.
     #[error("{0}")]
     Usage(String),
@@ -218,7 +217,6 @@ impl MergeError {
             Self::Adapter(e) => e.kind(),
             Self::Mask(e) => e.kind(),
             Self::Peft(e) => e.kind(),
-            #[cfg(feature = "cuda")]
             Self::Gpu(_) => ErrorKind::Io,
             Self::Usage(_) => ErrorKind::Usage,
             Self::Unmatched { .. }

@@ -125,7 +125,7 @@ impl Rope {
 
 impl ModelConfig {
     /// Rows of all matrices inside of layers.
-    pub(super) fn n_rows(&self) -> usize {
+    pub fn n_rows(&self) -> usize {
         (self.heads.d_qkv() + 2 * self.d_ff + 2 * self.d_model) * self.n_layers
     }
 

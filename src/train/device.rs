@@ -89,19 +89,28 @@ pub struct AdamW {
 /// theta = theta * keep - step_size * (mean / (sqrt(variance) / root + eps))
 /// ```
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(super) struct AdamNumbers {
-    pub(super) grad_scale: f32,
-    pub(super) rest_1: f32,
-    pub(super) beta_2: f32,
-    pub(super) rest_2: f32,
-    pub(super) keep: f32,
-    pub(super) step_size: f32,
-    pub(super) root: f32,
-    pub(super) eps: f32,
+pub struct AdamNumbers {
+    /// What gradients are multiplied by.
+    pub grad_scale: f32,
+    /// The share of a gradient in the mean.
+    pub rest_1: f32,
+    /// The share of the mean square that stays.
+    pub beta_2: f32,
+    /// The share of a square in the mean square.
+    pub rest_2: f32,
+    /// What a value is multiplied by, for weight decay.
+    pub keep: f32,
+    /// The learning rate over the correction of the mean.
+    pub step_size: f32,
+    /// The root of the correction of the mean square.
+    pub root: f32,
+    /// Added to the root of the mean square.
+    pub eps: f32,
 }
 
 impl AdamW {
-    pub(super) fn numbers(self) -> AdamNumbers {
+    /// The numbers that enter the arithmetic.
+    pub fn numbers(self) -> AdamNumbers {
         let Self { learning_rate, betas: (beta_1, beta_2), eps, weight_decay, grad_scale, step } = self;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         AdamNumbers {

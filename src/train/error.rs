@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::config::ARCHITECTURES;
 use crate::{
     adapter::AdapterError,
+    backend::AcceleratorError,
     checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
     mask::MaskError,
 };
@@ -23,10 +24,9 @@ pub enum DeviceError {
     /// A request that the device cannot serve.
     #[error("{0}")]
     Failed(String),
-    /// The GPU's.
-    #[cfg(feature = "cuda")]
+    /// The accelerator's.
     #[error(transparent)]
-    Gpu(#[from] crate::gpu::GpuError),
+    Accelerator(#[from] AcceleratorError),
 }
 
 /// What can go wrong while training and evaluating. What was saved before stays.

@@ -76,18 +76,11 @@ impl MemoryEstimate {
         // The gradient of attention comes in parts by head, beside the whole.
         let parts = if run.keep == Keep::Nothing { 0 } else { (run.most_tokens * config.heads.d_qkv() * 4) as u64 };
         let scratch = parts + CpuDevice::scratch_bytes(config, run.most_supervised, is_narrow);
-        Self::of(config, base, run, 4, scratch)
+        Self::of_run(config, base, run, 4, scratch)
     }
 
-    /// What training on a GPU takes of its memory, beside what its driver takes; `dtype` is the type of activations, that of
-    /// [`CudaDevice::dtype_of`](super::CudaDevice::dtype_of).
-    #[cfg(feature = "cuda")]
-    pub fn on_gpu(config: &ModelConfig, base: &Checkpoint, dtype: Dtype, run: RunSize) -> Self {
-        let scratch = super::CudaDevice::scratch_bytes(config, dtype, run);
-        Self::of(config, base, run, dtype.bitsize() / 8, scratch)
-    }
-
-    fn of(config: &ModelConfig, base: &Checkpoint, run: RunSize, act_bytes: usize, scratch: u64) -> Self {
+    /// What training takes on a device with activations of `act_bytes` each, whose operations take `scratch` bytes beside the model.
+    pub fn of_run(config: &ModelConfig, base: &Checkpoint, run: RunSize, act_bytes: usize, scratch: u64) -> Self {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
         let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();

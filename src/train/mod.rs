@@ -7,14 +7,12 @@
 //!
 //! [`train()`] is the loop: batch, forward, backward, update, log; what an interrupted run needs to go on is saved in `state`.
 //! Read [`Device`] first: the operations that everything is made of. `pass` writes the passes over them once, `model` puts a
-//! checkpoint's weights on a device, `cpu` holds the operations' plain form, `cuda` that of a GPU.
+//! checkpoint's weights on a device, `cpu` holds the operations' plain form; a GPU is a [`Device`] of its own, which nothing here knows.
 
 mod apply;
 mod attach;
 pub mod config;
 mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod device;
 mod error;
 mod evaluate;
@@ -28,13 +26,11 @@ mod state;
 pub use attach::biases;
 pub use config::ModelConfig;
 pub use cpu::{CpuDevice, CpuWeight};
-#[cfg(feature = "cuda")]
-pub use cuda::{CudaDevice, CudaWeight};
-pub use device::{AdamW, Deltas, Device, Done, Spans};
+pub use device::{AdamNumbers, AdamW, Deltas, Device, Done, Spans};
 pub use error::{DeviceError, TrainError};
 pub use evaluate::{GenerateOptions, MeanLoss, Question, generate, mean_loss, rank};
 pub use memory::{EvalSize, MemoryEstimate, RunSize};
-pub use model::{Layer, Linear, Model, Part, check_model};
+pub use model::{EMBEDDING, Layer, Linear, Model, Part, check_model};
 pub use options::{Plan, Schedule, TrainOptions, Warmup};
 pub use pass::{DeviceBatch, Keep, Workspace, backward, first_not_finite, forward, logits, losses};
 pub use run::{EvalRecord, StepRecord, TrainJob, TrainReport, Watcher, train};

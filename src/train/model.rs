@@ -188,7 +188,8 @@ pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
     Ok(config)
 }
 
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The name of the embedding.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// The tensors that a model has: name and shape, and whether it may be missing.

@@ -10,9 +10,9 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    backend::{Chooser, GpuChooser},
+    backend::Chooser,
     checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    gpu::{DeviceMatrix, DevicePatch, Gpu, GpuError, LowRank, LowRankFactors, Queue, RowRanker},
+    gpu::{DeviceMatrix, DevicePatch, Gpu, GpuChooser, GpuError, LowRank, LowRankFactors, Queue, RowRanker},
     mask::{MaskOptions, create_mask},
     tensor::{Dtype, RowBlock},
 };
@@ -233,7 +233,7 @@ fn stream_rate(gpu: &Gpu, scale: &Scale, folder: &Path) -> Result<f64, Box<dyn s
     for round in 0..4 {
         let ranker = RowRanker::new(gpu, rayon::current_num_threads(), 4 << 30, 1 << 30);
         let chooser = GpuChooser::new(ranker, 0.0);
-        let options = MaskOptions { chooser: Chooser::gpu(&chooser), ..MaskOptions::new(1) };
+        let options = MaskOptions { chooser: Chooser::on(&chooser), ..MaskOptions::new(1) };
         let began = Instant::now();
         create_mask(&context, &checkpoint, &options, Some((&folder.join("mask"), Existing::Replace)))?;
         // The first round fills the page cache.

@@ -14,13 +14,10 @@ use neuroada_ckpt::{
     adapter::AdapterNotes,
     checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
     data::Dataset,
-    gpu::Gpu,
+    gpu::{CudaDevice, Gpu},
     mask::{MaskFile, MaskOptions, create_mask},
     tensor::Dtype,
-    train::{
-        CudaDevice, Keep, MemoryEstimate, Model, ModelConfig, Plan, RunSize, StepRecord, TrainJob, TrainOptions,
-        Warmup, Watcher, train,
-    },
+    train::{Keep, Model, ModelConfig, Plan, RunSize, StepRecord, TrainJob, TrainOptions, Warmup, Watcher, train},
 };
 
 type Failure = Box<dyn std::error::Error>;
@@ -183,7 +180,7 @@ fn measure(
         most_supervised: plan.most_supervised,
         keep,
     };
-    let estimate = MemoryEstimate::on_gpu(&ModelConfig::of(base)?, base, Dtype::BF16, size).total;
+    let estimate = CudaDevice::memory_of_run(&ModelConfig::of(base)?, base, Dtype::BF16, size).total;
     let (before, _) = gpu.memory()?;
     let device = CudaDevice::new(gpu, Dtype::BF16)?;
     let mut model = Model::load(&ctx, &device, base)?;

@@ -48,7 +48,6 @@ const KNOWN: &[(&str, &[&str])] = &[
     ("src/extract", &["pairs", "run"]),
     ("src/train", &["attach", "model"]),
     ("src/train", &["config", "error"]),
-    ("src/train", &["cuda", "memory"]),
     ("src/weights", &["axes", "config", "map", "names", "rules", "ties"]),
 ];
 

@@ -18,20 +18,21 @@ use source::{check, files_below, root, sources};
 /// Each floor and those it may import. A missing folder is an empty floor.
 const FLOORS: &[(&str, &[&str])] = &[
     ("tensor", &[]),
-    ("gpu", &["tensor"]),
     ("checkpoint", &["tensor"]),
-    ("backend", &["tensor", "gpu"]),
+    ("backend", &["tensor"]),
     ("foreign", &["tensor", "checkpoint"]),
     ("weights", &["tensor", "checkpoint"]),
-    ("mask", &["tensor", "gpu", "checkpoint", "backend", "weights"]),
-    ("adapter", &["tensor", "gpu", "checkpoint", "backend", "foreign", "weights", "mask"]),
+    ("mask", &["tensor", "checkpoint", "backend", "weights"]),
+    ("adapter", &["tensor", "checkpoint", "backend", "foreign", "weights", "mask"]),
     ("data", &["tensor", "checkpoint"]),
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
     ("convert", BELOW_COMMANDS),
-    ("train", &["tensor", "gpu", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
+    ("train", &["tensor", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
+    // A guest: it does what the floors below let an accelerator do, and none of them knows it.
+    ("gpu", &["tensor", "checkpoint", "backend", "train"]),
     (
         "cli",
         &[
@@ -53,7 +54,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-const BELOW_COMMANDS: &[&str] = &["tensor", "gpu", "checkpoint", "backend", "foreign", "weights", "mask", "adapter"];
+const BELOW_COMMANDS: &[&str] = &["tensor", "checkpoint", "backend", "foreign", "weights", "mask", "adapter"];
 
 /// Names that only one place may know; the trainer knows those of the models that it runs.
 const MODULE_NAMES: &[&str] = &["lm_head", "embed_tokens", "wte", "embed_out", "c_attn", "c_proj", "block_sparse_moe"];

@@ -3,8 +3,9 @@
 use neuroada_ckpt::{
     adapter::Adapter,
     checkpoint::{Context, Shard},
+    gpu::CudaDevice,
     tensor::Dtype,
-    train::{CudaDevice, Keep, TrainOptions},
+    train::{Keep, TrainOptions},
 };
 
 use crate::{

@@ -5,8 +5,9 @@
 //! such roundings: the gradient by logits, a sum that begins with it, the result.
 
 use neuroada_ckpt::{
+    gpu::CudaDevice,
     tensor::{Accumulator, Dtype, Float, with_float},
-    train::{AdamW, CpuDevice, CudaDevice, Deltas, Device, Spans, config::Heads},
+    train::{AdamW, CpuDevice, Deltas, Device, Spans, config::Heads},
 };
 
 use crate::{

@@ -1,12 +1,11 @@
 //! A block of merged rows, from the originals.
 
-use std::ops::Range;
-#[cfg(feature = "cuda")]
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use super::prepared::Prepared;
-#[cfg(feature = "cuda")]
-use crate::tensor::Dtype;
 use crate::{
     adapter::DeltaRows,
     backend::{Merger, PatchCounts, add_low_rank, merge_sums},
@@ -16,7 +15,7 @@ use crate::{
         factors::read_f32,
         plan::{Does, Magnitude, Product, Target, Term},
     },
-    tensor::{Accumulator, Float, with_float},
+    tensor::{Accumulator, Dtype, Float, with_float},
 };
 
 /// Rows that are hashed, and whose squares are summed, in one piece, whatever the size of blocks.
@@ -96,7 +95,6 @@ fn merge_products(
         let Some(shared) = intersection(rows, &product.rows()) else { continue };
         let part = (shared.start - rows.start) as usize * row_bytes..(shared.end - rows.start) as usize * row_bytes;
         let (dtype, bytes) = (target.tensor.info.dtype, &mut bytes[part]);
-        #[cfg(feature = "cuda")]
         if let Some(merged) = computer.merge(ctx, product, &shared, target.n_columns, (dtype, bytes))? {
             counts.add(merged);
             continue;
@@ -112,27 +110,18 @@ fn merge_products(
 pub(in crate::merge) struct Computer<'a> {
     merger: Merger<'a>,
     /// The second factors that a GPU was given last, and the place of their product in the plan.
-    #[cfg(feature = "cuda")]
     held: Mutex<Vec<(usize, Arc<Vec<f32>>)>>,
 }
 
 /// How many second factors are held: threads that finish a tensor, and threads that begin the next.
-#[cfg(feature = "cuda")]
 const MOST_HELD: usize = 2;
 
 impl<'a> Computer<'a> {
     /// For targets that stay where they are.
     pub(in crate::merge) fn new(merger: Merger<'a>) -> Self {
-        Self {
-            merger,
-            #[cfg(feature = "cuda")]
-            held: Mutex::default(),
-        }
+        Self { merger, held: Mutex::default() }
     }
-}
 
-#[cfg(feature = "cuda")]
-impl Computer<'_> {
     /// Merges on a GPU, or leaves all as it was: where there is none, it does not take the type, or the factors are too large for the
     /// memory of either.
     fn merge(

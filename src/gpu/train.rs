@@ -1,4 +1,4 @@
-//! The operations on an NVIDIA GPU.
+//! The trainer's operations on an NVIDIA GPU.
 //!
 //! Weights and activations have one type, that of the checkpoint: BF16, F16 or F32. Sums, norms, softmax, losses and all state are
 //! float32. Products are cuBLASLt's, all else are the kernels of `gpu/kernels`. Everything happens in the order of one queue; the host
@@ -8,14 +8,16 @@
 use std::cell::{Cell, RefCell};
 
 use super::{
-    DeviceError, RunSize, TrainError,
-    config::{Heads, ModelConfig},
-    device::{AdamNumbers, AdamW, Deltas, Device, Done, Spans},
+    Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, GpuError, HeadShape, Matrix, Pinned, Queue,
 };
 use crate::{
+    backend::AcceleratorError,
     checkpoint::{Checkpoint, Printable},
-    gpu::{Attention, Blas, BlasWeight, Copyable, DeviceVec, EntriesOf, Gpu, HeadShape, Matrix, Pinned, Queue},
     tensor::{Accumulator, Dtype, Float, dtype_name, widened, with_float},
+    train::{
+        AdamNumbers, AdamW, Deltas, Device, DeviceError, Done, EMBEDDING, MemoryEstimate, ModelConfig, RunSize, Spans,
+        TrainError, config::Heads,
+    },
 };
 
 /// Bytes that pass between host and device at a time; there are two such buffers.
@@ -30,6 +32,12 @@ const MANY_ENTRIES: usize = 64;
 const MOST_HEAD: usize = Attention::MOST_HEAD;
 /// What losses are multiplied by in F16, whose smallest number is 6e-8; a mean loss has gradients of about 1e-6 by its logits.
 const F16_LOSS_SCALE: f32 = 4096.0;
+
+impl From<GpuError> for DeviceError {
+    fn from(error: GpuError) -> Self {
+        AcceleratorError::from(error).into()
+    }
+}
 
 /// A GPU.
 pub struct CudaDevice {
@@ -65,7 +73,7 @@ impl CudaDevice {
     /// Takes a GPU into use for weights of type `dtype`: BF16, F16 or F32.
     ///
     /// # Errors
-    /// The driver's; [`crate::gpu::GpuError::NoLibrary`] says where cuBLASLt was looked for.
+    /// The driver's; [`GpuError::NoLibrary`] says where cuBLASLt was looked for.
     ///
     /// # Panics
     /// Where the type is another.
@@ -95,7 +103,7 @@ impl CudaDevice {
             return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
         }
         let matrices = || checkpoint.tensors().filter(|tensor| tensor.info.shape.len() > 1);
-        let embedding = checkpoint.tensor(super::model::EMBEDDING);
+        let embedding = checkpoint.tensor(EMBEDDING);
         let Some(dtype) = embedding.or_else(|| matrices().next()).map(|tensor| tensor.info.dtype) else {
             return Ok(Dtype::F32);
         };
@@ -110,8 +118,15 @@ impl CudaDevice {
         Err(TrainError::Tensors { path: checkpoint.root().to_owned(), what, problems })
     }
 
+    /// What training takes of a GPU's memory, beside what its driver takes; `dtype` is the type of activations, that of
+    /// [`Self::dtype_of`].
+    pub fn memory_of_run(config: &ModelConfig, base: &Checkpoint, dtype: Dtype, run: RunSize) -> MemoryEstimate {
+        let scratch = Self::scratch_bytes(config, dtype, run);
+        MemoryEstimate::of_run(config, base, run, dtype.bitsize() / 8, scratch)
+    }
+
     /// Bytes that operations of a run take beside a model's buffers.
-    pub fn scratch_bytes(config: &ModelConfig, dtype: Dtype, run: RunSize) -> u64 {
+    fn scratch_bytes(config: &ModelConfig, dtype: Dtype, run: RunSize) -> u64 {
         let logits = at_once(config.n_vocab).min(run.most_supervised) * config.n_vocab;
         // Of the largest matrix, as if all matrices had their share.
         let k = run.n_entries.div_ceil(config.n_rows().max(1) as u64) as usize;
