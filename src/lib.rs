@@ -7,7 +7,7 @@
 //!
 //! Imports go down this list, never up:
 //!
-//! - [`merge`], [`diff`], [`extract`], [`combine`], [`convert`] and `train` (feature `train`): what users ask for; they do not import
+//! - [`merge`], [`diff`], [`extract`], [`combine`], [`convert`], [`sync`] and `train` (feature `train`): what users ask for; they do not import
 //!   one another
 //! - `data` (feature `train`): training data, from rows to packed batches
 //! - [`adapter`]: compact sparse files
@@ -33,6 +33,7 @@ pub mod foreign;
 pub mod gpu;
 pub mod mask;
 pub mod merge;
+pub mod sync;
 pub mod tensor;
 #[cfg(feature = "train")]
 pub mod train;

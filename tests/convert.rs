@@ -363,7 +363,7 @@ fn foreign_methods_that_are_not_lists_of_deltas_are_named() {
 }
 
 mod weight_sync {
-    use neuroada_ckpt::convert::{Checksum, Encoding, WeightSyncOptions, apply_weight_sync, export_weight_sync};
+    use neuroada_ckpt::sync::{self, Checksum, Encoding, ExportOptions, SyncError, SyncReport};
 
     use super::*;
 
@@ -396,21 +396,16 @@ mod weight_sync {
         fn at(&self, name: &str) -> PathBuf {
             self.dir.path().join(name)
         }
-        fn export(
-            &self,
-            encoding: Encoding,
-            checksum: Checksum,
-            name: &str,
-        ) -> neuroada_ckpt::convert::WeightSyncReport {
-            let options = WeightSyncOptions { encoding, checksum, version: 1, base_version: 0 };
+        fn export(&self, encoding: Encoding, checksum: Checksum, name: &str) -> SyncReport {
+            let options = ExportOptions { encoding, checksum, version: 1, base_version: 0 };
             let (base, tuned) = (open(&self.at("base")), open(&self.at("tuned")));
             let ctx = Context { max_memory: 1 << 20, ..Context::default() };
-            export_weight_sync(&ctx, &base, &tuned, &options, &self.at(name), Existing::Keep).unwrap()
+            sync::export(&ctx, &base, &tuned, &options, &self.at(name), Existing::Keep).unwrap()
         }
-        fn apply(&self, base: &str, delta: &str, output: &str) -> Result<(), ConvertError> {
+        fn apply(&self, base: &str, delta: &str, output: &str) -> Result<(), SyncError> {
             let base = open(&self.at(base));
             let ctx = Context { max_memory: 1 << 20, ..Context::default() };
-            apply_weight_sync(&ctx, &base, &self.at(delta), &self.at(output), Existing::Keep).map(|_| ())
+            sync::apply(&ctx, &base, &self.at(delta), &self.at(output), Existing::Keep).map(|_| ())
         }
     }
 
@@ -521,13 +516,12 @@ mod weight_sync {
     #[test]
     fn unlike_checkpoints_have_no_delta() {
         let pair = Pair::new();
-        let options =
-            WeightSyncOptions { encoding: Encoding::Xor, checksum: Checksum::Xxh3, version: 1, base_version: 0 };
+        let options = ExportOptions { encoding: Encoding::Xor, checksum: Checksum::Xxh3, version: 1, base_version: 0 };
         let (base, other) = (open(&pair.at("base")), open(&tiny("tiny-llama")));
         let ctx = Context::default();
-        let error = export_weight_sync(&ctx, &base, &other, &options, &pair.at("d"), Existing::Keep).unwrap_err();
+        let error = sync::export(&ctx, &base, &other, &options, &pair.at("d"), Existing::Keep).unwrap_err();
         assert!(error.to_string().contains("the base has no such tensor"), "{error}");
-        let error = export_weight_sync(&ctx, &base, &base, &options, &pair.at("d"), Existing::Keep).unwrap_err();
+        let error = sync::export(&ctx, &base, &base, &options, &pair.at("d"), Existing::Keep).unwrap_err();
         assert!(error.to_string().contains("there is no delta"), "{error}");
         assert!(!pair.at("d").exists());
     }

@@ -212,9 +212,9 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         // The same delta as inference servers get it, and back.
         let (sync, again) = (dir.path().join("weight_v000001"), dir.path().join(format!("{name}-again")));
         let base = text(&path);
-        let (code, _, said) = run(&["convert", text(&copy), "--base", base, "--to", "weight-sync", "-o", text(&sync)]);
+        let (code, _, said) = run(&["sync", "export", text(&copy), "--base", base, "-o", text(&sync)]);
         assert_eq!(code, Some(0), "{name}: {said}");
-        let (code, _, said) = run(&["convert", text(&sync), "--base", base, "--to", "checkpoint", "-o", text(&again)]);
+        let (code, _, said) = run(&["sync", "apply", text(&sync), "--base", base, "-o", text(&again)]);
         assert_eq!(code, Some(0), "{name}: {said}");
         assert_eq!(run(&["diff", text(&copy), text(&again)]).0, Some(0), "{name}");
         fs::remove_dir_all(&sync).unwrap();
@@ -416,9 +416,9 @@ fn no_command_takes_the_codes_of_its_base_for_numbers() {
         &["merge", base_text, "--adapter", adapter],
         &["combine", adapter, adapter, "--base", base_text],
         &["pack", adapter, "--base", base_text],
-        &["convert", adapter, "--base", base_text, "--to", "weight-sync"],
+        &["sync", "export", adapter, "--base", base_text],
     ] {
-        let name = if arguments[0] == "convert" { "weight_v000001" } else { "out" };
+        let name = if arguments[0] == "sync" { "weight_v000001" } else { "out" };
         let out = out.with_file_name(name);
         let (code, _, said) = run(&[arguments, &["-o", text(&out)]].concat());
         assert!(code == Some(4) && said.contains("codes are not numbers"), "{arguments:?}: {code:?} {said}");

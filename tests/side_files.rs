@@ -6,8 +6,8 @@ use std::{fs, path::Path};
 
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, Context, Existing, LeftOutReason, TensorFileWriter, copy_side_files},
-    convert::{Checksum, Encoding, WeightSyncOptions, apply_weight_sync, export_weight_sync},
     merge::{self, MergeOptions, Which},
+    sync::{self, Checksum, Encoding, ExportOptions},
     tensor::Dtype,
 };
 
@@ -126,11 +126,10 @@ fn no_new_checkpoint_holds_them() {
     assert_eq!(fs::read(again.join("README.md")).unwrap(), fs::read(base.join("README.md")).unwrap());
 
     let (delta, synced) = (world.at("weight_v000001"), world.at("synced"));
-    let options =
-        WeightSyncOptions { encoding: Encoding::Xor, checksum: Checksum::Blake3, version: 1, base_version: 0 };
+    let options = ExportOptions { encoding: Encoding::Xor, checksum: Checksum::Blake3, version: 1, base_version: 0 };
     let (old, new) = (Checkpoint::open(&base).unwrap(), Checkpoint::open(&merged).unwrap());
-    export_weight_sync(&ctx, &old, &new, &options, &delta, Existing::Keep).unwrap();
-    let report = apply_weight_sync(&ctx, &old, &delta, &synced, Existing::Keep).unwrap();
+    sync::export(&ctx, &old, &new, &options, &delta, Existing::Keep).unwrap();
+    let report = sync::apply(&ctx, &old, &delta, &synced, Existing::Keep).unwrap();
     assert_eq!(side_files(&synced), KEPT);
     assert_eq!(report.left_out, old.side_files_left_out().unwrap());
 }

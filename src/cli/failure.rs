@@ -16,6 +16,7 @@ use neuroada_ckpt::{
     foreign::PeftError,
     mask::MaskError,
     merge::MergeError,
+    sync::SyncError,
 };
 use serde::Serialize;
 
@@ -164,6 +165,7 @@ fn kind_of_one(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
         .or_else(|| error.downcast_ref().map(ExtractError::kind))
         .or_else(|| error.downcast_ref().map(CombineError::kind))
         .or_else(|| error.downcast_ref().map(ConvertError::kind))
+        .or_else(|| error.downcast_ref().map(SyncError::kind))
         .or_else(|| error.downcast_ref().map(MergeError::kind))
         .or_else(|| gpu::error_kind(error))
         .or_else(|| error.downcast_ref::<io::Error>().map(|_| ErrorKind::Io))
@@ -250,6 +252,9 @@ fn file_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CheckpointErro
             ExtractError::Mask(error) => file_error(error),
             _ => None,
         };
+    }
+    if let Some(SyncError::Checkpoint(error)) = error.downcast_ref() {
+        return Some(error);
     }
     if let Some(error) = error.downcast_ref() {
         return match error {

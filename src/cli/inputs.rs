@@ -51,8 +51,10 @@ mod tests {
 
     #[test]
     fn every_option_that_reads_a_file_is_known() {
+        let definition = crate::cli::definition();
         let mut seen = Vec::new();
-        for command in crate::cli::definition().get_subcommands() {
+        let commands = definition.get_subcommands();
+        for command in commands.flat_map(|command| std::iter::once(command).chain(command.get_subcommands())) {
             let inputs = command.get_arguments().filter(|arg| arg.get_id() != OUTPUT && may_name_a_file(arg));
             seen.extend(inputs.map(|arg| format!("{} {}", command.get_name(), arg.get_id())));
         }
@@ -66,6 +68,10 @@ mod tests {
             "combine adapters",
             "convert input",
             "convert base",
+            "export input",
+            "export base",
+            "apply input",
+            "apply base",
             "pack adapter",
             "pack base",
             "init values",

@@ -7,24 +7,22 @@ use super::{Answer, definition, env::Env};
 /// To read it: neuroada-ckpt man | man -l -
 #[derive(Args)]
 pub(super) struct ManArgs {
-    /// The command to print the page of; without one, that of neuroada-ckpt itself
-    command: Option<String>,
+    /// The command to print the page of, such as merge or sync export; without one, that of neuroada-ckpt itself
+    command: Vec<String>,
 }
 
 pub(super) fn run(args: ManArgs, env: &Env) -> anyhow::Result<Answer> {
-    let mut root = definition();
-    root.build();
-    let page = match &args.command {
-        None => root,
-        Some(name) => {
-            let command = root
-                .find_subcommand(name)
-                .ok_or_else(|| anyhow::anyhow!("there is no command \"{}\"", name.escape_debug()))?;
-            // A name without a space is what `man` looks for.
-            let page_name: &'static str = Box::leak(format!("neuroada-ckpt-{}", command.get_name()).into_boxed_str());
-            command.clone().name(page_name)
-        }
-    };
+    let mut page = definition();
+    page.build();
+    let mut page_name = "neuroada-ckpt".to_owned();
+    for name in &args.command {
+        let command = page.find_subcommand(name).cloned();
+        page = command.ok_or_else(|| anyhow::anyhow!("there is no command \"{}\"", name.escape_debug()))?;
+        page_name = format!("{page_name}-{}", page.get_name());
+    }
+    // A name without a space is what `man` looks for.
+    let page_name: &'static str = Box::leak(page_name.into_boxed_str());
+    let page = page.name(page_name);
     let mut roff = Vec::new();
     clap_mangen::Man::new(page).render(&mut roff)?;
     env.print(&roff)?;

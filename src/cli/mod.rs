@@ -31,6 +31,7 @@ mod pack;
 mod page;
 mod progress;
 mod recover;
+mod sync;
 #[cfg(feature = "train")]
 mod train;
 mod unmerge;
@@ -89,6 +90,7 @@ enum Command {
     #[cfg(feature = "train")]
     Eval(eval::EvalArgs),
     Convert(convert::ConvertArgs),
+    Sync(sync::SyncArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -113,6 +115,7 @@ fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
         #[cfg(feature = "train")]
         Command::Eval(args) => eval::run(args, env),
         Command::Convert(args) => convert::run(args, env),
+        Command::Sync(args) => sync::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

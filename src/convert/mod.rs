@@ -3,8 +3,6 @@
 //! [`convert`] does all of it: [`foreign`](crate::foreign) reads other tools' files, [`import`](crate::adapter::import) makes adapters of
 //! them, and [`export`] writes an adapter's deltas in a foreign format. The report says for each tensor whether anything was
 //! rounded.
-//!
-//! Deltas of whole checkpoints, as inference servers fetch them, are another matter: [`export_weight_sync`].
 
 mod deltas;
 mod error;
@@ -14,13 +12,9 @@ mod peft_write;
 mod pickle_writer;
 mod published;
 mod run;
-mod weight_sync;
 
 pub use error::ConvertError;
 pub use export::export;
 pub use run::convert;
-pub use weight_sync::{
-    Checksum, Encoding, SyncedTensor, WeightSyncOptions, WeightSyncReport, apply_weight_sync, export_weight_sync,
-};
 
 use crate::adapter::{ConvertReport, ConvertedTensor};

@@ -88,7 +88,7 @@ def prepare(program, base, at):
     once(at("merged"), "merge", base, "-a", at("a20"), "-o", at("merged"))
     once(at("packed"), "pack", at("a20"), "-o", at("packed"))
     os.makedirs(at("delta"), exist_ok=True)
-    once(at("delta") + "/weight_v000001", "convert", at("merged"), "--to", "weight-sync", "--base", base, "-o", at("delta") + "/weight_v000001")
+    once(at("delta") + "/weight_v000001", "sync", "export", at("merged"), "--base", base, "-o", at("delta") + "/weight_v000001")
     if not os.path.exists(at("place")):
         shutil.copytree(base, at("place"))
 
@@ -118,8 +118,8 @@ def commands(base, at, lora):
         ("combine, TIES", ["combine", at("a1"), at("a20"), "--base", base, "--method", "ties", "--density", "0.5"], [at("a1"), at("a20")], True),
         ("convert --to npz", ["convert", at("a20"), "--to", "npz"], [at("a20")], True),
         ("convert --to shira", ["convert", at("a20"), "--to", "shira"], [at("a20")], True),
-        ("convert --to weight-sync", ["convert", at("merged"), "--to", "weight-sync", "--base", base], [at("merged"), base], True),
-        ("convert --to checkpoint", ["convert", sync, "--to", "checkpoint", "--base", base], [sync, base], True),
+        ("sync export", ["sync", "export", at("merged"), "--base", base], [at("merged"), base], True),
+        ("sync apply", ["sync", "apply", sync, "--base", base], [sync, base], True),
     ]
     if lora:
         listed.append(("merge of a LoRA", ["merge", base, "-a", lora], [base, lora], True))
@@ -145,9 +145,9 @@ def main():
     for limit in limits:
         for how in ("cold", "warm"):
             for name, args, inputs, has_output in listed:
-                out = at("out/weight_v000001" if "weight-sync" in name else "out")
+                out = at("out/weight_v000001" if name == "sync export" else "out")
                 args = [*args, "--max-memory", limit, "--io", given.io] + (["-o", out] if has_output else [])
-                if "weight-sync" in name:
+                if name == "sync export":
                     os.makedirs(at("out"))
                 drop_caches() if how == "cold" else warm(inputs)
                 peak, why = run(given.program, args, name.startswith("diff"))

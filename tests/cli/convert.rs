@@ -1,3 +1,5 @@
+use std::fs;
+
 use insta::assert_snapshot;
 
 use super::Place;
@@ -247,66 +249,44 @@ fn foreign_sparse_adapters_merge_and_unmerge_like_any_other() {
 }
 
 #[test]
-fn weight_sync_folders_are_written_and_applied() {
+fn the_old_names_of_sync_do_the_same_and_warn() {
     let place = Place::new();
     let base = place.copy_fixture("tiny-llama");
     let base = base.file_name().unwrap().to_str().unwrap().to_owned();
-    assert_snapshot!(
-        place.run(&format!("convert [FIXTURES]/tiny-llama-adapter.safetensors --base {base} --to weight-sync -o weight_v000001")),
-        @r"
-        exit: 0
-        --- stdout
-        version   1, from 0 (tiny-llama)
-        changed   14 tensors, 7 others are the same
-        bytes     2,425 changed, 1.32 % of those tensors
-        encoding  overwrite, zstd, xxh3-128
-        wrote     12.8 kB
-        --- stderr
-        "
-    );
-    assert_snapshot!(place.run(&format!("convert weight_v000001 --base {base} --to checkpoint -o applied")), @r"
-    exit: 0
-    --- stdout
-    version   1, from 0 (tiny-llama)
-    changed   14 tensors, 7 others are the same
-    bytes     2,425 changed, 1.32 % of those tensors
-    encoding  overwrite, zstd, xxh3-128
-    wrote     255 kB
-    --- stderr
+    let export = format!("[FIXTURES]/tiny-llama-adapter.safetensors --base {base} --encoding xor --checksum blake3 -o");
+    let old = place.output(&format!("convert --to weight-sync {export} weight_v000001"));
+    fs::create_dir(place.path("new")).unwrap();
+    let new = place.output(&format!("sync export {export} new/weight_v000001"));
+    assert!(old.status.success() && old.stdout == new.stdout, "{old:?} {new:?}");
+    for name in ["model-00000-of-00001.safetensors", "model.safetensors.index.json"] {
+        let [old, new] = ["", "new/"].map(|folder| place.path(&format!("{folder}weight_v000001/{name}")));
+        assert!(fs::read(old).unwrap() == fs::read(new).unwrap(), "{name}");
+    }
+    let applied = place.output(&format!("convert weight_v000001 --base {base} --to checkpoint -o applied"));
+    assert_snapshot!(String::from_utf8_lossy(&[old.stderr, applied.stderr].concat()), @r"
+    warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`
+    warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`
     ");
-    place.stdout(&format!("merge {base} --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o merged"));
-    assert!(place.output("diff merged applied").status.success());
-    place.stdout(&format!(
-        "convert applied --base {base} --to weight-sync --encoding xor --checksum blake3 -o weight_v000007"
-    ));
-    assert_snapshot!(place.run("convert weight_v000007 --base applied --to checkpoint -o twice"), @r#"
-    exit: 4
-    --- stdout
-    --- stderr
-    error: weight_v000007: tensor "model.layers.0.mlp.down_proj.weight": the base has the new bytes already: the delta was applied to it before
-    "#);
-    assert_snapshot!(place.run(&format!("convert applied --base {base} --to weight-sync -o delta")), @r#"
-    exit: 2
-    --- stdout
-    --- stderr
-    error: "delta": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version
-    "#);
+    place.stdout(&format!("sync apply weight_v000001 --base {base} -o new/applied"));
+    assert!(place.output("diff applied new/applied").status.success());
     assert_snapshot!(place.run("convert applied --to weight-sync -o weight_v000002"), @r"
     exit: 2
     --- stdout
     --- stderr
+    warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`
     error: --to weight-sync needs --base: what the servers have now
     ");
-    assert_snapshot!(place.run("convert weight_v000007 --base applied --to checkpoint --encoding xor -o twice"), @r"
+    assert_snapshot!(place.run("convert weight_v000001 --base applied --to checkpoint --encoding xor -o twice"), @r"
     exit: 2
     --- stdout
     --- stderr
+    warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`
     error: the delta itself says its encoding, its checksum and its versions
     ");
     assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to npz --encoding xor -o a.npz"), @r"
     exit: 2
     --- stdout
     --- stderr
-    error: --encoding, --checksum and --base-version belong to --to weight-sync
+    error: --encoding, --checksum and --base-version belong to `sync export`
     ");
 }

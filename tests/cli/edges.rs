@@ -39,7 +39,7 @@ const COMMANDS: &[(&str, Writes, &[&str])] = &[
     ("convert in/a --to shira", Folder, &["a"]),
     ("convert in/a --to supertuning", Folder, &["a"]),
     ("convert in/a --to spiel", Folder, &["a"]),
-    ("convert in/weight_v000001 --base in/base --to checkpoint", Folder, &["weight_v000001", "base"]),
+    ("sync apply in/weight_v000001 --base in/base", Folder, &["weight_v000001", "base"]),
     ("merge in/base --adapter in/a=2", Folder, &["base", "a"]),
     ("merge in/base --adapter in/shira", Folder, &["base", "shira"]),
     ("merge in/base --adapter in/lora", Folder, &["base", "lora"]),
@@ -67,7 +67,7 @@ fn inputs() -> Place {
         "mask in/base --k 1 --partition 2/2 -o in/p2",
         "pack in/a -o in/packed",
         "convert in/a --to shira -o in/shira",
-        "convert in/a --base in/base --to weight-sync -o in/weight_v000001",
+        "sync export in/a --base in/base -o in/weight_v000001",
         "merge in/base --adapter in/b -o in/merged",
         "merge in/base --adapter in/lora -o in/merged-lora",
         "merge in/one --adapter in/of-one -o in/merged-one",
@@ -133,7 +133,7 @@ fn weight_sync_folders_replace_no_input() {
     fs::rename(place.path("in/base"), place.path("in/weight_v000007")).unwrap();
     fs::create_dir(place.path("weight_v000007")).unwrap();
     fs::rename(place.path("in/a"), place.path("weight_v000007/a")).unwrap();
-    let convert = |input: &str, base: &str| format!("convert {input} --base {base} --to weight-sync --force -o");
+    let convert = |input: &str, base: &str| format!("sync export {input} --base {base} --force -o");
     let line = convert("weight_v000007/a", "in/weight_v000007");
     for output in ["in/weight_v000007", "alias/weight_v000007", "in/weight_v000007/weight_v000007", "weight_v000007"] {
         refused(&place, &format!("{line} {output}"));

@@ -62,7 +62,7 @@ fn nobody_reads_a_half_merged_checkpoint() {
     let place = place();
     for line in [
         "mask [FIXTURES]/tiny-llama --k 1 -o mask",
-        "convert a --base [FIXTURES]/tiny-llama --to weight-sync -o weight_v000001",
+        "sync export a --base [FIXTURES]/tiny-llama -o weight_v000001",
         "pack a -o packed",
         "convert a --to npz -o a.npz",
     ] {
@@ -88,10 +88,10 @@ fn nobody_reads_a_half_merged_checkpoint() {
             format!("diff merged {torn}"),
             format!("convert a.npz --base {torn} --to neuroada -o x"),
             format!("convert a --base {torn} --to shira -o x"),
-            format!("convert a --base {torn} --to weight-sync -o weight_v000002"),
-            format!("convert {torn} --base merged --to weight-sync -o weight_v000002"),
-            format!("convert merged --base {torn} --to weight-sync -o weight_v000002"),
-            format!("convert weight_v000001 --base {torn} --to checkpoint -o x"),
+            format!("sync export a --base {torn} -o weight_v000002"),
+            format!("sync export {torn} --base merged -o weight_v000002"),
+            format!("sync export merged --base {torn} -o weight_v000002"),
+            format!("sync apply weight_v000001 --base {torn} -o x"),
             format!("pack a --base {torn} -o x"),
             format!("unpack packed --base {torn} -o x"),
             format!("combine a b --base {torn} -o x"),
@@ -350,7 +350,7 @@ fn a_report_that_cannot_be_written_does_not_undo_the_work() {
         ("unpack packed -o unpacked", "unpacked"),
         ("combine a -o combined", "combined"),
         ("convert a --to npz -o a.npz", "a.npz"),
-        ("convert a --base [FIXTURES]/tiny-llama --to weight-sync -o weight_v000001", "weight_v000001"),
+        ("sync export a --base [FIXTURES]/tiny-llama -o weight_v000001", "weight_v000001"),
         ("init [FIXTURES]/tiny-llama --mask of-base -o zeros", "zeros"),
         ("extract [FIXTURES]/tiny-llama merged -o extracted", "extracted"),
         ("unmerge c", "c/config.json"),

@@ -73,6 +73,8 @@ fn every_field_of_json_is_documented() {
     is_documented("inspect", &place.json("inspect out --tensors"));
     is_documented("inspect", &place.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));
     is_documented("verify", &place.json("verify out --base [FIXTURES]/tiny-llama"));
+    is_documented("sync", &place.json("sync export out --base [FIXTURES]/tiny-llama -o weight_v000001"));
+    is_documented("sync", &place.json("sync apply weight_v000001 --base [FIXTURES]/tiny-llama -o synced"));
     is_documented("unmerge", &place.json("unmerge out --in-place"));
     is_documented("recover", &place.json("recover out"));
 }

@@ -25,6 +25,7 @@ mod merge;
 mod overflow;
 mod pack;
 mod signals;
+mod sync;
 #[cfg(feature = "train")]
 mod train;
 

@@ -84,6 +84,7 @@ fn help_lists_commands_options_and_exit_codes() {
       train        Train deltas on the connections that a mask chose
       eval         Measure a model on a file of rows: loss, and how many answers are right
       convert      Read other tools' sparse adapters, and write them
+      sync         Make and apply the weight updates that inference servers fetch
       merge        Add adapters to a checkpoint
       unmerge      Take adapters out of a checkpoint again, exactly
       verify       Prove a merge: every touched weight is right, every other byte is the base's
@@ -247,6 +248,8 @@ fn manual_pages_are_printed_for_all_and_each_command() {
     assert!(page.contains(".TH neuroada-ckpt 1") && page.contains("Exit codes"), "{page}");
     let page = String::from_utf8(place.stdout("man inspect")).unwrap();
     assert!(page.contains(".TH neuroada-ckpt-inspect 1") && page.contains("filter"), "{page}");
+    let page = String::from_utf8(place.stdout("man sync export")).unwrap();
+    assert!(page.contains(".TH neuroada-ckpt-sync-export 1") && page.contains("checksum"), "{page}");
     assert_snapshot!(place.run("man nothing"), @r#"
     exit: 2
     --- stdout

@@ -30,6 +30,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
     ("convert", BELOW_COMMANDS),
+    ("sync", BELOW_COMMANDS),
     ("train", &["tensor", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
     // A guest: it does what the floors below let an accelerator do, and none of them knows it.
     ("gpu", &["tensor", "checkpoint", "backend", "train"]),
@@ -50,6 +51,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "extract",
             "combine",
             "convert",
+            "sync",
             "train",
         ],
     ),

@@ -90,7 +90,7 @@ for encoding in ["overwrite", "xor"]:
     for algorithm, checksum in checksums.items():
         folder = at(f"{encoding}-{algorithm}/weight_v000001")
         os.mkdir(os.path.dirname(folder))
-        run("convert", adapter, "--base", base, "--to", "weight-sync", "--encoding", encoding, "--checksum", algorithm, "-o", folder)
+        run("sync", "export", adapter, "--base", base, "--encoding", encoding, "--checksum", algorithm, "-o", folder)
         index = json.load(open(os.path.join(folder, "model.safetensors.index.json")))
         assert index["metadata"] == {"version": "000001", "base_version": "000000", "delta_encoding": encoding,
                                      "compression_format": "zstd", "checksum_format": algorithm}

@@ -3,24 +3,26 @@
 //! SGLang and slime read it: each changed tensor under its own name as bytes, zstd-compressed, in ordinary safetensors files; an
 //! index whose metadata says which version it makes of which, and how; and in each file's metadata the checksum of the new
 //! bytes of every tensor. Two encodings: `xor` of old and new bytes, which must be applied exactly once, and `overwrite`,
-//! positions and new bytes, which may be applied again. [`export_weight_sync`] writes such a folder from two checkpoints,
-//! [`apply_weight_sync`] makes the newer checkpoint from the older one; both out of core.
+//! positions and new bytes, which may be applied again. [`export()`] writes such a folder from two checkpoints,
+//! [`apply()`] makes the newer checkpoint from the older one; both out of core.
 //!
 //! Source: slime, `docs/en/advanced/delta-weight-sync.md` and `slime/utils/disk_delta.py`.
 
 mod apply;
 mod checksum;
+mod error;
 mod export;
 
 use serde::Serialize;
 
 use crate::checkpoint::LeftOut;
 
-pub use apply::apply_weight_sync;
+pub use apply::apply;
 pub use checksum::Checksum;
-pub use export::{WeightSyncOptions, export_weight_sync};
+pub use error::SyncError;
+pub use export::{ExportOptions, export};
 
-/// How a tensor's change is told.
+/// How a tensor's change is encoded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Encoding {
     /// How many bytes changed, where (32 bits each, ascending), and what they are now.
@@ -45,7 +47,7 @@ impl Encoding {
 
 /// What was exported or applied.
 #[derive(Clone, PartialEq, Debug, Serialize)]
-pub struct WeightSyncReport {
+pub struct SyncReport {
     /// The older checkpoint's name.
     pub base: String,
     /// The version that the delta makes.
@@ -86,7 +88,7 @@ pub struct SyncedTensor {
 
 /// What the index says about the delta.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct Plan {
+struct DeltaHeader {
     version: u64,
     base_version: u64,
     encoding: Encoding,

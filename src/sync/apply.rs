@@ -10,13 +10,12 @@ use std::{
 use serde_json::{Map, Value};
 use zstd::stream::read::Decoder;
 
-use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncReport, export::report};
+use super::{COMPRESSION, Checksum, DeltaHeader, Encoding, SyncError, SyncReport, SyncedTensor, export::report};
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, CopyMode, Existing, INDEX_FILE, Layout, LeftOut, Printable,
         Shard, SingleFile, TensorRef, copy_file, copy_side_files, malformed, open_to_change, read_whole,
     },
-    convert::ConvertError,
     foreign::Input,
     tensor::Dtype,
 };
@@ -34,27 +33,27 @@ const LONGEST_WINDOW: u32 = 26;
 /// was applied already, is refused. Memory: a few windows. Disk: the checkpoint's size.
 ///
 /// # Errors
-/// A folder that is no delta, or a broken one; [`ConvertError::Unmatched`] lists tensors that the base does not have;
-/// [`ConvertError::Unfit`] where the result has not the checksum that the delta tells. Nothing was written.
-pub fn apply_weight_sync(
+/// A folder that is no delta, or a broken one; [`SyncError::Unmatched`] lists tensors that the base does not have;
+/// [`SyncError::Unfit`] where the result has not the checksum that the delta tells. Nothing was written.
+pub fn apply(
     ctx: &Context<'_>,
     base: &Checkpoint,
     folder: &Path,
     output: &Path,
     existing: Existing,
-) -> Result<WeightSyncReport, ConvertError> {
-    let plan = read_plan(&folder.join(INDEX_FILE))?;
+) -> Result<SyncReport, SyncError> {
+    let header = read_header(&folder.join(INDEX_FILE))?;
     let delta = Checkpoint::open(folder)?;
     let pairs = pairs(base, &delta)?;
     ctx.observer.begin("copying", base.n_bytes());
-    let target = Target::create(base, output, existing)?;
+    let target = NewCheckpoint::create(base, output, existing)?;
     let mut tensors = Vec::new();
-    let mut by_shard: Vec<Vec<&Pair<'_>>> = vec![Vec::new(); base.shards().len()];
+    let mut by_shard: Vec<Vec<&TensorDelta<'_>>> = vec![Vec::new(); base.shards().len()];
     pairs.iter().for_each(|pair| by_shard[pair.base.shard_index].push(pair));
     for (shard, of_shard) in base.shards().iter().zip(by_shard) {
         let file = target.copy(ctx, shard)?;
         for pair in of_shard {
-            tensors.push(pair.apply(ctx, &plan, &file, &delta)?);
+            tensors.push(pair.apply(ctx, &header, &file, &delta)?);
         }
         file.sync_all().map_err(|e| CheckpointError::io("sync", output, e))?;
     }
@@ -63,11 +62,11 @@ pub fn apply_weight_sync(
     let left_out = target.commit(ctx, base)?;
     tensors.sort_by(|a, b| a.tensor.cmp(&b.tensor));
     let n_same = (base.tensors().len() - tensors.len()) as u64;
-    Ok(WeightSyncReport { left_out, ..report(base, &plan, tensors, n_same, base.n_bytes()) })
+    Ok(SyncReport { left_out, ..report(base, &header, tensors, n_same, base.n_bytes()) })
 }
 
 /// What the index says about the delta.
-fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
+fn read_header(path: &Path) -> Result<DeltaHeader, CheckpointError> {
     let bad = |what: String| CheckpointError::bad_file(path, what);
     let json = read_whole(path, MOST_INDEX_BYTES)?;
     #[derive(serde::Deserialize)]
@@ -97,7 +96,7 @@ fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
     if compression != COMPRESSION {
         return Err(unknown("compression_format", compression));
     }
-    Ok(Plan {
+    Ok(DeltaHeader {
         version: version("version")?,
         base_version: version("base_version")?,
         encoding: Encoding::of(encoding).ok_or_else(|| unknown("delta_encoding", encoding))?,
@@ -106,14 +105,14 @@ fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
 }
 
 /// A delta and the tensor that it changes.
-struct Pair<'a> {
+struct TensorDelta<'a> {
     base: TensorRef<'a>,
     delta: TensorRef<'a>,
     /// The checksum of the new bytes.
     expected: &'a str,
 }
 
-fn pairs<'a>(base: &'a Checkpoint, delta: &'a Checkpoint) -> Result<Vec<Pair<'a>>, ConvertError> {
+fn pairs<'a>(base: &'a Checkpoint, delta: &'a Checkpoint) -> Result<Vec<TensorDelta<'a>>, SyncError> {
     let (mut pairs, mut problems, mut broken) = (Vec::new(), Vec::new(), Vec::new());
     for tensor in delta.tensors() {
         let name = Printable(&tensor.info.name);
@@ -124,7 +123,7 @@ fn pairs<'a>(base: &'a Checkpoint, delta: &'a Checkpoint) -> Result<Vec<Pair<'a>
         match (base.tensor(&tensor.info.name), expected) {
             (_, None) => broken.push(format!("\"{name}\": has no checksum in its file's metadata")),
             (None, _) => problems.push(format!("\"{name}\": the base has no such tensor")),
-            (Some(base), Some(expected)) => pairs.push(Pair { base, delta: tensor, expected }),
+            (Some(base), Some(expected)) => pairs.push(TensorDelta { base, delta: tensor, expected }),
         }
     }
     if !broken.is_empty() {
@@ -133,28 +132,28 @@ fn pairs<'a>(base: &'a Checkpoint, delta: &'a Checkpoint) -> Result<Vec<Pair<'a>
     }
     if !problems.is_empty() {
         let n_targets = delta.tensors().len();
-        return Err(ConvertError::Unmatched { path: delta.root().to_owned(), base: base.name(), n_targets, problems });
+        return Err(SyncError::Unmatched { path: delta.root().to_owned(), base: base.name(), n_targets, problems });
     }
     pairs.sort_by_key(|pair| pair.base.info.data.start);
     Ok(pairs)
 }
 
-impl Pair<'_> {
+impl TensorDelta<'_> {
     /// Writes the tensor's new bytes to `file`, a copy of its shard, and proves them.
     fn apply(
         &self,
         ctx: &Context<'_>,
-        plan: &Plan,
+        header: &DeltaHeader,
         file: &File,
         delta: &Checkpoint,
-    ) -> Result<SyncedTensor, ConvertError> {
+    ) -> Result<SyncedTensor, SyncError> {
         let name = &self.base.info.name;
         let n_bytes = self.base.info.n_bytes();
-        let mut changes = match plan.encoding {
+        let mut changes = match header.encoding {
             Encoding::Xor => Changes::Xor(Box::new(self.plain(ctx, n_bytes)?)),
             Encoding::Overwrite => self.overwrite(ctx)?,
         };
-        let (mut before, mut after) = (plan.checksum.hasher(), plan.checksum.hasher());
+        let (mut before, mut after) = (header.checksum.hasher(), header.checksum.hasher());
         let start = self.base.shard.file_range(self.base.info).start;
         let mut n_changed = 0;
         let mut bytes = Vec::new();
@@ -176,7 +175,7 @@ impl Pair<'_> {
             let why = match before.finish() == expected {
                 true => "the base has the new bytes already: the delta was applied to it before".to_owned(),
                 false => {
-                    let (version, format) = (plan.base_version, plan.checksum.name());
+                    let (version, format) = (header.base_version, header.checksum.name());
                     format!(
                         "{format} of the result is {found}, the delta says {}: the base is not version {version}",
                         Printable(expected)
@@ -184,7 +183,7 @@ impl Pair<'_> {
                 }
             };
             let what = format!("tensor \"{}\": {why}", Printable(name));
-            return Err(ConvertError::Unfit { path: delta.root().to_owned(), what, problems: Vec::new() });
+            return Err(SyncError::Unfit { path: delta.root().to_owned(), what, problems: Vec::new() });
         }
         let (tensor, checksum, n_delta_bytes) = (name.clone(), found, self.delta.info.n_bytes());
         Ok(SyncedTensor { tensor, n_bytes, n_changed, n_delta_bytes, checksum })
@@ -346,12 +345,12 @@ impl Read for RangeReader {
 }
 
 /// Where the new checkpoint grows.
-enum Target {
+enum NewCheckpoint {
     Folder(AtomicDir),
     File(SingleFile),
 }
 
-impl Target {
+impl NewCheckpoint {
     fn create(base: &Checkpoint, output: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         Ok(match base.layout() {
             Layout::File => Self::File(SingleFile::create(output, existing)?),

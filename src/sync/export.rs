@@ -5,13 +5,12 @@ use std::{collections::BTreeMap, io::Write, ops::Range, path::Path};
 use serde_json::json;
 use zstd::stream::write::Encoder;
 
-use super::{COMPRESSION, Checksum, Encoding, Plan, SyncedTensor, WeightSyncReport};
+use super::{COMPRESSION, Checksum, DeltaHeader, Encoding, SyncError, SyncReport, SyncedTensor};
 use crate::{
     checkpoint::{
         AtomicDir, Checkpoint, CheckpointError, Context, Existing, INDEX_FILE, Printable, TensorFileWriter, TensorId,
         TensorRef, create_new_file, for_each_ordered, probe, window_cost,
     },
-    convert::ConvertError,
     tensor::{Dtype, dtype_name},
 };
 
@@ -22,8 +21,8 @@ const LEVEL: i32 = 1;
 
 /// How to export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct WeightSyncOptions {
-    /// How changes are told.
+pub struct ExportOptions {
+    /// How changes are encoded.
     pub encoding: Encoding,
     /// What proves the new bytes.
     pub checksum: Checksum,
@@ -38,19 +37,19 @@ pub struct WeightSyncOptions {
 /// Reads both checkpoints once, and changed tensors twice (`xor`) or three times (`overwrite`) more. Memory: a few windows per thread.
 ///
 /// # Errors
-/// [`ConvertError::Unmatched`] lists tensors that only one of the two has, or that have another type or shape;
-/// [`ConvertError::Unfit`] where nothing changed, or for `overwrite` a tensor has 4 GiB or more. Nothing was written.
-pub fn export_weight_sync(
+/// [`SyncError::Unmatched`] lists tensors that only one of the two has, or that have another type or shape;
+/// [`SyncError::Unfit`] where nothing changed, or for `overwrite` a tensor has 4 GiB or more. Nothing was written.
+pub fn export(
     ctx: &Context<'_>,
     base: &Checkpoint,
     tuned: &Checkpoint,
-    options: &WeightSyncOptions,
+    options: &ExportOptions,
     output: &Path,
     existing: Existing,
-) -> Result<WeightSyncReport, ConvertError> {
+) -> Result<SyncReport, SyncError> {
     let pairs = pairs(base, tuned)?;
     let folder = AtomicDir::create(output, existing)?;
-    ctx.observer.begin("comparing", pairs.iter().map(Pair::n_bytes).sum());
+    ctx.observer.begin("comparing", pairs.iter().map(TensorPair::n_bytes).sum());
     let mut changed = Vec::new();
     for pair in &pairs {
         match pair.n_changed(ctx)? {
@@ -75,25 +74,25 @@ pub fn export_weight_sync(
     write_index(&index_path, options, &tensors)?;
     let n_bytes = probe::n_bytes(&path)? + probe::n_bytes(&index_path)?;
     folder.commit()?;
-    let WeightSyncOptions { encoding, checksum, version, base_version } = *options;
+    let ExportOptions { encoding, checksum, version, base_version } = *options;
     let n_same = (pairs.len() - tensors.len()) as u64;
-    let plan = Plan { version, base_version, encoding, checksum };
-    Ok(report(base, &plan, tensors, n_same, n_bytes))
+    let header = DeltaHeader { version, base_version, encoding, checksum };
+    Ok(report(base, &header, tensors, n_same, n_bytes))
 }
 
 pub(super) fn report(
     base: &Checkpoint,
-    plan: &Plan,
+    header: &DeltaHeader,
     tensors: Vec<SyncedTensor>,
     n_same: u64,
     n_bytes: u64,
-) -> WeightSyncReport {
-    WeightSyncReport {
+) -> SyncReport {
+    SyncReport {
         base: base.name(),
-        version: plan.version,
-        base_version: plan.base_version,
-        encoding: plan.encoding.name().to_owned(),
-        checksum: plan.checksum.name().to_owned(),
+        version: header.version,
+        base_version: header.base_version,
+        encoding: header.encoding.name().to_owned(),
+        checksum: header.checksum.name().to_owned(),
         n_changed_bytes: tensors.iter().map(|tensor| tensor.n_changed).sum(),
         tensors,
         n_same,
@@ -105,17 +104,17 @@ pub(super) fn report(
 fn check(
     tuned: &Checkpoint,
     base: &Checkpoint,
-    changed: &[(&Pair<'_>, u64)],
+    changed: &[(&TensorPair<'_>, u64)],
     encoding: Encoding,
-) -> Result<(), ConvertError> {
-    let unfit = |what: String, problems| Err(ConvertError::Unfit { path: tuned.root().to_owned(), what, problems });
+) -> Result<(), SyncError> {
+    let unfit = |what: String, problems| Err(SyncError::Unfit { path: tuned.root().to_owned(), what, problems });
     if changed.is_empty() {
         return unfit(
             format!("every tensor is the same in {}: there is no delta", Printable(&base.name())),
             Vec::new(),
         );
     }
-    let is_long = |pair: &Pair<'_>| encoding == Encoding::Overwrite && u32::try_from(pair.n_bytes()).is_err();
+    let is_long = |pair: &TensorPair<'_>| encoding == Encoding::Overwrite && u32::try_from(pair.n_bytes()).is_err();
     let problems: Vec<String> = changed
         .iter()
         .filter(|(pair, _)| is_long(pair))
@@ -127,7 +126,7 @@ fn check(
     unfit("overwrite has 32-bit positions, xor has none:".to_owned(), problems)
 }
 
-fn write_index(path: &Path, options: &WeightSyncOptions, tensors: &[SyncedTensor]) -> Result<(), CheckpointError> {
+fn write_index(path: &Path, options: &ExportOptions, tensors: &[SyncedTensor]) -> Result<(), CheckpointError> {
     let io = |e| CheckpointError::io("write", path, e);
     let weight_map: BTreeMap<&str, &str> = tensors.iter().map(|tensor| (tensor.tensor.as_str(), SHARD)).collect();
     let index = json!({
@@ -146,12 +145,12 @@ fn write_index(path: &Path, options: &WeightSyncOptions, tensors: &[SyncedTensor
 }
 
 /// A tensor before and after.
-struct Pair<'a> {
+struct TensorPair<'a> {
     base: TensorRef<'a>,
     tuned: TensorRef<'a>,
 }
 
-fn pairs<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint) -> Result<Vec<Pair<'a>>, ConvertError> {
+fn pairs<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint) -> Result<Vec<TensorPair<'a>>, SyncError> {
     let (mut pairs, mut problems) = (Vec::new(), Vec::new());
     for b in tuned.tensors() {
         let name = Printable(&b.info.name);
@@ -161,7 +160,7 @@ fn pairs<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint) -> Result<Vec<Pair<'a>
                 let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
                 problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
             }
-            Some(a) => pairs.push(Pair { base: a, tuned: b }),
+            Some(a) => pairs.push(TensorPair { base: a, tuned: b }),
         }
     }
     for a in base.tensors().filter(|a| tuned.tensor(&a.info.name).is_none()) {
@@ -171,10 +170,10 @@ fn pairs<'a>(base: &'a Checkpoint, tuned: &'a Checkpoint) -> Result<Vec<Pair<'a>
         return Ok(pairs);
     }
     let n_targets = tuned.tensors().len();
-    Err(ConvertError::Unmatched { path: tuned.root().to_owned(), base: base.name(), n_targets, problems })
+    Err(SyncError::Unmatched { path: tuned.root().to_owned(), base: base.name(), n_targets, problems })
 }
 
-impl Pair<'_> {
+impl TensorPair<'_> {
     fn n_bytes(&self) -> u64 {
         self.tuned.info.n_bytes()
     }
@@ -185,7 +184,7 @@ impl Pair<'_> {
     }
 
     /// Bytes that differ.
-    fn n_changed(&self, ctx: &Context<'_>) -> Result<u64, ConvertError> {
+    fn n_changed(&self, ctx: &Context<'_>) -> Result<u64, SyncError> {
         let mut n_changed = 0;
         for_each_ordered(
             ctx,
@@ -196,7 +195,7 @@ impl Pair<'_> {
                 ctx.observer.advance(range.end - range.start);
                 let n = if *a == *b { 0 } else { a.iter().zip(b.iter()).filter(|(a, b)| a != b).count() };
                 self.confirm(&a, &b)?;
-                Ok::<_, ConvertError>(n as u64)
+                Ok::<_, SyncError>(n as u64)
             },
             |_, n| {
                 n_changed += n;
@@ -215,8 +214,8 @@ impl Pair<'_> {
     fn for_each_window(
         &self,
         ctx: &Context<'_>,
-        mut take: impl FnMut(u64, &[u8], &[u8]) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
+        mut take: impl FnMut(u64, &[u8], &[u8]) -> Result<(), SyncError>,
+    ) -> Result<(), SyncError> {
         for range in self.windows(ctx) {
             ctx.check()?;
             let (a, b) = (self.base.window(ctx, range.clone())?, self.tuned.window(ctx, range.clone())?);
@@ -230,11 +229,11 @@ impl Pair<'_> {
     fn encode(
         &self,
         ctx: &Context<'_>,
-        options: &WeightSyncOptions,
+        options: &ExportOptions,
         n_changed: u64,
         file: &mut TensorFileWriter,
         path: &Path,
-    ) -> Result<SyncedTensor, ConvertError> {
+    ) -> Result<SyncedTensor, SyncError> {
         let name = &self.tuned.info.name;
         let n_plain = match options.encoding {
             Encoding::Xor => self.n_bytes(),

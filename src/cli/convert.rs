@@ -1,11 +1,6 @@
-//! `convert`: between this program's adapters and other tools' files. Formats of adapters are handled here, deltas of whole
-//! checkpoints for inference servers in `weight_sync`.
-
-mod weight_sync;
-
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     adapter::{ConvertReport, ConvertedTensor},
@@ -21,6 +16,7 @@ use super::{
     env::Env,
     failure::Hint,
     page::{Page, Table, bytes, count},
+    sync::{self, ApplyArgs, ChecksumArg, EncodingArg, ExportArgs},
     weights::RenameArgs,
 };
 
@@ -31,9 +27,6 @@ use super::{
 /// taken apart by a reader that knows saved tensors and nothing else; nothing in them is executed. Foreign formats do not
 /// know their base, so --base says which it is: positions are checked against its shapes, and the adapter carries a hash of
 /// its values from then on.
-///
-/// Two more targets are about whole checkpoints: weight-sync writes what INPUT makes of BASE as a folder that inference servers
-/// fetch, and checkpoint applies such a folder to BASE.
 #[derive(Args)]
 pub(super) struct ConvertArgs {
     /// What to read
@@ -44,19 +37,19 @@ pub(super) struct ConvertArgs {
     /// What to write
     #[arg(long, value_enum)]
     to: Target,
-    /// The checkpoint that the deltas were trained on, or that servers have
+    /// The checkpoint that the deltas were trained on
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
     #[command(flatten)]
     renames: RenameArgs,
-    /// Weight sync: how changes are told [default: overwrite]
-    #[arg(long, value_enum)]
+    /// See `sync export`
+    #[arg(long, value_enum, hide = true)]
     encoding: Option<EncodingArg>,
-    /// Weight sync: what proves the new bytes [default: xxh3-128]
-    #[arg(long, value_enum)]
+    /// See `sync export`
+    #[arg(long, value_enum, hide = true)]
     checksum: Option<ChecksumArg>,
-    /// Weight sync: the version that the delta is applied to [default: the one before]
-    #[arg(long, value_name = "N")]
+    /// See `sync export`
+    #[arg(long, value_name = "N", hide = true)]
     base_version: Option<u64>,
     /// List every tensor instead of a line per kind
     #[arg(long)]
@@ -80,26 +73,12 @@ enum Target {
     Supertuning,
     /// A folder that SpIEL's fork of PEFT loads
     Spiel,
-    /// A folder weight_vNNNNNN that SGLang's and slime's weight sync reads: what INPUT, a merged checkpoint or an adapter, makes of BASE
+    /// The old name of `sync export`
+    #[value(hide = true)]
     WeightSync,
-    /// A checkpoint: BASE with the weight_vNNNNNN folder INPUT applied
+    /// The old name of `sync apply`
+    #[value(hide = true)]
     Checkpoint,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum EncodingArg {
-    /// Positions and new bytes; applying it twice does no harm
-    Overwrite,
-    /// Old and new bytes, one xor the other; to be applied exactly once
-    Xor,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum ChecksumArg {
-    #[value(name = "xxh3-128")]
-    Xxh3,
-    Blake3,
-    Adler32,
 }
 
 pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
@@ -110,11 +89,11 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
         Target::Shira => Format::Shira,
         Target::Supertuning => Format::SuperTuning,
         Target::Spiel => Format::Spiel,
-        Target::WeightSync => return weight_sync::export(&args, env),
-        Target::Checkpoint => return weight_sync::apply(&args, env),
+        Target::WeightSync => return export(args, env),
+        Target::Checkpoint => return apply(args, env),
     };
-    if args.encoding.is_some() || args.checksum.is_some() || args.base_version.is_some() {
-        bail!("--encoding, --checksum and --base-version belong to --to weight-sync");
+    if args.has_export_options() {
+        bail!("--encoding, --checksum and --base-version belong to `sync export`");
     }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let existing = args.existing();
@@ -138,6 +117,41 @@ impl ConvertArgs {
     fn existing(&self) -> Existing {
         if self.force { Existing::Replace } else { Existing::Keep }
     }
+
+    /// Whether an option of `sync export` was given.
+    fn has_export_options(&self) -> bool {
+        self.encoding.is_some() || self.checksum.is_some() || self.base_version.is_some()
+    }
+}
+
+/// `convert --to weight-sync`, the old name of `sync export`.
+fn export(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
+    env.note("warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`");
+    let base = args.base.ok_or_else(|| anyhow!("--to weight-sync needs --base: what the servers have now"))?;
+    let args = ExportArgs {
+        input: args.input,
+        base,
+        output: args.output,
+        renames: args.renames,
+        encoding: args.encoding.unwrap_or_default(),
+        checksum: args.checksum.unwrap_or_default(),
+        base_version: args.base_version,
+        tensors: args.tensors,
+        force: args.force,
+    };
+    sync::export(&args, env)
+}
+
+/// `convert --to checkpoint`, the old name of `sync apply`.
+fn apply(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
+    env.note("warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`");
+    let has_options = args.has_export_options();
+    let base = args.base.ok_or_else(|| anyhow!("--to checkpoint needs --base: what the delta is applied to"))?;
+    if has_options {
+        bail!("the delta itself says its encoding, its checksum and its versions");
+    }
+    let (input, output, tensors, force) = (args.input, args.output, args.tensors, args.force);
+    sync::apply(&ApplyArgs { input, base, output, tensors, force }, env)
 }
 
 fn print(report: &ConvertReport, tensors: bool, page: &mut Page) {

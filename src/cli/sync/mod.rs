@@ -1,0 +1,79 @@
+//! `sync`: deltas of whole checkpoints, as inference servers fetch them.
+//!
+//! `export` makes such a delta of two checkpoints, or of a checkpoint and an adapter; `apply` makes the newer checkpoint of the older one
+//! and a delta. Both print the same report, which this file writes.
+
+mod apply;
+mod export;
+
+use clap::{Args, Subcommand};
+use neuroada_ckpt::sync::SyncReport;
+
+pub(super) use self::{
+    apply::{ApplyArgs, run as apply},
+    export::{ChecksumArg, EncodingArg, ExportArgs, run as export},
+};
+use super::{
+    Answer,
+    env::Env,
+    page::{Page, Table, bytes, count, percent},
+};
+
+/// Make and apply the weight updates that inference servers fetch
+///
+/// Servers that sync weights from disk (SGLang, slime) read folders called weight_vNNNNNN. Each holds the bytes that changed since the
+/// version before, and a checksum of every changed tensor.
+#[derive(Args)]
+pub(super) struct SyncArgs {
+    #[command(subcommand)]
+    command: SyncCommand,
+}
+
+#[derive(Subcommand)]
+enum SyncCommand {
+    Export(ExportArgs),
+    Apply(ApplyArgs),
+}
+
+pub(super) fn run(args: SyncArgs, env: &Env) -> anyhow::Result<Answer> {
+    match args.command {
+        SyncCommand::Export(args) => export(&args, env),
+        SyncCommand::Apply(args) => apply(&args, env),
+    }
+}
+
+fn print(report: &SyncReport, tensors: bool, page: &mut Page) {
+    if tensors {
+        let mut table = Table::new(["tensor", "changed bytes>", "of>", "delta bytes>", "checksum"]);
+        for tensor in &report.tensors {
+            table.row([
+                tensor.tensor.clone(),
+                count(tensor.n_changed),
+                count(tensor.n_bytes),
+                count(tensor.n_delta_bytes),
+                tensor.checksum.clone(),
+            ]);
+        }
+        page.table(&table);
+        page.blank();
+    }
+    let n_bytes = report.tensors.iter().map(|tensor| tensor.n_bytes).sum();
+    page.facts(&[
+        ("version", format!("{}, from {} ({})", report.version, report.base_version, report.base)),
+        (
+            "changed",
+            format!("{} tensors, {} others are the same", count(report.tensors.len() as u64), count(report.n_same)),
+        ),
+        (
+            "bytes",
+            format!(
+                "{} changed, {} of those tensors",
+                count(report.n_changed_bytes),
+                percent(report.n_changed_bytes, n_bytes)
+            ),
+        ),
+        ("encoding", format!("{}, zstd, {}", report.encoding, report.checksum)),
+        ("wrote", bytes(report.n_bytes)),
+    ]);
+    report.left_out.iter().for_each(|left_out| page.line(format_args!("left out: {left_out}")));
+}
