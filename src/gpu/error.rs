@@ -109,3 +109,18 @@ fn found(count: usize) -> String {
         _ => format!("GPUs 0 to {} were found", count.saturating_sub(1)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::ChooseError;
+
+    #[test]
+    fn an_error_keeps_its_words_and_fields_on_the_floors_below() {
+        let error = GpuError::NoSuchDevice { ordinal: 3, count: 1 };
+        let below = ChooseError::from(error.clone());
+        assert_eq!(below.to_string(), "there is no GPU 3: only GPU 0 was found");
+        let ChooseError::Accelerator(below) = below else { panic!("{below:?}") };
+        assert_eq!(below.downcast_ref(), Some(&error));
+    }
+}
