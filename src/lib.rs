@@ -5,6 +5,8 @@
 //! them out again bit for bit, and says exactly what changed. It implements NeuroAda (EMNLP 2025,
 //! <https://arxiv.org/abs/2510.18940>).
 //!
+//! The [`guide`] explains the command line and the files, page by page.
+//!
 //! Imports go down this list, never up:
 //!
 //! - [`merge`], [`diff`], [`extract`], [`combine`], [`convert`], [`sync`] and `train` (feature `train`): what users ask for; they do not import
@@ -31,6 +33,7 @@ pub mod extract;
 pub mod foreign;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod guide;
 pub mod mask;
 pub mod merge;
 pub mod sync;

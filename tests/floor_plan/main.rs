@@ -17,6 +17,8 @@ use source::{check, files_below, root, sources};
 
 /// Each floor and those it may import. A missing folder is an empty floor.
 const FLOORS: &[(&str, &[&str])] = &[
+    // Documentation alone.
+    ("guide", &[]),
     ("tensor", &[]),
     ("checkpoint", &["tensor"]),
     ("backend", &["tensor"]),
