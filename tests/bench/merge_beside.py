@@ -3,7 +3,7 @@
 
     cargo build --release --locked
     python -m venv venv && venv/bin/pip install torch==2.11.0 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0
-    venv/bin/python tests/bench/merge_beside.py WORK [--runs 3] [--methods neuroada-ckpt torch peft mergekit] [--mergekit COMMAND]
+    venv/bin/python tests/bench/merge_beside.py WORK [--runs 3] [--methods neuroada-ckpt torch peft] [--mergekit COMMAND]
 
 WORK is a folder on a disk with 10 GB free. The script makes in it, once, a checkpoint of TinyLlama-1.1B's shape (bfloat16, 2.2 GB) with random
 weights and a PEFT LoRA adapter, r = 16, on all seven projections with random factors. Nothing is downloaded. The methods are:
@@ -16,7 +16,7 @@ weights and a PEFT LoRA adapter, r = 16, on all seven projections with random fa
   another virtual environment, since mergekit pins versions of its own
 
 Each method runs in a process of its own and all methods take turns. Measured are the time until the output has been synced to the disk, the processor
-time (user and system, of all threads; other work on the machine hardly changes it), and the largest resident set. Inputs are read into the page cache
+time (user and system, of all threads), and the largest resident set. On a busy machine set OMP_NUM_THREADS=1: threads of torch that wait spin. Inputs are read into the page cache
 first. Prints the fastest run and the largest memory of each method, and one JSON document with --json.
 """
 import argparse, json, os, platform, resource, shutil, subprocess, sys, tempfile, time
