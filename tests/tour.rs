@@ -12,8 +12,6 @@ use std::{
 
 const MAX_README_LINES: usize = 200;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_neuroada-ckpt");
-/// Commands that the guide describes and another change brings: to be emptied when it is there.
-const ANNOUNCED: &[&str] = &["sync"];
 /// What stands for lines that a shown output leaves out.
 const LEFT_OUT: &str = "…";
 
@@ -207,9 +205,6 @@ fn every_command_and_option_in_a_block_exists() {
             let command = line.split(" #").next().expect("a split has a first part");
             let Some((_, arguments)) = command.split_once("neuroada-ckpt ") else { continue };
             let words: Vec<&str> = arguments.split([' ', '|', '>']).filter(|word| !word.is_empty()).collect();
-            if words.first().is_some_and(|word| ANNOUNCED.contains(word)) {
-                continue;
-            }
             let help = help_of(&words);
             let options =
                 words.iter().filter(|word| word.starts_with("--")).map(|word| word.split('=').next().unwrap_or(word));

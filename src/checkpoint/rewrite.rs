@@ -38,8 +38,7 @@ const LEAST_DIRECT: usize = 64 << 10;
 pub fn rewrite_shard<T, R, E>(
     ctx: &Context<'_>,
     source: &Shard,
-    target: &Path,
-    header: &[u8],
+    (target, header): (&Path, &[u8]),
     pieces: impl IntoIterator<Item = (Range<u64>, T), IntoIter: Send>,
     held: impl Fn(&T) -> u64 + Sync,
     edit: impl Fn(&T, &mut [u8]) -> Result<R, E> + Sync,
@@ -180,7 +179,7 @@ mod tests {
                 n_seen += n_bytes;
                 Ok(())
             };
-            rewrite_shard(&ctx, &shard, &target, &header, pieces, |_| 0, edit, sink).unwrap();
+            rewrite_shard(&ctx, &shard, (&target, &header), pieces, |_| 0, edit, sink).unwrap();
             assert_eq!(n_seen, n - start);
             assert!(std::fs::read(&target).unwrap() == expected, "{io:?} {longer}");
         }

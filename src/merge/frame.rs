@@ -231,8 +231,7 @@ fn replace_header(
     rewrite_shard(
         ctx,
         &source,
-        &part,
-        header.as_bytes(),
+        (&part, header.as_bytes()),
         windows(ctx, data).map(|range| (range, ())),
         |()| 0,
         |(), _| Ok::<_, MergeError>(()),

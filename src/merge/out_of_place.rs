@@ -287,8 +287,7 @@ fn rewrite<'t>(
     rewrite_shard(
         ctx,
         shard,
-        part,
-        header,
+        (part, header),
         pieces(ctx, shard, looks.iter().map(row_blocks_of)).map(|(range, rows)| {
             let rows: Option<(&Look<'_>, Range<u64>)> = rows.map(|(number, rows)| (&looks[number], rows));
             (range.clone(), (range.end, rows))
