@@ -20,6 +20,7 @@
 //! - [`tensor`]: plain values
 //!
 //! `gpu` (feature `cuda`) is a guest beside them: it implements traits of [`backend`] and `train`, and nothing imports it.
+//! - [`error`]: what every error says about itself
 
 pub mod adapter;
 pub mod backend;
@@ -29,6 +30,7 @@ pub mod convert;
 #[cfg(feature = "train")]
 pub mod data;
 pub mod diff;
+pub mod error;
 pub mod extract;
 pub mod foreign;
 #[cfg(feature = "cuda")]

@@ -11,8 +11,9 @@ use std::{
 use half::bf16;
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter, ConvertReport},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter, gather_rows},
+    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter, gather_rows},
     convert::{ConvertError, convert},
+    error::{ErrorKind, Failure},
     foreign::Format,
     mask::{BaseInfo, Recipe},
     merge::{self, MergeInput, MergeOptions},

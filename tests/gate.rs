@@ -10,7 +10,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use neuroada_ckpt::checkpoint::{AtomicDir, CheckpointError, ErrorKind, Existing, InUse, SingleFile, write_atomic};
+use neuroada_ckpt::{
+    checkpoint::{AtomicDir, CheckpointError, Existing, InUse, SingleFile, write_atomic},
+    error::{ErrorKind, Failure},
+};
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 

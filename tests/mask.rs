@@ -10,7 +10,8 @@ use std::{
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Io, Shard, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, Existing, Io, Shard, TensorFileWriter},
+    error::{ErrorKind, Failure},
     mask::{Amount, MaskFile, MaskOptions, MaskReport, Scope, ScoreKind, create_mask},
     tensor::{Dtype, F8E4M3, F8E5M2},
 };

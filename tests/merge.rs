@@ -10,7 +10,8 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Observer, Shard, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter},
+    error::{ErrorKind, Failure},
     mask::{BaseInfo, Recipe},
     merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which},
     tensor::{Dtype, RowColumns},

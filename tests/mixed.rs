@@ -12,7 +12,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, ErrorKind, Observer, Silent},
+    checkpoint::{Context, Observer, Silent},
+    error::{ErrorKind, Failure},
     merge::{self, KeptOriginals, MergeError, MergeInput, Recovered, VerifyOptions, Which},
     tensor::Dtype,
 };

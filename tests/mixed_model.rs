@@ -14,7 +14,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, ErrorKind, Observer},
+    checkpoint::{Context, Observer},
+    error::{ErrorKind, Failure},
     merge::{self, KeptOriginals, MergeError, MergeOptions, MergeReport, Recovered, VerifyOptions, Which},
 };
 

@@ -8,7 +8,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, ErrorKind},
+    checkpoint::Checkpoint,
+    error::{ErrorKind, Failure},
     merge::{self, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeOutput, VerifyOptions},
     tensor::Dtype,
 };

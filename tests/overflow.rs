@@ -13,7 +13,8 @@ use std::{
 use half::f16;
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Observer, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, Existing, Observer, TensorFileWriter},
+    error::{ErrorKind, Failure},
     mask::{BaseInfo, Recipe},
     merge::{self, MergeError, MergeInput, MergeOptions, MergeReport, VerifyOptions, Which},
     tensor::{Dtype, RowColumns},

@@ -10,10 +10,10 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::ConvertReport,
-    adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, TensorFileWriter},
+    adapter::{Adapter, AdapterNotes, AdapterWriter, ConvertReport},
+    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
     convert::{ConvertError, convert},
+    error::{ErrorKind, Failure},
     foreign::Format,
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, RowColumns},

@@ -12,7 +12,8 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, CheckpointError, Context, ErrorKind, Existing, TensorFileWriter},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorFileWriter},
+    error::{ErrorKind, Failure},
     mask::{BaseInfo, Recipe, select_targets},
     tensor::{Dtype, RowColumns},
     weights::{Answers, WeightMap},

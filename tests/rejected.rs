@@ -12,7 +12,8 @@ use std::{
 
 use neuroada_ckpt::{
     adapter::{Adapter, AdapterError},
-    checkpoint::{Checkpoint, CheckpointError, Context, ErrorKind},
+    checkpoint::{Checkpoint, CheckpointError, Context},
+    error::{ErrorKind, Failure},
 };
 use serde_json::Value;
 

@@ -10,8 +10,9 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, ErrorKind, Existing, Io, Observer, TensorFileWriter},
+    checkpoint::{Checkpoint, Context, Existing, Io, Observer, TensorFileWriter},
     diff::diff_checkpoints,
+    error::{ErrorKind, Failure},
     mask::{MaskOptions, create_mask},
     tensor::Dtype,
 };

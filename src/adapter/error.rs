@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, ErrorKind, Printable, indented_list},
+    checkpoint::{Checkpoint, CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
     mask::{BaseInfo, MaskError},
 };
 
@@ -58,16 +59,6 @@ pub enum AdapterError {
 }
 
 impl AdapterError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Checkpoint(e) => e.kind(),
-            Self::Mask(e) => e.kind(),
-            Self::WrongBase { .. } | Self::NotDerived { .. } | Self::Unmatched { .. } => ErrorKind::Refused,
-            Self::NeedsBase { .. } | Self::MalformedId(_) => ErrorKind::Usage,
-        }
-    }
-
     /// This failure to read an adapter back, met after it was written at `path`.
     pub(crate) fn after_commit(self, path: &Path) -> Self {
         match self {
@@ -93,6 +84,42 @@ impl AdapterError {
                 "{subject} was made from {made_from}, {} has other values at its positions",
                 Printable(&found)
             ),
+        }
+    }
+}
+
+impl Failure for AdapterError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Checkpoint(e) => e.kind(),
+            Self::Mask(e) => e.kind(),
+            Self::WrongBase { .. } | Self::NotDerived { .. } | Self::Unmatched { .. } => ErrorKind::Refused,
+            Self::NeedsBase { .. } | Self::MalformedId(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::WrongBase { path, .. }
+            | Self::NeedsBase { path }
+            | Self::NotDerived { path, .. }
+            | Self::Unmatched { path, .. } => Some(path),
+            _ => self.inner()?.file(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::NeedsBase { .. } => Some("--base BASE derives them".to_owned()),
+            _ => self.inner()?.hint(),
         }
     }
 }

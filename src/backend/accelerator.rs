@@ -1,20 +1,42 @@
 //! What can go wrong on a device that computes in place of the CPU.
 
-use std::error::Error;
+use std::{error::Error, fmt};
+
+use crate::error::{ErrorKind, Failure};
 
 /// An accelerator failed; the error is the accelerator's own, in its own words.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct AcceleratorError(Box<dyn Error + Send + Sync>);
+#[derive(Debug)]
+pub struct AcceleratorError {
+    error: Box<dyn Error + Send + Sync>,
+    kind: ErrorKind,
+}
 
 impl AcceleratorError {
     /// What went wrong.
-    pub fn new(error: impl Error + Send + Sync + 'static) -> Self {
-        Self(Box::new(error))
+    pub fn new(error: impl Failure + Send + Sync + 'static) -> Self {
+        Self { kind: error.kind(), error: Box::new(error) }
     }
 
     /// The accelerator's error, where it is an `E`.
     pub fn downcast_ref<E: Error + 'static>(&self) -> Option<&E> {
-        self.0.downcast_ref()
+        self.error.downcast_ref()
+    }
+}
+
+impl fmt::Display for AcceleratorError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl Error for AcceleratorError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl Failure for AcceleratorError {
+    fn kind(&self) -> ErrorKind {
+        self.kind
     }
 }

@@ -6,23 +6,7 @@ use std::{
 };
 
 use super::{CodedWeight, atomic_file::is_temporary_folder};
-
-/// What kind of failure an error is; the command line turns it into an exit code.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ErrorKind {
-    /// The request itself makes no sense (exit 2).
-    Usage,
-    /// A file is not what it should be (exit 3).
-    BadInput,
-    /// The files are fine, but doing this would be wrong (exit 4).
-    Refused,
-    /// The system failed to read or write (exit 5).
-    Io,
-    /// An interrupted change waits for `recover` (exit 6).
-    Interrupted,
-    /// Stopped by the user (exit 130).
-    Cancelled,
-}
+use crate::error::{ErrorKind, Failure};
 
 /// What can go wrong while opening, reading or writing checkpoint files.
 #[derive(Debug, thiserror::Error)]
@@ -208,8 +192,25 @@ impl CheckpointError {
         };
         Self::committed(output, what, io::Error::other(words))
     }
-    /// The file or folder that the error is about.
-    pub fn path(&self) -> Option<&Path> {
+}
+
+impl Failure for CheckpointError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } | Self::Committed { .. } => ErrorKind::Io,
+            Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
+            Self::OutputExists { .. }
+            | Self::OutputIsInput { .. }
+            | Self::ForeignEntries { .. }
+            | Self::Coded { .. }
+            | Self::Refused { .. }
+            | Self::MemoryLimit { .. } => ErrorKind::Refused,
+            Self::Interrupted { .. } => ErrorKind::Interrupted,
+            Self::Cancelled => ErrorKind::Cancelled,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
         match self {
             Self::Io { path, .. }
             | Self::BadFile { path, .. }
@@ -227,24 +228,25 @@ impl CheckpointError {
             Self::MemoryLimit { .. } | Self::Cancelled => None,
         }
     }
-    /// Whether the work was done all the same.
-    pub fn is_committed(&self) -> bool {
-        matches!(self, Self::Committed { .. })
+
+    fn hint(&self) -> Option<String> {
+        let advice = match self {
+            Self::OutputExists { .. } => "--force replaces it",
+            Self::OutputIsInput { .. } => {
+                "choose another place for the output; merge and unmerge change a checkpoint itself with --in-place"
+            }
+            Self::ForeignEntries { .. } => "move them away, or choose another place for the output",
+            Self::Coded { .. } => {
+                "use the 16-bit checkpoint that it was made from; its plain weights can be named by --targets"
+            }
+            Self::Interrupted { path } => return Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
+            _ => return None,
+        };
+        Some(advice.to_owned())
     }
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } | Self::Committed { .. } => ErrorKind::Io,
-            Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
-            Self::OutputExists { .. }
-            | Self::OutputIsInput { .. }
-            | Self::ForeignEntries { .. }
-            | Self::Coded { .. }
-            | Self::Refused { .. }
-            | Self::MemoryLimit { .. } => ErrorKind::Refused,
-            Self::Interrupted { .. } => ErrorKind::Interrupted,
-            Self::Cancelled => ErrorKind::Cancelled,
-        }
+
+    fn is_committed(&self) -> bool {
+        matches!(self, Self::Committed { .. })
     }
 }
 

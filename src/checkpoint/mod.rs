@@ -49,7 +49,7 @@ pub use codes::{CodedWeight, Codes};
 pub use context::{Context, Io, MIN_MEMORY, Observer, Silent};
 pub use copy::{Copied, CopyMode, check_free_space, copy_file, share_file, unshare};
 pub(crate) use error::indented_list;
-pub use error::{CheckpointError, ErrorKind, Printable};
+pub use error::{CheckpointError, Printable};
 pub use gate::{OutputKind, check_output};
 pub use gather::{BaseValues, gather_cost, gather_rows};
 #[cfg(feature = "train")]

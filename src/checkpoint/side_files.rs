@@ -20,14 +20,14 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    Checkpoint, CheckpointError, Context, CopyMode, EntryKind, ErrorKind, INDEX_FILE, Layout, Printable, STATE_FOLDER,
-    Shard,
+    Checkpoint, CheckpointError, Context, CopyMode, EntryKind, INDEX_FILE, Layout, Printable, STATE_FOLDER, Shard,
     copy::create_like,
     copy_file, create_folders, folder_of,
     index::{Bounds, MAX_INDEX_BYTES, WrongTotal},
     json::read_whole,
     probe, remove_file,
 };
+use crate::error::{ErrorKind, Failure};
 
 /// Ends of the names of files that hold whole models.
 const MODEL_ENDINGS: &[&str] = &[

@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use anyhow::bail;
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, Existing},
@@ -12,6 +11,7 @@ use super::{
     Answer,
     about::{DtypeChoice, NotesArgs},
     env::Env,
+    failure::{CliError, CliResult},
     merge::parse_input,
     page::{Page, Table, bytes, count, number},
     unpack::open_adapter,
@@ -68,22 +68,22 @@ enum MethodChoice {
     Priority,
 }
 
-pub(super) fn run(args: CombineArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: CombineArgs, env: &Env) -> CliResult<Answer> {
     let method = match (args.method, args.density) {
         (MethodChoice::Linear, None) => Method::Linear,
         (MethodChoice::Priority, None) => Method::Priority,
         (MethodChoice::Ties, Some(density)) => Method::Ties { density },
         (MethodChoice::Dare, Some(density)) => Method::Dare { density, seed: args.seed },
         (MethodChoice::DareTies, Some(density)) => Method::DareTies { density, seed: args.seed },
-        (_, None) => bail!("this method needs --density"),
-        (_, Some(_)) => bail!("this method takes no --density"),
+        (_, None) => return Err(CliError::usage("this method needs --density")),
+        (_, Some(_)) => return Err(CliError::usage("this method takes no --density")),
     };
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
-    let input = |text: &String| -> anyhow::Result<CombineInput> {
+    let input = |text: &String| -> CliResult<CombineInput> {
         let MergeInput { adapter, scale } = parse_input(text)?;
         Ok(CombineInput { adapter: open_adapter(&adapter, args.base.as_deref(), env)?, weight: scale.unwrap_or(1.0) })
     };
-    let inputs: Vec<CombineInput> = args.adapters.iter().map(input).collect::<anyhow::Result<_>>()?;
+    let inputs: Vec<CombineInput> = args.adapters.iter().map(input).collect::<CliResult<_>>()?;
     let dtype = args.dtype.dtype();
     let options = CombineOptions { method, base: base.as_ref(), dtype, notes: args.notes.notes() };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };

@@ -1,6 +1,6 @@
 use clap::Args;
 
-use super::{Answer, definition, env::Env};
+use super::{Answer, definition, env::Env, failure::CliResult};
 
 /// Print a completion script for a shell
 ///
@@ -11,7 +11,7 @@ pub(super) struct CompletionsArgs {
     shell: clap_complete::Shell,
 }
 
-pub(super) fn run(args: CompletionsArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: CompletionsArgs, env: &Env) -> CliResult<Answer> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut definition(), "neuroada-ckpt", &mut script);
     env.print(&script)?;

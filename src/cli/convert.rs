@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use anyhow::{anyhow, bail};
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     adapter::{ConvertReport, ConvertedTensor},
@@ -14,7 +13,7 @@ use neuroada_ckpt::{
 use super::{
     Answer,
     env::Env,
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     page::{Page, Table, bytes, count},
     sync::{self, ApplyArgs, ChecksumArg, EncodingArg, ExportArgs},
     weights::RenameArgs,
@@ -81,7 +80,7 @@ enum Target {
     Checkpoint,
 }
 
-pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     let format = match args.to {
         Target::Neuroada => Format::NeuroAda,
         Target::Published => Format::Published,
@@ -93,7 +92,7 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
         Target::Checkpoint => return apply(args, env),
     };
     if args.has_export_options() {
-        bail!("--encoding, --checksum and --base-version belong to `sync export`");
+        return Err(CliError::usage("--encoding, --checksum and --base-version belong to `sync export`"));
     }
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let existing = args.existing();
@@ -125,9 +124,9 @@ impl ConvertArgs {
 }
 
 /// `convert --to weight-sync`, the old name of `sync export`.
-fn export(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
+fn export(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     env.note("warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`");
-    let base = args.base.ok_or_else(|| anyhow!("--to weight-sync needs --base: what the servers have now"))?;
+    let base = args.base.ok_or_else(|| CliError::usage("--to weight-sync needs --base: what the servers have now"))?;
     let args = ExportArgs {
         input: args.input,
         base,
@@ -143,12 +142,13 @@ fn export(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
 }
 
 /// `convert --to checkpoint`, the old name of `sync apply`.
-fn apply(args: ConvertArgs, env: &Env) -> anyhow::Result<Answer> {
+fn apply(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     env.note("warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`");
     let has_options = args.has_export_options();
-    let base = args.base.ok_or_else(|| anyhow!("--to checkpoint needs --base: what the delta is applied to"))?;
+    let base =
+        args.base.ok_or_else(|| CliError::usage("--to checkpoint needs --base: what the delta is applied to"))?;
     if has_options {
-        bail!("the delta itself says its encoding, its checksum and its versions");
+        return Err(CliError::usage("the delta itself says its encoding, its checksum and its versions"));
     }
     let (input, output, tensors, force) = (args.input, args.output, args.tensors, args.force);
     sync::apply(&ApplyArgs { input, base, output, tensors, force }, env)

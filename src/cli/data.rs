@@ -1,11 +1,11 @@
 //! Options of all commands that read data, and what is told of it.
 
 use std::{
+    num::ParseIntError,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     checkpoint::{CheckpointError, probe},
@@ -14,7 +14,7 @@ use neuroada_ckpt::{
 
 use super::{
     env::Env,
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     page::{bytes, count},
 };
 
@@ -49,18 +49,22 @@ impl DataArgs {
     /// What library functions are given.
     ///
     /// A chat template may ask for the date: that of SOURCE_DATE_EPOCH where it is set, so that a run can be repeated.
-    pub(super) fn options(&self, limit: Option<u64>) -> anyhow::Result<ReadOptions> {
+    pub(super) fn options(&self, limit: Option<u64>) -> CliResult<ReadOptions> {
         let template = match self.template.as_str() {
             "auto" => Template::Auto,
             "alpaca" => Template::Alpaca,
             "commonsense" => Template::Commonsense,
             file if probe::is_file(Path::new(file))? => Template::File(PathBuf::from(file)),
-            other => bail!("--template {other}: neither auto, alpaca or commonsense, nor a file"),
+            other => {
+                return Err(CliError::usage(format!(
+                    "--template {other}: neither auto, alpaca or commonsense, nor a file"
+                )));
+            }
         };
         let seconds = match std::env::var("SOURCE_DATE_EPOCH") {
-            Ok(text) => {
-                text.parse().with_context(|| format!("SOURCE_DATE_EPOCH={text}: expected seconds since 1970"))?
-            }
+            Ok(text) => text.parse().map_err(|e: ParseIntError| {
+                CliError::usage(format!("SOURCE_DATE_EPOCH={text}: expected seconds since 1970: {e}"))
+            })?,
             Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };
         let loss = match self.loss {
@@ -77,7 +81,7 @@ pub(super) fn read(
     path: &Path,
     tokenizer: &Tokenizer,
     options: &ReadOptions,
-) -> anyhow::Result<(Dataset, DataReport)> {
+) -> CliResult<(Dataset, DataReport)> {
     let (dataset, report) = data::read_dataset(&env.context(), path, tokenizer, options)?;
     let (name, rows) =
         (&report.name, |n: u64| if n == 1 { "1 row is".to_owned() } else { format!("{} rows are", count(n)) });
@@ -106,7 +110,7 @@ pub(super) fn read(
 }
 
 /// Refuses work on the processor that needs more memory than `--max-memory` says. Without the option a model takes what it needs.
-pub(super) fn check_memory(env: &Env, base: &Path, what: &str, needed: u64) -> anyhow::Result<()> {
+pub(super) fn check_memory(env: &Env, base: &Path, what: &str, needed: u64) -> CliResult<()> {
     let Some(limit) = env.given_memory().filter(|limit| needed > *limit) else { return Ok(()) };
     let what = format!("{what} needs {} of memory, --max-memory allows {}", bytes(needed), bytes(limit));
     let refused = Err(CheckpointError::Refused { path: base.to_owned(), what });

@@ -1,6 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, Printable, Shard, probe},
@@ -12,6 +11,7 @@ use neuroada_ckpt::{
 use super::{
     Answer,
     env::Env,
+    failure::{CliError, CliResult},
     page::{Page, Table, bytes, count, number, percent},
     unpack::open_adapter,
 };
@@ -43,7 +43,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(path: &Path) -> anyhow::Result<Self> {
+    fn of(path: &Path) -> CliResult<Self> {
         if probe::is_folder(path)? {
             return Ok(Self::Checkpoint);
         }
@@ -62,11 +62,15 @@ impl Kind {
     }
 }
 
-pub(super) fn run(args: DiffArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: DiffArgs, env: &Env) -> CliResult<Answer> {
     let (kind_a, kind_b) = (Kind::of(&args.a)?, Kind::of(&args.b)?);
     if kind_a != kind_b {
         let (a, b) = (Printable::path(&args.a), Printable::path(&args.b));
-        bail!("{a} is {} and {b} is {}: only files of one kind can be compared", kind_a.words(), kind_b.words());
+        return Err(CliError::usage(format!(
+            "{a} is {} and {b} is {}: only files of one kind can be compared",
+            kind_a.words(),
+            kind_b.words()
+        )));
     }
     let ctx = env.context();
     let equal = match kind_a {

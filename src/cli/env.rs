@@ -2,7 +2,6 @@
 
 use std::{
     cell::Cell,
-    fmt,
     io::{self, Write},
     thread,
 };
@@ -16,7 +15,7 @@ use serde::Serialize;
 
 use super::{
     device::{Device, parse_device},
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     gpu::Gpu,
     page::Page,
     progress::Progress,
@@ -105,25 +104,15 @@ pub(super) struct Env {
     _inputs: Vec<InUse>,
 }
 
-/// The report of work that is done could not be written.
-#[derive(Debug)]
-pub(super) struct ReportLost;
-
-impl fmt::Display for ReportLost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the work is done, but its report could not be written")
-    }
-}
-
 impl Env {
     /// Starts the threads, and listens to Ctrl-C from here on. What `inputs` hold is registered as read, so that no output touches it.
-    pub(super) fn new(args: GlobalArgs, inputs: Vec<InUse>) -> anyhow::Result<Self> {
+    pub(super) fn new(args: GlobalArgs, inputs: Vec<InUse>) -> CliResult<Self> {
         let progress = Progress::new(args.quiet, args.verbose)?;
         let mut pool = rayon::ThreadPoolBuilder::new();
         if let Some(threads) = args.threads {
             pool = pool.num_threads(usize::from(threads));
         }
-        pool.build_global().map_err(|e| anyhow::Error::new(io::Error::other(e)).context("cannot start threads"))?;
+        pool.build_global().map_err(|e| CliError::from(io::Error::other(e)).context("cannot start threads"))?;
         let env = Self { args, progress, asked_for_gpu: Cell::new(false), _inputs: inputs };
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",
@@ -157,7 +146,7 @@ impl Env {
     }
 
     /// The GPU that was asked for.
-    pub(super) fn gpu(&self) -> anyhow::Result<Option<Gpu>> {
+    pub(super) fn gpu(&self) -> CliResult<Option<Gpu>> {
         self.asked_for_gpu.set(true);
         let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
         Ok(Some(Gpu::open(ordinal).hint("--device cpu does the same without one")?))
@@ -165,13 +154,13 @@ impl Env {
 
     /// Bytes of `gpu`'s memory that a model may take.
     #[cfg(feature = "train")]
-    pub(super) fn memory_of(&self, gpu: &Gpu) -> anyhow::Result<u64> {
+    pub(super) fn memory_of(&self, gpu: &Gpu) -> CliResult<u64> {
         let free = gpu.free_bytes()?;
         Ok(self.args.gpu_memory.map_or(free, |most| most.min(free)))
     }
 
     /// The same for what streams through it, and bytes of its memory to stay within.
-    fn streaming_gpu(&self) -> anyhow::Result<Option<(Gpu, u64)>> {
+    fn streaming_gpu(&self) -> CliResult<Option<(Gpu, u64)>> {
         let Some(gpu) = self.gpu()? else { return Ok(None) };
         let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
         self.detail(&format!("{gpu:?}, {} MiB of its memory", gpu_memory >> 20));
@@ -179,7 +168,7 @@ impl Env {
     }
 
     /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
-    pub(super) fn gpu_chooser(&self, check: f64) -> anyhow::Result<Option<Box<dyn RowChooser>>> {
+    pub(super) fn gpu_chooser(&self, check: f64) -> CliResult<Option<Box<dyn RowChooser>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         // Windows and results take up to half of the memory.
         let pinned_bytes = self.max_memory() / 8;
@@ -187,20 +176,21 @@ impl Env {
     }
 
     /// Who merges low-rank products, where a GPU was asked for.
-    pub(super) fn gpu_merger(&self) -> anyhow::Result<Option<Box<dyn LowRankMerger>>> {
+    pub(super) fn gpu_merger(&self) -> CliResult<Option<Box<dyn LowRankMerger>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         Ok(Some(gpu.merger(gpu_memory)))
     }
 
     /// Prints the report of work that is done: where it cannot be written, the error says so.
-    pub(super) fn report_work<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> anyhow::Result<()> {
-        self.report(report, text).map_err(|e| e.context(ReportLost))
+    pub(super) fn report_work<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> CliResult<()> {
+        self.report(report, text)
+            .map_err(|e| e.context("the work is done, but its report could not be written").after_work())
     }
 
     /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.
-    pub(super) fn report<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> anyhow::Result<()> {
+    pub(super) fn report<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> CliResult<()> {
         if self.args.json {
-            let mut json = serde_json::to_vec_pretty(report)?;
+            let mut json = serde_json::to_vec_pretty(report).map_err(io::Error::from)?;
             json.push(b'\n');
             return self.print(&json);
         }
@@ -213,13 +203,11 @@ impl Env {
     }
 
     /// Writes `bytes` to stdout, whatever `-q` says. A reader who left early is no failure.
-    pub(super) fn print(&self, bytes: &[u8]) -> anyhow::Result<()> {
+    pub(super) fn print(&self, bytes: &[u8]) -> CliResult<()> {
         self.progress.clear();
         let mut stdout = io::stdout().lock();
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-            Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
-                Err(anyhow::Error::new(e).context("cannot write to stdout"))
-            }
+            Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(CliError::from(e).context("cannot write to stdout")),
             _ => Ok(()),
         }
     }

@@ -13,7 +13,7 @@ use super::{
     Answer,
     data::DataArgs,
     env::Env,
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     gpu::OnDevice,
     merge::parse_input,
     page::{Page, Table, count, number, percent},
@@ -176,7 +176,7 @@ struct AnswerReport {
     is_right: bool,
 }
 
-pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
     let tokenizer = Tokenizer::open(&args.base).hint("eval reads the tokenizer beside the weights")?;
     let mut options = args.rows.options(args.show.or(args.limit))?;
@@ -193,7 +193,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
         TaskChoice::Loss => None,
     };
     if task.is_none() && (args.generate || args.answers) {
-        anyhow::bail!("--generate and --answers need rows with answers: --task commonsense or math");
+        return Err(CliError::usage("--generate and --answers need rows with answers: --task commonsense or math"));
     }
     if let Some(task) = task
         && options.template == Template::Auto
@@ -257,14 +257,14 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> anyhow::Result<Answer> {
     Ok(Answer::Yes)
 }
 
-fn open_adapter(text: &str) -> anyhow::Result<(Adapter, f64)> {
+fn open_adapter(text: &str) -> CliResult<(Adapter, f64)> {
     let input = parse_input(text)?;
     let adapter = Adapter::open(&input.adapter).hint("adapters of other kinds can be merged first")?;
     let scale = input.scale.unwrap_or(adapter.scale());
     Ok((adapter, scale))
 }
 
-fn report_of(env: &Env, adapter: &Adapter, scale: f64) -> anyhow::Result<AdapterReport> {
+fn report_of(env: &Env, adapter: &Adapter, scale: f64) -> CliResult<AdapterReport> {
     let name = adapter.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(AdapterReport { name, id: adapter.id(&env.context())?.to_string(), scale, n_deltas: adapter.nnz() })
 }
@@ -299,14 +299,14 @@ struct Measuring<'w, 'a> {
 impl<'a> OnDevice for Measuring<'_, 'a> {
     type Output = Measured<'a>;
 
-    fn run<D: Device>(self, device: &D) -> anyhow::Result<Measured<'a>> {
+    fn run<D: Device>(self, device: &D) -> CliResult<Measured<'a>> {
         self.wanted.measure(self.env, device)
     }
 }
 
 impl<'a> Wanted<'a> {
     /// On the device that was asked for.
-    fn measure_somewhere(&self, env: &Env) -> anyhow::Result<Measured<'a>> {
+    fn measure_somewhere(&self, env: &Env) -> CliResult<Measured<'a>> {
         let work = Measuring { wanted: self, env };
         if let Some(gpu) = env.gpu()? {
             let dtype = gpu.dtype_of(self.base).hint("--device cpu takes them")?;
@@ -317,7 +317,7 @@ impl<'a> Wanted<'a> {
     }
 
     /// What evaluation takes on the processor.
-    fn memory(&self) -> anyhow::Result<MemoryEstimate> {
+    fn memory(&self) -> CliResult<MemoryEstimate> {
         let config = train::check_model(self.base)?;
         let batches = Batches::in_order(self.dataset, self.limits());
         let supervised = |i| batches.examples(i).iter().map(|&i| self.dataset.example(i as usize).n_supervised()).sum();
@@ -352,7 +352,7 @@ impl<'a> Wanted<'a> {
         self.questions.iter().map(|question| question.prompt.clone()).collect()
     }
 
-    fn measure<D: Device>(&self, env: &Env, device: &D) -> anyhow::Result<Measured<'a>> {
+    fn measure<D: Device>(&self, env: &Env, device: &D) -> CliResult<Measured<'a>> {
         let ctx = env.context();
         let mut model = Model::load(&ctx, device, self.base)?;
         if let Some((adapter, scale)) = self.adapter {
@@ -367,7 +367,7 @@ impl<'a> Wanted<'a> {
         Ok(Measured { loss, chosen, written })
     }
 
-    fn loss<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<f64> {
+    fn loss<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> CliResult<f64> {
         let ctx = env.context();
         let batches = Batches::in_order(self.dataset, self.limits());
         let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
@@ -376,7 +376,7 @@ impl<'a> Wanted<'a> {
     }
 
     /// The likeliest candidate of each question; the first of those that are equally likely.
-    fn rank<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> anyhow::Result<Vec<&'a str>> {
+    fn rank<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> CliResult<Vec<&'a str>> {
         let ctx = env.context();
         ctx.observer.begin_count("ranking", "questions", self.questions.len() as u64);
         let ranked = train::rank(&ctx, device, model, &self.asked(), self.max_tokens)?;
@@ -398,7 +398,7 @@ impl<'a> Wanted<'a> {
         device: &D,
         model: &Model<D>,
         options: &GenerateOptions,
-    ) -> anyhow::Result<Vec<String>> {
+    ) -> CliResult<Vec<String>> {
         let ctx = env.context();
         ctx.observer.begin_count("answering", "questions", self.questions.len() as u64);
         let written = train::generate(&ctx, device, model, &self.prompts(), options)?;
@@ -415,7 +415,7 @@ struct Shown {
     text: String,
 }
 
-fn show(env: &Env, tokenizer: &Tokenizer, path: &Path, options: &ReadOptions, n: u64) -> anyhow::Result<Answer> {
+fn show(env: &Env, tokenizer: &Tokenizer, path: &Path, options: &ReadOptions, n: u64) -> CliResult<Answer> {
     let (dataset, data) = super::data::read(env, path, tokenizer, options)?;
     let mut examples = Vec::new();
     for example in dataset.iter().take(n as usize) {

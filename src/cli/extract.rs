@@ -11,7 +11,7 @@ use super::{
     Answer,
     about::NotesArgs,
     env::Env,
-    failure::Hint,
+    failure::{CliResult, Hint},
     page::{Page, Table, bytes, count, number, percent},
     weights::{AxesArgs, with_axes_hint},
 };
@@ -79,7 +79,7 @@ fn parse_share(text: &str) -> Result<f64, String> {
     }
 }
 
-pub(super) fn run(args: ExtractArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: ExtractArgs, env: &Env) -> CliResult<Answer> {
     let (base, tuned) = (Checkpoint::open(&args.base)?, Checkpoint::open(&args.tuned)?);
     let dtype = match args.dtype {
         DtypeChoice::Auto => None,

@@ -11,6 +11,7 @@ use super::{
     Answer,
     about::{DtypeChoice, NotesArgs},
     env::Env,
+    failure::{CliError, CliResult},
     page::{bytes, count},
 };
 
@@ -44,9 +45,9 @@ pub(super) struct InitArgs {
     force: bool,
 }
 
-pub(super) fn run(args: InitArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: InitArgs, env: &Env) -> CliResult<Answer> {
     if !args.scale.is_finite() {
-        anyhow::bail!("--scale {} is not a finite number", args.scale);
+        return Err(CliError::usage(format!("--scale {} is not a finite number", args.scale)));
     }
     let base = Checkpoint::open(&args.base)?;
     let mask = MaskFile::open(&args.mask)?;

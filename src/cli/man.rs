@@ -1,6 +1,10 @@
 use clap::Args;
 
-use super::{Answer, definition, env::Env};
+use super::{
+    Answer, definition,
+    env::Env,
+    failure::{CliError, CliResult},
+};
 
 /// Print the manual page
 ///
@@ -11,13 +15,13 @@ pub(super) struct ManArgs {
     command: Vec<String>,
 }
 
-pub(super) fn run(args: ManArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: ManArgs, env: &Env) -> CliResult<Answer> {
     let mut page = definition();
     page.build();
     let mut page_name = "neuroada-ckpt".to_owned();
     for name in &args.command {
         let command = page.find_subcommand(name).cloned();
-        page = command.ok_or_else(|| anyhow::anyhow!("there is no command \"{}\"", name.escape_debug()))?;
+        page = command.ok_or_else(|| CliError::usage(format!("there is no command \"{}\"", name.escape_debug())))?;
         page_name = format!("{page_name}-{}", page.get_name());
     }
     // A name without a space is what `man` looks for.

@@ -10,6 +10,7 @@ use neuroada_ckpt::{
 use super::{
     Answer,
     env::Env,
+    failure::CliResult,
     page::{Page, Table, count, percent},
     weights::{AxesArgs, with_axes_hint},
 };
@@ -103,7 +104,7 @@ enum ScopeChoice {
     Global,
 }
 
-pub(super) fn run(args: MaskArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: MaskArgs, env: &Env) -> CliResult<Answer> {
     let checkpoint = Checkpoint::open(&args.base)?;
     let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
     let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use neuroada_ckpt::{checkpoint::Existing, mask};
 
-use super::{Answer, env::Env, page::count};
+use super::{Answer, env::Env, failure::CliResult, page::count};
 
 /// Put the parts of a mask together
 ///
@@ -22,7 +22,7 @@ pub(super) struct MaskJoinArgs {
     force: bool,
 }
 
-pub(super) fn run(args: MaskJoinArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: MaskJoinArgs, env: &Env) -> CliResult<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = mask::join_masks(&env.context(), &args.parts, &args.output, existing)?;
     env.report_work(&report, |report, page| {

@@ -1,6 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail};
 use clap::{ArgGroup, Args};
 use neuroada_ckpt::{
     backend::{MergedWeights, Merger},
@@ -15,7 +14,7 @@ use neuroada_ckpt::{
 use super::{
     Answer,
     env::Env,
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     page::{Page, Table, bytes, count, number, percent},
     weights::{AxesArgs, RenameArgs, axes_hint},
 };
@@ -157,8 +156,8 @@ impl OutputArgs {
 /// What is reported where there was something to recover.
 const RECOVERED: &str = "an interrupted change was recovered first";
 
-pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
-    let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<Vec<_>>>()?;
+pub(super) fn run(args: MergeArgs, env: &Env) -> CliResult<Answer> {
+    let inputs = args.adapters.iter().map(|text| parse_input(text)).collect::<CliResult<Vec<_>>>()?;
     let recovers = args.output.is_in_place() && Checkpoint::open_interrupted(&args.base)?.interrupted()?.is_some();
     if recovers {
         merge::recover(&env.context(), &args.base, args.low_rank.originals.as_deref())?;
@@ -171,7 +170,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> anyhow::Result<Answer> {
 }
 
 /// Merges, when there is nothing to recover any more.
-fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> anyhow::Result<Answer> {
+fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> CliResult<Answer> {
     let any_low_rank = inputs.iter().any(|input| merge::changes_whole_tensors(&input.adapter));
     let gpu = if any_low_rank { env.gpu_merger()? } else { None };
     let merger = gpu.as_deref().map_or_else(Merger::cpu, Merger::on);
@@ -251,7 +250,7 @@ fn is_about_names(error: &MergeError) -> bool {
 }
 
 /// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.
-pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
+pub(super) fn parse_input(text: &str) -> CliResult<MergeInput> {
     let Some((file, scale)) = text.rsplit_once('=') else {
         return Ok(MergeInput { adapter: text.into(), scale: None });
     };
@@ -261,13 +260,15 @@ pub(super) fn parse_input(text: &str) -> anyhow::Result<MergeInput> {
         }
         // A file whose own name holds an equals sign.
         _ if probe::is_present(Path::new(text))? => Ok(MergeInput { adapter: text.into(), scale: None }),
-        Ok(scale) if !scale.is_finite() => bail!("{text}: scale {scale} is not a finite number"),
-        _ => Err(anyhow!("{text}: expected FILE or FILE=SCALE, and {scale:?} is not a number")),
+        Ok(scale) if !scale.is_finite() => {
+            Err(CliError::usage(format!("{text}: scale {scale} is not a finite number")))
+        }
+        _ => Err(CliError::usage(format!("{text}: expected FILE or FILE=SCALE, and {scale:?} is not a number"))),
     }
 }
 
 /// Prints the report of a merge or an unmerge.
-pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> anyhow::Result<()> {
+pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> CliResult<()> {
     match report.dry_run {
         true => env.report(report, print)?,
         false => env.report_work(report, print)?,

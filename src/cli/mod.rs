@@ -44,7 +44,7 @@ use std::{io, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use env::{Env, GlobalArgs};
-use failure::Failure;
+use failure::CliResult;
 
 /// Transform model checkpoints without loading them
 ///
@@ -103,7 +103,7 @@ enum Command {
     Man(man::ManArgs),
 }
 
-fn run(command: Command, env: &Env) -> anyhow::Result<Answer> {
+fn run(command: Command, env: &Env) -> CliResult<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
@@ -159,7 +159,7 @@ pub(crate) fn main() -> ExitCode {
     match Env::new(cli.global, inputs).and_then(|env| run(cli.command, &env).inspect(|_| env.farewell())) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
-        Err(error) => Failure::of(&error).tell(json),
+        Err(error) => error.print(json),
     }
 }
 

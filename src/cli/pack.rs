@@ -9,6 +9,7 @@ use neuroada_ckpt::{
 use super::{
     Answer, card,
     env::Env,
+    failure::CliResult,
     page::{Page, Table, bytes, count, number},
 };
 
@@ -60,7 +61,7 @@ enum Values {
     Int4,
 }
 
-pub(super) fn run(args: PackArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: PackArgs, env: &Env) -> CliResult<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let ctx = env.context();
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;

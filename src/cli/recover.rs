@@ -4,7 +4,11 @@ use clap::Args;
 use neuroada_ckpt::merge::{self, MergeError, Recovered};
 use serde::Serialize;
 
-use super::{Answer, env::Env, failure::Hint};
+use super::{
+    Answer,
+    env::Env,
+    failure::{CliResult, Hint},
+};
 
 /// Finish or roll back an interrupted change
 ///
@@ -26,7 +30,7 @@ struct RecoverReport {
     outcome: Recovered,
 }
 
-pub(super) fn run(args: RecoverArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: RecoverArgs, env: &Env) -> CliResult<Answer> {
     let outcome = match merge::recover(&env.context(), &args.path, args.base.as_deref()) {
         Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
         outcome => outcome?,

@@ -23,7 +23,7 @@ use super::{
     about::NotesArgs,
     data::{DataArgs, check_memory, read},
     env::Env,
-    failure::Hint,
+    failure::{CliResult, Hint},
     gpu::{Gpu, OnDevice},
     page::{Page, bytes, count, duration, number, percent},
 };
@@ -191,7 +191,7 @@ impl TrainArgs {
     }
 }
 
-pub(super) fn run(args: TrainArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
     let options = args.options();
     options.check()?;
@@ -281,7 +281,7 @@ struct Place {
 }
 
 impl Place {
-    fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> anyhow::Result<Self> {
+    fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> CliResult<Self> {
         if let Some(gpu) = env.gpu()? {
             let dtype = gpu.dtype_of(base).hint("--device cpu takes them")?;
             let memory = gpu.memory_of_run(config, base, dtype, size);
@@ -302,7 +302,7 @@ impl Place {
         self.gpu.as_ref().map_or_else(|| "cpu".to_owned(), |(gpu, _)| gpu.name())
     }
 
-    fn train(&self, run: Run<'_>) -> anyhow::Result<TrainReport> {
+    fn train(&self, run: Run<'_>) -> CliResult<TrainReport> {
         match &self.gpu {
             Some((gpu, dtype)) => gpu.run(*dtype, run),
             None => run.run(&CpuDevice::new()),
@@ -320,7 +320,7 @@ struct Run<'a> {
 impl OnDevice for Run<'_> {
     type Output = TrainReport;
 
-    fn run<D: Device>(self, device: &D) -> anyhow::Result<TrainReport> {
+    fn run<D: Device>(self, device: &D) -> CliResult<TrainReport> {
         let Self { ctx, job, watcher } = self;
         let mut model = Model::load(ctx, device, job.base)?;
         model.attach(ctx, device, job.base, job.mask)?;

@@ -3,7 +3,6 @@ use std::{
     str::FromStr,
 };
 
-use anyhow::bail;
 use clap::Args;
 use neuroada_ckpt::{
     adapter::AdapterId,
@@ -14,7 +13,7 @@ use neuroada_ckpt::{
 use super::{
     Answer,
     env::Env,
-    failure::Hint,
+    failure::{CliError, CliResult, Hint},
     merge::{OutputArgs, tell},
 };
 
@@ -36,11 +35,11 @@ pub(super) struct UnmergeArgs {
     output: OutputArgs,
 }
 
-pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: UnmergeArgs, env: &Env) -> CliResult<Answer> {
     let which = if args.adapters.is_empty() {
         Which::All
     } else {
-        Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<anyhow::Result<_>>()?)
+        Which::Some(args.adapters.iter().map(|text| resolve(text, &args.path, env)).collect::<CliResult<_>>()?)
     };
     let is_in_place = args.output.is_changed_itself();
     let options = MergeOptions { base: args.base, ..args.output.options(true) };
@@ -53,7 +52,7 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> anyhow::Result<Answer> {
 }
 
 /// The adapter that an id, the beginning of one, or a file stands for.
-fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
+fn resolve(text: &str, path: &Path, env: &Env) -> CliResult<AdapterId> {
     if let Ok(id) = AdapterId::from_str(text) {
         return Ok(id);
     }
@@ -67,7 +66,13 @@ fn resolve(text: &str, path: &Path, env: &Env) -> anyhow::Result<AdapterId> {
         active.iter().map(|entry| entry.id.as_str()).filter(|id| id.starts_with(&text.to_lowercase())).collect();
     match found[..] {
         [id] => Ok(AdapterId::from_str(id)?),
-        [] => bail!("no adapter merged into {} has an id that begins with {text}", path.display()),
-        _ => bail!("{} adapters merged into {} have ids that begin with {text}", found.len(), path.display()),
+        [] => {
+            Err(CliError::usage(format!("no adapter merged into {} has an id that begins with {text}", path.display())))
+        }
+        _ => Err(CliError::usage(format!(
+            "{} adapters merged into {} have ids that begin with {text}",
+            found.len(),
+            path.display()
+        ))),
     }
 }

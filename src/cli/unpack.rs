@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::{
     Answer,
     env::Env,
+    failure::CliResult,
     page::{bytes, count},
 };
 
@@ -41,7 +42,7 @@ struct UnpackReport {
     n_bytes: u64,
 }
 
-pub(super) fn run(args: UnpackArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: UnpackArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
     let adapter = open_adapter(&args.packed, args.base.as_deref(), env)?;
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
@@ -65,11 +66,7 @@ pub(super) fn run(args: UnpackArgs, env: &Env) -> anyhow::Result<Answer> {
 }
 
 /// Opens an adapter, plain or packed, with its base where one is given.
-pub(super) fn open_adapter(
-    path: &std::path::Path,
-    base: Option<&std::path::Path>,
-    env: &Env,
-) -> anyhow::Result<Adapter> {
+pub(super) fn open_adapter(path: &std::path::Path, base: Option<&std::path::Path>, env: &Env) -> CliResult<Adapter> {
     Ok(match base {
         Some(base) => Adapter::open_with_base(&env.context(), path, &Checkpoint::open(base)?)?,
         None => Adapter::open(path)?,

@@ -6,6 +6,7 @@ use neuroada_ckpt::merge::{self, VerifyOptions, VerifyReport};
 use super::{
     Answer,
     env::Env,
+    failure::CliResult,
     merge::parse_input,
     page::{Page, Table, bytes, count, number},
 };
@@ -26,8 +27,8 @@ pub(super) struct VerifyArgs {
     adapters: Vec<String>,
 }
 
-pub(super) fn run(args: VerifyArgs, env: &Env) -> anyhow::Result<Answer> {
-    let adapters: Vec<_> = args.adapters.iter().map(|text| parse_input(text)).collect::<anyhow::Result<_>>()?;
+pub(super) fn run(args: VerifyArgs, env: &Env) -> CliResult<Answer> {
+    let adapters: Vec<_> = args.adapters.iter().map(|text| parse_input(text)).collect::<CliResult<_>>()?;
     let options = VerifyOptions { base: args.base, adapters, ..VerifyOptions::default() };
     let report = merge::verify(&env.context(), &args.path, &options)?;
     env.report(&report, print)?;

@@ -6,7 +6,7 @@ use neuroada_ckpt::{
     weights::{Answers, KindAxes, Rename},
 };
 
-use super::failure::Hint;
+use super::failure::{CliResult, Hint};
 
 /// Which way round weights are stored.
 #[derive(Args, Clone)]
@@ -38,7 +38,7 @@ pub(super) fn axes_hint(kind: &str) -> String {
 }
 
 /// Names that option where a mask's error asks for it.
-pub(super) fn with_axes_hint<T>(result: Result<T, MaskError>) -> anyhow::Result<T> {
+pub(super) fn with_axes_hint<T>(result: Result<T, MaskError>) -> CliResult<T> {
     match &result {
         Err(MaskError::Axes { kind, .. }) => {
             let hint = axes_hint(kind);

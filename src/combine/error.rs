@@ -1,10 +1,11 @@
 //! What can go wrong while combining.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     adapter::AdapterError,
-    checkpoint::{CheckpointError, ErrorKind, Printable},
+    checkpoint::{CheckpointError, Printable},
+    error::{ErrorKind, Failure},
 };
 
 /// What can go wrong while combining adapters; nothing was written.
@@ -43,14 +44,35 @@ pub enum CombineError {
     Usage(String),
 }
 
-impl CombineError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for CombineError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
             Self::OtherBase { .. } => ErrorKind::Refused,
             Self::NeedsBase { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::OtherBase { path, .. } | Self::NeedsBase { path, .. } => Some(path),
+            _ => self.inner()?.file(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::NeedsBase { .. } => Some("--base BASE proves every adapter against it".to_owned()),
+            _ => self.inner()?.hint(),
         }
     }
 }

@@ -1,10 +1,11 @@
 //! What can go wrong while converting.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     adapter::AdapterError,
-    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
     foreign::PeftError,
     mask::MaskError,
 };
@@ -71,9 +72,8 @@ pub enum ConvertError {
     Usage(String),
 }
 
-impl ConvertError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for ConvertError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
@@ -81,6 +81,26 @@ impl ConvertError {
             Self::Peft(e) => e.kind(),
             Self::Unmatched { .. } | Self::Unfit { .. } | Self::NotLinear { .. } => ErrorKind::Refused,
             Self::NoBase { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+            Self::Peft(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Unmatched { path, .. }
+            | Self::Unfit { path, .. }
+            | Self::NotLinear { path, .. }
+            | Self::NoBase { path, .. } => Some(path),
+            _ => self.inner()?.file(),
         }
     }
 }

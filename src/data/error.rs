@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
+use crate::{
+    checkpoint::{CheckpointError, Printable},
+    error::{ErrorKind, Failure},
+};
 
 /// Where a row stands in its file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,13 +57,26 @@ pub enum DataError {
     Usage(String),
 }
 
-impl DataError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for DataError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::BadRow { .. } | Self::Empty { .. } => ErrorKind::BadInput,
             Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::BadRow { path, .. } | Self::Empty { path, .. } => Some(path),
+            _ => self.inner()?.file(),
         }
     }
 }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::*;
-use crate::checkpoint::{Context, ErrorKind};
+use crate::{
+    checkpoint::Context,
+    error::{ErrorKind, Failure},
+};
 
 /// A folder with the tiny tokenizer, and what else a test puts there.
 struct Place(tempfile::TempDir);

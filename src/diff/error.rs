@@ -2,7 +2,8 @@
 
 use crate::{
     adapter::AdapterError,
-    checkpoint::{CheckpointError, ErrorKind},
+    checkpoint::CheckpointError,
+    error::{ErrorKind, Failure},
     mask::MaskError,
 };
 
@@ -20,13 +21,28 @@ pub enum DiffError {
     Adapter(#[from] AdapterError),
 }
 
-impl DiffError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for DiffError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            // Their advice is about outputs and `--targets`, which a comparison does not have.
+            Self::Checkpoint(_) | Self::Mask(_) => None,
+            Self::Adapter(e) => e.hint(),
         }
     }
 }

@@ -1,10 +1,11 @@
 //! What can go wrong while extracting.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     adapter::AdapterError,
-    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
     mask::MaskError,
 };
 
@@ -71,15 +72,30 @@ pub enum UnfitReason {
     Inexact,
 }
 
-impl ExtractError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for ExtractError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
             Self::Unlike { .. } | Self::Unfit { .. } | Self::Same { .. } => ErrorKind::Refused,
             Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Unlike { tuned, .. } | Self::Unfit { tuned, .. } | Self::Same { tuned, .. } => Some(tuned),
+            _ => self.inner()?.file(),
         }
     }
 }

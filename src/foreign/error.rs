@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{CheckpointError, ErrorKind, Printable};
+use crate::{
+    checkpoint::{CheckpointError, Printable},
+    error::{ErrorKind, Failure},
+};
 
 /// What can go wrong while reading a PEFT adapter.
 #[derive(Debug, thiserror::Error)]
@@ -39,12 +42,28 @@ impl PeftError {
     pub(super) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
         Self::Unsupported { path: path.to_owned(), what: what.into() }
     }
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+}
+
+impl Failure for PeftError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Config { .. } => ErrorKind::BadInput,
             Self::Unsupported { .. } => ErrorKind::Refused,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Config { path, .. } | Self::Unsupported { path, .. } => Some(path),
+            _ => self.inner()?.file(),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::backend::AcceleratorError;
+use crate::{
+    backend::AcceleratorError,
+    error::{ErrorKind, Failure},
+};
 
 /// What can go wrong on the way to a GPU and on it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -107,6 +110,18 @@ fn found(count: usize) -> String {
     match count {
         1 => "only GPU 0 was found".to_owned(),
         _ => format!("GPUs 0 to {} were found", count.saturating_sub(1)),
+    }
+}
+
+/// A GPU that cannot be used was asked for; one that fails is a failing device.
+impl Failure for GpuError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Unusable { .. } | Self::NoSuchDevice { .. } | Self::NoLibrary { .. } | Self::BadLibrary { .. } => {
+                ErrorKind::Usage
+            }
+            _ => ErrorKind::Io,
+        }
     }
 }
 

@@ -1,8 +1,11 @@
 //! What can go wrong while choosing connections or reading a mask.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{CheckpointError, ErrorKind, Printable, indented_list};
+use crate::{
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
+};
 
 /// What can go wrong while choosing connections or reading a mask.
 #[derive(Debug, thiserror::Error)]
@@ -88,15 +91,40 @@ pub enum MaskError {
     Usage(String),
 }
 
-impl MaskError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for MaskError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(error) => error.kind(),
             Self::NotANumber { .. } | Self::WrongKind { .. } | Self::NewerVersion { .. } => ErrorKind::BadInput,
             Self::Gpu(_) => ErrorKind::Io,
             Self::Parts { .. } | Self::Axes { .. } => ErrorKind::Refused,
             Self::NoMatch { .. } | Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::NotANumber { path, .. }
+            | Self::NoMatch { path, .. }
+            | Self::WrongKind { path, .. }
+            | Self::NewerVersion { path, .. }
+            | Self::Parts { path, .. }
+            | Self::Axes { path, .. } => Some(path),
+            _ => self.inner()?.file(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Gpu(_) => Some("--device cpu does the same without the GPU".to_owned()),
+            _ => self.inner()?.hint(),
         }
     }
 }

@@ -171,7 +171,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        checkpoint::{ErrorKind, TensorFileWriter},
+        checkpoint::TensorFileWriter,
+        error::{ErrorKind, Failure},
         mask::samples::{Sample, sample},
     };
 

@@ -1,10 +1,11 @@
 //! What can go wrong with merges, each error naming the checkpoint and the adapter.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     adapter::{AdapterError, AdapterId},
-    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
     foreign::PeftError,
     mask::MaskError,
 };
@@ -209,9 +210,8 @@ fn how_many(n_weights: u64, n_tensors: u64) -> String {
     }
 }
 
-impl MergeError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for MergeError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Adapter(e) => e.kind(),
@@ -234,6 +234,48 @@ impl MergeError {
             | Self::KeepsNothing { .. } => ErrorKind::Refused,
             Self::BadLedger { .. } => ErrorKind::BadInput,
             Self::RollbackFailed { .. } => ErrorKind::Interrupted,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            Self::Peft(e) => Some(e),
+            Self::RollbackFailed { source, .. } => Some(source.as_ref()),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Unmatched { adapter, .. } | Self::WrongBase { adapter, .. } => Some(adapter),
+            Self::AlreadyMerged { path, .. }
+            | Self::MergedBefore { path, .. }
+            | Self::Tampered { path, .. }
+            | Self::Linked { path, .. }
+            | Self::Refused { path, .. }
+            | Self::Undecided { path, .. }
+            | Self::Overflow { path, .. }
+            | Self::NeedsBase { path, .. }
+            | Self::NewTensorsInPlace { path, .. }
+            | Self::KeepsNothing { path, .. }
+            | Self::BadLedger { path, .. }
+            | Self::RollbackFailed { path, .. } => Some(path),
+            _ => self.inner()?.file(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::RollbackFailed { path, .. } => Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
+            Self::Gpu(_) => Some("--device cpu does the same without the GPU".to_owned()),
+            Self::Linked { .. } => {
+                let advice = "--output makes a copy of all; --break-links copies the files that change, and leaves the others' as they are";
+                Some(advice.to_owned())
+            }
+            _ => self.inner()?.hint(),
         }
     }
 }

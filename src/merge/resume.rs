@@ -9,9 +9,12 @@ use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt, pa
 use serde::{Deserialize, Serialize};
 
 use super::{MergeError, checksummed};
-use crate::checkpoint::{
-    AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, ErrorKind, Existing, OwnFolder, Printable, Shard,
-    for_each_ordered, windows, write_atomic,
+use crate::{
+    checkpoint::{
+        AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
+        for_each_ordered, windows, write_atomic,
+    },
+    error::{ErrorKind, Failure},
 };
 
 /// Records larger than this are not read; a piece takes about 90 bytes.

@@ -1,8 +1,11 @@
 //! What can go wrong while exporting and applying deltas.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{CheckpointError, ErrorKind, Printable, indented_list};
+use crate::{
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
+};
 
 /// What can go wrong while exporting and applying deltas; nothing was written.
 #[derive(Debug, thiserror::Error)]
@@ -35,12 +38,25 @@ pub enum SyncError {
     },
 }
 
-impl SyncError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for SyncError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(error) => error.kind(),
             Self::Unmatched { .. } | Self::Unfit { .. } => ErrorKind::Refused,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(error) => Some(error),
+            Self::Unmatched { .. } | Self::Unfit { .. } => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Unmatched { path, .. } | Self::Unfit { path, .. } => Some(path),
+            Self::Checkpoint(error) => error.file(),
         }
     }
 }

@@ -1,12 +1,13 @@
 //! What can go wrong while training and evaluating.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::config::ARCHITECTURES;
 use crate::{
     adapter::AdapterError,
     backend::AcceleratorError,
-    checkpoint::{CheckpointError, ErrorKind, Printable, indented_list},
+    checkpoint::{CheckpointError, Printable, indented_list},
+    error::{ErrorKind, Failure},
     mask::MaskError,
 };
 
@@ -27,6 +28,16 @@ pub enum DeviceError {
     /// The accelerator's.
     #[error(transparent)]
     Accelerator(#[from] AcceleratorError),
+}
+
+impl Failure for DeviceError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::OutOfMemory { .. } => ErrorKind::Io,
+            Self::Failed(_) => ErrorKind::Usage,
+            Self::Accelerator(e) => e.kind(),
+        }
+    }
 }
 
 /// What can go wrong while training and evaluating. What was saved before stays.
@@ -115,9 +126,8 @@ fn quoted(model_type: &str) -> String {
     if model_type.is_empty() { "that is not told".to_owned() } else { format!("`{}`", Printable(model_type)) }
 }
 
-impl TrainError {
-    /// The kind of failure.
-    pub fn kind(&self) -> ErrorKind {
+impl Failure for TrainError {
+    fn kind(&self) -> ErrorKind {
         match self {
             Self::Checkpoint(e) => e.kind(),
             Self::Mask(e) => e.kind(),
@@ -127,6 +137,25 @@ impl TrainError {
             Self::Architecture { .. } | Self::OtherRun { .. } | Self::NotFinite { .. } => ErrorKind::Refused,
             Self::Stopped { .. } => ErrorKind::Cancelled,
             Self::Usage(_) => ErrorKind::Usage,
+        }
+    }
+
+    fn inner(&self) -> Option<&dyn Failure> {
+        match self {
+            Self::Checkpoint(e) => Some(e),
+            Self::Mask(e) => Some(e),
+            Self::Adapter(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Architecture { path, .. }
+            | Self::Config { path, .. }
+            | Self::Tensors { path, .. }
+            | Self::OtherRun { path, .. } => Some(path),
+            _ => self.inner()?.file(),
         }
     }
 }

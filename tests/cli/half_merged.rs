@@ -9,7 +9,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, ErrorKind, Layout, Observer, Shard, StateFolder},
+    checkpoint::{Context, Layout, Observer, Shard, StateFolder},
+    error::{ErrorKind, Failure},
     merge::{self, Journal, MergeInput, MergeOptions},
 };
 

@@ -42,7 +42,6 @@ const KNOWN: &[(&str, &[&str])] = &[
             "state_folder",
         ],
     ),
-    ("src/cli", &["env", "failure"]),
     ("src/data", &["batch", "dataset"]),
     ("src/data", &["chat", "form", "read"]),
     ("src/extract", &["pairs", "run"]),

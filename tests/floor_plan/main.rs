@@ -19,26 +19,28 @@ use source::{check, files_below, root, sources};
 const FLOORS: &[(&str, &[&str])] = &[
     // Documentation alone.
     ("guide", &[]),
-    ("tensor", &[]),
-    ("checkpoint", &["tensor"]),
-    ("backend", &["tensor"]),
-    ("foreign", &["tensor", "checkpoint"]),
-    ("weights", &["tensor", "checkpoint"]),
-    ("mask", &["tensor", "checkpoint", "backend", "weights"]),
-    ("adapter", &["tensor", "checkpoint", "backend", "foreign", "weights", "mask"]),
-    ("data", &["tensor", "checkpoint"]),
+    ("error", &[]),
+    ("tensor", &["error"]),
+    ("checkpoint", &["error", "tensor"]),
+    ("backend", &["error", "tensor"]),
+    ("foreign", &["error", "tensor", "checkpoint"]),
+    ("weights", &["error", "tensor", "checkpoint"]),
+    ("mask", &["error", "tensor", "checkpoint", "backend", "weights"]),
+    ("adapter", &["error", "tensor", "checkpoint", "backend", "foreign", "weights", "mask"]),
+    ("data", &["error", "tensor", "checkpoint"]),
     ("merge", BELOW_COMMANDS),
     ("diff", BELOW_COMMANDS),
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
     ("convert", BELOW_COMMANDS),
     ("sync", BELOW_COMMANDS),
-    ("train", &["tensor", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
+    ("train", &["error", "tensor", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
     // A guest: it does what the floors below let an accelerator do, and none of them knows it.
-    ("gpu", &["tensor", "checkpoint", "backend", "train"]),
+    ("gpu", &["error", "tensor", "checkpoint", "backend", "train"]),
     (
         "cli",
         &[
+            "error",
             "tensor",
             "gpu",
             "checkpoint",
@@ -58,7 +60,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-const BELOW_COMMANDS: &[&str] = &["tensor", "checkpoint", "backend", "foreign", "weights", "mask", "adapter"];
+const BELOW_COMMANDS: &[&str] = &["error", "tensor", "checkpoint", "backend", "foreign", "weights", "mask", "adapter"];
 
 /// Names that only one place may know; the trainer knows those of the models that it runs.
 const MODULE_NAMES: &[&str] = &["lm_head", "embed_tokens", "wte", "embed_out", "c_attn", "c_proj", "block_sparse_moe"];

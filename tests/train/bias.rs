@@ -2,6 +2,7 @@
 
 use neuroada_ckpt::{
     adapter::{ColumnsKind, PackOptions, pack_adapter},
+    error::{ErrorKind, Failure},
     extract::{ExtractOptions, extract},
     merge::{Which, unmerge},
 };
@@ -177,7 +178,7 @@ fn a_base_without_biases_is_refused_and_nothing_is_written() {
     let error = world.run(&Context::default(), "a.safetensors", &options(), |_| {}).0.unwrap_err();
     let what = "narrow: the chosen projections have no bias: an adapter can only add to tensors that exist";
     assert!(error.to_string().ends_with(what), "{error}");
-    assert_eq!((error.kind(), files()), (neuroada_ckpt::checkpoint::ErrorKind::Usage, before));
+    assert_eq!((error.kind(), files()), (ErrorKind::Usage, before));
 }
 
 #[test]

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{ErrorKind, Existing},
+    checkpoint::Existing,
+    error::{ErrorKind, Failure},
     mask::{
         BaseInfo,
         samples::{Sample, sample},

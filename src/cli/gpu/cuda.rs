@@ -1,10 +1,9 @@
 //! NVIDIA GPUs.
 
-use std::{error::Error, fmt};
+use std::fmt;
 
 use neuroada_ckpt::{
     backend::{LowRankMerger, RowChooser},
-    checkpoint::ErrorKind,
     gpu::{self, GpuChooser, GpuError, GpuMerger, RowRanker},
 };
 #[cfg(feature = "train")]
@@ -18,6 +17,7 @@ use neuroada_ckpt::{
 #[cfg(feature = "train")]
 use super::OnDevice;
 use super::{Found, GpuFacts, LibraryFacts};
+use crate::cli::failure::CliResult;
 
 /// Whether this build supports GPUs.
 pub(in crate::cli) const IS_SUPPORTED: bool = true;
@@ -33,7 +33,7 @@ impl fmt::Debug for Gpu {
 
 impl Gpu {
     /// Takes the GPU with this number into use.
-    pub(in crate::cli) fn open(ordinal: usize) -> anyhow::Result<Self> {
+    pub(in crate::cli) fn open(ordinal: usize) -> CliResult<Self> {
         Ok(Self(gpu::Gpu::open(ordinal)?))
     }
 
@@ -58,12 +58,12 @@ impl Gpu {
     }
 
     /// Bytes of its memory that are free.
-    pub(in crate::cli) fn free_bytes(&self) -> anyhow::Result<u64> {
+    pub(in crate::cli) fn free_bytes(&self) -> CliResult<u64> {
         Ok(self.0.memory()?.0)
     }
 
     /// Fails where `what` needs more bytes than are `available`.
-    pub(in crate::cli) fn check_room(&self, what: &'static str, needed: u64, available: u64) -> anyhow::Result<()> {
+    pub(in crate::cli) fn check_room(&self, what: &'static str, needed: u64, available: u64) -> CliResult<()> {
         let ordinal = self.0.ordinal();
         if needed > available { Err(GpuError::OutOfMemory { ordinal, what, needed, available })? } else { Ok(()) }
     }
@@ -85,7 +85,7 @@ impl Gpu {
     }
 
     /// Does work in this type on it.
-    pub(in crate::cli) fn run<W: OnDevice>(&self, dtype: Dtype, work: W) -> anyhow::Result<W::Output> {
+    pub(in crate::cli) fn run<W: OnDevice>(&self, dtype: Dtype, work: W) -> CliResult<W::Output> {
         work.run(&CudaDevice::new(&self.0, dtype)?)
     }
 }
@@ -116,15 +116,4 @@ fn cublaslt() -> LibraryFacts {
         }
         Err(other) => LibraryFacts { problem: Some(other.to_string()), ..LibraryFacts::default() },
     }
-}
-
-/// The kind of a GPU's error: one that cannot be used was asked for, one that fails is a failing device.
-pub(in crate::cli) fn error_kind(error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    Some(match error.downcast_ref()? {
-        GpuError::Unusable { .. }
-        | GpuError::NoSuchDevice { .. }
-        | GpuError::NoLibrary { .. }
-        | GpuError::BadLibrary { .. } => ErrorKind::Usage,
-        _ => ErrorKind::Io,
-    })
 }

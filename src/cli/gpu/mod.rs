@@ -8,7 +8,7 @@ mod cuda;
 
 use serde::Serialize;
 
-pub(super) use cuda::{Gpu, IS_SUPPORTED, error_kind, found};
+pub(super) use cuda::{Gpu, IS_SUPPORTED, found};
 
 /// The GPUs of the machine, and what they need.
 pub(super) struct Found {
@@ -49,5 +49,5 @@ pub(super) trait OnDevice {
     type Output;
 
     /// Does the work on `device`.
-    fn run<D: neuroada_ckpt::train::Device>(self, device: &D) -> anyhow::Result<Self::Output>;
+    fn run<D: neuroada_ckpt::train::Device>(self, device: &D) -> super::failure::CliResult<Self::Output>;
 }

@@ -1,11 +1,6 @@
 //! A build without GPU support: what `cuda.rs` has, for a GPU that does not exist.
 
-use std::error::Error;
-
-use neuroada_ckpt::{
-    backend::{LowRankMerger, RowChooser},
-    checkpoint::ErrorKind,
-};
+use neuroada_ckpt::backend::{LowRankMerger, RowChooser};
 #[cfg(feature = "train")]
 use neuroada_ckpt::{
     checkpoint::Checkpoint,
@@ -16,6 +11,7 @@ use neuroada_ckpt::{
 use super::Found;
 #[cfg(feature = "train")]
 use super::OnDevice;
+use crate::cli::failure::{CliError, CliResult};
 
 const NO_SUPPORT: &str = "this build has no GPU support";
 
@@ -27,8 +23,8 @@ pub(in crate::cli) const IS_SUPPORTED: bool = false;
 pub(in crate::cli) enum Gpu {}
 
 impl Gpu {
-    pub(in crate::cli) fn open(_ordinal: usize) -> anyhow::Result<Self> {
-        Err(anyhow::anyhow!(NO_SUPPORT))
+    pub(in crate::cli) fn open(_ordinal: usize) -> CliResult<Self> {
+        Err(CliError::usage(NO_SUPPORT))
     }
     pub(in crate::cli) fn chooser(&self, _gpu_memory: u64, _pinned_bytes: u64, _check: f64) -> Box<dyn RowChooser> {
         match *self {}
@@ -43,10 +39,10 @@ impl Gpu {
     pub(in crate::cli) fn name(&self) -> String {
         match *self {}
     }
-    pub(in crate::cli) fn free_bytes(&self) -> anyhow::Result<u64> {
+    pub(in crate::cli) fn free_bytes(&self) -> CliResult<u64> {
         match *self {}
     }
-    pub(in crate::cli) fn check_room(&self, _what: &'static str, _needed: u64, _available: u64) -> anyhow::Result<()> {
+    pub(in crate::cli) fn check_room(&self, _what: &'static str, _needed: u64, _available: u64) -> CliResult<()> {
         match *self {}
     }
     pub(in crate::cli) fn dtype_of(&self, _base: &Checkpoint) -> Result<Dtype, TrainError> {
@@ -61,7 +57,7 @@ impl Gpu {
     ) -> MemoryEstimate {
         match *self {}
     }
-    pub(in crate::cli) fn run<W: OnDevice>(&self, _dtype: Dtype, _work: W) -> anyhow::Result<W::Output> {
+    pub(in crate::cli) fn run<W: OnDevice>(&self, _dtype: Dtype, _work: W) -> CliResult<W::Output> {
         match *self {}
     }
 }
@@ -69,9 +65,4 @@ impl Gpu {
 /// Looks for GPUs.
 pub(in crate::cli) fn found() -> Found {
     Found { driver: None, gpus: Vec::new(), problem: Some(NO_SUPPORT.to_owned()), cublaslt: None }
-}
-
-/// The kind of a GPU's error; there is none.
-pub(in crate::cli) fn error_kind(_error: &(dyn Error + 'static)) -> Option<ErrorKind> {
-    None
 }

@@ -25,6 +25,7 @@ use self::{sparse::SparseFacts, weights::WeightFacts};
 use super::{
     Answer, device,
     env::Env,
+    failure::{CliError, CliResult},
     page::{Page, Table, bytes, count, percent},
 };
 
@@ -121,7 +122,7 @@ impl Kind {
     }
 
     /// What an open checkpoint is, by its document.
-    fn of(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
+    fn of(checkpoint: &Checkpoint) -> CliResult<Self> {
         let [shard] = checkpoint.shards() else { return Ok(Self::Checkpoint) };
         if checkpoint.layout() != Layout::File {
             return Ok(Self::Checkpoint);
@@ -193,7 +194,7 @@ struct TensorFacts {
     offset: u64,
 }
 
-pub(super) fn run(args: InspectArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: InspectArgs, env: &Env) -> CliResult<Answer> {
     let Some(path) = args.path else {
         env.report(&device::devices(), device::print)?;
         return Ok(Answer::Yes);
@@ -204,12 +205,12 @@ pub(super) fn run(args: InspectArgs, env: &Env) -> anyhow::Result<Answer> {
     Ok(Answer::Yes)
 }
 
-fn parse_filter(glob: &str) -> anyhow::Result<GlobMatcher> {
-    let glob = Glob::new(glob).map_err(|e| anyhow::anyhow!("--filter: {e}"))?;
+fn parse_filter(glob: &str) -> CliResult<GlobMatcher> {
+    let glob = Glob::new(glob).map_err(|e| CliError::usage(format!("--filter: {e}")))?;
     Ok(glob.compile_matcher())
 }
 
-fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> anyhow::Result<InspectReport> {
+fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> CliResult<InspectReport> {
     let peft = read_peft_config(path)?;
     let checkpoint = match &peft {
         Some(_) => Checkpoint::open(&path.join(PEFT_TENSORS))?,
@@ -259,7 +260,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> any
     })
 }
 
-fn merges_of(checkpoint: &Checkpoint) -> anyhow::Result<Option<LedgerSummary>> {
+fn merges_of(checkpoint: &Checkpoint) -> CliResult<Option<LedgerSummary>> {
     match ledger_summary(checkpoint) {
         // One shard of a merged checkpoint: the ledger is that of the whole. A folder and a file of it with a ledger each.
         Err(MergeError::Refused { .. }) => Ok(None),
@@ -268,7 +269,7 @@ fn merges_of(checkpoint: &Checkpoint) -> anyhow::Result<Option<LedgerSummary>> {
 }
 
 /// What a PEFT adapter's folder holds beside its tensors, or `None` where `path` is something else.
-fn read_peft_config(path: &Path) -> anyhow::Result<Option<serde_json::Map<String, Value>>> {
+fn read_peft_config(path: &Path) -> CliResult<Option<serde_json::Map<String, Value>>> {
     let config = path.join(PEFT_CONFIG);
     if !probe::is_folder(path)? || !probe::is_file(&config)? || !probe::is_file(&path.join(PEFT_TENSORS))? {
         return Ok(None);

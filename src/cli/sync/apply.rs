@@ -7,7 +7,7 @@ use neuroada_ckpt::{
 };
 
 use super::print;
-use crate::cli::{Answer, env::Env};
+use crate::cli::{Answer, env::Env, failure::CliResult};
 
 /// Apply a weight update to the checkpoint that it was made for
 ///
@@ -31,7 +31,7 @@ pub(in crate::cli) struct ApplyArgs {
     pub(in crate::cli) force: bool,
 }
 
-pub(in crate::cli) fn run(args: &ApplyArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(in crate::cli) fn run(args: &ApplyArgs, env: &Env) -> CliResult<Answer> {
     let (ctx, base) = (env.context(), Checkpoint::open(&args.base)?);
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = sync::apply(&ctx, &base, &args.input, &args.output, existing)?;

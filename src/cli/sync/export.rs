@@ -1,6 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail};
 use clap::{Args, ValueEnum};
 use neuroada_ckpt::{
     checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, Printable, Shard, WorkFolder, probe},
@@ -9,7 +8,12 @@ use neuroada_ckpt::{
 };
 
 use super::print;
-use crate::cli::{Answer, env::Env, weights::RenameArgs};
+use crate::cli::{
+    Answer,
+    env::Env,
+    failure::{CliError, CliResult},
+    weights::RenameArgs,
+};
 
 /// Write what changed in a checkpoint as a weight update
 ///
@@ -62,7 +66,7 @@ pub(in crate::cli) enum ChecksumArg {
     Adler32,
 }
 
-pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> CliResult<Answer> {
     let options = args.options()?;
     let base = Checkpoint::open(&args.base)?;
     // An adapter is merged first, beside the output.
@@ -80,12 +84,13 @@ pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> anyhow::Result<Answer
 }
 
 impl ExportArgs {
-    fn options(&self) -> anyhow::Result<ExportOptions> {
+    fn options(&self) -> CliResult<ExportOptions> {
         let version = version(&self.output)?;
         let base_version = match (self.base_version, version.checked_sub(1)) {
             (Some(base), _) | (None, Some(base)) => base,
             (None, None) => {
-                bail!("there is no version before 0; name the folder weight_v000001, or say --base-version")
+                let advice = "there is no version before 0; name the folder weight_v000001, or say --base-version";
+                return Err(CliError::usage(advice));
             }
         };
         let encoding = match self.encoding {
@@ -102,7 +107,7 @@ impl ExportArgs {
 }
 
 /// BASE with the adapter INPUT merged, below `folder`.
-fn merged(args: &ExportArgs, folder: &Path, env: &Env) -> anyhow::Result<Checkpoint> {
+fn merged(args: &ExportArgs, folder: &Path, env: &Env) -> CliResult<Checkpoint> {
     let path = folder.join(args.base.file_name().unwrap_or("merged".as_ref()));
     let input = MergeInput { adapter: args.input.clone(), scale: None };
     let reading = AdapterReading { renames: args.renames.renames.clone(), ..AdapterReading::default() };
@@ -113,7 +118,7 @@ fn merged(args: &ExportArgs, folder: &Path, env: &Env) -> anyhow::Result<Checkpo
 }
 
 /// Whether the input is a checkpoint: a folder of one, or a safetensors file without a document of this program.
-fn is_checkpoint(input: &Path) -> anyhow::Result<bool> {
+fn is_checkpoint(input: &Path) -> CliResult<bool> {
     if probe::is_folder(input)? {
         for name in ["model.safetensors", "model.safetensors.index.json"] {
             if probe::is_present(&input.join(name))? {
@@ -127,12 +132,14 @@ fn is_checkpoint(input: &Path) -> anyhow::Result<bool> {
 }
 
 /// The version in the output's name.
-fn version(output: &Path) -> anyhow::Result<u64> {
+fn version(output: &Path) -> CliResult<u64> {
     let name = output.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let digits = name.strip_prefix("weight_v").filter(|digits| digits.len() >= 6);
     let version = digits.and_then(|digits| digits.parse().ok());
     version.ok_or_else(|| {
         let name = Printable(&name);
-        anyhow!("\"{name}\": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version")
+        CliError::usage(format!(
+            "\"{name}\": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version"
+        ))
     })
 }

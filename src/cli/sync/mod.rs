@@ -16,6 +16,7 @@ pub(super) use self::{
 use super::{
     Answer,
     env::Env,
+    failure::CliResult,
     page::{Page, Table, bytes, count, percent},
 };
 
@@ -35,7 +36,7 @@ enum SyncCommand {
     Apply(ApplyArgs),
 }
 
-pub(super) fn run(args: SyncArgs, env: &Env) -> anyhow::Result<Answer> {
+pub(super) fn run(args: SyncArgs, env: &Env) -> CliResult<Answer> {
     match args.command {
         SyncCommand::Export(args) => export(&args, env),
         SyncCommand::Apply(args) => apply(&args, env),
