@@ -9,6 +9,7 @@
 //!
 //! Imports go down this list, never up:
 //!
+//! - `cli` (feature `cli`): the command line
 //! - [`merge`], [`diff`], [`extract`], [`combine`], [`convert`], [`sync`] and `train` (feature `train`): what users ask for; they do not import
 //!   one another
 //! - `data` (feature `train`): training data, from rows to packed batches
@@ -25,6 +26,8 @@
 pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod combine;
 pub mod convert;
 #[cfg(feature = "train")]

@@ -1,7 +1,5 @@
-//! The `neuroada-ckpt` command: words in, words out. Everything it can do, the library does.
-
-mod cli;
+//! The `neuroada-ckpt` command. The library has the command line, in [`neuroada_ckpt::cli`].
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    neuroada_ckpt::cli::run(std::env::args_os())
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use neuroada_ckpt::{
+use crate::{
     adapter::{Adapter, ColumnsKind, PackReport},
     checkpoint::{
         CheckpointError, Existing, OutputKind, check_output, folder_of, markdown_code, markdown_text, shell_word,

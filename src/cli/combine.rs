@@ -1,11 +1,11 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, Existing},
     combine::{self, CombineInput, CombineOptions, CombineReport, Method},
     merge::MergeInput,
 };
+use clap::{Args, ValueEnum};
 
 use super::{
     Answer,

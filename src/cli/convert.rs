@@ -1,7 +1,6 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     adapter::{ConvertReport, ConvertedTensor},
     checkpoint::{Checkpoint, Existing},
     convert::{self, ConvertError},
@@ -9,6 +8,7 @@ use neuroada_ckpt::{
     tensor::projection_kind,
     weights::WeightMap,
 };
+use clap::{Args, ValueEnum};
 
 use super::{
     Answer,

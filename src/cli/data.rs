@@ -6,11 +6,11 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{CheckpointError, probe},
     data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer},
 };
+use clap::{Args, ValueEnum};
 
 use super::{
     env::Env,

@@ -54,10 +54,7 @@ struct CpuFacts {
 
 /// Looks at the machine.
 pub(super) fn devices() -> DevicesReport {
-    let cpu = CpuFacts {
-        n_threads: rayon::current_num_threads(),
-        instruction_set: neuroada_ckpt::backend::instruction_set(),
-    };
+    let cpu = CpuFacts { n_threads: rayon::current_num_threads(), instruction_set: crate::backend::instruction_set() };
     let Found { driver, gpus, problem, cublaslt } = gpu::found();
     DevicesReport { cpu, driver, gpus, problem, cublaslt }
 }

@@ -1,12 +1,12 @@
 use std::path::{Path, PathBuf};
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, Printable, Shard, probe},
     diff::{self, AdapterDiff, CheckpointDiff, Overlap},
     mask::{FileKind, MaskFile},
     tensor::projection_kind,
 };
+use clap::Args;
 
 use super::{
     Answer,

@@ -6,11 +6,12 @@ use std::{
     thread,
 };
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     backend::{LowRankMerger, RowChooser},
     checkpoint::{Context, InUse, Io, MIN_MEMORY},
 };
+use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{

@@ -1,12 +1,12 @@
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Printable},
     data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
     train::{self, CpuDevice, Device, EvalSize, GenerateOptions, Keep, MemoryEstimate, Model, Workspace},
 };
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{

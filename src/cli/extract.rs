@@ -1,11 +1,11 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, Existing, Printable},
     extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut, UnfitReason},
     tensor::{Dtype, projection_kind},
 };
+use clap::{Args, ValueEnum};
 
 use super::{
     Answer,

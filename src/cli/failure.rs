@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt, process::ExitCode};
 
-use neuroada_ckpt::error::{ErrorKind, Failure};
+use crate::error::{ErrorKind, Failure};
 use serde::Serialize;
 
 /// What commands return.
@@ -109,7 +109,7 @@ impl fmt::Display for CliError {
 mod tests {
     use std::{io, path::Path};
 
-    use neuroada_ckpt::{adapter::AdapterError, checkpoint::CheckpointError, mask::MaskError, merge::MergeError};
+    use crate::{adapter::AdapterError, checkpoint::CheckpointError, mask::MaskError, merge::MergeError};
 
     use super::*;
 

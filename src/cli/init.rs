@@ -1,11 +1,11 @@
 use std::path::PathBuf;
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     adapter::{self, InitOptions},
     checkpoint::{Checkpoint, Existing},
     mask::MaskFile,
 };
+use clap::Args;
 
 use super::{
     Answer,

@@ -7,8 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::checkpoint::InUse;
 use clap::{Arg, ArgMatches, Command};
-use neuroada_ckpt::checkpoint::InUse;
 
 /// The one argument of every command that says where to write.
 const OUTPUT: &str = "output";

@@ -1,11 +1,12 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     backend::{Chooser, ChosenRows},
     checkpoint::{Checkpoint, Existing},
     mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
 };
+use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum};
 
 use super::{
     Answer,

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
+use crate::{checkpoint::Existing, mask};
 use clap::Args;
-use neuroada_ckpt::{checkpoint::Existing, mask};
 
 use super::{Answer, env::Env, failure::CliResult, page::count};
 

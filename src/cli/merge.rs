@@ -1,7 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use clap::{ArgGroup, Args};
-use neuroada_ckpt::{
+use crate::{
     backend::{MergedWeights, Merger},
     checkpoint::{Checkpoint, Existing, probe},
     merge::{
@@ -10,6 +9,8 @@ use neuroada_ckpt::{
     },
     weights::Axes,
 };
+use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args};
 
 use super::{
     Answer,

@@ -1,9 +1,11 @@
 //! The command line: arguments in, one report out.
 //!
+//! The program `neuroada-ckpt` is [`run`] and nothing else; other packages that carry the command call it too.
+//!
 //! Each command is one file with its arguments and a `run` that opens files, calls one library function and hands the
-//! report it got to [`Env::report`]; adding a command is that file, one line in [`Command`] and one in [`run`]. What all
-//! commands share lies in [`env`] (global options, memory, threads), [`progress`] (the bar, Ctrl-C), [`failure`] (messages,
-//! hints and exit codes) and [`page`] (tables, numbers for people). Data goes to stdout, all else to stderr.
+//! report it got to `Env::report`; adding a command is that file, one line in `Command` and one in `run_command`. What all
+//! commands share lies in `env` (global options, memory, threads), `progress` (the bar, Ctrl-C), `failure` (messages,
+//! hints and exit codes) and `page` (tables, numbers for people). Data goes to stdout, all else to stderr.
 
 mod about;
 mod card;
@@ -39,7 +41,7 @@ mod unpack;
 mod verify;
 mod weights;
 
-use std::{io, process::ExitCode};
+use std::{ffi::OsString, io, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -103,7 +105,7 @@ enum Command {
     Man(man::ManArgs),
 }
 
-fn run(command: Command, env: &Env) -> CliResult<Answer> {
+fn run_command(command: Command, env: &Env) -> CliResult<Answer> {
     match command {
         Command::Inspect(args) => inspect::run(args, env),
         Command::Mask(args) => mask::run(args, env),
@@ -138,10 +140,17 @@ enum Answer {
     No,
 }
 
-/// Runs the command line of this process.
-pub(crate) fn main() -> ExitCode {
+/// Runs the command that `args` ask for, the program's name first, and returns the exit code for the process.
+///
+/// Reports go to stdout, messages to stderr. The process listens to Ctrl-C, SIGTERM and SIGHUP from then on, and rayon's
+/// global threads are started: run one command in a process.
+///
+/// ```no_run
+/// let exit_code = neuroada_ckpt::cli::run(std::env::args_os());
+/// ```
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let definition = definition();
-    let parsed = definition.clone().try_get_matches().and_then(|matches| {
+    let parsed = definition.clone().try_get_matches_from(args).and_then(|matches| {
         let cli = Cli::from_arg_matches(&matches)?;
         Ok((cli, inputs::of(&definition, &matches)))
     });
@@ -156,7 +165,7 @@ pub(crate) fn main() -> ExitCode {
         }
     };
     let json = cli.global.json;
-    match Env::new(cli.global, inputs).and_then(|env| run(cli.command, &env).inspect(|_| env.farewell())) {
+    match Env::new(cli.global, inputs).and_then(|env| run_command(cli.command, &env).inspect(|_| env.farewell())) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
         Err(error) => error.print(json),

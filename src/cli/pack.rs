@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     adapter::{Adapter, ColumnsChoice, ColumnsKind, PackOptions, PackReport, ValuesChoice, pack_adapter},
     checkpoint::{Checkpoint, Existing},
 };
+use clap::{Args, ValueEnum};
 
 use super::{
     Answer, card,

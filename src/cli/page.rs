@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Duration};
 
-use neuroada_ckpt::checkpoint::Printable;
+use crate::checkpoint::Printable;
 
 /// What a report looks like on stdout.
 #[derive(Default)]

@@ -10,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::checkpoint::Observer;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use neuroada_ckpt::checkpoint::Observer;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::page;

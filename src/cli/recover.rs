@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
+use crate::merge::{self, MergeError, Recovered};
 use clap::Args;
-use neuroada_ckpt::merge::{self, MergeError, Recovered};
 use serde::Serialize;
 
 use super::{

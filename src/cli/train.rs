@@ -4,8 +4,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, Context, Existing, Printable},
     data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
@@ -15,6 +14,7 @@ use neuroada_ckpt::{
         StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
     },
 };
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
 

@@ -3,12 +3,12 @@ use std::{
     str::FromStr,
 };
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     adapter::AdapterId,
     checkpoint::{Checkpoint, probe},
     merge::{self, MergeError, MergeOptions, Which},
 };
+use clap::Args;
 
 use super::{
     Answer,

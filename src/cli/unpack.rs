@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Existing},
 };
+use clap::Args;
 use serde::Serialize;
 
 use super::{

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
+use crate::merge::{self, VerifyOptions, VerifyReport};
 use clap::Args;
-use neuroada_ckpt::merge::{self, VerifyOptions, VerifyReport};
 
 use super::{
     Answer,

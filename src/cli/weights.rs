@@ -1,10 +1,10 @@
 //! What users say about a checkpoint's weights where the files leave it open.
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     mask::MaskError,
     weights::{Answers, KindAxes, Rename},
 };
+use clap::Args;
 
 use super::failure::{CliResult, Hint};
 

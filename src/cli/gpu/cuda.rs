@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use neuroada_ckpt::{
+use crate::{
     backend::{LowRankMerger, RowChooser},
     gpu::{self, GpuChooser, GpuError, GpuMerger, RowRanker},
 };
 #[cfg(feature = "train")]
-use neuroada_ckpt::{
+use crate::{
     checkpoint::Checkpoint,
     gpu::CudaDevice,
     tensor::Dtype,

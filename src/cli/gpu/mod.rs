@@ -49,5 +49,5 @@ pub(super) trait OnDevice {
     type Output;
 
     /// Does the work on `device`.
-    fn run<D: neuroada_ckpt::train::Device>(self, device: &D) -> super::failure::CliResult<Self::Output>;
+    fn run<D: crate::train::Device>(self, device: &D) -> super::failure::CliResult<Self::Output>;
 }

@@ -1,8 +1,8 @@
 //! A build without GPU support: what `cuda.rs` has, for a GPU that does not exist.
 
-use neuroada_ckpt::backend::{LowRankMerger, RowChooser};
+use crate::backend::{LowRankMerger, RowChooser};
 #[cfg(feature = "train")]
-use neuroada_ckpt::{
+use crate::{
     checkpoint::Checkpoint,
     tensor::Dtype,
     train::{MemoryEstimate, ModelConfig, RunSize, TrainError},

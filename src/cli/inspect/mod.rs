@@ -9,15 +9,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::Args;
-use globset::{Glob, GlobMatcher};
-use neuroada_ckpt::{
+use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
     mask::{FileKind, MaskFile},
     merge::{ActiveAdapter, LedgerSummary, MergeError, NamedAdapter, ledger_summary, named_adapters},
     tensor::{dtype_name, projection_kind},
 };
+use clap::Args;
+use globset::{Glob, GlobMatcher};
 use serde::Serialize;
 use serde_json::Value;
 

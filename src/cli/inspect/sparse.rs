@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use globset::GlobMatcher;
-use neuroada_ckpt::{
+use crate::{
     adapter::{Adapter, AdapterNotes, ColumnsKind},
     mask::{BaseInfo, MaskFile, Recipe, TargetInfo},
     tensor::{dtype_name, projection_kind},
 };
+use globset::GlobMatcher;
 use serde::Serialize;
 use serde_json::Value;
 

@@ -1,6 +1,6 @@
 //! What the map of weights knows that tensors alone do not show: ties, and weights that are stored as `[d_in, d_out]`.
 
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, CheckpointError, Printable},
     weights::{Answers, TiedWeight, WeightMap, Witness},
 };

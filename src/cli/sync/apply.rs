@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
-use clap::Args;
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, Existing},
     sync,
 };
+use clap::Args;
 
 use super::print;
 use crate::cli::{Answer, env::Env, failure::CliResult};

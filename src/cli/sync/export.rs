@@ -1,11 +1,11 @@
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
-use neuroada_ckpt::{
+use crate::{
     checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, Printable, Shard, WorkFolder, probe},
     merge::{self, AdapterReading, MergeInput, MergeOptions},
     sync::{self, Checksum, Encoding, ExportOptions},
 };
+use clap::{Args, ValueEnum};
 
 use super::print;
 use crate::cli::{

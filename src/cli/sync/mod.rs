@@ -6,8 +6,8 @@
 mod apply;
 mod export;
 
+use crate::sync::SyncReport;
 use clap::{Args, Subcommand};
-use neuroada_ckpt::sync::SyncReport;
 
 pub(super) use self::{
     apply::{ApplyArgs, run as apply},
