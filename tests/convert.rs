@@ -10,15 +10,15 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter, ConvertReport},
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter, gather_rows},
-    convert::{ConvertError, convert},
-    error::{ErrorKind, Failure},
-    foreign::Format,
-    mask::{BaseInfo, Recipe},
-    merge::{self, MergeInput, MergeOptions},
-    tensor::{Dtype, RowColumns},
-    weights::{Answers, WeightMap},
+    Adapter, AdapterNotes, Answers, Checkpoint, Context, ConvertError, ConvertReport, Dtype, ErrorKind, Existing,
+    Failure, Format, MergeInput, MergeOptions, RowColumns, WeightMap,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::{TensorFileWriter, gather_rows},
+        convert,
+        mask::{BaseInfo, Recipe},
+        merge,
+    },
 };
 use tempfile::TempDir;
 
@@ -68,7 +68,7 @@ fn merged_digests(base: &Path, adapter: &Path) -> BTreeMap<String, String> {
     let (ctx, output) = (Context::default(), dir.path().join("merged"));
     let input = MergeInput { adapter: adapter.to_owned(), scale: None };
     merge::merge(&ctx, base, &[input], &MergeOptions::new_checkpoint(&output)).unwrap();
-    let digest = |tensor: neuroada_ckpt::checkpoint::TensorRef<'_>| {
+    let digest = |tensor: neuroada_ckpt::TensorRef<'_>| {
         let bytes = tensor.window(&ctx, 0..tensor.info.n_bytes()).unwrap();
         (tensor.info.name.clone(), blake3::hash(&bytes).to_string())
     };
@@ -317,7 +317,8 @@ fn every_layer_has_the_number_of_entries_that_peft_computes() {
         to(format, &adapter, None, &folder).unwrap();
         let config: serde_json::Value =
             serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
-        let file = neuroada_ckpt::checkpoint::Shard::open(&folder.join("adapter_model.safetensors")).unwrap();
+        let file =
+            neuroada_ckpt::internals::checkpoint::Shard::open(&folder.join("adapter_model.safetensors")).unwrap();
         assert_eq!(file.header().metadata()["format"], "pt");
         let mut n_layers = 0;
         for target in Adapter::open(&adapter).unwrap().targets() {
@@ -364,7 +365,7 @@ fn foreign_methods_that_are_not_lists_of_deltas_are_named() {
 }
 
 mod weight_sync {
-    use neuroada_ckpt::sync::{self, Checksum, Encoding, ExportOptions, SyncError, SyncReport};
+    use neuroada_ckpt::internals::sync::{self, Checksum, Encoding, ExportOptions, SyncError, SyncReport};
 
     use super::*;
 
@@ -411,7 +412,7 @@ mod weight_sync {
     }
 
     fn name_of(dtype: Dtype) -> String {
-        format!("w.{}", neuroada_ckpt::tensor::dtype_name(dtype))
+        format!("w.{}", neuroada_ckpt::internals::tensor::dtype_name(dtype))
     }
 
     #[test]

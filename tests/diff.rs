@@ -6,12 +6,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context, Existing, Io, TensorFileWriter},
-    diff::{diff_adapters, diff_checkpoints, diff_masks},
-    mask::{MaskFile, MaskOptions, create_mask},
-    merge::{self, MergeOptions},
-    tensor::{Dtype, RowColumns},
+    Adapter, Checkpoint, Context, Dtype, Existing, Io, MaskFile, MaskOptions, MergeOptions, RowColumns, create_mask,
+    diff_adapters, diff_checkpoints, diff_masks,
+    internals::{checkpoint::TensorFileWriter, merge},
 };
 
 #[path = "support/world.rs"]

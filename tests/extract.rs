@@ -6,12 +6,13 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context, Existing, Io, TensorFileWriter},
-    error::{ErrorKind, Failure},
-    extract::{ExtractError, ExtractOptions, ExtractReport, extract},
-    merge::{self, MergeInput, MergeOptions, MergeOutput},
-    tensor::{Dtype, F8E4M3, F8E5M2, Float},
+    Adapter, Checkpoint, Context, Dtype, ErrorKind, Existing, ExtractError, ExtractOptions, ExtractReport, Failure, Io,
+    MergeInput, MergeOptions, MergeOutput,
+    internals::{
+        checkpoint::TensorFileWriter,
+        extract, merge,
+        tensor::{F8E4M3, F8E5M2, Float},
+    },
 };
 use proptest::prelude::*;
 

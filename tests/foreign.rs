@@ -8,11 +8,11 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context},
-    foreign::{AdapterKind, ForeignAdapter, Format, PeftType},
-    merge::{self, AdapterReading, MergeInput, MergeOptions, Which},
-    tensor::Dtype,
+    Adapter, AdapterReading, Checkpoint, Context, Dtype, Format, MergeInput, MergeOptions, Which,
+    internals::{
+        foreign::{AdapterKind, ForeignAdapter, PeftType},
+        merge,
+    },
 };
 
 #[path = "support/lora.rs"]

@@ -11,8 +11,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{AtomicDir, CheckpointError, Existing, InUse, SingleFile, write_atomic},
-    error::{ErrorKind, Failure},
+    CheckpointError, ErrorKind, Existing, Failure,
+    internals::checkpoint::{AtomicDir, InUse, SingleFile, write_atomic},
 };
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType, Mode, mknodat};

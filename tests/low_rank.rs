@@ -10,13 +10,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context},
-    merge::{
-        self, AdapterReading, ExpertOrder, KeptOriginals, MergeError, MergeInput, MergeOptions, VerifyOptions,
-        VerifyReport, Which,
-    },
-    tensor::Dtype,
-    weights::Axes,
+    AdapterReading, Axes, Checkpoint, Context, Dtype, ExpertOrder, KeptOriginals, MergeError, MergeInput, MergeOptions,
+    VerifyOptions, VerifyReport, Which, internals::merge,
 };
 
 #[path = "support/world.rs"]

@@ -10,10 +10,12 @@ use std::{
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, Io, Shard, TensorFileWriter},
-    error::{ErrorKind, Failure},
-    mask::{Amount, MaskFile, MaskOptions, MaskReport, Scope, ScoreKind, create_mask},
-    tensor::{Dtype, F8E4M3, F8E5M2},
+    Amount, Checkpoint, Context, Dtype, ErrorKind, Existing, Failure, Io, MaskFile, MaskOptions, MaskReport, Scope,
+    ScoreKind, create_mask,
+    internals::{
+        checkpoint::{Shard, TensorFileWriter},
+        tensor::{F8E4M3, F8E5M2},
+    },
 };
 use proptest::prelude::*;
 

@@ -9,12 +9,14 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, Observer, Shard, TensorFileWriter},
-    error::{ErrorKind, Failure},
-    mask::{BaseInfo, Recipe},
-    merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which},
-    tensor::{Dtype, RowColumns},
+    Adapter, AdapterNotes, Checkpoint, Context, Dtype, ErrorKind, Existing, Failure, MergeError, MergeInput,
+    MergeOptions, MergeOutput, Observer, Recovered, RowColumns, VerifyOptions, Which,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::{Shard, TensorFileWriter},
+        mask::{BaseInfo, Recipe},
+        merge,
+    },
 };
 
 #[path = "support/stop_at.rs"]
@@ -155,10 +157,10 @@ fn thread_count_block_size_and_reading_do_not_show() {
     let world = World::new();
     let expected = tree(&merge_new(&world, &[0, 1, 3], "expected"));
     for (threads, max_memory, io) in [
-        (1, 1 << 20, neuroada_ckpt::checkpoint::Io::Mapped),
-        (2, 1 << 30, neuroada_ckpt::checkpoint::Io::Read),
-        (3, 16 << 20, neuroada_ckpt::checkpoint::Io::Auto),
-        (8, 1 << 20, neuroada_ckpt::checkpoint::Io::Direct),
+        (1, 1 << 20, neuroada_ckpt::Io::Mapped),
+        (2, 1 << 30, neuroada_ckpt::Io::Read),
+        (3, 16 << 20, neuroada_ckpt::Io::Auto),
+        (8, 1 << 20, neuroada_ckpt::Io::Direct),
     ] {
         let out = world.at(&format!("t{threads}"));
         let ctx = Context { max_memory, io, ..Context::default() };

@@ -9,11 +9,15 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::{AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, Observer, Silent, gather_rows},
-    mask::{BaseInfo, Recipe},
-    merge::{self, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
-    tensor::{Dtype, RowColumns, RowLayout},
+    AdapterNotes, Checkpoint, Context, Dtype, Existing, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport,
+    Observer, RowColumns,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::{Silent, gather_rows},
+        mask::{BaseInfo, Recipe},
+        merge,
+        tensor::RowLayout,
+    },
 };
 
 #[path = "support/stop_at.rs"]

@@ -12,10 +12,9 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, Observer, Silent},
-    error::{ErrorKind, Failure},
-    merge::{self, KeptOriginals, MergeError, MergeInput, Recovered, VerifyOptions, Which},
-    tensor::Dtype,
+    Context, Dtype, ErrorKind, Failure, KeptOriginals, MergeError, MergeInput, Observer, Recovered, VerifyOptions,
+    Which,
+    internals::{checkpoint::Silent, merge},
 };
 
 #[path = "support/changes.rs"]

@@ -14,9 +14,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, Observer},
-    error::{ErrorKind, Failure},
-    merge::{self, KeptOriginals, MergeError, MergeOptions, MergeReport, Recovered, VerifyOptions, Which},
+    Context, ErrorKind, Failure, KeptOriginals, MergeError, MergeOptions, MergeReport, Observer, Recovered,
+    VerifyOptions, Which, internals::merge,
 };
 
 #[path = "support/lora.rs"]

@@ -8,10 +8,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::Checkpoint,
-    error::{ErrorKind, Failure},
-    merge::{self, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeOutput, VerifyOptions},
-    tensor::Dtype,
+    Checkpoint, Dtype, ErrorKind, Failure, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeOutput,
+    VerifyOptions, internals::merge,
 };
 
 #[path = "support/changes.rs"]

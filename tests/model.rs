@@ -16,10 +16,12 @@ use std::{
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context, Observer},
-    merge::{self, MergeError, MergeInput, MergeOptions, Recovered, VerifyOptions, Which},
-    tensor::{Dtype, F8E4M3, F8E5M2},
+    Adapter, Checkpoint, Context, Dtype, MergeError, MergeInput, MergeOptions, Observer, Recovered, VerifyOptions,
+    Which,
+    internals::{
+        merge,
+        tensor::{F8E4M3, F8E5M2},
+    },
 };
 
 #[path = "support/world.rs"]

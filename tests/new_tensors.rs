@@ -10,11 +10,8 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context},
-    merge::{
-        self, AdapterReading, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeReport, VerifyOptions, Which,
-    },
-    tensor::Dtype,
+    AdapterReading, Checkpoint, Context, Dtype, KeptOriginals, MergeError, MergeInput, MergeOptions, MergeReport,
+    VerifyOptions, Which, internals::merge,
 };
 
 #[path = "support/lora.rs"]

@@ -12,12 +12,14 @@ use std::{
 
 use half::f16;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, Observer, TensorFileWriter},
-    error::{ErrorKind, Failure},
-    mask::{BaseInfo, Recipe},
-    merge::{self, MergeError, MergeInput, MergeOptions, MergeReport, VerifyOptions, Which},
-    tensor::{Dtype, RowColumns},
+    Adapter, AdapterNotes, Checkpoint, Context, Dtype, ErrorKind, Existing, Failure, MergeError, MergeInput,
+    MergeOptions, MergeReport, Observer, RowColumns, VerifyOptions, Which,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::TensorFileWriter,
+        mask::{BaseInfo, Recipe},
+        merge,
+    },
 };
 
 #[path = "support/world.rs"]

@@ -10,14 +10,14 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterNotes, AdapterWriter, ConvertReport},
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    convert::{ConvertError, convert},
-    error::{ErrorKind, Failure},
-    foreign::Format,
-    mask::{BaseInfo, Recipe},
-    tensor::{Dtype, RowColumns},
-    weights::{Answers, WeightMap},
+    Adapter, AdapterNotes, Answers, Checkpoint, Context, ConvertError, ConvertReport, Dtype, ErrorKind, Existing,
+    Failure, Format, RowColumns, WeightMap,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::TensorFileWriter,
+        convert,
+        mask::{BaseInfo, Recipe},
+    },
 };
 use tempfile::TempDir;
 

@@ -11,12 +11,13 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::{AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, TensorFileWriter},
-    error::{ErrorKind, Failure},
-    mask::{BaseInfo, Recipe, select_targets},
-    tensor::{Dtype, RowColumns},
-    weights::{Answers, WeightMap},
+    AdapterNotes, Answers, Checkpoint, CheckpointError, Context, Dtype, ErrorKind, Existing, Failure, RowColumns,
+    WeightMap,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::TensorFileWriter,
+        mask::{BaseInfo, Recipe, select_targets},
+    },
 };
 
 /// Formats and words of their layouts; the coded weights that each has.

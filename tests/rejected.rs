@@ -10,11 +10,7 @@ use std::{
     process::Command,
 };
 
-use neuroada_ckpt::{
-    adapter::{Adapter, AdapterError},
-    checkpoint::{Checkpoint, CheckpointError, Context},
-    error::{ErrorKind, Failure},
-};
+use neuroada_ckpt::{Adapter, AdapterError, Checkpoint, CheckpointError, Context, ErrorKind, Failure};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {

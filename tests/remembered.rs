@@ -8,8 +8,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, MERGED_KEY},
-    merge::{self, MergeError, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which},
+    Checkpoint, Context, Existing, MergeError, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which,
+    internals::{checkpoint::MERGED_KEY, merge},
 };
 
 #[path = "support/stop_at.rs"]
@@ -54,8 +54,9 @@ fn named(path: &Path) -> (Vec<Vec<String>>, Vec<String>) {
         adapters.iter().map(|adapter| adapter["id"].as_str().unwrap().to_owned()).collect()
     };
     let checkpoint = Checkpoint::open(path).unwrap();
-    let of_shard =
-        |shard: &neuroada_ckpt::checkpoint::Shard| ids(shard.header().metadata().get(MERGED_KEY).map(String::as_str));
+    let of_shard = |shard: &neuroada_ckpt::internals::checkpoint::Shard| {
+        ids(shard.header().metadata().get(MERGED_KEY).map(String::as_str))
+    };
     let headers = checkpoint.shards().iter().map(of_shard).collect();
     let index: serde_json::Value = match fs::read(path.join(INDEX)) {
         Ok(json) => serde_json::from_slice(&json).unwrap(),

@@ -10,11 +10,8 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, Io, Observer, TensorFileWriter},
-    diff::diff_checkpoints,
-    error::{ErrorKind, Failure},
-    mask::{MaskOptions, create_mask},
-    tensor::Dtype,
+    Checkpoint, Context, Dtype, ErrorKind, Existing, Failure, Io, MaskOptions, Observer, create_mask, diff_checkpoints,
+    internals::checkpoint::TensorFileWriter,
 };
 
 /// Does something to a file after the n-th block.

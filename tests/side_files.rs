@@ -5,10 +5,12 @@
 use std::{fs, path::Path};
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, LeftOutReason, TensorFileWriter, copy_side_files},
-    merge::{self, MergeOptions, Which},
-    sync::{self, Checksum, Encoding, ExportOptions},
-    tensor::Dtype,
+    Checkpoint, Context, Dtype, Existing, MergeOptions, Which,
+    internals::{
+        checkpoint::{LeftOutReason, TensorFileWriter, copy_side_files},
+        merge,
+        sync::{self, Checksum, Encoding, ExportOptions},
+    },
 };
 
 #[path = "support/world.rs"]

@@ -9,15 +9,16 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Context, Existing, Observer, Shard},
-    data::{Batch, Batches, Dataset, IGNORE},
-    mask::{MaskFile, MaskOptions, create_mask},
-    merge::{MergeInput, MergeOptions, merge},
-    tensor::Dtype,
-    train::{
-        CpuDevice, Device, DeviceBatch, GenerateOptions, Keep, Model, Question, StepRecord, TrainError, TrainOptions,
-        Workspace, backward, forward, generate, logits, losses, mean_loss, rank,
+    Adapter, Checkpoint, Context, Dtype, Existing, MaskFile, MaskOptions, MergeInput, MergeOptions, Observer,
+    create_mask,
+    internals::{
+        checkpoint::Shard,
+        data::{Batch, Batches, Dataset, IGNORE},
+        merge,
+        train::{
+            CpuDevice, Device, DeviceBatch, GenerateOptions, Keep, Model, Question, StepRecord, TrainError,
+            TrainOptions, Workspace, backward, forward, generate, logits, losses, mean_loss, rank,
+        },
     },
 };
 

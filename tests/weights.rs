@@ -6,12 +6,8 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing},
-    diff::diff_checkpoints,
-    mask::{MaskFile, MaskOptions, create_mask},
-    merge::{self, AdapterReading, ExpertOrder, MergeOptions, VerifyOptions, Which},
-    tensor::Dtype,
-    weights::{Answers, Axes, WeightMap},
+    AdapterReading, Answers, Axes, Checkpoint, Context, Dtype, Existing, ExpertOrder, MaskFile, MaskOptions,
+    MergeOptions, VerifyOptions, WeightMap, Which, create_mask, diff_checkpoints, internals::merge,
 };
 
 #[path = "support/lora.rs"]
@@ -519,7 +515,8 @@ fn a_wrong_total_size_is_a_note_and_the_result_has_the_right_one() {
     );
     let place = Place::new();
     fs::create_dir(place.path("out")).unwrap();
-    neuroada_ckpt::checkpoint::copy_side_files(&Context::default(), &checkpoint, &place.path("out"), false).unwrap();
+    neuroada_ckpt::internals::checkpoint::copy_side_files(&Context::default(), &checkpoint, &place.path("out"), false)
+        .unwrap();
     let index = fs::read_to_string(place.path("out").join("model.safetensors.index.json")).unwrap();
     let index: serde_json::Value = serde_json::from_str(&index).unwrap();
     assert_eq!(index["metadata"]["total_size"], 24);

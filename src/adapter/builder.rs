@@ -15,7 +15,7 @@ use crate::{
 ///
 /// ```
 /// use ndarray::array;
-/// use neuroada_ckpt::{adapter::{Adapter, AdapterBuilder}, checkpoint::{Checkpoint, Context, Existing}, tensor::Dtype};
+/// use neuroada_ckpt::{Adapter, AdapterBuilder, Checkpoint, Context, Dtype, Existing};
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("adapter.safetensors");
 /// let ctx = Context::default();

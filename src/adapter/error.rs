@@ -10,6 +10,7 @@ use crate::{
 
 /// What can go wrong while reading, writing or starting an adapter.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AdapterError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

@@ -37,6 +37,7 @@ impl Default for InitOptions<'_> {
 
 /// What was started.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct InitReport {
     /// The base's name.
     pub base: String,

@@ -8,6 +8,7 @@ use crate::tensor::{Dtype, Float, RowBlock, with_float};
 /// A kind of score, by name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum ScoreKind {
     /// `|w|`.
     #[default]

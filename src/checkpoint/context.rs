@@ -7,6 +7,7 @@ pub const MIN_MEMORY: u64 = 16 << 20;
 
 /// How tensor data is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum Io {
     /// What is in memory is mapped; the rest is read directly where the file system can, so that other programs' pages stay
     /// in memory, else mapped.

@@ -10,6 +10,7 @@ use crate::error::{ErrorKind, Failure};
 
 /// What can go wrong while opening, reading or writing checkpoint files.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CheckpointError {
     /// The system failed to do `what` with a file.
     #[error("cannot {what} `{}`", Printable::path(.path))]

@@ -135,11 +135,11 @@ impl Checkpoint {
     /// `model.safetensors.index.json` or exactly one index of another stem. Reads headers only.
     ///
     /// ```
-    /// use neuroada_ckpt::checkpoint::Checkpoint;
+    /// use neuroada_ckpt::Checkpoint;
     /// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
     /// assert_eq!(checkpoint.model_type(), Some("llama"));
     /// assert!(checkpoint.tensor("model.norm.weight").is_some());
-    /// # Ok::<(), neuroada_ckpt::checkpoint::CheckpointError>(())
+    /// # Ok::<(), neuroada_ckpt::CheckpointError>(())
     /// ```
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use crate::{
 
 /// What can go wrong while combining adapters; nothing was written.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CombineError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

@@ -4,6 +4,7 @@ use crate::backend::mix;
 
 /// How several deltas become one. Below, `d_i` is adapter `i`'s delta times its scale, `w_i` its weight.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub enum Method {
     /// `sum(w_i * d_i)`.
     Linear,

@@ -36,6 +36,7 @@ pub struct CombineOptions<'a> {
 
 /// What was combined.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct CombineReport {
     /// The base's name.
     pub base: String,
@@ -76,8 +77,8 @@ pub struct CombineReport {
 /// rows per thread.
 ///
 /// ```
-/// use neuroada_ckpt::{adapter::{Adapter, AdapterNotes}, checkpoint::{Context, Existing}, tensor::Dtype};
-/// use neuroada_ckpt::combine::{CombineInput, CombineOptions, Method, combine};
+/// use neuroada_ckpt::{Adapter, AdapterNotes, Context, Dtype, Existing};
+/// use neuroada_ckpt::{CombineInput, CombineOptions, Method, combine};
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("combined.safetensors");
 /// let a = Adapter::open("fixtures/tiny-llama-adapter.safetensors".as_ref())?;

@@ -17,6 +17,7 @@ const PIECE: u64 = 1 << 15;
 
 /// One of the adapters.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct InputReport {
     /// The file's name.
     pub name: String,
@@ -36,6 +37,7 @@ pub struct InputReport {
 
 /// Two of the adapters.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
+#[non_exhaustive]
 pub struct PairReport {
     /// Which one, from 0.
     pub a: usize,

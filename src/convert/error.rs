@@ -12,6 +12,7 @@ use crate::{
 
 /// What can go wrong while converting; nothing was written.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ConvertError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

@@ -30,6 +30,7 @@ impl fmt::Display for Place {
 
 /// What can go wrong while data is read.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DataError {
     /// A file could not be read, or is not what it should be.
     #[error(transparent)]

@@ -44,6 +44,7 @@ pub struct ReadOptions {
 
 /// What became of a file's rows.
 #[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize)]
+#[non_exhaustive]
 pub struct DataReport {
     /// The file's name.
     pub name: String,

@@ -42,6 +42,7 @@ pub struct Overlap {
 
 /// One tensor of either side.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct AdapterTensorDiff {
     /// The tensor's name.
     pub tensor: String,
@@ -53,6 +54,7 @@ pub struct AdapterTensorDiff {
 
 /// What differs between two adapters or two masks.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct AdapterDiff {
     /// Whether both would do the same to the same base.
     pub equal: bool,

@@ -14,6 +14,7 @@ use crate::{
 
 /// A tensor that both have, not alike.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct RetypedTensor {
     /// The tensor's name.
     pub tensor: String,
@@ -29,6 +30,7 @@ pub struct RetypedTensor {
 
 /// A tensor whose bytes differ.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ChangedTensor {
     /// The tensor's name.
     pub tensor: String,
@@ -54,6 +56,7 @@ pub struct ChangedTensor {
 
 /// What differs between two checkpoints.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct CheckpointDiff {
     /// Whether every tensor of either is in both, byte for byte.
     pub equal: bool,
@@ -80,7 +83,7 @@ pub struct CheckpointDiff {
 /// Reads both once. Memory: a few windows per thread.
 ///
 /// ```
-/// use neuroada_ckpt::{checkpoint::{Checkpoint, Context}, diff::diff_checkpoints};
+/// use neuroada_ckpt::{Checkpoint, Context, diff_checkpoints};
 /// let a = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
 /// let b = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
 /// assert!(diff_checkpoints(&Context::default(), &a, &b)?.equal);

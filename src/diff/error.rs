@@ -9,6 +9,7 @@ use crate::{
 
 /// What can go wrong while comparing; files that differ are a report.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DiffError {
     /// A file could not be read, or is not what it should be.
     #[error(transparent)]

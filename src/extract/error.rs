@@ -11,6 +11,7 @@ use crate::{
 
 /// What can go wrong while extracting; nothing was written.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ExtractError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

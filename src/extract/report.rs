@@ -6,6 +6,7 @@ use super::rows::Survey;
 
 /// What was extracted from one tensor.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ExtractedTensor {
     /// The tensor's name.
     pub tensor: String,
@@ -27,6 +28,7 @@ pub struct ExtractedTensor {
 
 /// What was extracted from one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ExtractKind {
     /// Such as `q_proj`.
     pub kind: String,
@@ -55,6 +57,7 @@ pub struct LeftOut {
 
 /// What was extracted.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ExtractReport {
     /// The base's name.
     pub base: String,

@@ -66,12 +66,12 @@ impl Default for ExtractOptions {
 /// Reads both checkpoints once, and what changed once more. Memory: a few windows per thread.
 ///
 /// ```
-/// use neuroada_ckpt::{checkpoint::{Checkpoint, Context, Existing}, extract::{ExtractOptions, extract}, merge};
+/// use neuroada_ckpt::{Checkpoint, Context, Existing, ExtractOptions, MergeInput, MergeOptions, extract, merge};
 /// # let dir = tempfile::tempdir()?;
 /// # let (tuned, again, path) = (dir.path().join("tuned"), dir.path().join("again"), dir.path().join("delta.safetensors"));
 /// let (ctx, base) = (Context::default(), "fixtures/tiny-llama".as_ref());
-/// let shipped = merge::MergeInput { adapter: "fixtures/tiny-llama-adapter.safetensors".into(), scale: None };
-/// merge::merge(&ctx, base, &[shipped], &merge::MergeOptions::new_checkpoint(&tuned))?;
+/// let shipped = MergeInput { adapter: "fixtures/tiny-llama-adapter.safetensors".into(), scale: None };
+/// merge(&ctx, base, &[shipped], &MergeOptions::new_checkpoint(&tuned))?;
 ///
 /// let (from, to) = (Checkpoint::open(base)?, Checkpoint::open(&tuned)?);
 /// let report = extract(&ctx, &from, &to, &ExtractOptions::default(), Some((&path, Existing::Keep)))?;

@@ -9,6 +9,7 @@ use crate::{
 
 /// What can go wrong while reading a PEFT adapter.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PeftError {
     /// A file could not be read, or is not what it should be.
     #[error(transparent)]

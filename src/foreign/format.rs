@@ -2,6 +2,7 @@
 
 /// What an adapter can lie on disk as.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Format {
     /// A safetensors file of this program.
     NeuroAda,

@@ -37,7 +37,7 @@ impl PeftName {
 /// A plain parameter's name in the model: without PEFT's prefix and without what wrappers left.
 ///
 /// ```
-/// use neuroada_ckpt::foreign::base_name;
+/// use neuroada_ckpt::internals::foreign::base_name;
 /// assert_eq!(base_name("base_model.model.model.embed_tokens.base_layer.weight"), "model.embed_tokens.weight");
 /// assert_eq!(base_name("base_model.model.lm_head.modules_to_save.default.weight"), "lm_head.weight");
 /// ```

@@ -63,7 +63,7 @@ impl LowRankFactors<'_> {
     }
 }
 
-/// What became of weights, counted as [`crate::gpu`]'s callers count on the CPU.
+/// What became of weights, counted as `crate::gpu`'s callers count on the CPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LowRankCounts {
     /// Weights whose delta is not zero.

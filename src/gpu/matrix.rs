@@ -1,7 +1,7 @@
 //! Weights that stay on a device, and sparse deltas on them: for trainers and servers.
 //!
 //! ```no_run
-//! use neuroada_ckpt::{gpu::{DeviceMatrix, DevicePatch, Gpu, Queue}, tensor::{Dtype, RowBlock}};
+//! use neuroada_ckpt::{Dtype, internals::{gpu::{DeviceMatrix, DevicePatch, Gpu, Queue}, tensor::RowBlock}};
 //! let queue = Queue::new(&Gpu::open(0)?)?;
 //! let rows = RowBlock::new(&[0; 8], Dtype::BF16, 2, 2);
 //! let mut weights = DeviceMatrix::new(&queue, rows)?;
@@ -9,7 +9,7 @@
 //! let patch = DevicePatch::new(&queue, &[1, 0], &[0.5, -0.25], 1, 2)?;
 //! let originals = weights.patch(&queue, &patch, 1.0)?;
 //! weights.restore(&queue, &patch, &originals)?;
-//! # Ok::<(), neuroada_ckpt::gpu::GpuError>(())
+//! # Ok::<(), neuroada_ckpt::internals::gpu::GpuError>(())
 //! ```
 
 use super::{

@@ -28,6 +28,7 @@ const CUT_BYTES: u64 = 20;
 
 /// What was chosen in one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct MaskKind {
     /// Such as `q_proj`.
     pub kind: String,
@@ -45,6 +46,7 @@ pub struct MaskKind {
 
 /// What was chosen.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct MaskReport {
     /// The checkpoint's name.
     pub base: String,
@@ -80,7 +82,7 @@ pub struct MaskReport {
 /// a key and once more. Memory: a few windows per thread, and those keys.
 ///
 /// ```
-/// use neuroada_ckpt::{checkpoint::{Checkpoint, Context, Existing}, mask::{MaskFile, MaskOptions, create_mask}};
+/// use neuroada_ckpt::{Checkpoint, Context, Existing, MaskFile, MaskOptions, create_mask};
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("mask.safetensors");
 /// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;

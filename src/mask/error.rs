@@ -9,6 +9,7 @@ use crate::{
 
 /// What can go wrong while choosing connections or reading a mask.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MaskError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

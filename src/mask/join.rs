@@ -12,6 +12,7 @@ use crate::checkpoint::{Context, Existing, Printable};
 
 /// What was put together.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct JoinReport {
     /// The name of the checkpoint that the parts were made from.
     pub base: String,

@@ -14,6 +14,7 @@ use crate::{
 /// Within what weights compete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Scope {
     /// Within each row: every neuron gets its share.
     #[default]
@@ -37,6 +38,7 @@ impl Scope {
 
 /// How much to choose.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub enum Amount {
     /// Entries per row; in the wider scopes as many as this would give in all.
     K(u64),

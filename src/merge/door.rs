@@ -42,14 +42,14 @@ use crate::{
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use neuroada_ckpt::{checkpoint::Context, merge::{self, MergeInput, MergeOptions}};
+/// use neuroada_ckpt::{Context, MergeInput, MergeOptions, Which, merge, unmerge};
 /// # let dir = tempfile::tempdir()?;
 /// # let out = dir.path().join("merged");
 /// let adapter = MergeInput { adapter: "fixtures/tiny-llama-adapter.safetensors".into(), scale: None };
 /// let ctx = Context::default();
-/// let report = merge::merge(&ctx, "fixtures/tiny-llama".as_ref(), &[adapter], &MergeOptions::new_checkpoint(&out))?;
+/// let report = merge(&ctx, "fixtures/tiny-llama".as_ref(), &[adapter], &MergeOptions::new_checkpoint(&out))?;
 /// assert_eq!(report.total.n_tensors, 14);
-/// let undone = merge::unmerge(&ctx, &out, &merge::Which::All, &MergeOptions::in_place())?;
+/// let undone = unmerge(&ctx, &out, &Which::All, &MergeOptions::in_place())?;
 /// assert!(undone.active.is_empty());
 /// # Ok(())
 /// # }

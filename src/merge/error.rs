@@ -12,6 +12,7 @@ use crate::{
 
 /// What a low-rank adapter may leave open, by the field of [`super::AdapterReading`] that says it.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Undecided {
     /// `expert_order`
     ExpertOrder,
@@ -26,6 +27,7 @@ pub enum Undecided {
 
 /// What can go wrong while merging, unmerging, verifying or recovering.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MergeError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

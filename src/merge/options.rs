@@ -44,6 +44,7 @@ pub enum MergeOutput {
 
 /// What the ledger keeps of tensors that a merge changes as a whole. Of the others it always keeps the bytes at the changed positions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum KeptOriginals {
     /// Hashes: undoing needs the base, and proves that it is the base. In place the base must be given then.
     #[default]
@@ -55,6 +56,7 @@ pub enum KeptOriginals {
 /// How the second factor of a stack of experts is to be read; a file does not tell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ExpertOrder {
     /// `B` is `[d_out, r, E]`: as PEFT trains and saves it.
     RankFirst,

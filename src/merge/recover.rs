@@ -24,6 +24,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Context, Layout, Printable,
 /// What recovery did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Recovered {
     /// There was nothing to recover.
     Nothing,

@@ -15,6 +15,7 @@ use crate::{adapter::AdapterId, backend::PatchCounts, checkpoint::LeftOut, tenso
 
 /// Deltas on one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct KindReport {
     /// Such as `q_proj`.
     pub kind: String,
@@ -36,6 +37,7 @@ pub struct KindReport {
 
 /// What a merge or an unmerge did, or would do.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct MergeReport {
     /// The checkpoint's name.
     pub base: String,

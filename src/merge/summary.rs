@@ -14,6 +14,7 @@ use crate::checkpoint::{Checkpoint, MERGED_KEY, Shard, StateFolder};
 
 /// One merged adapter.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ActiveAdapter {
     /// The adapter's id, 64 hexadecimal digits.
     pub id: String,
@@ -25,6 +26,7 @@ pub struct ActiveAdapter {
 
 /// The merges that a checkpoint remembers.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct LedgerSummary {
     /// Merged adapters, by id.
     pub active: Vec<ActiveAdapter>,

@@ -49,6 +49,7 @@ pub struct VerifyOptions {
 
 /// How the originals compare with what an adapter was made from.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct AnchorReport {
     /// The adapter's id.
     pub id: String,
@@ -60,6 +61,7 @@ pub struct AnchorReport {
 
 /// The result of [`verify`].
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct VerifyReport {
     /// Whether everything that was checked is right.
     pub ok: bool,

@@ -47,6 +47,7 @@ impl Encoding {
 
 /// What was exported or applied.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct SyncReport {
     /// The older checkpoint's name.
     pub base: String,
@@ -73,6 +74,7 @@ pub struct SyncReport {
 
 /// One changed tensor.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct SyncedTensor {
     /// Its name.
     pub tensor: String,

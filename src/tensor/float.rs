@@ -172,7 +172,7 @@ pub fn is_float(dtype: Dtype) -> bool {
 /// Runs an expression with `T` standing for the [`Float`] type of a [`Dtype`], or the `else` expression for the others.
 ///
 /// ```
-/// use neuroada_ckpt::tensor::{Dtype, Float, with_float};
+/// use neuroada_ckpt::{Dtype, internals::tensor::{Float, with_float}};
 /// let bytes = with_float!(Dtype::BF16, T => T::BYTES, else 0);
 /// assert_eq!(bytes, 2);
 /// ```
@@ -181,34 +181,34 @@ pub fn is_float(dtype: Dtype) -> bool {
 macro_rules! __with_float {
     ($dtype:expr, $t:ident => $body:expr, else $other:expr) => {
         match $dtype {
-            $crate::tensor::Dtype::F64 => {
+            $crate::internals::tensor::Dtype::F64 => {
                 #[allow(dead_code)]
                 type $t = f64;
                 $body
             }
-            $crate::tensor::Dtype::F32 => {
+            $crate::internals::tensor::Dtype::F32 => {
                 #[allow(dead_code)]
                 type $t = f32;
                 $body
             }
-            $crate::tensor::Dtype::F16 => {
+            $crate::internals::tensor::Dtype::F16 => {
                 #[allow(dead_code)]
                 type $t = ::half::f16;
                 $body
             }
-            $crate::tensor::Dtype::BF16 => {
+            $crate::internals::tensor::Dtype::BF16 => {
                 #[allow(dead_code)]
                 type $t = ::half::bf16;
                 $body
             }
-            $crate::tensor::Dtype::F8_E4M3 => {
+            $crate::internals::tensor::Dtype::F8_E4M3 => {
                 #[allow(dead_code)]
-                type $t = $crate::tensor::F8E4M3;
+                type $t = $crate::internals::tensor::F8E4M3;
                 $body
             }
-            $crate::tensor::Dtype::F8_E5M2 => {
+            $crate::internals::tensor::Dtype::F8_E5M2 => {
                 #[allow(dead_code)]
-                type $t = $crate::tensor::F8E5M2;
+                type $t = $crate::internals::tensor::F8E5M2;
                 $body
             }
             _ => $other,

@@ -8,7 +8,7 @@ pub fn module_of(name: &str) -> &str {
 /// The kind of projection, for tables: the last part of the module's path, such as `q_proj`.
 ///
 /// ```
-/// use neuroada_ckpt::tensor::projection_kind;
+/// use neuroada_ckpt::internals::tensor::projection_kind;
 /// assert_eq!(projection_kind("model.layers.3.self_attn.q_proj.weight"), "q_proj");
 /// assert_eq!(projection_kind("model.layers.3.mlp.experts.gate_up_proj"), "gate_up_proj");
 /// ```

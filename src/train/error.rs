@@ -13,6 +13,7 @@ use crate::{
 
 /// An operation that a device could not do.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// Too little memory on the device.
     #[error("the device has no room for {n_bytes} bytes of {what}")]
@@ -42,6 +43,7 @@ impl Failure for DeviceError {
 
 /// What can go wrong while training and evaluating. What was saved before stays.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// A file could not be read or written, or is not what it should be.
     #[error(transparent)]

@@ -147,6 +147,7 @@ impl Watcher for () {}
 
 /// What came of a run.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct TrainReport {
     /// The adapter's id, 64 hexadecimal digits.
     pub id: String,

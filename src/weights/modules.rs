@@ -14,7 +14,7 @@ pub fn is_embedding(name: &str) -> bool {
 /// The order in which a matrix of this name is stored, by convention or by its model's type; `None` where only the checkpoint tells.
 ///
 /// ```
-/// use neuroada_ckpt::weights::{Axes, family_axes};
+/// use neuroada_ckpt::{Axes, internals::weights::family_axes};
 /// assert_eq!(family_axes(Some("gpt2"), "h.0.attn.c_attn.weight"), Some(Axes::InOut));
 /// assert_eq!(family_axes(None, "model.layers.0.self_attn.q_proj.weight"), Some(Axes::OutIn));
 /// assert_eq!(family_axes(None, "h.0.attn.c_attn.weight"), None);

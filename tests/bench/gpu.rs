@@ -10,11 +10,13 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    backend::Chooser,
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    gpu::{DeviceMatrix, DevicePatch, Gpu, GpuChooser, GpuError, LowRank, LowRankFactors, Queue, RowRanker},
-    mask::{MaskOptions, create_mask},
-    tensor::{Dtype, RowBlock},
+    Checkpoint, Context, Dtype, Existing, GpuError, MaskOptions, create_mask,
+    internals::{
+        backend::Chooser,
+        checkpoint::TensorFileWriter,
+        gpu::{DeviceMatrix, DevicePatch, Gpu, GpuChooser, LowRank, LowRankFactors, Queue, RowRanker},
+        tensor::RowBlock,
+    },
 };
 
 /// Shapes of the seven projections of one layer of Llama-3-8B, `[d_out, d_in]`.

@@ -11,13 +11,13 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    data::Dataset,
-    gpu::{CudaDevice, Gpu},
-    mask::{MaskFile, MaskOptions, create_mask},
-    tensor::Dtype,
-    train::{Keep, Model, ModelConfig, Plan, RunSize, StepRecord, TrainJob, TrainOptions, Warmup, Watcher, train},
+    AdapterNotes, Checkpoint, Context, Dtype, Existing, MaskFile, MaskOptions, create_mask,
+    internals::{
+        checkpoint::TensorFileWriter,
+        data::Dataset,
+        gpu::{CudaDevice, Gpu},
+        train::{Keep, Model, ModelConfig, Plan, RunSize, StepRecord, TrainJob, TrainOptions, Warmup, Watcher, train},
+    },
 };
 
 type Failure = Box<dyn std::error::Error>;

@@ -8,8 +8,11 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{Criterion, Throughput};
 use neuroada_ckpt::{
-    backend::{Score, ScoredRows, instruction_set, topk_rows},
-    tensor::{Dtype, RowBlock},
+    Dtype,
+    internals::{
+        backend::{Score, ScoredRows, instruction_set, topk_rows},
+        tensor::RowBlock,
+    },
 };
 use rayon::prelude::*;
 

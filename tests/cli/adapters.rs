@@ -6,10 +6,12 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::{AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, TensorRef, gather_rows},
-    mask::{BaseInfo, Recipe},
-    tensor::{Dtype, RowColumns},
+    AdapterNotes, Checkpoint, Context, Dtype, Existing, RowColumns, TensorRef,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::gather_rows,
+        mask::{BaseInfo, Recipe},
+    },
 };
 
 use super::harness::{Place, fixtures};

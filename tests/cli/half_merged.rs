@@ -9,9 +9,11 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::{Context, Layout, Observer, Shard, StateFolder},
-    error::{ErrorKind, Failure},
-    merge::{self, Journal, MergeInput, MergeOptions},
+    Context, ErrorKind, Failure, MergeInput, MergeOptions, Observer,
+    internals::{
+        checkpoint::{Layout, Shard, StateFolder},
+        merge::{self, Journal},
+    },
 };
 
 use super::{

@@ -1,9 +1,6 @@
 use std::{collections::BTreeMap, fs};
 
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 use super::{
     Place,

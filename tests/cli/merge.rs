@@ -1,7 +1,7 @@
 use std::fs;
 
 use insta::assert_snapshot;
-use neuroada_ckpt::checkpoint::Checkpoint;
+use neuroada_ckpt::Checkpoint;
 
 use super::{
     Place,

@@ -13,10 +13,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 use super::{copy_tree, cycles, program, skipped, works};
 use crate::world::{Random, tree};

@@ -7,10 +7,7 @@ use std::{
 };
 
 use half::{bf16, f16};
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 use super::{copy_tree, run};
 use crate::world::{self, Random, World, tree};

@@ -6,8 +6,11 @@
 use std::process::Command;
 
 use neuroada_ckpt::{
-    gpu::{Attention, DeviceVec, HeadShape, Queue},
-    tensor::{Accumulator, Dtype, Float, with_float},
+    Dtype,
+    internals::{
+        gpu::{Attention, DeviceVec, HeadShape, Queue},
+        tensor::{Accumulator, Float, with_float},
+    },
 };
 
 use crate::{

@@ -6,10 +6,7 @@ use std::{
     process::{Command, Output},
 };
 
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 use tempfile::TempDir;
 
 use crate::{

@@ -1,11 +1,12 @@
 //! The trainer on the GPU against PyTorch and transformers.
 
 use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Context, Shard},
-    gpu::CudaDevice,
-    tensor::Dtype,
-    train::{Keep, TrainOptions},
+    Adapter, Context, Dtype,
+    internals::{
+        checkpoint::Shard,
+        gpu::CudaDevice,
+        train::{Keep, TrainOptions},
+    },
 };
 
 use crate::{

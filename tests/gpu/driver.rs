@@ -8,7 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
-use neuroada_ckpt::gpu::{Gpu, Queue};
+use neuroada_ckpt::internals::gpu::{Gpu, Queue};
 
 /// How the fake driver is built.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

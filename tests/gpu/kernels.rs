@@ -4,15 +4,18 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    backend::{
-        ColumnNorms, Layer, PatchCounts, Score, ScoredRows, add_low_rank, merge_sums, merged_values, topk_rows,
-        union_columns,
+    Dtype, RowColumns,
+    internals::{
+        backend::{
+            ColumnNorms, Layer, PatchCounts, Score, ScoredRows, add_low_rank, merge_sums, merged_values, topk_rows,
+            union_columns,
+        },
+        gpu::{
+            DeviceMatrix, DevicePatch, DeviceTerms, Factor, GpuError, LowRank, LowRankCounts, LowRankFactors, Queue,
+            RowRanker, merged_low_rank,
+        },
+        tensor::RowBlock,
     },
-    gpu::{
-        DeviceMatrix, DevicePatch, DeviceTerms, Factor, GpuError, LowRank, LowRankCounts, LowRankFactors, Queue,
-        RowRanker, merged_low_rank,
-    },
-    tensor::{Dtype, RowBlock, RowColumns},
 };
 
 use crate::{
@@ -48,7 +51,7 @@ fn topk_equals_the_cpu_at_awkward_sizes() {
 fn rows_of_the_greatest_length_are_chosen_from() {
     let Some(queue) = queue() else { return };
     let ranker = RowRanker::new(queue.gpu(), 1, 32 << 20, 32 << 20);
-    let d_in = neuroada_ckpt::gpu::MOST_COLUMNS;
+    let d_in = neuroada_ckpt::internals::gpu::MOST_COLUMNS;
     for dtype in [Dtype::BF16, Dtype::F32] {
         // The last columns are the largest; and a row of zeros, whose first columns win.
         let values = (0..2 * d_in as u64).map(|i| if i < d_in as u64 { (i / 7) as f64 } else { 0.0 });
@@ -222,7 +225,7 @@ fn several_adapters_on_the_device_merge_as_on_the_cpu() {
 fn patched(dtype: Dtype, base: &[u8], d_in: usize, layers: &[Layer<'_>]) -> Vec<u8> {
     let touched = union_columns(&layers.iter().map(|layer| layer.columns).collect::<Vec<_>>());
     let block = RowBlock::new(base, dtype, touched.n_rows(), d_in);
-    let originals = neuroada_ckpt::backend::gather(block, &touched);
+    let originals = neuroada_ckpt::internals::backend::gather(block, &touched);
     let (values, _) = merged_values(dtype, layers, &touched, &originals);
     let n = dtype.bitsize() / 8;
     let mut bytes = base.to_vec();

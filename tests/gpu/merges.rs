@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 use crate::{
     binary::{Place, code, stderr, stdout},

@@ -5,9 +5,12 @@
 //! such roundings: the gradient by logits, a sum that begins with it, the result.
 
 use neuroada_ckpt::{
-    gpu::CudaDevice,
-    tensor::{Accumulator, Dtype, Float, with_float},
-    train::{AdamW, CpuDevice, Deltas, Device, Spans, config::Heads},
+    Dtype,
+    internals::{
+        gpu::CudaDevice,
+        tensor::{Accumulator, Float, with_float},
+        train::{AdamW, CpuDevice, Deltas, Device, Spans, config::Heads},
+    },
 };
 
 use crate::{

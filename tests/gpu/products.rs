@@ -6,8 +6,11 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    gpu::{Blas, BlasWeight, DeviceVec, GpuError, Queue},
-    tensor::{Accumulator, Dtype, Float, with_float},
+    Dtype,
+    internals::{
+        gpu::{Blas, BlasWeight, DeviceVec, GpuError, Queue},
+        tensor::{Accumulator, Float, with_float},
+    },
 };
 
 use crate::{

@@ -1,6 +1,9 @@
 //! Rows that hurt: bell-shaped, full of ties, all equal, signed zeros, subnormals, infinities.
 
-use neuroada_ckpt::tensor::{Accumulator, Dtype, Float, with_float};
+use neuroada_ckpt::{
+    Dtype,
+    internals::tensor::{Accumulator, Float, with_float},
+};
 
 pub(crate) const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 

@@ -7,8 +7,7 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    checkpoint::Context,
-    merge::{self, KeptOriginals, MergeError, MergeOptions, MergeReport, VerifyOptions, VerifyReport, Which},
+    Context, KeptOriginals, MergeError, MergeOptions, MergeReport, VerifyOptions, VerifyReport, Which, internals::merge,
 };
 
 use crate::{

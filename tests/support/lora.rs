@@ -8,9 +8,9 @@ use std::{
 
 use half::bf16;
 use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter},
-    merge::{self, AdapterReading, MergeError, MergeInput, MergeOptions, MergeOutput, MergeReport},
-    tensor::Dtype,
+    AdapterReading, Checkpoint, Context, Dtype, Existing, MergeError, MergeInput, MergeOptions, MergeOutput,
+    MergeReport,
+    internals::{checkpoint::TensorFileWriter, merge},
 };
 use tempfile::TempDir;
 

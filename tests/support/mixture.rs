@@ -11,11 +11,15 @@ use std::{
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterId, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter, gather_rows},
-    mask::{BaseInfo, Recipe},
-    merge::{self, AdapterReading, ExpertOrder, MergeInput, MergeOptions, MergeOutput},
-    tensor::{Dtype, RowColumns, RowLayout},
+    Adapter, AdapterId, AdapterNotes, AdapterReading, Checkpoint, Context, Dtype, Existing, ExpertOrder, MergeInput,
+    MergeOptions, MergeOutput, RowColumns,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::{TensorFileWriter, gather_rows},
+        mask::{BaseInfo, Recipe},
+        merge,
+        tensor::RowLayout,
+    },
 };
 use tempfile::TempDir;
 
@@ -384,7 +388,7 @@ impl Mixture {
         adapters.push(write_lora(&at("7"), random, (2, ""), |lora| lora.embedding("m.wte", 90, 20)));
         adapters[FULL].scales = &[1.0];
         let checkpoint = Checkpoint::open(&base).unwrap();
-        let original = |tensor: neuroada_ckpt::checkpoint::TensorRef<'_>| {
+        let original = |tensor: neuroada_ckpt::TensorRef<'_>| {
             let bytes = tensor.window(&Context::default(), 0..tensor.info.n_bytes()).unwrap().to_vec();
             (tensor.info.name.clone(), (tensor.info.dtype, tensor.info.shape.clone(), bytes))
         };

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use neuroada_ckpt::checkpoint::Observer;
+use neuroada_ckpt::Observer;
 
 /// Stops, or ends the whole process, at the n-th block of a pass.
 pub(crate) struct StopAt {

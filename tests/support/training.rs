@@ -9,14 +9,14 @@ use std::{
 
 use half::{bf16, f16};
 use neuroada_ckpt::{
-    adapter::AdapterNotes,
-    checkpoint::{Checkpoint, Context, Existing, Shard, TensorFileWriter, TensorRef},
-    data::{Batch, Dataset, IGNORE},
-    mask::{MaskFile, MaskOptions, create_mask},
-    tensor::Dtype,
-    train::{
-        CpuDevice, Device, DeviceBatch, EvalRecord, Keep, Model, StepRecord, TrainError, TrainJob, TrainOptions,
-        TrainReport, Warmup, Watcher, Workspace, backward, forward, logits, losses, train,
+    AdapterNotes, Checkpoint, Context, Dtype, Existing, MaskFile, MaskOptions, TensorRef, create_mask,
+    internals::{
+        checkpoint::{Shard, TensorFileWriter},
+        data::{Batch, Dataset, IGNORE},
+        train::{
+            CpuDevice, Device, DeviceBatch, EvalRecord, Keep, Model, StepRecord, TrainError, TrainJob, TrainOptions,
+            TrainReport, Warmup, Watcher, Workspace, backward, forward, logits, losses, train,
+        },
     },
 };
 

@@ -7,11 +7,13 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    adapter::{Adapter, AdapterId, AdapterNotes, AdapterWriter},
-    checkpoint::{Checkpoint, Context, Existing, TensorFileWriter, gather_rows},
-    mask::{BaseInfo, Recipe},
-    merge::MergeInput,
-    tensor::{Dtype, RowColumns, RowLayout, dtype_name},
+    Adapter, AdapterId, AdapterNotes, Checkpoint, Context, Dtype, Existing, MergeInput, RowColumns,
+    internals::{
+        adapter::AdapterWriter,
+        checkpoint::{TensorFileWriter, gather_rows},
+        mask::{BaseInfo, Recipe},
+        tensor::{RowLayout, dtype_name},
+    },
 };
 use tempfile::TempDir;
 

@@ -1,10 +1,9 @@
 //! Biases, trained whole beside the deltas.
 
 use neuroada_ckpt::{
-    adapter::{ColumnsKind, PackOptions, pack_adapter},
-    error::{ErrorKind, Failure},
-    extract::{ExtractOptions, extract},
-    merge::{Which, unmerge},
+    ErrorKind, ExtractOptions, Failure, PackOptions, Which,
+    internals::{adapter::ColumnsKind, extract},
+    pack_adapter, unmerge,
 };
 
 use super::*;

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 /// What was converted.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ConvertReport {
     /// The input's format.
     pub from: String,
@@ -31,6 +32,7 @@ pub struct ConvertReport {
 
 /// What became of one tensor's deltas.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct ConvertedTensor {
     /// The tensor's name in the base.
     pub tensor: String,

@@ -31,6 +31,7 @@ use crate::{
 
 /// What becomes of the columns.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum ColumnsChoice {
     /// Left out where a base is given and the recipe chooses the same ones from it; else packed.
     #[default]
@@ -43,6 +44,7 @@ pub enum ColumnsChoice {
 
 /// What becomes of the values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum ValuesChoice {
     /// They stay as they are.
     #[default]
@@ -83,6 +85,7 @@ pub struct PackOptions<'a> {
 
 /// What packing made of an adapter.
 #[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct PackReport {
     /// The base's name.
     pub base: String,
@@ -126,7 +129,7 @@ pub struct PackReport {
 /// the same and [`Adapter::write_plain`] gives the same bytes back. Memory: a few blocks of rows per thread.
 ///
 /// ```
-/// use neuroada_ckpt::{adapter::{Adapter, PackOptions, pack_adapter}, checkpoint::{Context, Existing}};
+/// use neuroada_ckpt::{Adapter, Context, Existing, PackOptions, pack_adapter};
 /// # let dir = tempfile::tempdir()?;
 /// # let (packed, plain) = (dir.path().join("packed.safetensors"), dir.path().join("plain.safetensors"));
 /// let (ctx, path) = (Context::default(), "fixtures/tiny-llama-adapter.safetensors".as_ref());

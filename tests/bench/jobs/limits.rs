@@ -8,10 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use neuroada_ckpt::{
-    checkpoint::{Checkpoint, Context, Io},
-    mask::LLAMA_PROJECTIONS,
-};
+use neuroada_ckpt::{Checkpoint, Context, Io, internals::mask::LLAMA_PROJECTIONS};
 use rayon::prelude::*;
 
 /// The checkpoint's shards.

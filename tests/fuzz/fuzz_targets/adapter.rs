@@ -4,7 +4,7 @@
 mod common;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{adapter::Adapter, checkpoint::Context};
+use neuroada_ckpt::{Adapter, Context};
 
 fuzz_target!(|input: common::Input| {
     let ctx = Context::default();

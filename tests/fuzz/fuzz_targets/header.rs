@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::checkpoint::Header;
+use neuroada_ckpt::internals::checkpoint::Header;
 use safetensors::SafeTensors;
 
 fuzz_target!(|json: &[u8]| {

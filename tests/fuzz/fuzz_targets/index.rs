@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::checkpoint::Index;
+use neuroada_ckpt::internals::checkpoint::Index;
 
 fuzz_target!(|json: &[u8]| {
     if let Ok(index) = Index::parse(Path::new("model.safetensors.index.json"), json) {

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::merge::{Journal, LedgerDocument};
+use neuroada_ckpt::internals::merge::{Journal, LedgerDocument};
 
 fuzz_target!(|bytes: &[u8]| {
     let _as_it_is = Journal::parse(bytes);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::merge::LedgerDocument;
+use neuroada_ckpt::internals::merge::LedgerDocument;
 
 fuzz_target!(|document: (String, String)| {
     let (text, checksum) = document;

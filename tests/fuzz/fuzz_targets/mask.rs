@@ -4,7 +4,7 @@
 mod common;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{checkpoint::Context, mask::MaskFile};
+use neuroada_ckpt::{Context, MaskFile};
 
 fuzz_target!(|input: common::Input| {
     let ctx = Context::default();

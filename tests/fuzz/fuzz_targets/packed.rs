@@ -6,11 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{
-    adapter::Adapter,
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::Dtype,
-};
+use neuroada_ckpt::{Adapter, Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 fuzz_target!(|input: (String, String, Vec<u8>, Vec<u8>)| {
     let (document, header, index, blocks) = input;

@@ -2,10 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{
-    merge::{LedgerDocument, LowRankRecord},
-    foreign::{LoraConfig, PeftConfig},
-};
+use neuroada_ckpt::internals::{foreign::{LoraConfig, PeftConfig}, merge::{LedgerDocument, LowRankRecord}};
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(config) = PeftConfig::parse("adapter_config.json".as_ref(), bytes)

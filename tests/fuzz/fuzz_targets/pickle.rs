@@ -4,7 +4,7 @@
 use std::{cell::RefCell, fs, path::PathBuf};
 
 use libfuzzer_sys::fuzz_target;
-use neuroada_ckpt::{checkpoint::Context, foreign::ForeignAdapter};
+use neuroada_ckpt::{Context, internals::foreign::ForeignAdapter};
 
 thread_local! {
     static FOLDER: RefCell<Option<(tempfile::TempDir, PathBuf)>> = const { RefCell::new(None) };

@@ -2,10 +2,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap, path::PathBuf};
 
-use neuroada_ckpt::{
-    checkpoint::{Context, Existing, TensorFileWriter},
-    tensor::{Dtype, RowColumns},
-};
+use neuroada_ckpt::{Context, Dtype, Existing, RowColumns, internals::checkpoint::TensorFileWriter};
 
 thread_local! {
     static FOLDER: RefCell<Option<(tempfile::TempDir, PathBuf)>> = const { RefCell::new(None) };
