@@ -22,6 +22,47 @@
 //!
 //! Each takes a [`Context`]: the memory to stay within, and who is told of progress. Each has an error enum that can be
 //! matched; all of them say their kind, their file and what may help through [`Failure`].
+//!
+//! # Example
+//!
+//! A mask of the largest weight in each row, an adapter of zeros on it, merged into a new checkpoint and taken out again:
+//!
+//! ```
+//! use neuroada_ckpt::{
+//!     Checkpoint, Context, Existing, InitOptions, MaskFile, MaskOptions, MergeInput, MergeOptions, Which, create_mask,
+//!     init_adapter, merge, unmerge,
+//! };
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let (mask, adapter) = (folder.path().join("mask.safetensors"), folder.path().join("adapter.safetensors"));
+//! # let merged = folder.path().join("merged");
+//! let ctx = Context::default();
+//! let base = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+//! let report = create_mask(&ctx, &base, &MaskOptions::new(1), Some((&mask, Existing::Keep)))?;
+//! println!("{} of {} weights", report.total.n_chosen, report.n_model_parameters);
+//!
+//! let mask = MaskFile::open(&mask)?;
+//! init_adapter(&ctx, &base, &mask, &InitOptions::default(), &adapter, Existing::Keep)?;
+//!
+//! let input = MergeInput { adapter, scale: None };
+//! let report = merge(&ctx, base.root(), &[input], &MergeOptions::new_checkpoint(&merged))?;
+//! assert_eq!(report.active.len(), 1);
+//! unmerge(&ctx, &merged, &Which::All, &MergeOptions::in_place())?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Features
+//!
+//! | feature | default | what |
+//! | --- | --- | --- |
+//! | `cli` | yes | the command line (`cli::run`), with clap and progress bars |
+//! | `cuda` | yes | the GPU paths; the driver is looked for at run time, nothing of CUDA is needed to build |
+//! | `train` | yes | the trainer behind the commands `train` and `eval`, with tokenizers and chat templates |
+//!
+//! `default-features = false` leaves the library alone. The trainer and the GPU paths are reached through the command
+//! line; their functions may change with every version and are not part of the documented library.
 
 // The floors of the crate. Imports go down this list, never up:
 //
