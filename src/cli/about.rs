@@ -1,7 +1,8 @@
 //! What every command that makes an adapter asks alike.
 
-use crate::{adapter::AdapterNotes, tensor::Dtype};
 use clap::{Args, ValueEnum};
+
+use crate::{adapter::AdapterNotes, tensor::Dtype};
 
 /// What people want to know of an adapter.
 #[derive(Args)]

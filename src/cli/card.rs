@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::page::{bytes, count, percent};
 use crate::{
     adapter::{Adapter, ColumnsKind, PackReport},
     checkpoint::{
@@ -13,8 +14,6 @@ use crate::{
     },
     tensor::projection_kind,
 };
-
-use super::page::{bytes, count, percent};
 
 /// Where the card of a file lies.
 fn place(packed: &Path) -> PathBuf {

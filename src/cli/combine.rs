@@ -1,10 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    checkpoint::{Checkpoint, Existing},
-    combine::{self, CombineInput, CombineOptions, CombineReport, Method},
-    merge::MergeInput,
-};
 use clap::{Args, ValueEnum};
 
 use super::{
@@ -15,6 +10,11 @@ use super::{
     merge::parse_input,
     page::{Page, Table, bytes, count, number},
     unpack::open_adapter,
+};
+use crate::{
+    checkpoint::{Checkpoint, Existing},
+    combine::{self, CombineInput, CombineOptions, CombineReport, Method},
+    merge::MergeInput,
 };
 
 /// Combine adapters of one base into one

@@ -1,13 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    adapter::{ConvertReport, ConvertedTensor},
-    checkpoint::{Checkpoint, Existing},
-    convert::{self, ConvertError},
-    foreign::Format,
-    tensor::projection_kind,
-    weights::WeightMap,
-};
 use clap::{Args, ValueEnum};
 
 use super::{
@@ -17,6 +9,14 @@ use super::{
     page::{Page, Table, bytes, count},
     sync::{self, ApplyArgs, ChecksumArg, EncodingArg, ExportArgs},
     weights::RenameArgs,
+};
+use crate::{
+    adapter::{ConvertReport, ConvertedTensor},
+    checkpoint::{Checkpoint, Existing},
+    convert::{self, ConvertError},
+    foreign::Format,
+    tensor::projection_kind,
+    weights::WeightMap,
 };
 
 /// Read other tools' sparse adapters, and write them

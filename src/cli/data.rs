@@ -6,16 +6,16 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::{
-    checkpoint::{CheckpointError, probe},
-    data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer},
-};
 use clap::{Args, ValueEnum};
 
 use super::{
     env::Env,
     failure::{CliError, CliResult, Hint},
     page::{bytes, count},
+};
+use crate::{
+    checkpoint::{CheckpointError, probe},
+    data::{self, Clock, DataReport, Dataset, Loss, ReadOptions, Template, Tokenizer},
 };
 
 /// How rows of a file become examples.

@@ -1,11 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use crate::{
-    checkpoint::{Checkpoint, Printable, Shard, probe},
-    diff::{self, AdapterDiff, CheckpointDiff, Overlap},
-    mask::{FileKind, MaskFile},
-    tensor::projection_kind,
-};
 use clap::Args;
 
 use super::{
@@ -14,6 +8,12 @@ use super::{
     failure::{CliError, CliResult},
     page::{Page, Table, bytes, count, number, percent},
     unpack::open_adapter,
+};
+use crate::{
+    checkpoint::{Checkpoint, Printable, Shard, probe},
+    diff::{self, AdapterDiff, CheckpointDiff, Overlap},
+    mask::{FileKind, MaskFile},
+    tensor::projection_kind,
 };
 
 /// Say what differs between two adapters, masks or checkpoints

@@ -6,11 +6,6 @@ use std::{
     thread,
 };
 
-use crate::{
-    backend::{LowRankMerger, RowChooser},
-    checkpoint::{Context, InUse, Io, MIN_MEMORY},
-};
-use clap::{Args, ValueEnum};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -20,6 +15,10 @@ use super::{
     gpu::Gpu,
     page::Page,
     progress::Progress,
+};
+use crate::{
+    backend::{LowRankMerger, RowChooser},
+    checkpoint::{Context, InUse, Io, MIN_MEMORY},
 };
 
 /// Where `--max-memory` is not given.

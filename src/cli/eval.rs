@@ -1,11 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use crate::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Printable},
-    data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
-    train::{self, CpuDevice, Device, EvalSize, GenerateOptions, Keep, MemoryEstimate, Model, Workspace},
-};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -17,6 +11,12 @@ use super::{
     gpu::OnDevice,
     merge::parse_input,
     page::{Page, Table, count, number, percent},
+};
+use crate::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Printable},
+    data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
+    train::{self, CpuDevice, Device, EvalSize, GenerateOptions, Keep, MemoryEstimate, Model, Workspace},
 };
 
 /// Measure a model on a file of rows: loss, and how many answers are right

@@ -1,10 +1,5 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
-use crate::{
-    checkpoint::{Checkpoint, Existing, Printable},
-    extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut, UnfitReason},
-    tensor::{Dtype, projection_kind},
-};
 use clap::{Args, ValueEnum};
 
 use super::{
@@ -14,6 +9,11 @@ use super::{
     failure::{CliResult, Hint},
     page::{Page, Table, bytes, count, number, percent},
     weights::{AxesArgs, with_axes_hint},
+};
+use crate::{
+    checkpoint::{Checkpoint, Existing, Printable},
+    extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut, UnfitReason},
+    tensor::{Dtype, projection_kind},
 };
 
 /// Make an adapter of what changed between two checkpoints

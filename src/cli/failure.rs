@@ -2,8 +2,9 @@
 
 use std::{error::Error, fmt, process::ExitCode};
 
-use crate::error::{ErrorKind, Failure};
 use serde::Serialize;
+
+use crate::error::{ErrorKind, Failure};
 
 /// What commands return.
 pub(super) type CliResult<T> = Result<T, CliError>;

@@ -1,10 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    adapter::{self, InitOptions},
-    checkpoint::{Checkpoint, Existing},
-    mask::MaskFile,
-};
 use clap::Args;
 
 use super::{
@@ -13,6 +8,11 @@ use super::{
     env::Env,
     failure::{CliError, CliResult},
     page::{bytes, count},
+};
+use crate::{
+    adapter::{self, InitOptions},
+    checkpoint::{Checkpoint, Existing},
+    mask::MaskFile,
 };
 
 /// Start an adapter from a mask: zeros, or values trained elsewhere

@@ -7,8 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::checkpoint::InUse;
 use clap::{Arg, ArgMatches, Command};
+
+use crate::checkpoint::InUse;
 
 /// The one argument of every command that says where to write.
 const OUTPUT: &str = "output";

@@ -1,11 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    backend::{Chooser, ChosenRows},
-    checkpoint::{Checkpoint, Existing},
-    mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
-};
-use clap::{Args, ValueEnum};
 use clap::{Args, ValueEnum};
 
 use super::{
@@ -14,6 +8,11 @@ use super::{
     failure::CliResult,
     page::{Page, Table, count, percent},
     weights::{AxesArgs, with_axes_hint},
+};
+use crate::{
+    backend::{Chooser, ChosenRows},
+    checkpoint::{Checkpoint, Existing},
+    mask::{self, Amount, MaskKind, MaskOptions, MaskReport, Partition, Scope, ScoreKind},
 };
 
 /// Choose the important connections of every neuron

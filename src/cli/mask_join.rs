@@ -1,9 +1,9 @@
 use std::path::PathBuf;
 
-use crate::{checkpoint::Existing, mask};
 use clap::Args;
 
 use super::{Answer, env::Env, failure::CliResult, page::count};
+use crate::{checkpoint::Existing, mask};
 
 /// Put the parts of a mask together
 ///

@@ -1,15 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use crate::{
-    backend::{MergedWeights, Merger},
-    checkpoint::{Checkpoint, Existing, probe},
-    merge::{
-        self, AdapterReading, ExpertOrder, KeptOriginals, KindReport, MergeError, MergeInput, MergeOptions,
-        MergeOutput, MergeReport, Undecided,
-    },
-    weights::Axes,
-};
-use clap::{ArgGroup, Args};
 use clap::{ArgGroup, Args};
 
 use super::{
@@ -18,6 +8,15 @@ use super::{
     failure::{CliError, CliResult, Hint},
     page::{Page, Table, bytes, count, number, percent},
     weights::{AxesArgs, RenameArgs, axes_hint},
+};
+use crate::{
+    backend::{MergedWeights, Merger},
+    checkpoint::{Checkpoint, Existing, probe},
+    merge::{
+        self, AdapterReading, ExpertOrder, KeptOriginals, KindReport, MergeError, MergeInput, MergeOptions,
+        MergeOutput, MergeReport, Undecided,
+    },
+    weights::Axes,
 };
 
 /// Add adapters to a checkpoint

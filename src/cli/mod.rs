@@ -44,7 +44,6 @@ mod weights;
 use std::{ffi::OsString, io, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-
 use env::{Env, GlobalArgs};
 use failure::CliResult;
 

@@ -1,9 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    adapter::{Adapter, ColumnsChoice, ColumnsKind, PackOptions, PackReport, ValuesChoice, pack_adapter},
-    checkpoint::{Checkpoint, Existing},
-};
 use clap::{Args, ValueEnum};
 
 use super::{
@@ -11,6 +7,10 @@ use super::{
     env::Env,
     failure::CliResult,
     page::{Page, Table, bytes, count, number},
+};
+use crate::{
+    adapter::{Adapter, ColumnsChoice, ColumnsKind, PackOptions, PackReport, ValuesChoice, pack_adapter},
+    checkpoint::{Checkpoint, Existing},
 };
 
 /// Pack an adapter into the fewest bytes, to distribute it

@@ -10,11 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::checkpoint::Observer;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::page;
+use crate::checkpoint::Observer;
 
 const BAR: &str = "{msg} {bar:24} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}";
 const COUNT_BAR: &str = "{msg} {bar:24} {human_pos}/{human_len} UNIT {per_sec} ETA {eta}";

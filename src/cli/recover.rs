@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use crate::merge::{self, MergeError, Recovered};
 use clap::Args;
 use serde::Serialize;
 
@@ -9,6 +8,7 @@ use super::{
     env::Env,
     failure::{CliResult, Hint},
 };
+use crate::merge::{self, MergeError, Recovered};
 
 /// Finish or roll back an interrupted change
 ///

@@ -4,16 +4,6 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    checkpoint::{Checkpoint, Context, Existing, Printable},
-    data::{DataReport, Tokenizer},
-    mask::{MaskFile, MaskOptions, create_mask},
-    tensor::Dtype,
-    train::{
-        self, CpuDevice, Device, EvalRecord, Keep, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule,
-        StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
-    },
-};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::json;
@@ -26,6 +16,16 @@ use super::{
     failure::{CliResult, Hint},
     gpu::{Gpu, OnDevice},
     page::{Page, bytes, count, duration, number, percent},
+};
+use crate::{
+    checkpoint::{Checkpoint, Context, Existing, Printable},
+    data::{DataReport, Tokenizer},
+    mask::{MaskFile, MaskOptions, create_mask},
+    tensor::Dtype,
+    train::{
+        self, CpuDevice, Device, EvalRecord, Keep, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule,
+        StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
+    },
 };
 
 /// Train deltas on the connections that a mask chose

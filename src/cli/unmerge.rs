@@ -3,11 +3,6 @@ use std::{
     str::FromStr,
 };
 
-use crate::{
-    adapter::AdapterId,
-    checkpoint::{Checkpoint, probe},
-    merge::{self, MergeError, MergeOptions, Which},
-};
 use clap::Args;
 
 use super::{
@@ -15,6 +10,11 @@ use super::{
     env::Env,
     failure::{CliError, CliResult, Hint},
     merge::{OutputArgs, tell},
+};
+use crate::{
+    adapter::AdapterId,
+    checkpoint::{Checkpoint, probe},
+    merge::{self, MergeError, MergeOptions, Which},
 };
 
 /// Take adapters out of a checkpoint again, exactly

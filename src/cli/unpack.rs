@@ -1,9 +1,5 @@
 use std::path::PathBuf;
 
-use crate::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Existing},
-};
 use clap::Args;
 use serde::Serialize;
 
@@ -12,6 +8,10 @@ use super::{
     env::Env,
     failure::CliResult,
     page::{bytes, count},
+};
+use crate::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Existing},
 };
 
 /// Unpack a packed adapter: the very file that was packed

@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use crate::merge::{self, VerifyOptions, VerifyReport};
 use clap::Args;
 
 use super::{
@@ -10,6 +9,7 @@ use super::{
     merge::parse_input,
     page::{Page, Table, bytes, count, number},
 };
+use crate::merge::{self, VerifyOptions, VerifyReport};
 
 /// Prove a merge: every touched weight is right, every other byte is the base's
 ///

@@ -1,12 +1,12 @@
 //! What users say about a checkpoint's weights where the files leave it open.
 
+use clap::Args;
+
+use super::failure::{CliResult, Hint};
 use crate::{
     mask::MaskError,
     weights::{Answers, KindAxes, Rename},
 };
-use clap::Args;
-
-use super::failure::{CliResult, Hint};
 
 /// Which way round weights are stored.
 #[derive(Args, Clone)]

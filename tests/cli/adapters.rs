@@ -1,7 +1,7 @@
 //! Adapters of the tiny model, small enough to check by eye.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
 };
 
@@ -42,20 +42,30 @@ pub(crate) fn write_adapter_for(base: &Path, path: &Path, targets: &str, first: 
     path.to_owned()
 }
 
+/// The bytes of a file or a tensor, of which a failing comparison prints the hash alone.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes, BLAKE3 {}", self.0.len(), blake3::hash(&self.0))
+    }
+}
+
 /// The tensors of a checkpoint, with their bytes: what is the same wherever a merge was made.
-pub(crate) fn weights(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn weights(folder: &Path) -> Vec<(String, Bytes)> {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let bytes = |tensor: TensorRef<'_>| tensor.read(&Context::default(), 0..tensor.info.n_bytes()).unwrap();
-    checkpoint.tensors().map(|tensor| (tensor.info.name.clone(), bytes(tensor))).collect()
+    checkpoint.tensors().map(|tensor| (tensor.info.name.clone(), Bytes(bytes(tensor)))).collect()
 }
 
 /// The bytes of all files of a checkpoint's folder, by name, without the folder that remembers and the card that names the adapters.
-pub(crate) fn content(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn content(folder: &Path) -> Vec<(String, Bytes)> {
     let mut files: Vec<_> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.file_type().unwrap().is_file() && entry.file_name() != "README.md")
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+        .map(|entry| (entry.file_name().into_string().unwrap(), Bytes(fs::read(entry.path()).unwrap())))
         .collect();
     files.sort();
     files

@@ -189,7 +189,7 @@ fn a_snapshot_of_a_hub_cache_keeps_its_blobs() {
     let mut blobs = Vec::new();
     for (i, (name, bytes)) in content(&fixtures().join("tiny-llama")).into_iter().enumerate() {
         let blob = format!("hub/models--x--tiny/blobs/{i:040x}");
-        place.write(&blob, bytes);
+        place.write(&blob, bytes.0);
         symlink(format!("../../blobs/{i:040x}"), place.path(&format!("{snapshot}/{name}"))).unwrap();
         blobs.push(blob);
     }

@@ -18,13 +18,13 @@ use neuroada_ckpt::{
 
 use super::{
     Place,
-    adapters::{PROJECTIONS, content, write_adapter, write_adapter_for},
+    adapters::{Bytes, PROJECTIONS, content, write_adapter, write_adapter_for},
     harness::{copy, fixtures, skip},
 };
 
 const SHARD: &str = "model-00002-of-00003.safetensors";
 
-fn base() -> Vec<(String, Vec<u8>)> {
+fn base() -> Vec<(String, Bytes)> {
     content(&fixtures().join("tiny-llama"))
 }
 

@@ -4,7 +4,7 @@ use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileW
 
 use super::{
     Place,
-    adapters::{content, weights, write_adapter},
+    adapters::{Bytes, content, weights, write_adapter},
     harness::fixtures,
 };
 
@@ -29,7 +29,7 @@ pub(crate) fn write_lora(place: &Place, name: &str, value: f32) {
     write_peft(place, name, config, &[(&a, &[2, 64], value), (&b, &[64, 2], 0.5)]);
 }
 
-fn base() -> Vec<(String, Vec<u8>)> {
+fn base() -> Vec<(String, Bytes)> {
     content(&fixtures().join("tiny-llama"))
 }
 

@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+#[cfg(feature = "train")]
+use super::OnDevice;
+use super::{Found, GpuFacts, LibraryFacts};
+use crate::cli::failure::CliResult;
 use crate::{
     backend::{LowRankMerger, RowChooser},
     gpu::{self, GpuChooser, GpuError, GpuMerger, RowRanker},
@@ -13,11 +17,6 @@ use crate::{
     tensor::Dtype,
     train::{MemoryEstimate, ModelConfig, RunSize, TrainError},
 };
-
-#[cfg(feature = "train")]
-use super::OnDevice;
-use super::{Found, GpuFacts, LibraryFacts};
-use crate::cli::failure::CliResult;
 
 /// Whether this build supports GPUs.
 pub(in crate::cli) const IS_SUPPORTED: bool = true;

@@ -1,17 +1,16 @@
 //! A build without GPU support: what `cuda.rs` has, for a GPU that does not exist.
 
+use super::Found;
+#[cfg(feature = "train")]
+use super::OnDevice;
 use crate::backend::{LowRankMerger, RowChooser};
+use crate::cli::failure::{CliError, CliResult};
 #[cfg(feature = "train")]
 use crate::{
     checkpoint::Checkpoint,
     tensor::Dtype,
     train::{MemoryEstimate, ModelConfig, RunSize, TrainError},
 };
-
-use super::Found;
-#[cfg(feature = "train")]
-use super::OnDevice;
-use crate::cli::failure::{CliError, CliResult};
 
 const NO_SUPPORT: &str = "this build has no GPU support";
 

@@ -9,13 +9,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
-    mask::{FileKind, MaskFile},
-    merge::{ActiveAdapter, LedgerSummary, MergeError, NamedAdapter, ledger_summary, named_adapters},
-    tensor::{dtype_name, projection_kind},
-};
 use clap::Args;
 use globset::{Glob, GlobMatcher};
 use serde::Serialize;
@@ -27,6 +20,13 @@ use super::{
     env::Env,
     failure::{CliError, CliResult},
     page::{Page, Table, bytes, count, percent},
+};
+use crate::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
+    mask::{FileKind, MaskFile},
+    merge::{ActiveAdapter, LedgerSummary, MergeError, NamedAdapter, ledger_summary, named_adapters},
+    tensor::{dtype_name, projection_kind},
 };
 
 /// Rows of one table for people; JSON has all.

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use crate::{
-    adapter::{Adapter, AdapterNotes, ColumnsKind},
-    mask::{BaseInfo, MaskFile, Recipe, TargetInfo},
-    tensor::{dtype_name, projection_kind},
-};
 use globset::GlobMatcher;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::super::page::{Page, Table, bytes, count, number, percent};
+use crate::{
+    adapter::{Adapter, AdapterNotes, ColumnsKind},
+    mask::{BaseInfo, MaskFile, Recipe, TargetInfo},
+    tensor::{dtype_name, projection_kind},
+};
 
 /// Chosen connections, and the deltas on them.
 #[derive(Serialize)]

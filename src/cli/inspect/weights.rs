@@ -1,10 +1,11 @@
 //! What the map of weights knows that tensors alone do not show: ties, and weights that are stored as `[d_in, d_out]`.
 
+use serde::Serialize;
+
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Printable},
     weights::{Answers, TiedWeight, WeightMap, Witness},
 };
-use serde::Serialize;
 
 /// What is worth saying about a checkpoint's weights.
 #[derive(Serialize, Default)]

@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
-use crate::{
-    checkpoint::{Checkpoint, Existing},
-    sync,
-};
 use clap::Args;
 
 use super::print;
 use crate::cli::{Answer, env::Env, failure::CliResult};
+use crate::{
+    checkpoint::{Checkpoint, Existing},
+    sync,
+};
 
 /// Apply a weight update to the checkpoint that it was made for
 ///

@@ -1,10 +1,5 @@
 use std::path::{Path, PathBuf};
 
-use crate::{
-    checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, Printable, Shard, WorkFolder, probe},
-    merge::{self, AdapterReading, MergeInput, MergeOptions},
-    sync::{self, Checksum, Encoding, ExportOptions},
-};
 use clap::{Args, ValueEnum};
 
 use super::print;
@@ -13,6 +8,11 @@ use crate::cli::{
     env::Env,
     failure::{CliError, CliResult},
     weights::RenameArgs,
+};
+use crate::{
+    checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, Printable, Shard, WorkFolder, probe},
+    merge::{self, AdapterReading, MergeInput, MergeOptions},
+    sync::{self, Checksum, Encoding, ExportOptions},
 };
 
 /// Write what changed in a checkpoint as a weight update

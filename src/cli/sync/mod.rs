@@ -6,7 +6,6 @@
 mod apply;
 mod export;
 
-use crate::sync::SyncReport;
 use clap::{Args, Subcommand};
 
 pub(super) use self::{
@@ -19,6 +18,7 @@ use super::{
     failure::CliResult,
     page::{Page, Table, bytes, count, percent},
 };
+use crate::sync::SyncReport;
 
 /// Make and apply the weight updates that inference servers fetch
 ///
