@@ -365,7 +365,7 @@ fn foreign_methods_that_are_not_lists_of_deltas_are_named() {
 }
 
 mod weight_sync {
-    use neuroada_ckpt::internals::sync::{self, Checksum, Encoding, ExportOptions, SyncError, SyncReport};
+    use neuroada_ckpt::sync::{self, Checksum, Encoding, ExportOptions, SyncError, SyncReport};
 
     use super::*;
 

@@ -9,8 +9,8 @@ use neuroada_ckpt::{
     internals::{
         checkpoint::{LeftOutReason, TensorFileWriter, copy_side_files},
         merge,
-        sync::{self, Checksum, Encoding, ExportOptions},
     },
+    sync::{self, Checksum, Encoding, ExportOptions},
 };
 
 #[path = "support/world.rs"]
