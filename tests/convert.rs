@@ -11,11 +11,10 @@ use std::{
 use half::bf16;
 use neuroada_ckpt::{
     Adapter, AdapterNotes, Answers, Checkpoint, Context, ConvertError, ConvertReport, Dtype, ErrorKind, Existing,
-    Failure, Format, MergeInput, MergeOptions, RowColumns, WeightMap,
+    Failure, Format, MergeInput, MergeOptions, RowColumns, WeightMap, convert,
     internals::{
         adapter::AdapterWriter,
         checkpoint::{TensorFileWriter, gather_rows},
-        convert,
         mask::{BaseInfo, Recipe},
         merge,
     },

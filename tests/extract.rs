@@ -7,10 +7,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 use half::{bf16, f16};
 use neuroada_ckpt::{
     Adapter, Checkpoint, Context, Dtype, ErrorKind, Existing, ExtractError, ExtractOptions, ExtractReport, Failure, Io,
-    MergeInput, MergeOptions, MergeOutput,
+    MergeInput, MergeOptions, MergeOutput, extract,
     internals::{
         checkpoint::TensorFileWriter,
-        extract, merge,
+        merge,
         tensor::{F8E4M3, F8E5M2, Float},
     },
 };

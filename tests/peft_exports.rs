@@ -11,11 +11,10 @@ use std::{
 use half::bf16;
 use neuroada_ckpt::{
     Adapter, AdapterNotes, Answers, Checkpoint, Context, ConvertError, ConvertReport, Dtype, ErrorKind, Existing,
-    Failure, Format, RowColumns, WeightMap,
+    Failure, Format, RowColumns, WeightMap, convert,
     internals::{
         adapter::AdapterWriter,
         checkpoint::TensorFileWriter,
-        convert,
         mask::{BaseInfo, Recipe},
     },
 };

@@ -8,7 +8,7 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    Checkpoint, Context, Existing, MergeError, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which,
+    Checkpoint, Context, Existing, Failure, MergeError, MergeOptions, MergeOutput, Recovered, VerifyOptions, Which,
     internals::{checkpoint::MERGED_KEY, merge},
 };
 

@@ -14,12 +14,12 @@ use neuroada_ckpt::{
     internals::{
         checkpoint::Shard,
         data::{Batch, Batches, Dataset, IGNORE},
-        merge,
         train::{
             CpuDevice, Device, DeviceBatch, GenerateOptions, Keep, Model, Question, StepRecord, TrainError,
             TrainOptions, Workspace, backward, forward, generate, logits, losses, mean_loss, rank,
         },
     },
+    merge,
 };
 
 #[path = "train/bias.rs"]

@@ -484,7 +484,7 @@ fn a_ledger_that_no_journal_speaks_of_is_rolled_back() {
 fn a_refused_change_leaves_no_state_behind() {
     let place = place();
     copy(&fixtures().join("tiny-llama"), &place.path("c"));
-    let (_, mut other) = base().into_iter().find(|(name, _)| name == SHARD).unwrap();
+    let (_, Bytes(mut other)) = base().into_iter().find(|(name, _)| name == SHARD).unwrap();
     let end = other.len();
     other[end - 4096..].fill(1);
     fs::write(place.path("c").join(SHARD), other).unwrap();

@@ -29,7 +29,7 @@ fn imports_are_found_in_every_spelling() {
             &["tensor", "merge", "diff"],
         ),
         ("src/mask/mod.rs", "use {std::fs, crate::merge::A};", &["merge"]),
-        ("src/mask/mod.rs", "use neuroada_ckpt::internals::merge::A; use ::neuroada_ckpt::diff;", &["merge", "diff"]),
+        ("src/mask/mod.rs", "use neuroada_ckpt::merge::A; use ::neuroada_ckpt::diff;", &["merge", "diff"]),
         ("src/mask/mod.rs", "use super::merge::A;", &["merge"]),
         ("src/mask/mod.rs", "use super::{merge, diff::B};", &["merge", "diff"]),
         ("src/mask/rank.rs", "use super::super::merge::A;", &["merge"]),
@@ -42,7 +42,7 @@ fn imports_are_found_in_every_spelling() {
         ("src/mask/mod.rs", "use crate::*;", &["*"]),
         ("src/mask/mod.rs", "use crate as root;", &["*"]),
         ("src/mask/mod.rs", "use crate::{self as root, tensor};", &["*", "tensor"]),
-        ("src/mask/mod.rs", "use neuroada_ckpt::internals::{diff, merge};", &["merge", "diff"]),
+        ("src/mask/mod.rs", "use neuroada_ckpt::{merge, diff};", &["merge", "diff"]),
         ("src/mask/mod.rs", "extern crate self as root;", &["*"]),
         ("src/mask/mod.rs", "use super::*;", &["*"]),
     ] {

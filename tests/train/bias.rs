@@ -1,9 +1,8 @@
 //! Biases, trained whole beside the deltas.
 
 use neuroada_ckpt::{
-    ErrorKind, ExtractOptions, Failure, PackOptions, Which,
-    internals::{adapter::ColumnsKind, extract},
-    pack_adapter, unmerge,
+    ErrorKind, ExtractOptions, Failure, PackOptions, Which, extract, internals::adapter::ColumnsKind, pack_adapter,
+    unmerge,
 };
 
 use super::*;
