@@ -128,7 +128,7 @@ fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
         }
         let merged = world.path("merged-1");
         let bytes = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
-        assert_ne!(bytes(&merged), bytes(world.base.root()));
+        assert!(bytes(&merged) != bytes(world.base.root()));
 
         // What changed is an adapter again, biases included.
         let tuned = Checkpoint::open(&merged).unwrap();
@@ -138,9 +138,15 @@ fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
         assert!(found.exact && found.tensors.iter().any(|tensor| tensor.tensor.ends_with(".bias")));
         let input = MergeInput { adapter: delta, scale: None };
         merge(&ctx, world.base.root(), &[input], &MergeOptions::new_checkpoint(&again)).unwrap();
-        assert_eq!(bytes(&again), bytes(&merged));
+        // Their headers name different adapters.
+        let tensor_data = |folder: &Path| {
+            let bytes = bytes(folder);
+            let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            bytes[8 + header_bytes..].to_vec()
+        };
+        assert!(tensor_data(&again) == tensor_data(&merged));
         unmerge(&ctx, &merged, &Which::All, &MergeOptions::in_place()).unwrap();
-        assert_eq!(bytes(&merged), bytes(world.base.root()));
+        assert!(bytes(&merged) == bytes(world.base.root()));
     }
 }
 
