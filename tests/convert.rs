@@ -79,12 +79,12 @@ fn expected_digests(name: &str) -> BTreeMap<String, String> {
     serde_json::from_slice(&fs::read(reference(name)).unwrap()).unwrap()
 }
 
-struct Place {
+struct Workspace {
     dir: TempDir,
     base: PathBuf,
 }
 
-impl Place {
+impl Workspace {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = bf16_model(dir.path());
@@ -97,11 +97,11 @@ impl Place {
 
 #[test]
 fn the_published_files_merge_to_the_weights_of_the_published_code() {
-    let place = Place::new();
-    let adapter = place.at("adapter.safetensors");
-    let report = to(Format::NeuroAda, &reference("convert/published"), Some(&place.base), &adapter).unwrap();
+    let workspace = Workspace::new();
+    let adapter = workspace.at("adapter.safetensors");
+    let report = to(Format::NeuroAda, &reference("convert/published"), Some(&workspace.base), &adapter).unwrap();
     assert!(report.exact && report.n_entries == 3456 && report.n_written == 3456);
-    let merged = merged_digests(&place.base, &adapter);
+    let merged = merged_digests(&workspace.base, &adapter);
     for (name, expected) in expected_digests("convert/published/expected.json") {
         assert_eq!(merged[&name], expected, "{name}");
     }
@@ -111,16 +111,16 @@ fn the_published_files_merge_to_the_weights_of_the_published_code() {
 
 #[test]
 fn through_the_published_format_and_back_an_adapter_is_the_same() {
-    let place = Place::new();
-    let [first, again] = ["first.safetensors", "again.safetensors"].map(|name| place.at(name));
-    to(Format::NeuroAda, &reference("convert/published"), Some(&place.base), &first).unwrap();
-    to(Format::Published, &first, None, &place.at("published")).unwrap();
-    to(Format::NeuroAda, &place.at("published"), Some(&place.base), &again).unwrap();
+    let workspace = Workspace::new();
+    let [first, again] = ["first.safetensors", "again.safetensors"].map(|name| workspace.at(name));
+    to(Format::NeuroAda, &reference("convert/published"), Some(&workspace.base), &first).unwrap();
+    to(Format::Published, &first, None, &workspace.at("published")).unwrap();
+    to(Format::NeuroAda, &workspace.at("published"), Some(&workspace.base), &again).unwrap();
     assert!(fs::read(&first).unwrap() == fs::read(&again).unwrap());
     // From one foreign format to another, with an adapter between them.
-    to(Format::Npz, &place.at("published"), Some(&place.base), &place.at("a.npz")).unwrap();
-    to(Format::Npz, &again, None, &place.at("b.npz")).unwrap();
-    assert!(fs::read(place.at("a.npz")).unwrap() == fs::read(place.at("b.npz")).unwrap());
+    to(Format::Npz, &workspace.at("published"), Some(&workspace.base), &workspace.at("a.npz")).unwrap();
+    to(Format::Npz, &again, None, &workspace.at("b.npz")).unwrap();
+    assert!(fs::read(workspace.at("a.npz")).unwrap() == fs::read(workspace.at("b.npz")).unwrap());
 }
 
 #[test]
@@ -162,26 +162,27 @@ fn deltas_that_do_not_fit_the_weights_type_are_rounded_and_counted() {
 
 #[test]
 fn foreign_files_need_a_base_and_fit_it() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let published = reference("convert/published");
-    let error = to(Format::NeuroAda, &published, None, &place.at("a")).unwrap_err();
+    let error = to(Format::NeuroAda, &published, None, &workspace.at("a")).unwrap_err();
     assert!(matches!(error, ConvertError::NoBase { .. }) && error.kind() == ErrorKind::Usage);
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
-    let error = to(Format::NeuroAda, &published, Some(&other), &place.at("a")).unwrap_err();
+    let error = to(Format::NeuroAda, &published, Some(&other), &workspace.at("a")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(error.to_string().contains("the base has no such tensor"), "{error}");
-    assert!(!place.at("a").exists());
+    assert!(!workspace.at("a").exists());
 }
 
 /// Bytes changed, cut and repeated at random: whatever comes of it, no panic, and no file.
 #[test]
 fn broken_pickles_and_archives_are_refused_in_words() {
-    let place = Place::new();
-    let base = open(&place.base);
+    let workspace = Workspace::new();
+    let base = open(&workspace.base);
     let ctx = Context::default();
-    to(Format::NeuroAda, &reference("convert/published"), Some(&place.base), &place.at("a.safetensors")).unwrap();
-    to(Format::Npz, &place.at("a.safetensors"), None, &place.at("a.npz")).unwrap();
-    let broken = place.at("broken");
+    to(Format::NeuroAda, &reference("convert/published"), Some(&workspace.base), &workspace.at("a.safetensors"))
+        .unwrap();
+    to(Format::Npz, &workspace.at("a.safetensors"), None, &workspace.at("a.npz")).unwrap();
+    let broken = workspace.at("broken");
     fs::create_dir_all(broken.join("tunable_para")).unwrap();
     let mut random = Random(11);
     for (name, whole) in [
@@ -190,7 +191,7 @@ fn broken_pickles_and_archives_are_refused_in_words() {
             "broken/tunable_para/state_dict_tunable.pt",
             reference("convert/published/tunable_para/state_dict_tunable.pt"),
         ),
-        ("broken.npz", place.at("a.npz")),
+        ("broken.npz", workspace.at("a.npz")),
     ] {
         fs::copy(reference("convert/published/positions.npy"), broken.join("positions.npy")).unwrap();
         let values = "tunable_para/state_dict_tunable.pt";
@@ -209,9 +210,9 @@ fn broken_pickles_and_archives_are_refused_in_words() {
                 }
                 _ => changed[at] = random.next() as u8,
             }
-            fs::write(place.at(name), &changed).unwrap();
-            let input = if name.ends_with("npz") { place.at(name) } else { broken.clone() };
-            let output = place.at("out.safetensors");
+            fs::write(workspace.at(name), &changed).unwrap();
+            let input = if name.ends_with("npz") { workspace.at(name) } else { broken.clone() };
+            let output = workspace.at("out.safetensors");
             let map = WeightMap::new(&base, Answers::default()).unwrap();
             match convert(&ctx, &input, Some(&map), Format::NeuroAda, &output, Existing::Replace) {
                 // A position or a value may be another one that is just as good.

@@ -19,7 +19,7 @@ use neuroada_ckpt::{
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod lora;
 
-use lora::{Place, Tensors, read, write_tensors};
+use lora::{Tensors, Workspace, read, write_tensors};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
@@ -34,7 +34,7 @@ fn numbers(n: usize, first: f32) -> Vec<f32> {
 }
 
 /// A base for the adapter of `fixtures/reference/peft/pickled`, and a projector.
-fn pickled_base(place: &Place) -> PathBuf {
+fn pickled_base(workspace: &Workspace) -> PathBuf {
     let tensors: Tensors<'_> = &[
         ("lm_head.weight", &[6, 4], numbers(24, 3.0)),
         ("model.embed_tokens.weight", &[6, 4], numbers(24, 2.0)),
@@ -43,12 +43,12 @@ fn pickled_base(place: &Place) -> PathBuf {
         ("model.mm_projector.0.weight", &[4, 4], numbers(16, 0.0)),
         ("model.norm.weight", &[4], numbers(4, 5.0)),
     ];
-    place.base(Dtype::F32, r#"{"model_type":"llava_llama","tie_word_embeddings":false}"#, tensors)
+    workspace.base(Dtype::F32, r#"{"model_type":"llava_llama","tie_word_embeddings":false}"#, tensors)
 }
 
 /// Copies files of the fixture into the folder `name`, under other names.
-fn adapter(place: &Place, name: &str, files: &[(&str, &str)]) -> PathBuf {
-    let folder = place.path(name);
+fn adapter(workspace: &Workspace, name: &str, files: &[(&str, &str)]) -> PathBuf {
+    let folder = workspace.path(name);
     fs::create_dir(&folder).unwrap();
     for (from, to) in [("adapter_config.json", "adapter_config.json")].iter().chain(files) {
         fs::copy(fixture("reference/peft/pickled").join(from), folder.join(to)).unwrap();
@@ -58,48 +58,48 @@ fn adapter(place: &Place, name: &str, files: &[(&str, &str)]) -> PathBuf {
 
 #[test]
 fn a_pickled_adapter_merges_to_the_bytes_of_the_same_tensors_in_safetensors() {
-    let place = Place::new();
-    pickled_base(&place);
-    let plain = adapter(&place, "plain", &[("adapter_model.safetensors", "adapter_model.safetensors")]);
+    let workspace = Workspace::new();
+    pickled_base(&workspace);
+    let plain = adapter(&workspace, "plain", &[("adapter_model.safetensors", "adapter_model.safetensors")]);
     let merged = |path: &Path| {
-        place.merge(&[input(path)], AdapterReading::default()).unwrap();
-        fs::read(place.path("out/model.safetensors")).unwrap()
+        workspace.merge(&[input(path)], AdapterReading::default()).unwrap();
+        fs::read(workspace.path("out/model.safetensors")).unwrap()
     };
     let expected = merged(&plain);
-    assert_ne!(expected, fs::read(place.path("base/model.safetensors")).unwrap());
+    assert_ne!(expected, fs::read(workspace.path("base/model.safetensors")).unwrap());
     assert_eq!(merged(&plain.join("adapter_model.safetensors")), expected, "the file instead of its folder");
     for name in ["zip.bin", "stream.bin"] {
-        let pickled = adapter(&place, name, &[(name, "adapter_model.bin")]);
+        let pickled = adapter(&workspace, name, &[(name, "adapter_model.bin")]);
         assert_eq!(merged(&pickled), expected, "{name}");
     }
 }
 
 #[test]
 fn what_was_trained_beside_an_adapter_is_merged_kept_and_taken_out_again() {
-    let place = Place::new();
-    let base = pickled_base(&place);
+    let workspace = Workspace::new();
+    let base = pickled_base(&workspace);
     let non_lora = "non_lora_trainables.bin";
-    let llava = adapter(&place, "llava", &[("zip.bin", "adapter_model.bin"), (non_lora, non_lora)]);
-    let report = place.merge(&[input(&llava)], AdapterReading::default()).unwrap();
+    let llava = adapter(&workspace, "llava", &[("zip.bin", "adapter_model.bin"), (non_lora, non_lora)]);
+    let report = workspace.merge(&[input(&llava)], AdapterReading::default()).unwrap();
     let (merged, expected) =
-        (read(&place.path("out")), read(&fixture("reference/peft/pickled/non_lora_trainables.safetensors")));
+        (read(&workspace.path("out")), read(&fixture("reference/peft/pickled/non_lora_trainables.safetensors")));
     assert_eq!(expected.len(), 2);
     for (name, values) in expected {
         assert_eq!(merged[name.strip_prefix("base_model.model.").unwrap()], values, "{name}");
     }
     let ctx = Context::default();
-    let kept = place.path("out/.neuroada/adapters").join(&report.active[0].id);
+    let kept = workspace.path("out/.neuroada/adapters").join(&report.active[0].id);
     assert_eq!(merge::adapter_id(&ctx, &kept).unwrap().to_string(), report.active[0].id);
-    let undone = MergeOptions { base: Some(base), ..MergeOptions::new_checkpoint(place.path("undone")) };
-    merge::unmerge(&ctx, &place.path("out"), &Which::All, &undone).unwrap();
-    let bytes = |name: &str| fs::read(place.path(name)).unwrap();
+    let undone = MergeOptions { base: Some(base), ..MergeOptions::new_checkpoint(workspace.path("undone")) };
+    merge::unmerge(&ctx, &workspace.path("out"), &Which::All, &undone).unwrap();
+    let bytes = |name: &str| fs::read(workspace.path(name)).unwrap();
     assert_eq!(bytes("undone/model.safetensors"), bytes("base/model.safetensors"));
 }
 
 #[test]
 fn trainable_tokens_replace_their_rows_and_are_taken_out_again() {
-    let place = Place::new();
-    let base = place.base(
+    let workspace = Workspace::new();
+    let base = workspace.base(
         Dtype::F32,
         "{}",
         &[("q.weight", &[3, 5], numbers(15, 0.0)), ("e.weight", &[9, 4], numbers(36, 0.0))],
@@ -109,29 +109,29 @@ fn trainable_tokens_replace_their_rows_and_are_taken_out_again() {
     with_lora.push(("base_model.model.q.lora_A.weight", &[1, 5], numbers(5, 1.0)));
     with_lora.push(("base_model.model.q.lora_B.weight", &[3, 1], numbers(3, 1.0)));
     for (lora, n_touched) in [
-        (place.lora("lora", r#""r":1,"trainable_token_indices":{"e":[7,3]}"#, &with_lora), 8 + 15),
-        (place.lora("lora-type", r#""r":1,"trainable_token_indices":[7,3]"#, &with_lora), 8 + 15),
+        (workspace.lora("lora", r#""r":1,"trainable_token_indices":{"e":[7,3]}"#, &with_lora), 8 + 15),
+        (workspace.lora("lora-type", r#""r":1,"trainable_token_indices":[7,3]"#, &with_lora), 8 + 15),
     ] {
-        let report = place.merge(std::slice::from_ref(&lora), AdapterReading::default()).unwrap();
+        let report = workspace.merge(std::slice::from_ref(&lora), AdapterReading::default()).unwrap();
         assert_eq!(report.total.n_touched, n_touched);
-        let merged = read(&place.path("out"));
+        let merged = read(&workspace.path("out"));
         let mut expected = numbers(36, 0.0);
         expected[7 * 4..8 * 4].copy_from_slice(&numbers(8, 100.0)[..4]);
         expected[3 * 4..4 * 4].copy_from_slice(&numbers(8, 100.0)[4..]);
         assert_eq!(merged["e.weight"], expected);
         let scaled = MergeInput { scale: Some(0.5), ..lora };
-        let said = place.merge(&[scaled], AdapterReading::default()).unwrap_err().to_string();
+        let said = workspace.merge(&[scaled], AdapterReading::default()).unwrap_err().to_string();
         assert!(said.contains("replaces rows of it, and a scale of 0.5 has no meaning"), "{said}");
         let ctx = Context::default();
-        let undone = MergeOptions { base: Some(base.clone()), ..lora::replacing(&place.path("undone")) };
-        merge::unmerge(&ctx, &place.path("out"), &Which::All, &undone).unwrap();
-        let bytes = |name: &str| fs::read(place.path(name)).unwrap();
+        let undone = MergeOptions { base: Some(base.clone()), ..lora::replacing(&workspace.path("undone")) };
+        merge::unmerge(&ctx, &workspace.path("out"), &Which::All, &undone).unwrap();
+        let bytes = |name: &str| fs::read(workspace.path(name)).unwrap();
         assert_eq!(bytes("undone/model.safetensors"), bytes("base/model.safetensors"));
     }
     let beyond: Tensors<'_> =
         &[("base_model.model.e.token_adapter.trainable_tokens_delta", &[1, 4], numbers(4, 100.0))];
-    let beyond = place.lora("beyond", r#""r":1,"trainable_token_indices":[9]"#, beyond);
-    let said = place.merge(&[beyond], AdapterReading::default()).unwrap_err().to_string();
+    let beyond = workspace.lora("beyond", r#""r":1,"trainable_token_indices":[9]"#, beyond);
+    let said = workspace.merge(&[beyond], AdapterReading::default()).unwrap_err().to_string();
     assert!(said.contains("the adapter replaces row 9, base has 9"), "{said}");
 }
 

@@ -125,7 +125,7 @@ proptest! {
         seeds in prop::collection::vec((any::<u8>(), any::<usize>(), any::<usize>()), 1..14),
         inputs in prop::collection::vec(any::<usize>(), 0..3),
         (how, replaces) in (any::<u8>(), any::<bool>()),
-        (place, name, spelling) in (any::<usize>(), any::<usize>(), any::<u8>()),
+        (workspace, name, spelling) in (any::<usize>(), any::<usize>(), any::<u8>()),
     ) {
         let dir = tempfile::tempdir().unwrap();
         // One folder more above, for `..`.
@@ -136,7 +136,7 @@ proptest! {
         let inputs: Vec<&PathBuf> = inputs.iter().map(|at| &names[at % names.len()]).collect();
         let in_use: Vec<Vec<InUse>> = inputs.iter().filter_map(|input| InUse::register(input).ok()).collect();
 
-        let folder = &folders[place % folders.len()];
+        let folder = &folders[workspace % folders.len()];
         let target = match spelling % 6 {
             0 => folder.join("fresh"),
             1 => names[name % names.len()].clone(),

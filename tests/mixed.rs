@@ -35,7 +35,7 @@ mod unnamed;
 mod world;
 
 use changes::{ctx, keeping, shards, whole};
-use lora::{Place, Tensors, read};
+use lora::{Tensors, Workspace, read};
 use mixture::{DORA, EMBEDDING, FULL, LORA, Mixture, SPARSE, in_place, to_new};
 use stop_at::stop_at;
 use unnamed::unnamed;
@@ -159,17 +159,17 @@ fn a_checkpoint_that_kept_hashes_takes_a_sparse_adapter_on_other_tensors_without
 
 #[test]
 fn a_file_alone_is_merged_into_and_undone_with_adapters_of_two_kinds() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let mut random = Random(4);
     let weights: Vec<f32> = (0..77 * 13).map(|_| random.delta()).collect();
-    let folder = place.base(Dtype::BF16, "{}", &[("m.a.weight", &[77, 13], weights)]);
+    let folder = workspace.base(Dtype::BF16, "{}", &[("m.a.weight", &[77, 13], weights)]);
     let before = tree(&folder);
     let tensors: Tensors<'_> =
         &[("m.a.lora_A.weight", &[1, 13], vec![0.5; 13]), ("m.a.lora_B.weight", &[77, 1], vec![0.25; 77])];
-    world::write_adapter(&folder, &place.path("sparse.safetensors"), 3, &["m.a.weight"], true);
-    let sparse = MergeInput { adapter: place.path("sparse.safetensors"), scale: None };
+    world::write_adapter(&folder, &workspace.path("sparse.safetensors"), 3, &["m.a.weight"], true);
+    let sparse = MergeInput { adapter: workspace.path("sparse.safetensors"), scale: None };
     let file = folder.join("model.safetensors");
-    merge::merge(&ctx(), &file, &[place.lora("lora", r#""r":1"#, tensors), sparse], &whole()).unwrap();
+    merge::merge(&ctx(), &file, &[workspace.lora("lora", r#""r":1"#, tensors), sparse], &whole()).unwrap();
     assert!(folder.join("model.safetensors.neuroada").is_dir());
     assert!(merge::verify(&ctx(), &file, &VerifyOptions::default()).unwrap().ok);
     merge::unmerge(&ctx(), &file, &Which::All, &in_place(None)).unwrap();
@@ -180,8 +180,8 @@ fn a_file_alone_is_merged_into_and_undone_with_adapters_of_two_kinds() {
 
 #[test]
 fn magnitudes_beside_another_adapter_add_what_they_make_of_the_original() {
-    let place = Place::new();
-    place.base(Dtype::F32, "{}", &[("a.weight", &[2, 2], vec![3.0, 3.0, 0.0, 5.0])]);
+    let workspace = Workspace::new();
+    workspace.base(Dtype::F32, "{}", &[("a.weight", &[2, 2], vec![3.0, 3.0, 0.0, 5.0])]);
     // Alone it makes [6, 8, 0, 1] of them: it adds [3, 5, 0, -4].
     let dora: Tensors<'_> = &[
         ("a.lora_A.weight", &[1, 2], vec![0.0, 1.0]),
@@ -190,10 +190,10 @@ fn magnitudes_beside_another_adapter_add_what_they_make_of_the_original() {
     ];
     let plain: Tensors<'_> =
         &[("a.lora_A.weight", &[1, 2], vec![1.0, 2.0]), ("a.lora_B.weight", &[2, 1], vec![10.0, 100.0])];
-    let dora = place.lora("dora", r#""r":1,"lora_alpha":1,"use_dora":true"#, dora);
-    let plain = place.lora("plain", r#""r":1,"lora_alpha":1"#, plain);
-    place.merge(&[dora, plain], Default::default()).unwrap();
-    assert_eq!(read(&place.path("out"))["a.weight"], [16.0, 28.0, 100.0, 201.0]);
+    let dora = workspace.lora("dora", r#""r":1,"lora_alpha":1,"use_dora":true"#, dora);
+    let plain = workspace.lora("plain", r#""r":1,"lora_alpha":1"#, plain);
+    workspace.merge(&[dora, plain], Default::default()).unwrap();
+    assert_eq!(read(&workspace.path("out"))["a.weight"], [16.0, 28.0, 100.0, 201.0]);
 }
 
 #[test]

@@ -363,10 +363,10 @@ impl Work {
             return;
         }
         let name = &names[self.random.below(names.len() as u64) as usize];
-        let (shard, place) = mixture::data_of(&self.path, name);
+        let (shard, workspace) = mixture::data_of(&self.path, name);
         let before = fs::read(&shard).unwrap();
         let mut bytes = before.clone();
-        let at = place.start + self.random.below((place.end - place.start) as u64) as usize;
+        let at = workspace.start + self.random.below((workspace.end - workspace.start) as u64) as usize;
         bytes[at] ^= 1 << self.random.below(8);
         fs::write(&shard, bytes).unwrap();
         let report = merge::verify(&Context::default(), &self.path, options).unwrap();

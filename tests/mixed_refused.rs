@@ -129,11 +129,11 @@ fn a_base_that_is_the_checkpoint_itself_is_refused() {
 
 #[test]
 fn a_base_that_holds_the_file_that_is_merged_into_is_refused() {
-    let place = lora::Place::new();
-    let folder = place.base(Dtype::BF16, "{}", &[("m.a.weight", &[7, 3], vec![0.5; 21])]);
+    let workspace = lora::Workspace::new();
+    let folder = workspace.base(Dtype::BF16, "{}", &[("m.a.weight", &[7, 3], vec![0.5; 21])]);
     let tensors: Tensors<'_> =
         &[("m.a.lora_A.weight", &[1, 3], vec![0.5; 3]), ("m.a.lora_B.weight", &[7, 1], vec![0.25; 7])];
-    let adapter = place.lora("lora", r#""r":1"#, tensors);
+    let adapter = workspace.lora("lora", r#""r":1"#, tensors);
     let file = folder.join("model.safetensors");
     let before = tree(&folder);
     for (path, base) in [(&file, &folder), (&folder, &file)] {

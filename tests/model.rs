@@ -95,8 +95,8 @@ impl Model {
                 let of_target = deltas.entry(target.name.clone()).or_default();
                 for row in 0..rows.columns.n_rows() {
                     for at in rows.columns.row_range(row) {
-                        let place = row * target.layout.d_in as usize + rows.columns.columns()[at] as usize;
-                        of_target.insert(place, rows.values[at]);
+                        let workspace = row * target.layout.d_in as usize + rows.columns.columns()[at] as usize;
+                        of_target.insert(workspace, rows.values[at]);
                     }
                 }
             }
@@ -111,13 +111,13 @@ impl Model {
         let width = dtype.bitsize() / 8;
         let mut touched: BTreeMap<usize, Vec<(f32, f64)>> = BTreeMap::new();
         for &(i, scale) in &self.active {
-            for (&place, &delta) in self.adapters[i].get(name).into_iter().flatten() {
-                touched.entry(place).or_default().push((delta, scale));
+            for (&workspace, &delta) in self.adapters[i].get(name).into_iter().flatten() {
+                touched.entry(workspace).or_default().push((delta, scale));
             }
         }
         let mut bytes = bytes.clone();
-        for (place, deltas) in touched {
-            let element = place * width..(place + 1) * width;
+        for (workspace, deltas) in touched {
+            let element = workspace * width..(workspace + 1) * width;
             let merged = value(*dtype, &bytes[element.clone()], &deltas);
             bytes[element].copy_from_slice(&merged);
         }

@@ -23,7 +23,7 @@ mod unnamed;
 #[allow(dead_code, reason = "shared by tests that need different parts of it")]
 mod world;
 
-use lora::{Place, read, replacing, write_tensors};
+use lora::{Workspace, read, replacing, write_tensors};
 use unnamed::unnamed;
 use world::whole_tree;
 
@@ -44,7 +44,7 @@ fn allowing(options: MergeOptions<'static>) -> MergeOptions<'static> {
 }
 
 /// A base of one shard, and one of two with an index.
-fn bases(place: &Place) -> [PathBuf; 2] {
+fn bases(workspace: &Workspace) -> [PathBuf; 2] {
     let config =
         "{\n  \"model_type\": \"llama\",\n  \"architectures\": [\"LlamaForCausalLM\"],\n  \"vocab_size\": 10\n}";
     let tensors = [
@@ -53,8 +53,8 @@ fn bases(place: &Place) -> [PathBuf; 2] {
         (&*format!("{Q}.weight"), &[4, 4], values(16, 3)),
         ("model.norm.weight", &[4], values(4, 4)),
     ];
-    let single = place.base(Dtype::BF16, config, &tensors);
-    let sharded = place.path("sharded");
+    let single = workspace.base(Dtype::BF16, config, &tensors);
+    let sharded = workspace.path("sharded");
     fs::create_dir(&sharded).unwrap();
     fs::write(sharded.join("config.json"), config).unwrap();
     let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
@@ -69,24 +69,24 @@ fn bases(place: &Place) -> [PathBuf; 2] {
 }
 
 /// LoRA on one projection, and what else there is.
-fn adapter(place: &Place, name: &str, config: &str, seed: u64, more: lora::Tensors<'_>) -> MergeInput {
+fn adapter(workspace: &Workspace, name: &str, config: &str, seed: u64, more: lora::Tensors<'_>) -> MergeInput {
     let (a, b) = (format!("base_model.model.{Q}.lora_A.weight"), format!("base_model.model.{Q}.lora_B.weight"));
     let mut tensors = vec![(&*a, &[2u64, 4][..], values(8, seed)), (&*b, &[4, 2], values(8, seed + 1))];
     tensors.extend(more.iter().cloned());
-    place.lora(name, &format!("\"r\":2,\"lora_alpha\":4,\"target_modules\":[\"q_proj\"],{config}"), &tensors)
+    workspace.lora(name, &format!("\"r\":2,\"lora_alpha\":4,\"target_modules\":[\"q_proj\"],{config}"), &tensors)
 }
 
-fn head(place: &Place) -> MergeInput {
+fn head(workspace: &Workspace) -> MergeInput {
     let more = [("base_model.model.score.weight", &[5u64, 4][..], values(20, 30))];
-    adapter(place, "head", "\"task_type\":\"SEQ_CLS\",\"modules_to_save\":[\"classifier\",\"score\"]", 10, &more)
+    adapter(workspace, "head", "\"task_type\":\"SEQ_CLS\",\"modules_to_save\":[\"classifier\",\"score\"]", 10, &more)
 }
 
-fn vocabulary(place: &Place) -> MergeInput {
+fn vocabulary(workspace: &Workspace) -> MergeInput {
     let more = [
         ("base_model.model.model.embed_tokens.weight", &[12u64, 4][..], values(48, 40)),
         ("base_model.model.lm_head.weight", &[12, 4], values(48, 41)),
     ];
-    adapter(place, "vocabulary", "\"task_type\":\"CAUSAL_LM\"", 20, &more)
+    adapter(workspace, "vocabulary", "\"task_type\":\"CAUSAL_LM\"", 20, &more)
 }
 
 fn merged(from: &Path, input: &MergeInput, options: MergeOptions<'static>) -> Result<MergeReport, MergeError> {
@@ -104,10 +104,10 @@ fn problems(path: &Path, base: Option<&Path>) -> Vec<String> {
 
 #[test]
 fn a_new_head_is_added_where_that_is_allowed_and_config_names_the_class() {
-    let place = Place::new();
-    let input = head(&place);
-    for base in bases(&place) {
-        let out = place.path("out");
+    let workspace = Workspace::new();
+    let input = head(&workspace);
+    for base in bases(&workspace) {
+        let out = workspace.path("out");
         let refused =
             merge::merge(&ctx(), &base, std::slice::from_ref(&input), &replacing(&out)).unwrap_err().to_string();
         assert!(refused.contains("\"score.weight\"") && refused.contains("--allow-new-tensors"), "{refused}");
@@ -115,8 +115,8 @@ fn a_new_head_is_added_where_that_is_allowed_and_config_names_the_class() {
         assert_eq!(report.new_tensors, ["score.weight [5, 4] BF16"]);
         let found = read(&out);
         assert_eq!(found["score.weight"], values(20, 30));
-        let plain = place.path("plain");
-        let projection = adapter(&place, "projection", "\"task_type\":\"SEQ_CLS\"", 10, &[]);
+        let plain = workspace.path("plain");
+        let projection = adapter(&workspace, "projection", "\"task_type\":\"SEQ_CLS\"", 10, &[]);
         merged(&base, &projection, replacing(&plain)).unwrap();
         let mut expected = read(&plain);
         expected.insert("score.weight".to_owned(), values(20, 30));
@@ -132,10 +132,10 @@ fn a_new_head_is_added_where_that_is_allowed_and_config_names_the_class() {
 
 #[test]
 fn a_larger_vocabulary_takes_the_place_of_the_old_one_and_config_tells_its_size() {
-    let place = Place::new();
-    let input = vocabulary(&place);
-    for base in bases(&place) {
-        let out = place.path("out");
+    let workspace = Workspace::new();
+    let input = vocabulary(&workspace);
+    for base in bases(&workspace) {
+        let out = workspace.path("out");
         let report = merged(&base, &input, replacing(&out)).unwrap();
         assert_eq!(report.new_tensors.len(), 2);
         assert!(report.needs_base, "originals of another size are kept as hashes");
@@ -149,13 +149,13 @@ fn a_larger_vocabulary_takes_the_place_of_the_old_one_and_config_tells_its_size(
 
 #[test]
 fn taking_it_out_gives_every_byte_of_the_base() {
-    let place = Place::new();
-    let inputs = [head(&place), vocabulary(&place)];
-    for base in bases(&place) {
+    let workspace = Workspace::new();
+    let inputs = [head(&workspace), vocabulary(&workspace)];
+    for base in bases(&workspace) {
         let before = whole_tree(&base);
         for input in &inputs {
             for keep in [KeptOriginals::Whole, KeptOriginals::Hashes] {
-                let (out, back) = (place.path("out"), place.path("back"));
+                let (out, back) = (workspace.path("out"), workspace.path("back"));
                 merged(&base, input, MergeOptions { keep, ..replacing(&out) }).unwrap();
                 let undo = |base: Option<PathBuf>| {
                     merge::unmerge(&ctx(), &out, &Which::All, &MergeOptions { base, ..replacing(&back) })
@@ -173,29 +173,29 @@ fn taking_it_out_gives_every_byte_of_the_base() {
 
 #[test]
 fn another_base_is_no_original() {
-    let place = Place::new();
-    let input = vocabulary(&place);
-    let [base, _] = bases(&place);
-    let out = place.path("out");
+    let workspace = Workspace::new();
+    let input = vocabulary(&workspace);
+    let [base, _] = bases(&workspace);
+    let out = workspace.path("out");
     merged(&base, &input, replacing(&out)).unwrap();
     let other = base.join("model.safetensors");
     let mut bytes = fs::read(&other).unwrap();
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[start + 5] ^= 1;
     fs::write(other, bytes).unwrap();
-    let options = MergeOptions { base: Some(base), ..replacing(&place.path("back")) };
+    let options = MergeOptions { base: Some(base), ..replacing(&workspace.path("back")) };
     let error = merge::unmerge(&ctx(), &out, &Which::All, &options).unwrap_err().to_string();
     assert!(error.contains("\"lm_head.weight\""), "{error}");
-    assert!(!place.path("back").exists());
+    assert!(!workspace.path("back").exists());
 }
 
 #[test]
 fn adapters_come_and_go_beside_it() {
-    let place = Place::new();
-    let (input, other) = (head(&place), adapter(&place, "other", "\"task_type\":\"CAUSAL_LM\"", 50, &[]));
-    for base in bases(&place) {
+    let workspace = Workspace::new();
+    let (input, other) = (head(&workspace), adapter(&workspace, "other", "\"task_type\":\"CAUSAL_LM\"", 50, &[]));
+    for base in bases(&workspace) {
         let whole = |path: &Path| MergeOptions { keep: KeptOriginals::Whole, ..replacing(path) };
-        let [first, both, alone, left] = ["first", "both", "alone", "left"].map(|name| place.path(name));
+        let [first, both, alone, left] = ["first", "both", "alone", "left"].map(|name| workspace.path(name));
         merged(&base, &input, whole(&first)).unwrap();
         merged(&first, &other, whole(&both)).unwrap();
         assert_eq!(problems(&both, Some(&base)), Vec::<String>::new());
@@ -225,15 +225,15 @@ fn adapters_come_and_go_beside_it() {
 
 #[test]
 fn in_place_it_is_refused_and_nothing_changes() {
-    let place = Place::new();
-    let input = head(&place);
-    for base in bases(&place) {
+    let workspace = Workspace::new();
+    let input = head(&workspace);
+    for base in bases(&workspace) {
         let before = whole_tree(&base);
         let options = MergeOptions { keep: KeptOriginals::Whole, ..MergeOptions::in_place() };
         let refused = merged(&base, &input, options.clone());
         assert!(matches!(refused, Err(MergeError::NewTensorsInPlace { .. })), "{refused:?}");
         assert!(whole_tree(&base) == before);
-        let out = place.path("out");
+        let out = workspace.path("out");
         merged(&base, &input, MergeOptions { keep: KeptOriginals::Whole, ..replacing(&out) }).unwrap();
         let before = whole_tree(&out);
         let refused = merge::unmerge(&ctx(), &out, &Which::All, &options);
@@ -244,10 +244,10 @@ fn in_place_it_is_refused_and_nothing_changes() {
 
 #[test]
 fn a_changed_head_is_found() {
-    let place = Place::new();
-    let input = head(&place);
-    let [base, _] = bases(&place);
-    let out = place.path("out");
+    let workspace = Workspace::new();
+    let input = head(&workspace);
+    let [base, _] = bases(&workspace);
+    let out = workspace.path("out");
     merged(&base, &input, replacing(&out)).unwrap();
     let file = out.join("model.safetensors");
     let mut bytes = fs::read(&file).unwrap();
@@ -261,15 +261,15 @@ fn a_changed_head_is_found() {
 
 #[test]
 fn what_would_be_changed_twice_is_refused() {
-    let place = Place::new();
-    let [base, _] = bases(&place);
+    let workspace = Workspace::new();
+    let [base, _] = bases(&workspace);
     let other = [
         ("base_model.model.lm_head.lora_A.weight", &[2u64, 4][..], values(8, 60)),
         ("base_model.model.lm_head.lora_B.weight", &[10, 2], values(20, 61)),
     ];
-    let on_head = place.lora("on_head", "\"r\":2,\"lora_alpha\":4,\"target_modules\":[\"lm_head\"]", &other);
-    let out = place.path("out");
-    let inputs = [vocabulary(&place), on_head];
+    let on_head = workspace.lora("on_head", "\"r\":2,\"lora_alpha\":4,\"target_modules\":[\"lm_head\"]", &other);
+    let out = workspace.path("out");
+    let inputs = [vocabulary(&workspace), on_head];
     let error = merge::merge(&ctx(), &base, &inputs, &allowing(replacing(&out))).unwrap_err().to_string();
     assert!(error.contains("\"lm_head.weight\""), "{error}");
     assert!(!out.exists());
@@ -277,11 +277,11 @@ fn what_would_be_changed_twice_is_refused() {
 
 #[test]
 fn values_that_the_type_does_not_hold_are_refused() {
-    let place = Place::new();
-    let [base, _] = bases(&place);
+    let workspace = Workspace::new();
+    let [base, _] = bases(&workspace);
     let more = [("base_model.model.score.weight", &[1u64, 4][..], vec![0.0, 3.4e38, 0.0, 0.0])];
-    let input = adapter(&place, "large", "\"task_type\":\"SEQ_CLS\"", 10, &more);
-    let out = place.path("out");
+    let input = adapter(&workspace, "large", "\"task_type\":\"SEQ_CLS\"", 10, &more);
+    let out = workspace.path("out");
     // The largest bf16 is 3.39e38.
     match merged(&base, &input, replacing(&out)) {
         Err(MergeError::Overflow { tensor, column: 1, .. }) => assert_eq!(tensor, "score.weight"),

@@ -17,7 +17,7 @@ mod harness;
 #[path = "support/unnamed.rs"]
 mod unnamed;
 
-use harness::{Place, copy, fixtures};
+use harness::{Workspace, copy, fixtures};
 use unnamed::unnamed;
 
 /// A fixture.
@@ -93,20 +93,20 @@ impl Case {
     /// Copies the merged checkpoint with its state, and its base, into a folder of their own; the base is `base`, or
     /// `base.safetensors`.
     fn copied(&self) -> Copied<'_> {
-        let place = Place::new();
+        let workspace = Workspace::new();
         let ledgers = fixtures().join("ledgers");
-        copy(&ledgers.join("bases").join(self.base), &place.path(&self.named("base")));
-        copy(&ledgers.join(self.name), &place.path("case"));
+        copy(&ledgers.join("bases").join(self.base), &workspace.path(&self.named("base")));
+        copy(&ledgers.join(self.name), &workspace.path("case"));
         let merged = if self.is_file() { "case/m.safetensors" } else { "case/merged" }.to_owned();
         let state = format!("{merged}{}", if self.is_file() { ".neuroada" } else { "/.neuroada" });
-        Copied { case: self, place, merged, state }
+        Copied { case: self, workspace, merged, state }
     }
 }
 
 /// A copy of a fixture; names are below the folder that commands run in.
 struct Copied<'c> {
     case: &'c Case,
-    place: Place,
+    workspace: Workspace,
     merged: String,
     state: String,
 }
@@ -117,7 +117,7 @@ type Active = (String, f64);
 impl Copied<'_> {
     /// The bytes of all files of a checkpoint but its state.
     fn content(&self, name: &str) -> BTreeMap<String, Vec<u8>> {
-        let path = self.place.path(name);
+        let path = self.workspace.path(name);
         if path.is_file() {
             return BTreeMap::from([(String::new(), fs::read(path).unwrap())]);
         }
@@ -133,7 +133,7 @@ impl Copied<'_> {
 
     /// What `inspect` shows of the merges.
     fn merges(&self, name: &str) -> serde_json::Value {
-        self.place.json(&format!("inspect {name}"))["merges"].clone()
+        self.workspace.json(&format!("inspect {name}"))["merges"].clone()
     }
 
     fn active(&self, name: &str) -> Vec<Active> {
@@ -156,7 +156,7 @@ impl Copied<'_> {
         let mut line = format!("merge {} -o {output} {}", self.case.named("base"), self.case.options);
         for (id, scale) in adapters {
             let folder = format!("{}/adapters/{id}", self.state);
-            let suffix = if self.place.path(&folder).is_dir() { "" } else { ".safetensors" };
+            let suffix = if self.workspace.path(&folder).is_dir() { "" } else { ".safetensors" };
             line.push_str(&format!(" --adapter {folder}{suffix}={scale}"));
         }
         line
@@ -164,14 +164,14 @@ impl Copied<'_> {
 
     fn is_verified(&self, name: &str) {
         for base in [String::new(), format!(" --base {}", self.case.named("base"))] {
-            let told = self.place.run(&format!("verify {name}{base}"));
+            let told = self.workspace.run(&format!("verify {name}{base}"));
             assert!(told.starts_with("exit: 0") && told.contains(" verified\n"), "{}{base}: {told}", self.case.name);
         }
     }
 
     /// Finishes or rolls back what was cut short, where something was.
     fn recovered(self) -> Self {
-        self.place.stdout(&format!("recover {}", self.merged));
+        self.workspace.stdout(&format!("recover {}", self.merged));
         self
     }
 }
@@ -193,7 +193,7 @@ fn merging_the_same_adapters_anew_gives_the_bytes_of_old_merges() {
     for case in &CASES {
         let copied = case.copied().recovered();
         let again = case.named("again");
-        copied.place.stdout(&copied.merge_line(&copied.active(&copied.merged), &again));
+        copied.workspace.stdout(&copied.merge_line(&copied.active(&copied.merged), &again));
         assert!(unnamed(copied.content(&again)) == unnamed(copied.content(&copied.merged)), "{}", case.name);
     }
 }
@@ -205,10 +205,10 @@ fn taking_all_adapters_out_of_old_merges_gives_the_bytes_of_the_base() {
         let (merged, undone) = (&copied.merged, case.named("undone"));
         assert!(copied.content(merged) != copied.base_content(), "{}: something was merged", case.name);
         if case.keeps == Hashes {
-            let alone = copied.place.run(&format!("unmerge {merged} -o {undone}"));
+            let alone = copied.workspace.run(&format!("unmerge {merged} -o {undone}"));
             assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base names it"), "{}: {alone}", case.name);
         }
-        copied.place.stdout(&format!("unmerge {merged} -o {undone}{}", copied.needed_base()));
+        copied.workspace.stdout(&format!("unmerge {merged} -o {undone}{}", copied.needed_base()));
         assert!(copied.content(&undone) == copied.base_content(), "{}", case.name);
         assert!(copied.active(&undone).is_empty(), "{}", case.name);
         if case.keeps == Ledger {
@@ -227,7 +227,7 @@ fn old_merges_of_lora_are_undone_in_place() {
 
 fn undo_in_place(copied: &Copied<'_>) {
     let (name, merged) = (copied.case.name, &copied.merged);
-    copied.place.stdout(&format!("unmerge {merged} --in-place{}", copied.needed_base()));
+    copied.workspace.stdout(&format!("unmerge {merged} --in-place{}", copied.needed_base()));
     assert!(copied.content(merged) == copied.base_content(), "{name}");
     assert!(copied.active(merged).is_empty(), "{name}");
 }
@@ -242,8 +242,8 @@ fn taking_one_adapter_out_of_an_old_merge_equals_merging_the_others() {
             let others: Vec<Active> = active.iter().filter(|(other, _)| other != id).cloned().collect();
             let (less, alone) = (case.named(&format!("less-{}", &id[..8])), case.named(&format!("alone-{}", &id[..8])));
             let base = copied.needed_base();
-            copied.place.stdout(&format!("unmerge {} --adapter {} -o {less}{base}", copied.merged, &id[..12]));
-            copied.place.stdout(&copied.merge_line(&others, &alone));
+            copied.workspace.stdout(&format!("unmerge {} --adapter {} -o {less}{base}", copied.merged, &id[..12]));
+            copied.workspace.stdout(&copied.merge_line(&others, &alone));
             assert!(copied.content(&less) == copied.content(&alone), "{}: {id}", case.name);
             assert!(copied.content(&less) != copied.content(&copied.merged), "{}: {id}", case.name);
             assert_eq!(copied.active(&less), others, "{}: {id}", case.name);
@@ -260,15 +260,15 @@ fn more_is_merged_into_an_old_sparse_merge_in_place_and_taken_out_again() {
     let (copied, other) = (first.copied(), both.copied());
     let one = copied.active(&copied.merged);
     let (id, _) = other.active(&other.merged).into_iter().find(|(id, _)| *id != one[0].0).unwrap();
-    let adapter = other.place.path(&format!("{}/adapters/{id}.safetensors", other.state));
-    copy(&adapter, &copied.place.path("more.safetensors"));
-    copied.place.stdout(&format!("merge {} --adapter more.safetensors=-1.7 --in-place", copied.merged));
+    let adapter = other.workspace.path(&format!("{}/adapters/{id}.safetensors", other.state));
+    copy(&adapter, &copied.workspace.path("more.safetensors"));
+    copied.workspace.stdout(&format!("merge {} --adapter more.safetensors=-1.7 --in-place", copied.merged));
     let active = copied.active(&copied.merged);
     assert_eq!(active.len(), 2);
     copied.is_verified(&copied.merged);
-    copied.place.stdout(&copied.merge_line(&active, "anew"));
+    copied.workspace.stdout(&copied.merge_line(&active, "anew"));
     assert!(unnamed(copied.content("anew")) == unnamed(copied.content(&copied.merged)));
-    copied.place.stdout(&format!("unmerge {} --adapter {id} --in-place", copied.merged));
+    copied.workspace.stdout(&format!("unmerge {} --adapter {id} --in-place", copied.merged));
     assert_eq!(copied.active(&copied.merged), one);
     assert!(unnamed(copied.content(&copied.merged)) == unnamed(first.copied().content("case/merged")));
     undo_in_place(&copied);
@@ -279,18 +279,18 @@ fn a_flipped_bit_of_old_state_or_weights_is_found() {
     for name in ["sparse-two-in-place", "lora-hashes", "lora-originals"] {
         let case = CASES.iter().find(|case| case.name == name).unwrap();
         let copied = case.copied();
-        let state = |file: &str| copied.place.path(&copied.state).join(file);
+        let state = |file: &str| copied.workspace.path(&copied.state).join(file);
         let files: Vec<PathBuf> = ["ledger", "low-rank", "originals.safetensors"].into_iter().map(state).collect();
         for file in files.iter().filter(|file| file.exists()) {
             flip_last_byte_but(3, file);
-            let told = copied.place.run(&format!("unmerge {} -o undone{}", copied.merged, copied.needed_base()));
+            let told = copied.workspace.run(&format!("unmerge {} -o undone{}", copied.merged, copied.needed_base()));
             assert!(told.starts_with("exit: 3") || told.starts_with("exit: 4"), "{name}: {}: {told}", file.display());
-            assert!(!copied.place.path("undone").exists(), "{name}: {}", file.display());
+            assert!(!copied.workspace.path("undone").exists(), "{name}: {}", file.display());
             flip_last_byte_but(3, file);
         }
         // The last tensor of the first shard is a touched one.
-        flip_last_byte_but(1, &copied.place.path(&copied.merged).join("model-00001-of-00002.safetensors"));
-        let told = copied.place.run(&format!("verify {} --base base", copied.merged));
+        flip_last_byte_but(1, &copied.workspace.path(&copied.merged).join("model-00001-of-00002.safetensors"));
+        let told = copied.workspace.run(&format!("verify {} --base base", copied.merged));
         assert!(told.starts_with("exit: 1"), "{name}: {told}");
     }
 }
@@ -315,21 +315,21 @@ fn old_changes_in_place_that_were_cut_short_are_rolled_back_or_finished() {
         let case = case(name, base, n_active, Ledger);
         let copied = case.copied();
         let merged = &copied.merged;
-        let told = copied.place.run(&format!("verify {merged}"));
+        let told = copied.workspace.run(&format!("verify {merged}"));
         assert!(told.starts_with("exit: 6"), "{name}: {told}");
-        let told = copied.place.run(&format!("recover {merged}"));
+        let told = copied.workspace.run(&format!("recover {merged}"));
         assert!(told.starts_with("exit: 0") && told.contains(did), "{name}: {told}");
         let active = copied.active(merged);
         assert_eq!(active.len(), n_active, "{name}");
         for left in ["txn", "ledger.new"] {
-            assert!(!copied.place.path(&copied.state).join(left).exists(), "{name}: {left}");
+            assert!(!copied.workspace.path(&copied.state).join(left).exists(), "{name}: {left}");
         }
         if n_active == 0 {
             assert!(copied.content(merged) == copied.base_content(), "{name}");
             continue;
         }
         copied.is_verified(merged);
-        copied.place.stdout(&copied.merge_line(&active, "anew"));
+        copied.workspace.stdout(&copied.merge_line(&active, "anew"));
         assert!(unnamed(copied.content("anew")) == unnamed(copied.content(merged)), "{name}");
         undo_in_place(&copied);
     }

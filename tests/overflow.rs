@@ -29,9 +29,9 @@ mod world;
 use world::{tree, values_at};
 
 /// A folder with a base of two float16 tensors, `a` and `b`, `[4, 8]`, all 1.5 but `[2, 3]`, which is `large`.
-struct Place(tempfile::TempDir);
+struct Workspace(tempfile::TempDir);
 
-impl Place {
+impl Workspace {
     fn new(large: f32) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let base = dir.path().join("base");
@@ -123,91 +123,97 @@ fn assert_overflow(error: &MergeError, expected: (&str, u64, u64, u64)) {
 
 #[test]
 fn a_sparse_merge_that_overflows_is_refused_before_anything_is_written() {
-    let place = Place::new(65504.0);
-    let inputs =
-        [place.sparse("1.safetensors", "b.weight", 3, 50.0), place.sparse("2.safetensors", "a.weight", 3, 16.0)];
-    let before = tree(place.0.path());
-    let mut options = MergeOptions::new_checkpoint(place.path("out"));
+    let workspace = Workspace::new(65504.0);
+    let inputs = [
+        workspace.sparse("1.safetensors", "b.weight", 3, 50.0),
+        workspace.sparse("2.safetensors", "a.weight", 3, 16.0),
+    ];
+    let before = tree(workspace.0.path());
+    let mut options = MergeOptions::new_checkpoint(workspace.path("out"));
     let passes = Passes::default();
     let ctx = Context { observer: &passes, ..Context::default() };
-    let error = merge::merge(&ctx, &place.base(), &inputs, &options).unwrap_err();
+    let error = merge::merge(&ctx, &workspace.base(), &inputs, &options).unwrap_err();
     assert_overflow(&error, ("a.weight", 2, 3, 2));
     assert!(passes.have("checking") && !passes.have("merging"), "nothing was copied");
     assert!(error.to_string().contains("\"a.weight\" [2, 3]") && error.to_string().ends_with("and 1 more"), "{error}");
-    assert_overflow(&merge_to(&place.base(), &inputs, &MergeOptions::in_place()).unwrap_err(), ("a.weight", 2, 3, 2));
+    assert_overflow(
+        &merge_to(&workspace.base(), &inputs, &MergeOptions::in_place()).unwrap_err(),
+        ("a.weight", 2, 3, 2),
+    );
     options.dry_run = true;
-    assert_overflow(&merge_to(&place.base(), &inputs, &options).unwrap_err(), ("a.weight", 2, 3, 2));
-    assert!(tree(place.0.path()) == before);
+    assert_overflow(&merge_to(&workspace.base(), &inputs, &options).unwrap_err(), ("a.weight", 2, 3, 2));
+    assert!(tree(workspace.0.path()) == before);
 
-    options = MergeOptions { allow_overflow: true, ..MergeOptions::new_checkpoint(place.path("out")) };
-    assert_eq!(merge_to(&place.base(), &inputs, &options).unwrap().total.n_overflowed, 2);
-    assert!(merge::verify(&Context::default(), &place.path("out"), &VerifyOptions::default()).unwrap().ok);
-    merge::unmerge(&Context::default(), &place.path("out"), &Which::All, &MergeOptions::in_place()).unwrap();
-    assert!(tree(&place.path("out")) == tree(&place.base()), "what was let in comes out");
+    options = MergeOptions { allow_overflow: true, ..MergeOptions::new_checkpoint(workspace.path("out")) };
+    assert_eq!(merge_to(&workspace.base(), &inputs, &options).unwrap().total.n_overflowed, 2);
+    assert!(merge::verify(&Context::default(), &workspace.path("out"), &VerifyOptions::default()).unwrap().ok);
+    merge::unmerge(&Context::default(), &workspace.path("out"), &Which::All, &MergeOptions::in_place()).unwrap();
+    assert!(tree(&workspace.path("out")) == tree(&workspace.base()), "what was let in comes out");
 }
 
 #[test]
 fn a_sum_below_half_a_unit_neither_overflows_nor_costs_a_pass() {
-    let place = Place::new(65504.0);
+    let workspace = Workspace::new(65504.0);
     let passes = Passes::default();
     let ctx = Context { observer: &passes, ..Context::default() };
-    let input = place.sparse("1.safetensors", "b.weight", 3, 7.9);
-    let report = merge::merge(&ctx, &place.base(), &[input], &MergeOptions::new_checkpoint(place.path("out"))).unwrap();
+    let input = workspace.sparse("1.safetensors", "b.weight", 3, 7.9);
+    let report =
+        merge::merge(&ctx, &workspace.base(), &[input], &MergeOptions::new_checkpoint(workspace.path("out"))).unwrap();
     assert_eq!((report.total.n_overflowed, passes.have("merging"), passes.have("checking")), (0, true, false));
 }
 
 #[test]
 fn taking_an_adapter_out_is_never_refused_for_an_overflow() {
-    let place = Place::new(30000.0);
-    let up = place.sparse("up.safetensors", "b.weight", 3, 50000.0);
-    let down = place.sparse("down.safetensors", "b.weight", 3, -50000.0);
+    let workspace = Workspace::new(30000.0);
+    let up = workspace.sparse("up.safetensors", "b.weight", 3, 50000.0);
+    let down = workspace.sparse("down.safetensors", "b.weight", 3, -50000.0);
     let down_id = Adapter::open(&down.adapter).unwrap().id(&Context::default()).unwrap();
-    let out = place.path("out");
-    merge_to(&place.base(), &[up, down], &MergeOptions::new_checkpoint(&out)).unwrap();
+    let out = workspace.path("out");
+    merge_to(&workspace.base(), &[up, down], &MergeOptions::new_checkpoint(&out)).unwrap();
     let which = Which::Some(vec![down_id]);
-    let copy = MergeOptions::new_checkpoint(place.path("copy"));
+    let copy = MergeOptions::new_checkpoint(workspace.path("copy"));
     let report = merge::unmerge(&Context::default(), &out, &which, &copy).unwrap();
     assert_eq!(report.total.n_overflowed, 1);
     merge::unmerge(&Context::default(), &out, &which, &MergeOptions::in_place()).unwrap();
     merge::unmerge(&Context::default(), &out, &Which::All, &MergeOptions::in_place()).unwrap();
-    assert!(tree(&out) == tree(&place.base()));
+    assert!(tree(&out) == tree(&workspace.base()));
 }
 
 #[test]
 fn a_later_adapter_does_not_answer_for_an_overflow_that_was_allowed() {
-    let place = Place::new(65504.0);
-    let out = place.path("out");
+    let workspace = Workspace::new(65504.0);
+    let out = workspace.path("out");
     let allowed = MergeOptions { allow_overflow: true, ..MergeOptions::new_checkpoint(&out) };
-    merge_to(&place.base(), &[place.sparse("1.safetensors", "b.weight", 3, 50.0)], &allowed).unwrap();
-    let later = place.sparse("2.safetensors", "b.weight", 4, 0.5);
+    merge_to(&workspace.base(), &[workspace.sparse("1.safetensors", "b.weight", 3, 50.0)], &allowed).unwrap();
+    let later = workspace.sparse("2.safetensors", "b.weight", 4, 0.5);
     let report = merge_to(&out, &[later], &MergeOptions::in_place()).unwrap();
     assert_eq!(report.total.n_overflowed, 1, "it is still there");
 }
 
 #[test]
 fn a_lora_merge_that_overflows_is_refused_before_anything_is_written() {
-    let place = Place::new(65504.0);
+    let workspace = Workspace::new(65504.0);
     let passes = Passes::default();
     let ctx = Context { observer: &passes, ..Context::default() };
-    let input = place.lora(0.5, 40.0);
-    let before = tree(place.0.path());
-    assert_overflow(&place.merge_lora(&ctx, input.clone(), false).unwrap_err(), ("b.weight", 2, 3, 1));
+    let input = workspace.lora(0.5, 40.0);
+    let before = tree(workspace.0.path());
+    assert_overflow(&workspace.merge_lora(&ctx, input.clone(), false).unwrap_err(), ("b.weight", 2, 3, 1));
     assert!(passes.have("checking") && !passes.have("merging"), "nothing was copied");
-    assert!(tree(place.0.path()) == before);
+    assert!(tree(workspace.0.path()) == before);
 
-    assert_eq!(place.merge_lora(&ctx, input, true).unwrap().total.n_overflowed, 1);
-    let base = place.base();
-    let undone = MergeOptions { base: Some(base.clone()), ..MergeOptions::new_checkpoint(place.path("undone")) };
-    merge::unmerge(&Context::default(), &place.path("out"), &Which::All, &undone).unwrap();
-    assert!(tree(&place.path("undone")) == tree(&base));
+    assert_eq!(workspace.merge_lora(&ctx, input, true).unwrap().total.n_overflowed, 1);
+    let base = workspace.base();
+    let undone = MergeOptions { base: Some(base.clone()), ..MergeOptions::new_checkpoint(workspace.path("undone")) };
+    merge::unmerge(&Context::default(), &workspace.path("out"), &Which::All, &undone).unwrap();
+    assert!(tree(&workspace.path("undone")) == tree(&base));
 }
 
 #[test]
 fn an_ordinary_lora_merge_is_one_pass_without_warnings() {
-    let place = Place::new(65504.0);
+    let workspace = Workspace::new(65504.0);
     let passes = Passes::default();
     let ctx = Context { observer: &passes, ..Context::default() };
-    let report = place.merge_lora(&ctx, place.lora(0.5, 7.9), false).unwrap();
+    let report = workspace.merge_lora(&ctx, workspace.lora(0.5, 7.9), false).unwrap();
     assert!(report.notes.is_empty(), "{:?}", report.notes);
     assert!(passes.have("merging") && !passes.have("checking"));
 }
@@ -216,23 +222,23 @@ fn an_ordinary_lora_merge_is_one_pass_without_warnings() {
 fn a_flipped_exponent_bit_is_warned_about() {
     let flipped = f32::from_bits(0.01f32.to_bits() ^ 1 << 30);
     assert!(flipped > 1e36);
-    let place = Place::new(1.0);
+    let workspace = Workspace::new(1.0);
     let ctx = Context::default();
     // On float16 weights such a delta overflows; where that is allowed, the warning remains.
-    let input = place.sparse("1.safetensors", "b.weight", 3, flipped);
+    let input = workspace.sparse("1.safetensors", "b.weight", 3, flipped);
     let id = Adapter::open(&input.adapter).unwrap().id(&ctx).unwrap().short();
-    let mut options = MergeOptions { allow_overflow: true, ..MergeOptions::new_checkpoint(place.path("sparse")) };
+    let mut options = MergeOptions { allow_overflow: true, ..MergeOptions::new_checkpoint(workspace.path("sparse")) };
     let expected =
         format!("warning: adapter {id}: tensor \"b.weight\": deltas of up to 3.4e36 on weights of at most 1.5e0");
     for dry_run in [true, false] {
         options.dry_run = dry_run;
-        let report = merge_to(&place.base(), std::slice::from_ref(&input), &options).unwrap();
+        let report = merge_to(&workspace.base(), std::slice::from_ref(&input), &options).unwrap();
         assert!(report.notes.len() == 1 && report.notes[0].starts_with(&expected), "{:?}", report.notes);
     }
-    let removed = merge::unmerge(&ctx, &place.path("sparse"), &Which::All, &MergeOptions::in_place()).unwrap();
+    let removed = merge::unmerge(&ctx, &workspace.path("sparse"), &Which::All, &MergeOptions::in_place()).unwrap();
     assert!(removed.notes.is_empty(), "{:?}", removed.notes);
 
-    let report = place.merge_lora(&ctx, place.lora(0.01, flipped), true).unwrap();
+    let report = workspace.merge_lora(&ctx, workspace.lora(0.01, flipped), true).unwrap();
     let words = "tensor \"b.weight\": deltas of up to 3.4e36 on weights of at most 1.5e0";
     assert!(report.notes.len() == 1 && report.notes[0].contains(words), "{:?}", report.notes);
     assert!(report.notes[0].starts_with("warning: adapter "), "{:?}", report.notes);
@@ -240,8 +246,9 @@ fn a_flipped_exponent_bit_is_warned_about() {
 
 #[test]
 fn a_scale_that_turns_zero_deltas_into_nan_is_refused() {
-    let place = Place::new(1.0);
-    let input = MergeInput { scale: Some(1e300), ..place.sparse("1.safetensors", "b.weight", 3, 0.0) };
-    let error = merge_to(&place.base(), &[input], &MergeOptions::new_checkpoint(place.path("out"))).unwrap_err();
+    let workspace = Workspace::new(1.0);
+    let input = MergeInput { scale: Some(1e300), ..workspace.sparse("1.safetensors", "b.weight", 3, 0.0) };
+    let error =
+        merge_to(&workspace.base(), &[input], &MergeOptions::new_checkpoint(workspace.path("out"))).unwrap_err();
     assert_overflow(&error, ("b.weight", 0, 3, 4));
 }

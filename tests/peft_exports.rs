@@ -28,16 +28,16 @@ const D_IN: u64 = 16;
 const D_OUT: u64 = 48;
 
 /// A folder with a base, of one shard, and what is made of it.
-struct Place {
+struct Workspace {
     dir: TempDir,
 }
 
-impl Place {
+impl Workspace {
     fn new(model_type: &str, tensors: &[(&str, Dtype, &[u64])]) -> Self {
-        let place = Self { dir: tempfile::tempdir().unwrap() };
-        fs::create_dir(place.at("base")).unwrap();
-        fs::write(place.at("base/config.json"), format!("{{\"model_type\":\"{model_type}\"}}")).unwrap();
-        let mut file = TensorFileWriter::create(&place.at("base/model.safetensors"), Existing::Keep).unwrap();
+        let workspace = Self { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir(workspace.at("base")).unwrap();
+        fs::write(workspace.at("base/config.json"), format!("{{\"model_type\":\"{model_type}\"}}")).unwrap();
+        let mut file = TensorFileWriter::create(&workspace.at("base/model.safetensors"), Existing::Keep).unwrap();
         for (name, dtype, shape) in tensors {
             let id = file.add_tensor((*name).to_owned(), *dtype);
             let n_bytes = shape.iter().product::<u64>() as usize * dtype.bitsize() / 8;
@@ -45,7 +45,7 @@ impl Place {
             file.finish_tensor(id, shape.to_vec());
         }
         file.finish(&Context::default(), &BTreeMap::new()).unwrap();
-        place
+        workspace
     }
     fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
@@ -80,8 +80,8 @@ impl Place {
 #[test]
 fn roundings_are_those_that_peft_makes() {
     let name = "model.layers.0.self_attn.q_proj.weight";
-    let place = Place::new("llama", &[(name, Dtype::BF16, &[D_OUT, D_IN])]);
-    let adapter = place.adapter(&[name]);
+    let workspace = Workspace::new("llama", &[(name, Dtype::BF16, &[D_OUT, D_IN])]);
+    let adapter = workspace.adapter(&[name]);
     let (ctx, opened) = (Context::default(), Adapter::open(&adapter).unwrap());
     let deltas = opened.read_rows(&ctx, &opened.targets()[0], 0..D_OUT).unwrap().values;
     let errors: Vec<f64> = deltas.iter().map(|&x| f64::from((bf16::from_f32(x).to_f32() - x).abs())).collect();
@@ -89,7 +89,7 @@ fn roundings_are_those_that_peft_makes() {
     assert!(n_rounded > D_OUT, "most deltas are no bf16");
 
     // Super-Tuning: `values.to(weight.dtype)`, then `scatter_add`.
-    let report = place.to(Format::SuperTuning, &adapter, false).unwrap();
+    let report = workspace.to(Format::SuperTuning, &adapter, false).unwrap();
     let tensor = &report.tensors[0];
     assert_eq!((report.exact, report.n_rounded, tensor.n_rounded), (false, n_rounded, n_rounded));
     assert_eq!((&*tensor.stored_dtype, &*tensor.applied_dtype), ("F32", "BF16"));
@@ -97,20 +97,20 @@ fn roundings_are_those_that_peft_makes() {
     assert!(tensor.exactness().starts_with(&format!("{n_rounded} rounded to BF16, by ")), "{}", tensor.exactness());
     assert!(report.remarks.iter().any(|remark| remark.contains("PEFT rounds")), "{:?}", report.remarks);
     // Read again, they are rounded as PEFT does it: as many.
-    let folder = place.at("supertuning");
-    assert_eq!(place.to(Format::NeuroAda, &folder, true).unwrap().n_rounded, n_rounded);
+    let folder = workspace.at("supertuning");
+    assert_eq!(workspace.to(Format::NeuroAda, &folder, true).unwrap().n_rounded, n_rounded);
 
     // SHiRA: a sparse float32 matrix is added, the sum is rounded.
-    let report = place.to(Format::Shira, &adapter, false).unwrap();
+    let report = workspace.to(Format::Shira, &adapter, false).unwrap();
     assert!(report.exact && report.tensors[0].applied_dtype == "F32", "{report:?}");
 }
 
 #[test]
 fn deltas_that_peft_would_round_to_infinity_are_refused() {
     let name = "model.layers.0.mlp.up_proj.weight";
-    let place = Place::new("llama", &[(name, Dtype::F16, &[D_OUT, D_IN])]);
-    let base = Checkpoint::open(&place.at("base")).unwrap();
-    let mut writer = AdapterWriter::create(&place.at("a"), Existing::Keep, Dtype::F32).unwrap();
+    let workspace = Workspace::new("llama", &[(name, Dtype::F16, &[D_OUT, D_IN])]);
+    let base = Checkpoint::open(&workspace.at("base")).unwrap();
+    let mut writer = AdapterWriter::create(&workspace.at("a"), Existing::Keep, Dtype::F32).unwrap();
     writer.begin_target(name, Dtype::F16, &[D_OUT, D_IN], false, Some(1)).unwrap();
     let mut columns = RowColumns::default();
     (0..D_OUT).for_each(|_| columns.push_row(&[3]));
@@ -120,17 +120,17 @@ fn deltas_that_peft_would_round_to_infinity_are_refused() {
     let notes = AdapterNotes::default();
     writer.finish(&Context::default(), 1.0, &Recipe::custom(), &BaseInfo::of(&base), &notes).unwrap();
     for format in [Format::SuperTuning, Format::Published] {
-        let error = place.to(format, &place.at("a"), false).unwrap_err().to_string();
+        let error = workspace.to(format, &workspace.at("a"), false).unwrap_err().to_string();
         assert!(error.contains("the delta 1e6 does not fit F16"), "{error}");
-        assert!(!place.at(format.name()).exists());
+        assert!(!workspace.at(format.name()).exists());
     }
-    assert!(place.to(Format::Npz, &place.at("a"), false).unwrap().exact);
+    assert!(workspace.to(Format::Npz, &workspace.at("a"), false).unwrap().exact);
 }
 
 #[test]
 fn what_peft_does_not_take_is_listed_and_not_written() {
     let (attn, wte) = ("h.0.attn.c_attn.weight", "wte.weight");
-    let place = Place::new(
+    let workspace = Workspace::new(
         "gpt2",
         &[
             (attn, Dtype::F32, &[D_IN, D_OUT]),
@@ -139,14 +139,14 @@ fn what_peft_does_not_take_is_listed_and_not_written() {
         ],
     );
     let conv1d = format!("\"{attn}\": stored as [d_in, d_out], a Conv1D");
-    let adapter = place.adapter(&[attn, wte]);
+    let adapter = workspace.adapter(&[attn, wte]);
     for has_base in [false, true] {
         let expected = (vec![conv1d.clone(), format!("\"{wte}\": an embedding")], false);
-        assert_eq!(place.refused(&adapter, has_base), expected);
+        assert_eq!(workspace.refused(&adapter, has_base), expected);
     }
     // SpIEL's fork and plain coordinates are another matter.
     for format in [Format::Spiel, Format::Npz] {
-        assert!(place.to(format, &adapter, false).unwrap().exact);
+        assert!(workspace.to(format, &adapter, false).unwrap().exact);
     }
 }
 
@@ -154,13 +154,16 @@ fn what_peft_does_not_take_is_listed_and_not_written() {
 fn where_the_family_does_not_tell_the_base_does() {
     let name = "blocks.0.attn.c_attn.weight";
     let unknown = |shape: &[u64]| {
-        Place::new("some-new-model", &[(name, Dtype::F32, shape), ("blocks.0.attn.c_attn.bias", Dtype::F32, &[D_OUT])])
+        Workspace::new(
+            "some-new-model",
+            &[(name, Dtype::F32, shape), ("blocks.0.attn.c_attn.bias", Dtype::F32, &[D_OUT])],
+        )
     };
     let asked = (vec![format!("\"{name}\": nothing tells whether it is an nn.Linear or a Conv1D")], true);
     let (linear, conv1d) = (unknown(&[D_OUT, D_IN]), unknown(&[D_IN, D_OUT]));
-    for place in [&linear, &conv1d] {
-        let adapter = place.adapter(&[name]);
-        assert_eq!(place.refused(&adapter, false), asked);
+    for workspace in [&linear, &conv1d] {
+        let adapter = workspace.adapter(&[name]);
+        assert_eq!(workspace.refused(&adapter, false), asked);
     }
     assert!(linear.to(Format::Shira, &linear.at("a"), true).unwrap().exact);
     let (problems, needs_base) = conv1d.refused(&conv1d.at("a"), true);
@@ -170,10 +173,10 @@ fn where_the_family_does_not_tell_the_base_does() {
 #[test]
 fn weights_of_eight_bits_are_refused() {
     let name = "model.layers.0.mlp.up_proj.weight";
-    let place = Place::new("llama", &[(name, Dtype::F8_E4M3, &[D_OUT, D_IN])]);
-    let adapter = place.adapter(&[name]);
+    let workspace = Workspace::new("llama", &[(name, Dtype::F8_E4M3, &[D_OUT, D_IN])]);
+    let adapter = workspace.adapter(&[name]);
     for format in [Format::Shira, Format::SuperTuning] {
-        let error = place.to(format, &adapter, false).unwrap_err().to_string();
+        let error = workspace.to(format, &adapter, false).unwrap_err().to_string();
         assert!(error.contains("can add to:\n") && error.ends_with("the weight is F8_E4M3"), "{error}");
     }
 }

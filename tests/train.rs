@@ -67,8 +67,8 @@ fn ranking_from_a_cache_equals_whole_passes() {
             question(&[1], &[&[2], &[3], &[4]]),
             question(&[17, 3, 3, 250, 40, 41, 42], &[&[100, 101]]),
         ];
-        for most_tokens in [1, 20, 1000] {
-            let ranked = rank(&ctx, &device, &model, &questions, most_tokens).unwrap();
+        for max_tokens in [1, 20, 1000] {
+            let ranked = rank(&ctx, &device, &model, &questions, max_tokens).unwrap();
             for (question, ranked) in questions.iter().zip(&ranked) {
                 assert_eq!(ranked.len(), question.candidates.len());
                 for (candidate, found) in question.candidates.iter().zip(ranked) {
@@ -108,8 +108,8 @@ fn generation_takes_the_likeliest_token_each_time() {
     let free: Vec<Vec<u32>> = prompts.iter().map(|prompt| plainly(prompt, &[])).collect();
     // A token that ends the first sequence early, and the others perhaps not.
     for stop in [vec![], vec![free[0][2]]] {
-        for most_tokens in [1, 100] {
-            let options = GenerateOptions { most_new: 6, stop: stop.clone(), most_tokens };
+        for max_tokens in [1, 100] {
+            let options = GenerateOptions { most_new: 6, stop: stop.clone(), max_tokens };
             let written = generate(&ctx, &device, &model, &prompts, &options).unwrap();
             for (written, prompt) in written.iter().zip(&prompts) {
                 assert_eq!(*written, plainly(prompt, &stop));
@@ -172,7 +172,7 @@ fn what_is_trained_is_what_a_merge_writes() {
         let device = CpuDevice::new();
         let model = Model::load(&ctx, &device, &Checkpoint::open(&merged).unwrap()).unwrap();
         let batches = Batches::in_order(world.eval.as_ref().unwrap(), options.limits());
-        let mut work = Workspace::new(&device, &model.config, batches.most_tokens(), Keep::Nothing).unwrap();
+        let mut work = Workspace::new(&device, &model.config, batches.max_tokens(), Keep::Nothing).unwrap();
         let mean = mean_loss(&ctx, &device, &model, batches.iter_from(0), &mut work).unwrap();
         assert_eq!(Some(mean.loss), report.eval_loss, "{dtype:?}: bit for bit");
     }

@@ -25,7 +25,7 @@ pub use finite::{largest_finite, largest_magnitude, overflow_margin, overflows};
 pub use keys::{Digit, KeySpace};
 pub use low_rank::{add_low_rank, merge_sums};
 pub use merger::{LowRankMerger, MergedWeights, Merger};
-pub use patch::{Layer, PatchCounts, merged_values, pick, replace_values, union_columns};
+pub use patch::{PatchCounts, ScaledDeltas, merged_values, pick, replace_values, union_columns};
 pub(crate) use score::mix;
 pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
 #[cfg(feature = "train")]

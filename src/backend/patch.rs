@@ -8,7 +8,7 @@ use crate::tensor::{Accumulator, Dtype, Float, RowColumns, with_float};
 
 /// The deltas of one adapter on a run of rows.
 #[derive(Clone, Copy)]
-pub struct Layer<'a> {
+pub struct ScaledDeltas<'a> {
     /// Chosen columns, row by row.
     pub columns: &'a RowColumns,
     /// `[columns.nnz()]` deltas, in the columns' order.
@@ -99,14 +99,14 @@ pub fn pick(from: &RowColumns, bytes: &[u8], width: usize, wanted: &RowColumns) 
 /// Where lengths disagree, or `dtype` is no float.
 pub fn merged_values(
     dtype: Dtype,
-    layers: &[Layer<'_>],
+    layers: &[ScaledDeltas<'_>],
     touched: &RowColumns,
     originals: &[u8],
 ) -> (Vec<u8>, PatchCounts) {
     with_float!(dtype, T => merged::<T>(layers, touched, originals), else unreachable!("targets are floats"))
 }
 
-fn merged<T: Float>(layers: &[Layer<'_>], touched: &RowColumns, originals: &[u8]) -> (Vec<u8>, PatchCounts) {
+fn merged<T: Float>(layers: &[ScaledDeltas<'_>], touched: &RowColumns, originals: &[u8]) -> (Vec<u8>, PatchCounts) {
     assert_eq!(originals.len(), touched.nnz() * T::BYTES, "one original per touched position");
     let zero = T::Acc::from_f64(0.0);
     let scales: Vec<T::Acc> = layers.iter().map(|layer| T::Acc::from_f64(layer.scale)).collect();
@@ -204,8 +204,8 @@ mod tests {
     fn deltas_add_up_in_the_order_of_layers_and_round_once() {
         let (a, b) = (rows(&[&[0, 2]]), rows(&[&[2]]));
         let layers = [
-            Layer { columns: &a, values: &[0.5, 1.0], scale: 2.0 },
-            Layer { columns: &b, values: &[0.25], scale: -1.0 },
+            ScaledDeltas { columns: &a, values: &[0.5, 1.0], scale: 2.0 },
+            ScaledDeltas { columns: &b, values: &[0.25], scale: -1.0 },
         ];
         let touched = rows(&[&[0, 1, 2]]);
         let (values, counts) = merged_values(Dtype::BF16, &layers, &touched, &bf16_bytes(&[1.0, 7.0, 1.0]));
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_delta_below_half_a_unit_is_absorbed_and_counted() {
         let columns = rows(&[&[0, 1]]);
-        let layers = [Layer { columns: &columns, values: &[0.001, 0.0], scale: 1.0 }];
+        let layers = [ScaledDeltas { columns: &columns, values: &[0.001, 0.0], scale: 1.0 }];
         let (values, counts) = merged_values(Dtype::BF16, &layers, &columns, &bf16_bytes(&[1.0, -0.0]));
         // Adding zero to -0 gives +0, as every IEEE addition does.
         assert_eq!(values, bf16_bytes(&[1.0, 0.0]));
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn a_nan_keeps_its_payload_and_overflow_is_counted() {
         let columns = rows(&[&[0, 1]]);
-        let layers = [Layer { columns: &columns, values: &[1.0, 60000.0], scale: 1.0 }];
+        let layers = [ScaledDeltas { columns: &columns, values: &[1.0, 60000.0], scale: 1.0 }];
         let originals: Vec<u8> = [0xfe01u16, 0x7bff].iter().flat_map(|bits| bits.to_le_bytes()).collect();
         let (values, counts) = merged_values(Dtype::F16, &layers, &columns, &originals);
         assert_eq!(values, [0x01, 0xfe, 0x00, 0x7c]);

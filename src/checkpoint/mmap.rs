@@ -30,7 +30,7 @@ pub struct Window(Backing);
 
 enum Backing {
     // Fields are dropped in this order: an address leaves the table before it can be mapped anew.
-    Mapped { place: Place, map: Mmap },
+    Mapped { place: WindowSlot, map: Mmap },
     Owned(Vec<u8>),
     Direct(DirectBytes),
 }
@@ -65,7 +65,7 @@ impl Window {
         if len == 0 {
             return Ok(Self::owned(Vec::new()));
         }
-        let place = if handler_is_installed() { Place::claim(lost) } else { None };
+        let place = if handler_is_installed() { WindowSlot::claim(lost) } else { None };
         if let Some(place) = place
             && let Ok(map) = map_populated(file, offset, len)
         {
@@ -123,25 +123,25 @@ const FREE: usize = 0;
 const CLAIMED: usize = 1;
 
 /// Windows that can be mapped at once, in the whole process: a few per thread.
-const MOST_WINDOWS: usize = 2048;
-static WINDOWS: [Entry; MOST_WINDOWS] =
+const MAX_WINDOWS: usize = 2048;
+static WINDOWS: [Entry; MAX_WINDOWS] =
     [const { Entry { start: AtomicUsize::new(FREE), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
-        MOST_WINDOWS];
+        MAX_WINDOWS];
 
 /// The right to one entry of the table.
-struct Place {
+struct WindowSlot {
     index: usize,
     /// Set at the end, if the entry was marked.
     lost: Arc<AtomicBool>,
 }
 
-impl Place {
+impl WindowSlot {
     fn claim(lost: &Arc<AtomicBool>) -> Option<Self> {
         // Threads begin to look in different places, so that they seldom meet.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let first = NEXT.fetch_add(1, SeqCst);
-        let index = (0..MOST_WINDOWS)
-            .map(|i| first.wrapping_add(i) % MOST_WINDOWS)
+        let index = (0..MAX_WINDOWS)
+            .map(|i| first.wrapping_add(i) % MAX_WINDOWS)
             .find(|&i| WINDOWS[i].start.compare_exchange(FREE, CLAIMED, SeqCst, SeqCst).is_ok())?;
         WINDOWS[index].lost.store(false, SeqCst);
         Some(Self { index, lost: Arc::clone(lost) })
@@ -157,7 +157,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for WindowSlot {
     fn drop(&mut self) {
         if self.entry().lost.load(SeqCst) {
             self.lost.store(true, SeqCst);

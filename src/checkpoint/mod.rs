@@ -74,7 +74,7 @@ pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use probe::{EntryKind, FileId};
 pub use rewrite::{rewrite_shard, windows};
 pub use scan::{Held, RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping, window_cost};
-pub use scatter::{Patcher, Place};
+pub use scatter::{Destination, Patcher};
 pub use shard::Shard;
 pub use side_files::{LeftOut, LeftOutReason, SideFiles, copy_side_files};
 pub use single_file::{SingleFile, recover_single_file};

@@ -364,18 +364,18 @@ pub(crate) fn config_beside(file: &Path) -> Result<serde_json::Map<String, serde
 
 /// Reads `config.json`, or nothing where there is none.
 pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
-    const MOST_BYTES: u64 = 16 << 20;
+    const MAX_BYTES: u64 = 16 << 20;
     // A parsed value takes some fifty times the memory of the shortest JSON for it.
-    const MOST_VALUES: usize = 1_000_000;
+    const MAX_VALUES: usize = 1_000_000;
     // A link that leads nowhere is there, and is told as such.
     if !probe::is_present(path)? {
         return Ok(serde_json::Map::new());
     }
-    let json = read_whole(path, MOST_BYTES)?;
+    let json = read_whole(path, MAX_BYTES)?;
     let bad = |what: String| CheckpointError::bad_file(path, what);
     let n_values = json.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
-    if n_values > MOST_VALUES {
-        return Err(bad(format!("has about {n_values} values, at most {MOST_VALUES} are accepted")));
+    if n_values > MAX_VALUES {
+        return Err(bad(format!("has about {n_values} values, at most {MAX_VALUES} are accepted")));
     }
     serde_json::from_slice(&json).map_err(|e| bad(format!("the JSON is malformed: {}", malformed(&json, 0, &e))))
 }

@@ -85,12 +85,12 @@ struct State<I: Iterator, W, R, E> {
     n_read_ahead: usize,
     read: VecDeque<(usize, I::Item, Result<W, E>)>,
     /// Results from item `n_sunk` on.
-    results: VecDeque<Option<Done<I::Item, R, E>>>,
+    results: VecDeque<Option<Finished<I::Item, R, E>>>,
     is_stopped: bool,
 }
 
 /// An item and what was made of it.
-type Done<T, R, E> = (T, Result<R, E>);
+type Finished<T, R, E> = (T, Result<R, E>);
 
 /// What a thread finds to do.
 enum Task<T, W, E> {

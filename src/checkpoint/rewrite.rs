@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Shorter runs of pages are written through the page cache.
-const LEAST_DIRECT: usize = 64 << 10;
+const MIN_DIRECT: usize = 64 << 10;
 
 /// Copies `source` to the new file `target`, with its mode, synced: first the JSON `header`, which may be another than the source's, then
 /// the tensor data piece by piece. Each of `pieces` is a run of the source, which `edit` may change before it is written; what it returns
@@ -117,8 +117,7 @@ impl<'a> Writer<'a> {
     fn write(&self, bytes: &DirectBytes, offset: u64) -> Result<(), CheckpointError> {
         let error = |e| CheckpointError::io("write", self.path, e);
         let pages = bytes.whole_pages();
-        if let Some(direct) =
-            self.direct.as_ref().filter(|_| pages.len() >= LEAST_DIRECT && !self.refused.load(Relaxed))
+        if let Some(direct) = self.direct.as_ref().filter(|_| pages.len() >= MIN_DIRECT && !self.refused.load(Relaxed))
         {
             match direct.write_all_at(&bytes[pages.clone()], offset + pages.start as u64) {
                 Ok(()) => {

@@ -23,7 +23,7 @@ const CLOSE_ON_DISK: u64 = 32 << 10;
 /// The longest write, or a window where that is shorter.
 const MAX_WRITE: u64 = 4 << 20;
 /// Shorter runs go through the page cache.
-const LEAST_DIRECT: u64 = 64 << 10;
+const MIN_DIRECT: u64 = 64 << 10;
 
 /// A file open for changes in place.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub struct Patcher {
 }
 
 /// Where an element goes: bytes from the start of the file, and its index among the elements.
-pub type Place = (u64, usize);
+pub type Destination = (u64, usize);
 
 impl Patcher {
     /// Opens a shard for changes: the file that was examined, not another that has its name by now.
@@ -91,14 +91,14 @@ impl Patcher {
     pub fn write(
         &self,
         own: Range<u64>,
-        places: &[Place],
+        places: &[Destination],
         elements: &[u8],
         width: usize,
     ) -> Result<(), CheckpointError> {
         let (Some(first), Some(last)) = (places.first(), places.last()) else { return Ok(()) };
         let page = ALIGNMENT as u64;
         let own = own.start.next_multiple_of(page)..own.end / page * page;
-        let is_long = last.0 - first.0 >= LEAST_DIRECT && own.end.saturating_sub(own.start) >= LEAST_DIRECT;
+        let is_long = last.0 - first.0 >= MIN_DIRECT && own.end.saturating_sub(own.start) >= MIN_DIRECT;
         let patch = Patch { places, elements, width, max_write: self.max_write };
         let written = match self.direct.as_ref().filter(|_| is_long && !self.refused.load(Relaxed)) {
             Some(direct) if self.is_cold(&own) => match patch.write_past_cache(&self.file, direct, &own) {
@@ -138,7 +138,7 @@ impl Patcher {
 /// Elements on their way to a file.
 #[derive(Clone, Copy)]
 struct Patch<'a> {
-    places: &'a [Place],
+    places: &'a [Destination],
     elements: &'a [u8],
     width: usize,
     max_write: u64,
@@ -159,7 +159,7 @@ impl<'a> Patch<'a> {
         let mut rest = self.places;
         std::iter::from_fn(move || {
             let first = rest.first()?.0;
-            let is_in = |pair: &&[Place]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < self.max_write;
+            let is_in = |pair: &&[Destination]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < self.max_write;
             let n = 1 + rest.windows(2).take_while(is_in).count();
             let (run, others) = rest.split_at(n);
             rest = others;
@@ -192,12 +192,12 @@ impl<'a> Patch<'a> {
     fn write_past_cache(self, file: &File, direct: &File, own: &Range<u64>) -> io::Result<()> {
         let before = self.places.partition_point(|place| place.0 < own.start);
         let inside = before + self.places[before..].partition_point(|place| place.0 + self.width as u64 <= own.end);
-        let part = |places: &'a [Place]| Self { places, ..self };
+        let part = |places: &'a [Destination]| Self { places, ..self };
         part(&self.places[..before]).write(file)?;
         for run in part(&self.places[before..inside]).runs(CLOSE_ON_DISK) {
             let page = ALIGNMENT as u64;
             let (start, end) = (run.span().start / page * page, run.span().end.next_multiple_of(page));
-            if end - start < LEAST_DIRECT {
+            if end - start < MIN_DIRECT {
                 run.write(file)?;
                 continue;
             }
@@ -240,7 +240,7 @@ mod tests {
             let elements: Vec<u8> = (0..offsets.len() as u64 * width).map(|i| (i * 17 % 253) as u8).collect();
             // The elements lie in another order than the places.
             let n = offsets.len();
-            let placed: Vec<Place> = offsets.iter().enumerate().map(|(i, &offset)| (offset, n - 1 - i)).collect();
+            let placed: Vec<Destination> = offsets.iter().enumerate().map(|(i, &offset)| (offset, n - 1 - i)).collect();
             let mut expected = bytes.clone();
             for &(offset, at) in &placed {
                 let (to, from) = (offset as usize, at * width as usize);
@@ -271,7 +271,7 @@ mod tests {
             for part in 0..N {
                 let patcher = &patcher;
                 scope.spawn(move || {
-                    let places: Vec<Place> = (0..PART).map(|i| (part * PART + i, i as usize)).collect();
+                    let places: Vec<Destination> = (0..PART).map(|i| (part * PART + i, i as usize)).collect();
                     let elements = vec![part as u8 + 1; PART as usize];
                     patcher.write(part * PART..(part + 1) * PART, &places, &elements, 1).unwrap();
                 });

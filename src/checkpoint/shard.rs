@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Shorter runs are mapped, whether in memory or not: the page cache reads ahead for those who read little.
-const LEAST_DIRECT: usize = 64 << 10;
+const MIN_DIRECT: usize = 64 << 10;
 
 /// One open safetensors file.
 #[derive(Debug)]
@@ -229,7 +229,7 @@ impl Shard {
 
     /// Whether bytes are better read from the disk, past the page cache.
     fn is_cold(&self, offset: u64, len: usize) -> bool {
-        len >= LEAST_DIRECT && !is_cached(&self.file, offset, len)
+        len >= MIN_DIRECT && !is_cached(&self.file, offset, len)
     }
 
     /// Whether windows of `tensor` are going to be read from the disk, past the page cache, judged by one of them.

@@ -35,7 +35,7 @@ pub(super) struct ConvertArgs {
     output: PathBuf,
     /// What to write
     #[arg(long, value_enum)]
-    to: Target,
+    to: TargetFormat,
     /// The checkpoint that the deltas were trained on
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
@@ -59,7 +59,7 @@ pub(super) struct ConvertArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Target {
+enum TargetFormat {
     /// An adapter of this program, one safetensors file
     Neuroada,
     /// A folder of the published NeuroAda code: positions.npy and tunable_para/
@@ -82,14 +82,14 @@ enum Target {
 
 pub(super) fn run(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     let format = match args.to {
-        Target::Neuroada => Format::NeuroAda,
-        Target::Published => Format::Published,
-        Target::Npz => Format::Npz,
-        Target::Shira => Format::Shira,
-        Target::Supertuning => Format::SuperTuning,
-        Target::Spiel => Format::Spiel,
-        Target::WeightSync => return export(args, env),
-        Target::Checkpoint => return apply(args, env),
+        TargetFormat::Neuroada => Format::NeuroAda,
+        TargetFormat::Published => Format::Published,
+        TargetFormat::Npz => Format::Npz,
+        TargetFormat::Shira => Format::Shira,
+        TargetFormat::Supertuning => Format::SuperTuning,
+        TargetFormat::Spiel => Format::Spiel,
+        TargetFormat::WeightSync => return export(args, env),
+        TargetFormat::Checkpoint => return apply(args, env),
     };
     if args.has_export_options() {
         return Err(CliError::usage("--encoding, --checksum and --base-version belong to `sync export`"));

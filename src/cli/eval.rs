@@ -137,7 +137,7 @@ struct RankedKind {
 
 impl Ranked {
     /// Kinds of questions that a table tells apart.
-    const MOST_KINDS: usize = 20;
+    const MAX_KINDS: usize = 20;
 
     fn of(questions: &[Question], chosen: &[&str]) -> Self {
         let mut kinds: Vec<(String, usize, Vec<bool>)> = Vec::new();
@@ -151,11 +151,11 @@ impl Ranked {
             match kinds.iter().position(|(kind, ..)| *kind == answers) {
                 Some(kind) => kinds[kind].2.push(is_right),
                 // One too many says that there are too many.
-                None if kinds.len() <= Self::MOST_KINDS => kinds.push((answers, names.len(), vec![is_right])),
+                None if kinds.len() <= Self::MAX_KINDS => kinds.push((answers, names.len(), vec![is_right])),
                 None => {}
             }
         }
-        if kinds.len() > Self::MOST_KINDS {
+        if kinds.len() > Self::MAX_KINDS {
             kinds.clear();
         }
         let kind = |(answers, n, right): (String, usize, Vec<bool>)| RankedKind {
@@ -217,7 +217,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
         generate: args.generate.then(|| GenerateOptions {
             most_new: args.max_new_tokens.map_or(task.map_or(0, Task::max_new_tokens), |n| n as usize),
             stop: tokenizer.stops().to_vec(),
-            most_tokens: args.batch_tokens,
+            max_tokens: args.batch_tokens,
         }),
         max_tokens: args.batch_tokens,
     };
@@ -322,8 +322,8 @@ impl<'a> Wanted<'a> {
         let batches = Batches::in_order(self.dataset, self.limits());
         let supervised = |i| batches.examples(i).iter().map(|&i| self.dataset.example(i as usize).n_supervised()).sum();
         let mut size = EvalSize {
-            most_tokens: batches.most_tokens(),
-            most_supervised: (0..batches.len()).map(supervised).max().unwrap_or(0),
+            max_tokens: batches.max_tokens(),
+            max_supervised: (0..batches.len()).map(supervised).max().unwrap_or(0),
             n_cached: 0,
         };
         if self.task == Some(Task::Commonsense) {
@@ -370,7 +370,7 @@ impl<'a> Wanted<'a> {
     fn loss<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> CliResult<f64> {
         let ctx = env.context();
         let batches = Batches::in_order(self.dataset, self.limits());
-        let mut work = Workspace::new(device, &model.config, batches.most_tokens(), Keep::Nothing)?;
+        let mut work = Workspace::new(device, &model.config, batches.max_tokens(), Keep::Nothing)?;
         ctx.observer.begin_count("loss", "tokens", self.dataset.n_tokens());
         Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
     }

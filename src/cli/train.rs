@@ -23,7 +23,7 @@ use crate::{
     mask::{MaskFile, MaskOptions, create_mask},
     tensor::Dtype,
     train::{
-        self, CpuDevice, Device, EvalRecord, Keep, MemoryEstimate, Model, ModelConfig, Plan, RunSize, Schedule,
+        self, CpuDevice, Device, EvalRecord, Keep, MemoryEstimate, Model, ModelConfig, RunLength, RunSize, Schedule,
         StepRecord, TrainError, TrainJob, TrainOptions, TrainReport, Warmup, Watcher,
     },
 };
@@ -221,12 +221,12 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
     };
     let biases = if options.train_bias { train::biases(&base, &mask)? } else { Vec::new() };
     let n_biases = biases.iter().map(|bias| bias.info.n_elements()).sum();
-    let plan = Plan::new(&options, &data);
-    let eval_tokens = eval.as_ref().map_or(0, |eval| Plan::new(&in_order(&options), eval).most_tokens);
-    let most_tokens = plan.most_tokens.max(eval_tokens);
-    let (n_entries, most_supervised) = (mask.nnz(), plan.most_supervised);
-    let size = RunSize { n_entries, n_biases, most_tokens, most_supervised, keep: options.keep() };
-    let place = Place::new(env, &base, &config, size)?;
+    let plan = RunLength::new(&options, &data);
+    let eval_tokens = eval.as_ref().map_or(0, |eval| RunLength::new(&in_order(&options), eval).max_tokens);
+    let max_tokens = plan.max_tokens.max(eval_tokens);
+    let (n_entries, max_supervised) = (mask.nnz(), plan.max_supervised);
+    let size = RunSize { n_entries, n_biases, max_tokens, max_supervised, keep: options.keep() };
+    let place = RunDevice::new(env, &base, &config, size)?;
     let start = Start {
         base: base.name(),
         model_type: config.model_type.clone(),
@@ -240,7 +240,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
         memory: place.memory,
         n_steps: plan.n_steps,
         tokens_per_step: plan.tokens_per_step,
-        most_tokens,
+        max_tokens,
     };
     if args.dry_run {
         env.report(&start, print_start)?;
@@ -273,14 +273,14 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
 }
 
 /// Where a run takes place.
-struct Place {
+struct RunDevice {
     gpu: Option<(Gpu, Dtype)>,
     /// Bytes of the GPU's memory that can be had.
     free: Option<u64>,
     memory: MemoryEstimate,
 }
 
-impl Place {
+impl RunDevice {
     fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> CliResult<Self> {
         if let Some(gpu) = env.gpu()? {
             let dtype = gpu.dtype_of(base).hint("--device cpu takes them")?;
@@ -368,7 +368,7 @@ struct Start {
     memory: MemoryEstimate,
     n_steps: u64,
     tokens_per_step: f64,
-    most_tokens: usize,
+    max_tokens: usize,
 }
 
 fn print_start(start: &Start, page: &mut Page) {
@@ -391,7 +391,7 @@ fn print_start(start: &Start, page: &mut Page) {
             format!(
                 "{} of {tokens} tokens each, a batch has {} at most",
                 count(start.n_steps),
-                count(start.most_tokens as u64)
+                count(start.max_tokens as u64)
             ),
         ),
     ]);

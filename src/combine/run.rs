@@ -8,7 +8,7 @@ use super::{
     CombineError, Method,
     input::CombineInput,
     method::Dice,
-    survey::{InputReport, PairReport, Survey, Target, for_each_position, members_bytes, read_members},
+    survey::{CombinedTarget, InputReport, PairReport, Survey, for_each_position, members_bytes, read_members},
     trim::Cut,
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The most adapters that are combined at once.
-const MOST_INPUTS: usize = 64;
+const MAX_INPUTS: usize = 64;
 
 /// How to combine.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ pub fn combine(
         Method::Ties { density } => Some(Cut::of(ctx, inputs, &survey.targets, density)?),
         _ => None,
     };
-    let mut job = Job { ctx, inputs, ids: &ids, options, cuts, writer, done: Done::new(inputs.len()) };
+    let mut job = Combination { ctx, inputs, ids: &ids, options, cuts, writer, done: Totals::new(inputs.len()) };
     ctx.observer.begin("combining", inputs.iter().map(|input| input.adapter.nnz()).sum());
     for (i, target) in survey.targets.iter().enumerate() {
         job.combine_target(i, target)?;
@@ -115,7 +115,7 @@ pub fn combine(
     }
     let first = &inputs[0].adapter;
     let base_info = options.base.map_or_else(|| first.base().clone(), BaseInfo::of);
-    let Job { writer, done, .. } = job;
+    let Combination { writer, done, .. } = job;
     let (mut id, mut n_bytes) = (None, None);
     if let (Some(writer), Some((path, _))) = (writer, output) {
         writer.finish(ctx, 1.0, &Recipe::custom(), &base_info, &options.notes)?;
@@ -152,8 +152,8 @@ pub fn combine(
 
 fn check(inputs: &[CombineInput], options: &CombineOptions<'_>) -> Result<(), CombineError> {
     let usage = |what: String| Err(CombineError::Usage(what));
-    if inputs.is_empty() || inputs.len() > MOST_INPUTS {
-        return usage(format!("1 to {MOST_INPUTS} adapters can be combined, there are {}", inputs.len()));
+    if inputs.is_empty() || inputs.len() > MAX_INPUTS {
+        return usage(format!("1 to {MAX_INPUTS} adapters can be combined, there are {}", inputs.len()));
     }
     if let Some(input) = inputs.iter().find(|input| !input.weight.is_finite()) {
         return usage(format!("weight {} is not a finite number", input.weight));
@@ -166,7 +166,7 @@ fn check(inputs: &[CombineInput], options: &CombineOptions<'_>) -> Result<(), Co
     }
 }
 
-struct Job<'a> {
+struct Combination<'a> {
     ctx: &'a Context<'a>,
     inputs: &'a [CombineInput],
     ids: &'a [AdapterId],
@@ -174,18 +174,18 @@ struct Job<'a> {
     /// Of TIES.
     cuts: Option<Vec<Cut>>,
     writer: Option<AdapterWriter>,
-    done: Done,
+    done: Totals,
 }
 
 /// Counts and sums of what was combined.
 #[derive(Clone, Default)]
-struct Done {
+struct Totals {
     n_kept: Vec<u64>,
     n_nonzero: u64,
     squares: f64,
 }
 
-impl Done {
+impl Totals {
     fn new(n: usize) -> Self {
         Self { n_kept: vec![0; n], ..Self::default() }
     }
@@ -196,11 +196,11 @@ struct Piece {
     columns: RowColumns,
     values: Vec<f32>,
     base_values: Vec<u8>,
-    done: Done,
+    done: Totals,
 }
 
-impl Job<'_> {
-    fn combine_target(&mut self, place: usize, target: &Target<'_>) -> Result<(), CombineError> {
+impl Combination<'_> {
+    fn combine_target(&mut self, place: usize, target: &CombinedTarget<'_>) -> Result<(), CombineError> {
         let info = target.info;
         let member = |i: usize| self.inputs[i].adapter.target(&info.name).expect("a member has the target");
         let uniform_k = member(target.members[0]).uniform_k.filter(|_| target.is_alike);
@@ -267,7 +267,7 @@ impl Job<'_> {
 /// Combines a run of rows; `first_row` is the first of them.
 fn combine_rows(
     inputs: &[CombineInput],
-    target: &Target<'_>,
+    target: &CombinedTarget<'_>,
     parts: &[crate::adapter::DeltaRows],
     method: Method,
     dice: &[Option<Dice>],
@@ -278,7 +278,7 @@ fn combine_rows(
         columns: RowColumns::with_capacity(n_rows, parts.iter().map(|part| part.values.len()).max().unwrap_or(0)),
         values: Vec::new(),
         base_values: Vec::new(),
-        done: Done::new(inputs.len()),
+        done: Totals::new(inputs.len()),
     };
     let (mut row_columns, mut row) = (Vec::new(), 0);
     let mut deltas = Vec::with_capacity(parts.len());

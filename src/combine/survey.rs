@@ -54,7 +54,7 @@ pub struct PairReport {
 }
 
 /// A tensor that some adapter has.
-pub(super) struct Target<'a> {
+pub(super) struct CombinedTarget<'a> {
     /// As the first of them describes it.
     pub(super) info: &'a TargetInfo,
     /// Which adapters have it, ascending.
@@ -70,7 +70,7 @@ pub(super) struct Target<'a> {
 /// All of it.
 pub(super) struct Survey<'a> {
     /// By name.
-    pub(super) targets: Vec<Target<'a>>,
+    pub(super) targets: Vec<CombinedTarget<'a>>,
     pub(super) pairs: Vec<PairReport>,
     pub(super) squares: Vec<f64>,
     /// Positions that any adapter has, that more than one has, and of those where signs disagree.
@@ -138,11 +138,11 @@ impl<'a> Survey<'a> {
 }
 
 /// Every tensor of every adapter, by name.
-fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineError> {
-    let mut targets: BTreeMap<&str, Target<'_>> = BTreeMap::new();
+fn match_targets(inputs: &[CombineInput]) -> Result<Vec<CombinedTarget<'_>>, CombineError> {
+    let mut targets: BTreeMap<&str, CombinedTarget<'_>> = BTreeMap::new();
     for (i, input) in inputs.iter().enumerate() {
         for info in input.adapter.targets() {
-            let target = targets.entry(&info.name).or_insert_with(|| Target {
+            let target = targets.entry(&info.name).or_insert_with(|| CombinedTarget {
                 info,
                 members: Vec::new(),
                 is_alike: true,
@@ -175,7 +175,7 @@ fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineErro
             target.members.push(i);
         }
     }
-    let mut targets: Vec<Target<'_>> = targets.into_values().collect();
+    let mut targets: Vec<CombinedTarget<'_>> = targets.into_values().collect();
     for target in &mut targets {
         let nnz = |&i: &usize| inputs[i].adapter.target(&target.info.name).map_or(0, |info| info.nnz);
         let (n_rows, nnz) = (target.info.layout.n_rows(), target.members.iter().map(nnz).sum::<u64>().max(1));
@@ -187,7 +187,12 @@ fn match_targets(inputs: &[CombineInput]) -> Result<Vec<Target<'_>>, CombineErro
 }
 
 /// Bytes of memory that a run of rows takes, including the results computed from it.
-pub(super) fn members_bytes(ctx: &Context<'_>, inputs: &[CombineInput], target: &Target<'_>, rows: &Range<u64>) -> u64 {
+pub(super) fn members_bytes(
+    ctx: &Context<'_>,
+    inputs: &[CombineInput],
+    target: &CombinedTarget<'_>,
+    rows: &Range<u64>,
+) -> u64 {
     let of_member = |&i: &usize| {
         let adapter = &inputs[i].adapter;
         adapter.rows_bytes(ctx, adapter.target(&target.info.name).expect("a member has the target"), rows)
@@ -201,7 +206,7 @@ pub(super) fn members_bytes(ctx: &Context<'_>, inputs: &[CombineInput], target: 
 pub(super) fn read_members(
     ctx: &Context<'_>,
     inputs: &[CombineInput],
-    target: &Target<'_>,
+    target: &CombinedTarget<'_>,
     rows: &Range<u64>,
 ) -> Result<Vec<DeltaRows>, CombineError> {
     let read = |&i: &usize| {
@@ -237,7 +242,7 @@ pub(super) fn for_each_position(parts: &[DeltaRows], mut visit: impl FnMut(usize
 fn survey_rows(
     ctx: &Context<'_>,
     inputs: &[CombineInput],
-    target: &Target<'_>,
+    target: &CombinedTarget<'_>,
     rows: &Range<u64>,
     base: Option<&Checkpoint>,
 ) -> Result<(Sums, bool, Vec<Vec<u8>>), CombineError> {
@@ -285,7 +290,7 @@ fn survey_rows(
 /// Fails where the adapters that have a target are not all of one base, or that cannot be told.
 fn check_bases(
     inputs: &[CombineInput],
-    target: &Target<'_>,
+    target: &CombinedTarget<'_>,
     base: Option<&Checkpoint>,
     anchors: &[blake3::Hasher],
 ) -> Result<(), CombineError> {

@@ -3,7 +3,7 @@
 use super::{
     CombineError,
     input::CombineInput,
-    survey::{Target, members_bytes, read_members},
+    survey::{CombinedTarget, members_bytes, read_members},
 };
 use crate::checkpoint::{Context, for_each_ordered};
 
@@ -31,7 +31,7 @@ impl Cut {
     pub(super) fn of(
         ctx: &Context<'_>,
         inputs: &[CombineInput],
-        targets: &[Target<'_>],
+        targets: &[CombinedTarget<'_>],
         density: f64,
     ) -> Result<Vec<Self>, CombineError> {
         let mut left: Vec<u64> =
@@ -94,7 +94,7 @@ impl Cut {
 fn count(
     ctx: &Context<'_>,
     inputs: &[CombineInput],
-    targets: &[Target<'_>],
+    targets: &[CombinedTarget<'_>],
     n_digits: usize,
     digit: impl Fn(usize, u32) -> Option<u32> + Sync,
 ) -> Result<Vec<Vec<u64>>, CombineError> {

@@ -23,7 +23,7 @@ use crate::{
 /// What fills a layer up.
 const PADDING: f32 = -0.0;
 /// Positions are 32-bit integers with a sign.
-const MOST_POSITIONS: u64 = i32::MAX as u64;
+const MAX_POSITIONS: u64 = i32::MAX as u64;
 
 /// Writes a folder in one of the three formats. Deltas are float32, as PEFT stores them; what PEFT rounds when it adds them counts as
 /// rounded.
@@ -44,9 +44,9 @@ pub(super) fn write(
     }
     deltas.need(format, "holds 32-bit positions:", |target| {
         let n = target.layout.n_elements();
-        let is_long = format != Format::Shira && n > MOST_POSITIONS;
+        let is_long = format != Format::Shira && n > MAX_POSITIONS;
         is_long
-            .then(|| format!("\"{}\": {n} elements, at most {MOST_POSITIONS} have a position", Printable(&target.name)))
+            .then(|| format!("\"{}\": {n} elements, at most {MAX_POSITIONS} have a position", Printable(&target.name)))
     })?;
     let (config, lengths) = match format {
         Format::Shira => shira(deltas)?,

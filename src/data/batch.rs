@@ -143,7 +143,7 @@ impl<'a> Batches<'a> {
     }
 
     /// Tokens of the largest batch: what memory must be there for.
-    pub fn most_tokens(&self) -> usize {
+    pub fn max_tokens(&self) -> usize {
         let tokens = |i| self.examples(i).iter().map(|&example| self.dataset.n_tokens_of(example as usize)).sum();
         (0..self.len()).map(tokens).max().unwrap_or(0)
     }
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(plan(&batches), [vec![0, 1], vec![2], vec![3], vec![4]]);
         let batches = Batches::in_order(&dataset, BatchLimits { max_tokens: NONE, max_examples: 2 });
         assert_eq!(plan(&batches), [vec![0, 1], vec![2, 3], vec![4]]);
-        assert_eq!(batches.most_tokens(), 14);
+        assert_eq!(batches.max_tokens(), 14);
     }
 
     #[test]

@@ -11,7 +11,7 @@ const TOP: f64 = 44.0;
 const BOTTOM: f64 = 52.0;
 
 /// More points than this cannot be told apart.
-const MOST_POINTS: usize = 700;
+const MAX_POINTS: usize = 700;
 
 /// Draws losses over optimizer steps: the training loss, faint as it was and bold as it went, and the evaluation loss.
 ///
@@ -166,12 +166,12 @@ fn decimal(x: f64, step: f64) -> String {
     format!("{x:.decimals$}")
 }
 
-/// At most [`MOST_POINTS`] points: each the mean of as many neighbours.
+/// At most [`MAX_POINTS`] points: each the mean of as many neighbours.
 fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    if points.len() <= MOST_POINTS {
+    if points.len() <= MAX_POINTS {
         return points.to_vec();
     }
-    points.chunks(points.len().div_ceil(MOST_POINTS)).map(mean).collect()
+    points.chunks(points.len().div_ceil(MAX_POINTS)).map(mean).collect()
 }
 
 fn mean(points: &[(f64, f64)]) -> (f64, f64) {

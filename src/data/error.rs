@@ -12,14 +12,14 @@ use crate::{
 
 /// Where a row stands in its file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum RowLocation {
     /// JSON lines: the line, from 1.
     Line(u64),
     /// A JSON array: the element, from 0, as `jq` counts, and the line on which it begins, from 1.
     Element(u64, u64),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RowLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Line(line) => write!(f, "line {line}"),
@@ -41,7 +41,7 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// Where the row stands.
-        place: Place,
+        place: RowLocation,
         /// The field, and what is wrong with it.
         what: String,
     },
@@ -92,7 +92,7 @@ pub(super) enum Failed {
 
 impl Failed {
     /// The error of a row of a file.
-    pub(super) fn at(self, path: &Path, place: Place) -> DataError {
+    pub(super) fn at(self, path: &Path, place: RowLocation) -> DataError {
         match self {
             Self::Row(what) => DataError::BadRow { path: path.to_owned(), place, what },
             Self::Other(error) => error,

@@ -40,7 +40,7 @@ pub enum Template {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Text {
     /// A prompt, then a response and an end token.
-    Pair { prompt: String, response: String },
+    EncodedPair { prompt: String, response: String },
     /// A text that is complete, special tokens included.
     Marked(Rendered),
 }
@@ -49,7 +49,7 @@ pub(super) enum Text {
 pub(super) enum Form {
     Alpaca,
     Commonsense,
-    Pair,
+    EncodedPair,
     Plain,
     Chat(ChatTemplate),
     File { jinja: Jinja, specials: Vec<(String, String)> },
@@ -76,7 +76,7 @@ impl Form {
                 Self::File { jinja: Jinja::new(ctx, path, &source, clock)?, specials }
             }
             Template::Auto if has("messages") => Self::Chat(ChatTemplate::of(ctx, tokenizer, clock)?),
-            Template::Auto if has("prompt") && has("completion") => Self::Pair,
+            Template::Auto if has("prompt") && has("completion") => Self::EncodedPair,
             Template::Auto if has("instruction") => {
                 let answer = text_or_number(first, "answer").unwrap_or_default();
                 let output = first.get("output").and_then(Json::as_str).unwrap_or_default();
@@ -104,7 +104,7 @@ impl Form {
         match self {
             Self::Alpaca => "alpaca",
             Self::Commonsense => "commonsense",
-            Self::Pair => "prompt/completion",
+            Self::EncodedPair => "prompt/completion",
             Self::Plain => "text",
             Self::Chat(_) => "messages",
             Self::File { .. } => "file",
@@ -122,12 +122,12 @@ impl Form {
             }
             Self::Alpaca => field(row, "output")?.to_owned(),
             Self::Commonsense => format!("{COMMONSENSE_ANSWER}{}", text_or_number(row, "answer")?),
-            Self::Pair => field(row, "completion")?.to_owned(),
+            Self::EncodedPair => field(row, "completion")?.to_owned(),
             Self::Plain => field(row, "text")?.to_owned(),
             Self::File { .. } if row.contains_key("completion") => field(row, "completion")?.to_owned(),
             Self::File { .. } => field(row, "output")?.to_owned(),
         };
-        Ok(Text::Pair { prompt: self.prompt(ctx, row)?, response })
+        Ok(Text::EncodedPair { prompt: self.prompt(ctx, row)?, response })
     }
 
     /// The prompt of a row alone, for a model to go on from.
@@ -138,7 +138,7 @@ impl Form {
                 "" => format!("{}\n", field(row, "instruction")?),
                 _ => return Err("field \"input\": the commonsense template has no place for it".to_owned().into()),
             },
-            Self::Pair => field(row, "prompt")?.to_owned(),
+            Self::EncodedPair => field(row, "prompt")?.to_owned(),
             Self::Plain => String::new(),
             Self::File { jinja, specials } if !jinja.has_generation => jinja.render(ctx, values(row, specials))?.text,
             Self::Chat(_) | Self::File { .. } => {

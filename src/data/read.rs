@@ -9,7 +9,7 @@ use super::{
     error::Failed,
     form::{Form, Text},
     jinja::Rendered,
-    rows::{Row, Rows},
+    rows::{Row, RowReader},
 };
 use crate::checkpoint::Context;
 
@@ -167,7 +167,7 @@ impl Chunk<'_> {
 pub(super) struct FormReader<'a> {
     ctx: &'a Context<'a>,
     path: &'a Path,
-    rows: Rows,
+    rows: RowReader,
     left: u64,
     template: &'a Template,
     tokenizer: &'a Tokenizer,
@@ -185,7 +185,7 @@ impl<'a> FormReader<'a> {
         clock: Clock,
         limit: Option<u64>,
     ) -> Result<Self, DataError> {
-        let rows = Rows::open(path)?;
+        let rows = RowReader::open(path)?;
         ctx.observer.begin("read data", rows.n_bytes());
         Ok(Self { ctx, path, rows, left: limit.unwrap_or(u64::MAX), template, tokenizer, clock, form: None, n_told: 0 })
     }
@@ -232,11 +232,11 @@ struct Encoded {
 
 fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<Encoded, Failed> {
     let mut encoded = match text {
-        Text::Pair { response, .. } if response.trim().is_empty() => {
+        Text::EncodedPair { response, .. } if response.trim().is_empty() => {
             return Ok(Encoded { is_empty: true, ..Encoded::default() });
         }
-        Text::Pair { prompt, response } => {
-            let Pair { mut tokens, n_prompt, is_apart } = encode_pair(tokenizer, &prompt, &response)?;
+        Text::EncodedPair { prompt, response } => {
+            let EncodedPair { mut tokens, n_prompt, is_apart } = encode_pair(tokenizer, &prompt, &response)?;
             if !tokens.ends_with(tokenizer.ending()) {
                 tokens.extend_from_slice(tokenizer.ending());
             }
@@ -298,7 +298,7 @@ fn has_stop(tokenizer: &Tokenizer, tokens: &[u32]) -> bool {
 }
 
 /// A prompt and what follows it as token ids.
-pub(super) struct Pair {
+pub(super) struct EncodedPair {
     /// The prompt's, with what the tokenizer puts before a text, then the response's.
     pub tokens: Vec<u32>,
     pub n_prompt: usize,
@@ -306,12 +306,12 @@ pub(super) struct Pair {
 }
 
 /// Encodes a prompt and a response, so that the tokens of the prompt alone are how the whole begins.
-pub(super) fn encode_pair(tokenizer: &Tokenizer, prompt: &str, response: &str) -> Result<Pair, DataError> {
+pub(super) fn encode_pair(tokenizer: &Tokenizer, prompt: &str, response: &str) -> Result<EncodedPair, DataError> {
     let mut tokens = tokenizer.prefix().to_vec();
     if prompt.is_empty() {
         let n_prompt = tokens.len();
         tokens.extend(tokenizer.encode(response)?);
-        return Ok(Pair { tokens, n_prompt, is_apart: false });
+        return Ok(EncodedPair { tokens, n_prompt, is_apart: false });
     }
     let of_prompt = tokenizer.encode(prompt)?;
     let of_both = tokenizer.encode(&[prompt, response].concat())?;
@@ -323,5 +323,5 @@ pub(super) fn encode_pair(tokenizer: &Tokenizer, prompt: &str, response: &str) -
     } else {
         tokens.extend(of_both);
     }
-    Ok(Pair { tokens, n_prompt, is_apart })
+    Ok(EncodedPair { tokens, n_prompt, is_apart })
 }

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::{DataError, Place};
+use super::{DataError, RowLocation};
 use crate::checkpoint::{CheckpointError, Printable, open_regular};
 
 /// Most bytes of one row: a long book; beyond it a missing quote or bracket is the likelier reason.
@@ -21,7 +21,7 @@ const MAX_ROW_VALUES: usize = 1 << 18;
 #[derive(Clone, PartialEq, Debug)]
 pub struct Row {
     /// Where it stands.
-    pub place: Place,
+    pub place: RowLocation,
     /// Its fields.
     pub fields: Map<String, Value>,
     /// Its length in the file.
@@ -31,7 +31,7 @@ pub struct Row {
 /// Reads the rows of a file in their order.
 ///
 /// A byte order mark, CRLF line ends and empty lines are let through. Memory: one row, at most [`MAX_ROW_BYTES`] of it.
-pub struct Rows {
+pub struct RowReader {
     path: PathBuf,
     n_bytes: u64,
     bytes: Bytes,
@@ -48,7 +48,7 @@ enum Form {
     Array,
 }
 
-impl Rows {
+impl RowReader {
     /// Opens a file, and looks at its first byte that is no space.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let (file, meta) = open_regular(path, "read")?;
@@ -134,11 +134,11 @@ impl Rows {
     }
 
     /// Puts the next line that is not empty into `text`.
-    fn next_line(&mut self) -> Result<Option<Place>, DataError> {
+    fn next_line(&mut self) -> Result<Option<RowLocation>, DataError> {
         if self.skip_space()?.is_none() {
             return Ok(None);
         }
-        let place = Place::Line(self.bytes.line);
+        let place = RowLocation::Line(self.bytes.line);
         let mut scan = Scan::default();
         self.text.clear();
         loop {
@@ -156,17 +156,17 @@ impl Rows {
     }
 
     /// Puts the next element of the array into `text`; after the last one, nothing but space may follow.
-    fn next_element(&mut self) -> Result<Option<Place>, DataError> {
+    fn next_element(&mut self) -> Result<Option<RowLocation>, DataError> {
         let ends_early = "the array does not end: is the file complete?";
         let mut first = self.skip_space()?;
         if self.n_rows > 0 && first == Some(b',') {
             self.next_byte()?;
             first = self.skip_space()?;
         } else if self.n_rows > 0 && first.is_some_and(|byte| byte != b']') {
-            let place = Place::Element(self.n_rows, self.bytes.line);
+            let place = RowLocation::Element(self.n_rows, self.bytes.line);
             return Err(self.bad(place, "expected `,` or `]` before it".to_owned()));
         }
-        let place = Place::Element(self.n_rows, self.bytes.line);
+        let place = RowLocation::Element(self.n_rows, self.bytes.line);
         match first {
             None => return Err(CheckpointError::bad_file(&self.path, ends_early).into()),
             Some(b']') => {
@@ -191,7 +191,7 @@ impl Rows {
         Ok(Some(place))
     }
 
-    fn take(&mut self, byte: u8, scan: &mut Scan, place: Place) -> Result<(), DataError> {
+    fn take(&mut self, byte: u8, scan: &mut Scan, place: RowLocation) -> Result<(), DataError> {
         scan.see(byte);
         self.text.push(byte);
         if self.text.len() > MAX_ROW_BYTES {
@@ -236,7 +236,7 @@ impl Rows {
         Ok(byte)
     }
 
-    fn bad(&self, place: Place, what: String) -> DataError {
+    fn bad(&self, place: RowLocation, what: String) -> DataError {
         DataError::BadRow { path: self.path.clone(), place, what }
     }
 }
@@ -328,7 +328,7 @@ mod tests {
         let path = folder.path().join("rows");
         std::fs::write(&path, bytes).expect("written");
         let words = |e: DataError| e.to_string().replace(&*path.to_string_lossy(), "F");
-        let mut rows = Rows::open(&path).map_err(words)?;
+        let mut rows = RowReader::open(&path).map_err(words)?;
         let mut all = Vec::new();
         while let Some(row) = rows.next_row().map_err(words)? {
             all.push(row);
@@ -338,16 +338,16 @@ mod tests {
         Ok(all)
     }
 
-    fn places(bytes: &[u8]) -> Vec<(Place, Value)> {
+    fn places(bytes: &[u8]) -> Vec<(RowLocation, Value)> {
         let rows = read(bytes).expect("good rows");
         rows.into_iter().map(|row| (row.place, row.fields["a"].clone())).collect()
     }
 
     #[test]
     fn the_form_is_seen_in_the_content() {
-        let lines = [(Place::Line(1), 1.into()), (Place::Line(2), 2.into())];
+        let lines = [(RowLocation::Line(1), 1.into()), (RowLocation::Line(2), 2.into())];
         assert_eq!(places(b"{\"a\":1}\n{\"a\":2}\n"), lines);
-        let array = [(Place::Element(0, 2), 1.into()), (Place::Element(1, 5), 2.into())];
+        let array = [(RowLocation::Element(0, 2), 1.into()), (RowLocation::Element(1, 5), 2.into())];
         assert_eq!(places(b"[\n{\"a\":1\n}\n,\n{\"a\":2}]\n"), array);
         assert_eq!(read(b""), Ok(vec![]));
         assert_eq!(read(b" [ ] "), Ok(vec![]));
@@ -356,8 +356,8 @@ mod tests {
     #[test]
     fn byte_order_marks_line_ends_and_empty_lines_are_let_through() {
         let rows = places("\u{feff}\r\n{\"a\":1}\r\n\r\n  {\"a\":\"[\\\"]\"}".as_bytes());
-        assert_eq!(rows, [(Place::Line(2), 1.into()), (Place::Line(4), "[\"]".into())]);
-        assert_eq!(places("\u{feff}[{\"a\":3}]\r\n".as_bytes()), [(Place::Element(0, 1), 3.into())]);
+        assert_eq!(rows, [(RowLocation::Line(2), 1.into()), (RowLocation::Line(4), "[\"]".into())]);
+        assert_eq!(places("\u{feff}[{\"a\":3}]\r\n".as_bytes()), [(RowLocation::Element(0, 1), 3.into())]);
     }
 
     #[test]

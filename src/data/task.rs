@@ -178,7 +178,7 @@ fn written(
 
 /// The task that a file's first row looks like: none where it has no answer that a task knows.
 pub fn task_of(path: &Path) -> Result<Option<Task>, DataError> {
-    let Some(row) = super::rows::Rows::open(path)?.next_row()? else { return Ok(None) };
+    let Some(row) = super::rows::RowReader::open(path)?.next_row()? else { return Ok(None) };
     let Ok(answer) = text_or_number(&row.fields, "answer") else { return Ok(None) };
     let Ok(instruction) = field(&row.fields, "instruction") else { return Ok(None) };
     let named = candidates(instruction);

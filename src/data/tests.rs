@@ -12,15 +12,15 @@ use crate::{
 };
 
 /// A folder with the tiny tokenizer, and what else a test puts there.
-struct Place(tempfile::TempDir);
+struct Workspace(tempfile::TempDir);
 
-impl Place {
+impl Workspace {
     fn new() -> Self {
-        let place = Self(tempfile::tempdir().expect("a temporary folder"));
+        let workspace = Self(tempfile::tempdir().expect("a temporary folder"));
         for name in ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"] {
-            fs::copy(fixtures().join("tiny-llama").join(name), place.path(name)).expect("copied");
+            fs::copy(fixtures().join("tiny-llama").join(name), workspace.path(name)).expect("copied");
         }
-        place
+        workspace
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -85,7 +85,7 @@ const TALK: &str = r#"{"messages":[{"role":"user","content":"hé?"},{"role":"ass
 
 #[test]
 fn a_tokenizer_brings_its_special_tokens() {
-    let tokenizer = Place::new().tokenizer();
+    let tokenizer = Workspace::new().tokenizer();
     assert_eq!((tokenizer.prefix(), tokenizer.eos(), tokenizer.stops()), (&[1][..], Some(2), &[2][..]));
     let the = tokenizer.encode(" the</s>").expect("tokens");
     assert_eq!(the, [261, 2], "special tokens in the text become themselves");
@@ -94,8 +94,8 @@ fn a_tokenizer_brings_its_special_tokens() {
 
 #[test]
 fn the_form_is_seen_in_the_fields() {
-    let place = Place::new();
-    let shown = |rows: &str| place.shown(rows, &options()).expect("good rows").remove(0);
+    let workspace = Workspace::new();
+    let shown = |rows: &str| workspace.shown(rows, &options()).expect("good rows").remove(0);
     assert_eq!(
         shown(r#"{"instruction":"Q?","input":"","output":"the correct answer is true","answer":"true"}"#),
         "<s>Q?\n[the correct answer is true</s>]"
@@ -115,21 +115,21 @@ fn the_form_is_seen_in_the_fields() {
 
 #[test]
 fn all_of_a_row_is_learned_where_that_is_asked_for() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let all = ReadOptions { loss: Loss::All, ..options() };
-    assert_eq!(place.shown(r#"{"prompt":"a","completion":"b"}"#, &all).expect("good"), ["<s>[ab</s>]"]);
-    place.write("chat_template.jinja", CHATML);
-    let shown = place.shown(TALK, &all).expect("good").remove(0);
+    assert_eq!(workspace.shown(r#"{"prompt":"a","completion":"b"}"#, &all).expect("good"), ["<s>[ab</s>]"]);
+    workspace.write("chat_template.jinja", CHATML);
+    let shown = workspace.shown(TALK, &all).expect("good").remove(0);
     assert!(shown.starts_with("<[|im_start|>user\nh") && shown.ends_with("the end<|im_end|>\n</s>]"), "{shown}");
 }
 
 #[test]
 fn what_assistants_say_is_learned_of_a_conversation() {
-    let place = Place::new();
-    place.write("chat_template.jinja", CHATML);
+    let workspace = Workspace::new();
+    workspace.write("chat_template.jinja", CHATML);
     let expected = "<|im_start|>user\nhé?<|im_end|>\n<|im_start|>assistant\n[in<|im_end|>\n]<|im_start|>user\nso<|im_end|>\n\
                     <|im_start|>assistant\n[the end<|im_end|>\n</s>]";
-    assert_eq!(place.shown(TALK, &options()).expect("good"), [expected]);
+    assert_eq!(workspace.shown(TALK, &options()).expect("good"), [expected]);
 }
 
 /// Two answers, of which the first carries a field.
@@ -139,7 +139,7 @@ fn weighed(field: &str) -> String {
 
 #[test]
 fn a_message_that_is_ruled_out_is_not_learned() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
                    {% else %}({{ m.content }}){% endif %}{% endfor %}";
     for field in ["weight", "train", "loss_mask", "trainable"] {
@@ -148,21 +148,21 @@ fn a_message_that_is_ruled_out_is_not_learned() {
         {
             let row = weighed(&format!("\"{field}\":{value}"));
             let answer = if is_learned { "[in<|im_end|>\n]" } else { "in<|im_end|>\n" };
-            place.write("chat_template.jinja", CHATML);
-            let shown = place.shown(&row, &options()).expect("good").remove(0);
+            workspace.write("chat_template.jinja", CHATML);
+            let shown = workspace.shown(&row, &options()).expect("good").remove(0);
             assert!(shown.contains(&format!("assistant\n{answer}<|im_start|>")), "{field}: {value}: {shown}");
             assert!(shown.ends_with("[the end<|im_end|>\n</s>]"), "{shown}");
-            place.write("chat_template.jinja", marking);
+            workspace.write("chat_template.jinja", marking);
             let answer = if is_learned { "[in</s>]" } else { "in</s>" };
             let expected = format!("(hé?){answer}(so)[the end</s>]");
-            assert_eq!(place.shown(&row, &options()).expect("good"), [expected], "{field}: {value}");
+            assert_eq!(workspace.shown(&row, &options()).expect("good"), [expected], "{field}: {value}");
         }
     }
-    place.write("chat_template.jinja", CHATML);
+    workspace.write("chat_template.jinja", CHATML);
     let all = ReadOptions { loss: Loss::All, ..options() };
-    let shown = place.shown(&weighed("\"weight\":0"), &all).expect("good").remove(0);
+    let shown = workspace.shown(&weighed("\"weight\":0"), &all).expect("good").remove(0);
     assert!(shown.contains("assistant\n]in<|im_end|>\n[<|im_start|>"), "of all, too: {shown}");
-    let (_, report) = place
+    let (_, report) = workspace
         .read(&format!("{TALK}\n{}", weighed("\"weight\":0").replace("\"the end\"", "\"x\",\"weight\":0")), &options())
         .expect("good");
     assert_eq!((report.n_rows, report.n_examples, report.n_empty), (2, 1, 1), "nothing is learned of the second row");
@@ -170,27 +170,27 @@ fn a_message_that_is_ruled_out_is_not_learned() {
 
 #[test]
 fn a_template_file_obeys_what_messages_say_too() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
                    {% else %}({{ m.content }}){% endif %}{% endfor %}";
-    let template = Template::File(place.write("my.jinja", marking));
+    let template = Template::File(workspace.write("my.jinja", marking));
     let options = ReadOptions { template, ..options() };
-    let shown = place.shown(&weighed("\"weight\":0"), &options).expect("good");
+    let shown = workspace.shown(&weighed("\"weight\":0"), &options).expect("good");
     assert_eq!(shown, ["(hé?)in</s>(so)[the end</s>]"]);
-    assert_eq!(place.shown(&weighed("\"weight\":1"), &options).expect("good"), ["(hé?)[in</s>](so)[the end</s>]"]);
-    let words = place.shown(&weighed("\"weight\":0.5"), &options).expect_err("unclear");
+    assert_eq!(workspace.shown(&weighed("\"weight\":1"), &options).expect("good"), ["(hé?)[in</s>](so)[the end</s>]"]);
+    let words = workspace.shown(&weighed("\"weight\":0.5"), &options).expect_err("unclear");
     assert_eq!(words, "rows: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5");
     let all = ReadOptions { loss: Loss::All, ..options.clone() };
-    let words = place.shown(&weighed("\"train\":false"), &all).expect_err("where is it");
+    let words = workspace.shown(&weighed("\"train\":false"), &all).expect_err("where is it");
     assert!(words.contains("some are not to be learned"), "{words}");
     // Rows of other forms may call anything messages.
-    assert!(place.shown("{\"messages\":[{\"role\":\"assistant\",\"content\":\"x\"}]}", &options).is_ok());
+    assert!(workspace.shown("{\"messages\":[{\"role\":\"assistant\",\"content\":\"x\"}]}", &options).is_ok());
 }
 
 #[test]
 fn a_weight_that_means_nothing_clear_is_refused_by_name() {
-    let place = Place::new();
-    place.write("chat_template.jinja", CHATML);
+    let workspace = Workspace::new();
+    workspace.write("chat_template.jinja", CHATML);
     for (field, expected) in [
         ("\"weight\":0.5", "message 1: weight: expected 0 or 1, found 0.5"),
         ("\"weight\":2", "message 1: weight: expected 0 or 1, found 2"),
@@ -198,28 +198,28 @@ fn a_weight_that_means_nothing_clear_is_refused_by_name() {
         ("\"loss_mask\":[1]", "message 1: loss_mask: expected 0 or 1, true or false, found an array"),
         ("\"weight\":1,\"trainable\":false", "message 1: trainable: it contradicts weight"),
     ] {
-        let words = place.shown(&weighed(field), &options()).expect_err("unclear");
+        let words = workspace.shown(&weighed(field), &options()).expect_err("unclear");
         assert_eq!(words, format!("rows: line 1: field \"messages\": {expected}"));
     }
     let row = TALK.replacen("\"role\":\"user\"", "\"role\":\"user\",\"train\":true", 1);
-    let words = place.shown(&row, &options()).expect_err("not what is learned");
+    let words = workspace.shown(&row, &options()).expect_err("not what is learned");
     assert!(words.starts_with("rows: line 1: field \"messages\": message 0: train: it asks to learn"), "{words}");
-    assert!(place.shown(&row, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
-    place.write(
+    assert!(workspace.shown(&row, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
+    workspace.write(
         "chat_template.jinja",
         "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
     );
-    let words = place.shown(&weighed("\"weight\":0"), &options()).expect_err("which is it");
+    let words = workspace.shown(&weighed("\"weight\":0"), &options()).expect_err("which is it");
     assert!(words.contains("marks 1 answers with {% generation %} where 2 assistant messages are"), "{words}");
 }
 
 #[test]
 fn an_answer_ends_with_the_token_that_ends_a_text() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let shown = |template: &str| {
-        place.write("chat_template.jinja", template);
-        let shown = place.shown(TALK, &options()).expect("good").remove(0);
-        (shown, place.read(TALK, &options()).expect("good").1.n_without_stop)
+        workspace.write("chat_template.jinja", template);
+        let shown = workspace.shown(TALK, &options()).expect("good").remove(0);
+        (shown, workspace.read(TALK, &options()).expect("good").1.n_without_stop)
     };
     let marks_content = "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\
                          {% else %}{{ m.content }}{% endif %}{{ eos_token }}\n{% endfor %}";
@@ -234,35 +234,35 @@ fn an_answer_ends_with_the_token_that_ends_a_text() {
 
 #[test]
 fn a_template_may_mark_what_is_learned() {
-    let place = Place::new();
-    let config = fs::read_to_string(place.path("tokenizer_config.json")).expect("there");
+    let workspace = Workspace::new();
+    let config = fs::read_to_string(workspace.path("tokenizer_config.json")).expect("there");
     let template = r#""chat_template": [{"name": "other", "template": "x"}, {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}({{ m.content }}){% endif %}{% endfor %}"}],"#;
-    place.write("tokenizer_config.json", config.replacen('{', &format!("{{{template}"), 1));
-    assert_eq!(place.shown(TALK, &options()).expect("good"), ["<s>(hé?)[in</s>](so)[the end</s>]"]);
+    workspace.write("tokenizer_config.json", config.replacen('{', &format!("{{{template}"), 1));
+    assert_eq!(workspace.shown(TALK, &options()).expect("good"), ["<s>(hé?)[in</s>](so)[the end</s>]"]);
 }
 
 #[test]
 fn a_template_that_rewrites_earlier_turns_is_refused_in_words() {
-    let place = Place::new();
-    place.write(
+    let workspace = Workspace::new();
+    workspace.write(
         "chat_template.jinja",
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content[:1] }};{% endfor %}",
     );
-    let words = place.shown(TALK, &options()).expect_err("cannot be told");
+    let words = workspace.shown(TALK, &options()).expect_err("cannot be told");
     assert!(
         words.starts_with("rows: line 1: field \"messages\": the template writes the turns before message"),
         "{words}"
     );
-    assert!(place.shown(TALK, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
+    assert!(workspace.shown(TALK, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
 }
 
 #[test]
 fn a_template_file_makes_a_prompt_or_all() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let row = r#"{"question":"Q","output":"O"}"#;
     let of = |source: &str| {
-        let template = Template::File(place.write("my.jinja", source));
-        place.shown(row, &ReadOptions { template, ..options() })
+        let template = Template::File(workspace.write("my.jinja", source));
+        workspace.shown(row, &ReadOptions { template, ..options() })
     };
     assert_eq!(of("ask {{ question }}: "), Ok(vec!["<s>ask Q: [O</s>]".to_owned()]));
     assert_eq!(
@@ -282,38 +282,41 @@ fn a_template_file_makes_a_prompt_or_all() {
 
 #[test]
 fn dates_are_those_of_the_clock() {
-    let place = Place::new();
-    place.write(
+    let workspace = Workspace::new();
+    workspace.write(
         "chat_template.jinja",
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m.content }}{% endfor %}",
     );
     let row = r#"{"messages":[{"role":"assistant","content":"a"}]}"#;
-    assert_eq!(place.shown(row, &ReadOptions { loss: Loss::All, ..options() }).expect("good"), ["2[9 Feb 2024 a</s>]"]);
+    assert_eq!(
+        workspace.shown(row, &ReadOptions { loss: Loss::All, ..options() }).expect("good"),
+        ["2[9 Feb 2024 a</s>]"]
+    );
 }
 
 #[test]
 fn a_prompt_that_ends_within_a_token_is_encoded_apart() {
-    let place = Place::new();
-    let (dataset, report) = place.read("{\"prompt\":\"x t\",\"completion\":\"he\"}", &options()).expect("good");
+    let workspace = Workspace::new();
+    let (dataset, report) = workspace.read("{\"prompt\":\"x t\",\"completion\":\"he\"}", &options()).expect("good");
     // " t" and "he" would be " the" together.
     assert_eq!(dataset.example(0).tokens, [1, 90, 259, 260, 2]);
     assert_eq!((report.n_apart, dataset.example(0).n_prompt()), (1, 3));
-    let (dataset, report) = place.read("{\"prompt\":\"x\",\"completion\":\" the\"}", &options()).expect("good");
+    let (dataset, report) = workspace.read("{\"prompt\":\"x\",\"completion\":\" the\"}", &options()).expect("good");
     assert_eq!((dataset.example(0).tokens, report.n_apart), (&[1, 90, 261, 2][..], 0));
 }
 
 #[test]
 fn long_rows_are_cut_and_counted() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let rows = r#"[{"prompt":"ab","completion":"cd"},{"prompt":"abcdef","completion":"gh"},{"prompt":"a","completion":" \n"},
         {"prompt":"a","completion":"b"}]"#;
     let short = ReadOptions { max_length: 4, ..options() };
-    assert_eq!(place.shown(rows, &short).expect("good"), ["<s>ab[c]", "<s>a[b</s>]"]);
-    let (_, report) = place.read(rows, &short).expect("good");
+    assert_eq!(workspace.shown(rows, &short).expect("good"), ["<s>ab[c]", "<s>a[b</s>]"]);
+    let (_, report) = workspace.read(rows, &short).expect("good");
     assert_eq!((report.n_rows, report.n_examples, report.n_cut_rows, report.n_cut_tokens), (4, 2, 2, 2 + 6));
     assert_eq!((report.n_empty, report.n_unsupervised, report.longest, report.n_tokens), (1, 1, 4, 8));
     assert_eq!(report.blake3, blake3::hash(rows.as_bytes()).to_hex().as_str());
-    let words = place.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
+    let words = workspace.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
     assert_eq!(
         words,
         "rows: nothing is left to learn from its 4 rows: 1 have an empty response or one that is ruled out, 3 have none within 2 \
@@ -323,15 +326,15 @@ fn long_rows_are_cut_and_counted() {
 
 #[test]
 fn a_limit_takes_the_first_rows_and_the_digest_of_all() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let rows = "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\n";
-    let (_, report) = place.read(rows, &ReadOptions { limit: Some(2), ..options() }).expect("good");
+    let (_, report) = workspace.read(rows, &ReadOptions { limit: Some(2), ..options() }).expect("good");
     assert_eq!((report.n_rows, report.blake3.as_str()), (2, blake3::hash(rows.as_bytes()).to_hex().as_str()));
 }
 
 #[test]
 fn bad_rows_are_named_with_line_and_field() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let good = r#"{"prompt":"a","completion":"b"}"#;
     for (row, expected) in [
         (r#"{"prompt":"a"}"#, "rows: line 3: field \"completion\" is missing"),
@@ -339,9 +342,9 @@ fn bad_rows_are_named_with_line_and_field() {
         (r#"{"prompt":"a","completion":null}"#, "rows: line 3: field \"completion\": expected a string, found null"),
     ] {
         let many = format!("{good}\n{good}\n{row}\n{good}\n{{}}\n");
-        assert_eq!(place.read(&many, &options()).expect_err("a bad row"), expected);
+        assert_eq!(workspace.read(&many, &options()).expect_err("a bad row"), expected);
     }
-    place.write("chat_template.jinja", "{{ raise_exception('roles must alternate') }}");
+    workspace.write("chat_template.jinja", "{{ raise_exception('roles must alternate') }}");
     for (row, expected) in [
         (
             r#"{"a":1,"b":2}"#,
@@ -353,71 +356,71 @@ fn bad_rows_are_named_with_line_and_field() {
         (r#"{"messages":[{"content":"x"}]}"#, "field \"messages\": message 0: it has no role"),
         (r#"{"messages":[{"role":"user","content":"x"}]}"#, "template line 1: roles must alternate"),
     ] {
-        assert_eq!(place.read(row, &options()).expect_err("a bad row"), format!("rows: line 1: {expected}"));
+        assert_eq!(workspace.read(row, &options()).expect_err("a bad row"), format!("rows: line 1: {expected}"));
     }
     let commonsense = ReadOptions { template: Template::Commonsense, ..options() };
     let row = r#"[{"instruction":"Q","input":"I","answer":"true"}]"#;
     let expected = "rows: row [0] (line 1): field \"input\": the commonsense template has no place for it";
-    assert_eq!(place.read(row, &commonsense).expect_err("a bad row"), expected);
-    assert_eq!(place.read("[]", &options()).expect_err("no row"), "rows: it holds no row");
+    assert_eq!(workspace.read(row, &commonsense).expect_err("a bad row"), expected);
+    assert_eq!(workspace.read("[]", &options()).expect_err("no row"), "rows: it holds no row");
 }
 
 #[test]
 fn the_first_bad_row_is_told_for_any_number_of_threads() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let mut rows = "{\"text\":\"a\"}\n".repeat(500);
     rows += &"{\"text\":1}\n".repeat(1500);
     for n_threads in [1, 3, 8] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
-        let words = pool.install(|| place.read(&rows, &options()).expect_err("bad rows"));
+        let words = pool.install(|| workspace.read(&rows, &options()).expect_err("bad rows"));
         assert_eq!(words, "rows: line 501: field \"text\": expected a string, found a number");
     }
 }
 
 #[test]
 fn what_is_no_tokenizer_is_said() {
-    let place = Place::new();
-    let open = || Tokenizer::open(place.0.path()).map(|_| ()).expect_err("no tokenizer");
+    let workspace = Workspace::new();
+    let open = || Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("no tokenizer");
     for broken in ["", "{}", "[1]", "not json", "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}"] {
-        place.write("tokenizer.json", broken);
+        workspace.write("tokenizer.json", broken);
         let error = open();
         assert_eq!(error.kind(), ErrorKind::BadInput);
-        assert!(place.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+        assert!(workspace.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
     }
     let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
-    place.write("tokenizer.json", deep);
+    workspace.write("tokenizer.json", deep);
     assert_eq!(open().kind(), ErrorKind::BadInput);
-    fs::remove_file(place.path("tokenizer.json")).expect("removed");
+    fs::remove_file(workspace.path("tokenizer.json")).expect("removed");
     assert_eq!(open().kind(), ErrorKind::Io);
 }
 
 #[test]
 fn a_tokenizer_that_makes_its_library_panic_is_a_bad_file() {
-    let place = Place::new();
-    let text = fs::read_to_string(place.path("tokenizer.json")).expect("there");
+    let workspace = Workspace::new();
+    let text = fs::read_to_string(workspace.path("tokenizer.json")).expect("there");
     let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     json["decoder"] = serde_json::json!({"type": "DECODER"});
     // A lone surrogate, which the library does not expect.
-    place.write("tokenizer.json", json.to_string().replace("DECODER", "\\ud800"));
-    let error = Tokenizer::open(place.0.path()).map(|_| ()).expect_err("broken");
+    workspace.write("tokenizer.json", json.to_string().replace("DECODER", "\\ud800"));
+    let error = Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("broken");
     assert_eq!(error.kind(), ErrorKind::BadInput);
-    assert!(place.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+    assert!(workspace.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
 }
 
 #[test]
 fn a_tokenizer_that_adds_what_it_does_not_define_is_refused() {
-    let place = Place::new();
-    let text = fs::read_to_string(place.path("tokenizer.json")).expect("there");
+    let workspace = Workspace::new();
+    let text = fs::read_to_string(workspace.path("tokenizer.json")).expect("there");
     let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     json["post_processor"]["special_tokens"] = serde_json::json!({});
-    place.write("tokenizer.json", json.to_string());
-    let error = Tokenizer::open(place.0.path()).map(|_| ()).expect_err("broken");
-    assert_eq!(place.words(&error), "tokenizer.json: its post-processor adds \"<s>\", which it does not define");
+    workspace.write("tokenizer.json", json.to_string());
+    let error = Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("broken");
+    assert_eq!(workspace.words(&error), "tokenizer.json: its post-processor adds \"<s>\", which it does not define");
 }
 
 #[test]
 fn hostile_templates_fail_in_words() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let grown =
         "{% set ns = namespace(x=['x' * 1000]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
     let deep = "{% set ns = namespace(x=[1]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}";
@@ -431,8 +434,8 @@ fn hostile_templates_fail_in_words() {
         (format!("{deep}{{{{ ns.x }}}}"), Some("too large to be printed")),
         ("{{ range(9999) | list | tojson(separators=['x' * 10000, ':']) }}".to_owned(), Some("too large for tojson")),
     ] {
-        let template = Template::File(place.write("my.jinja", &source));
-        let read = place.read("{\"output\":\"O\"}", &ReadOptions { template, ..options() });
+        let template = Template::File(workspace.write("my.jinja", &source));
+        let read = workspace.read("{\"output\":\"O\"}", &ReadOptions { template, ..options() });
         if let Some(expected) = expected {
             let words = read.map(|_| ()).expect_err("hostile");
             assert!(words.contains(expected), "{words}");
@@ -442,17 +445,17 @@ fn hostile_templates_fail_in_words() {
 
 #[test]
 fn tokens_beyond_the_model_are_refused() {
-    let place = Place::new();
-    place.write("config.json", r#"{"vocab_size":261}"#);
-    let words = place.read(r#"{"text":"a"}"#, &options()).map(|_| ());
+    let workspace = Workspace::new();
+    workspace.write("config.json", r#"{"vocab_size":261}"#);
+    let words = workspace.read(r#"{"text":"a"}"#, &options()).map(|_| ());
     assert_eq!(words, Ok(()));
-    let words = place.read(r#"{"text":"all the rest"}"#, &options()).expect_err("beyond");
+    let words = workspace.read(r#"{"text":"all the rest"}"#, &options()).expect_err("beyond");
     assert_eq!(words, "tokenizer.json: token 261 \"Ġthe\" is beyond the model's vocab_size of 261");
 }
 
 #[test]
 fn a_conversation_needs_a_chat_template() {
-    let words = Place::new().read(TALK, &options()).expect_err("none");
+    let words = Workspace::new().read(TALK, &options()).expect_err("none");
     let expected =
         "tokenizer.json: the model has no chat template: neither chat_template.jinja nor one in tokenizer_config.json";
     assert_eq!(words, expected);
@@ -460,8 +463,8 @@ fn a_conversation_needs_a_chat_template() {
 
 #[test]
 fn real_rows_become_questions() {
-    let (place, ctx) = (Place::new(), Context::default());
-    let tokenizer = place.tokenizer();
+    let (workspace, ctx) = (Workspace::new(), Context::default());
+    let tokenizer = workspace.tokenizer();
     let path = fixtures().join("data/commonsense.jsonl");
     assert_eq!(task_of(&path).expect("rows"), Some(Task::Commonsense));
     let questions = read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &options()).expect("good rows");
@@ -483,8 +486,8 @@ fn real_rows_become_questions() {
 
 #[test]
 fn what_a_template_writes_for_each_answer_is_ranked() {
-    let (place, ctx) = (Place::new(), Context::default());
-    let (tokenizer, data) = (place.tokenizer(), fixtures().join("data"));
+    let (workspace, ctx) = (Workspace::new(), Context::default());
+    let (tokenizer, data) = (workspace.tokenizer(), fixtures().join("data"));
     let template = Template::File(data.join("commonsense-options.jinja"));
     let (path, options) = (data.join("commonsense.jsonl"), ReadOptions { template, ..options() });
     let questions = read_questions(&ctx, &path, &tokenizer, Task::Commonsense, &options).expect("good rows");
@@ -539,12 +542,12 @@ fn what_a_template_writes_for_each_answer_is_ranked() {
 
 #[test]
 fn templates_that_cannot_be_ranked_are_named() {
-    let (place, ctx) = (Place::new(), Context::default());
+    let (workspace, ctx) = (Workspace::new(), Context::default());
     let read = |source: &str, row: &str, task| {
-        let template = Template::File(place.write("my.jinja", source));
-        let path = place.write("rows", row);
+        let template = Template::File(workspace.write("my.jinja", source));
+        let path = workspace.write("rows", row);
         let options = ReadOptions { template, ..options() };
-        read_questions(&ctx, &path, &place.tokenizer(), task, &options).map_err(|e| place.words(&e))
+        read_questions(&ctx, &path, &workspace.tokenizer(), task, &options).map_err(|e| workspace.words(&e))
     };
     let row = r#"{"instruction":"Q\n\nAnswer format: a/b","answer":"b"}"#;
     for (source, expected) in [
@@ -575,7 +578,7 @@ fn templates_that_cannot_be_ranked_are_named() {
 
 #[test]
 fn published_outputs_are_judged_by_the_published_rules() {
-    let mut rows = Rows::open(&fixtures().join("data/math.json")).expect("rows");
+    let mut rows = RowReader::open(&fixtures().join("data/math.json")).expect("rows");
     let mut right = Vec::new();
     while let Some(row) = rows.next_row().expect("good rows") {
         let field = |name: &str| row.fields[name].as_str().expect("a string").to_owned();
@@ -589,11 +592,11 @@ fn published_outputs_are_judged_by_the_published_rules() {
 
 #[test]
 fn questions_that_cannot_be_judged_are_named() {
-    let (place, ctx) = (Place::new(), Context::default());
+    let (workspace, ctx) = (Workspace::new(), Context::default());
     let read = |row: &str, task| {
-        let path = place.write("rows", row);
-        let questions = read_questions(&ctx, &path, &place.tokenizer(), task, &options());
-        place.words(&questions.map(|_| ()).expect_err("a bad row"))
+        let path = workspace.write("rows", row);
+        let questions = read_questions(&ctx, &path, &workspace.tokenizer(), task, &options());
+        workspace.words(&questions.map(|_| ()).expect_err("a bad row"))
     };
     for (row, task, expected) in [
         (

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// A tensor of the base and the same of the tuned checkpoint.
-pub(super) struct Pair<'a> {
+pub(super) struct TensorPair<'a> {
     pub(super) base: TensorRef<'a>,
     pub(super) tuned: TensorRef<'a>,
     /// Both as rows, or why the tensor takes no part.
@@ -20,7 +20,7 @@ pub(super) struct Pair<'a> {
     pub(super) is_unwanted: bool,
 }
 
-impl Pair<'_> {
+impl TensorPair<'_> {
     pub(super) fn name(&self) -> &str {
         &self.base.info.name
     }
@@ -59,7 +59,7 @@ pub(super) fn pairs<'a>(
     base: &'a Checkpoint,
     tuned: &'a Checkpoint,
     options: &ExtractOptions,
-) -> Result<Vec<Pair<'a>>, ExtractError> {
+) -> Result<Vec<TensorPair<'a>>, ExtractError> {
     let answers = Answers { axes: options.axes.clone(), ..Answers::default() };
     let map = WeightMap::new(base, answers)?;
     map.check_axes(std::iter::empty()).map_err(MaskError::Usage)?;
@@ -102,7 +102,7 @@ pub(super) fn pairs<'a>(
         let is_unwanted = !options.targets.is_empty() && of_name.is_some_and(|scan| scan.is_none());
         let scan = |tensor| move |layout| RowScan { tensor, layout };
         let rows = layout.map(|layout| (scan(a)(layout), scan(b)(layout)));
-        Pair { base: a, tuned: b, rows, is_unwanted }
+        TensorPair { base: a, tuned: b, rows, is_unwanted }
     };
     Ok(matched.into_iter().map(pair).collect())
 }

@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     ExtractError, ExtractReport, ExtractedTensor, LeftOut, UnfitReason,
-    pairs::{Pair, pairs},
+    pairs::{TensorPair, pairs},
     report::Totals,
     rows::{Choice, Entries, Survey, entries, survey},
 };
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
-    backend::{Layer, merged_values},
+    backend::{ScaledDeltas, merged_values},
     checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, for_each_ordered},
     mask::{BaseInfo, POSITION_BYTES, Recipe},
     tensor::{Dtype, dtype_name, projection_kind},
@@ -89,7 +89,7 @@ pub fn extract(
     output: Option<(&Path, Existing)>,
 ) -> Result<ExtractReport, ExtractError> {
     check(options)?;
-    let mut job = Job { ctx, base, tuned, options, pairs: pairs(base, tuned, options)?, surveys: Vec::new() };
+    let mut job = Extraction { ctx, base, tuned, options, pairs: pairs(base, tuned, options)?, surveys: Vec::new() };
     let writer = output.map(|(path, existing)| AdapterWriter::create(path, existing, Dtype::F32)).transpose()?;
     job.survey()?;
     job.judge()?;
@@ -121,17 +121,17 @@ fn check(options: &ExtractOptions) -> Result<(), ExtractError> {
     Ok(())
 }
 
-struct Job<'a> {
+struct Extraction<'a> {
     ctx: &'a Context<'a>,
     base: &'a Checkpoint,
     tuned: &'a Checkpoint,
     options: &'a ExtractOptions,
-    pairs: Vec<Pair<'a>>,
+    pairs: Vec<TensorPair<'a>>,
     /// By pair. Of tensors that take no part, `n_changed` counts runs of bytes.
     surveys: Vec<Survey>,
 }
 
-impl Job<'_> {
+impl Extraction<'_> {
     /// The value types that are asked about.
     fn types(&self) -> &[Dtype] {
         self.options.dtype.as_ref().map_or(&VALUE_TYPES, std::slice::from_ref)
@@ -202,7 +202,7 @@ impl Job<'_> {
     }
 
     /// Why the adapter cannot hold what changed in a tensor.
-    fn problem(&self, pair: &Pair<'_>, survey: &Survey) -> Option<(UnfitReason, String)> {
+    fn problem(&self, pair: &TensorPair<'_>, survey: &Survey) -> Option<(UnfitReason, String)> {
         let is_exact = self.options.k.is_none();
         let why = match &pair.rows {
             // What was asked to be left out, or cannot be part of a chosen few, is told in the report.
@@ -232,12 +232,12 @@ impl Job<'_> {
     }
 
     /// Pairs whose bytes differ.
-    fn changed(&self) -> impl Iterator<Item = (&Pair<'_>, &Survey)> {
+    fn changed(&self) -> impl Iterator<Item = (&TensorPair<'_>, &Survey)> {
         self.pairs.iter().zip(&self.surveys).filter(|(_, survey)| survey.n_changed > 0)
     }
 
     /// Changed pairs that take part.
-    fn targets(&self) -> impl Iterator<Item = (&Pair<'_>, &Survey)> {
+    fn targets(&self) -> impl Iterator<Item = (&TensorPair<'_>, &Survey)> {
         self.changed().filter(|(pair, _)| pair.rows.is_ok())
     }
 
@@ -296,9 +296,9 @@ impl Job<'_> {
     }
 
     /// Merges the deltas and compares with the tuned bits.
-    fn prove(&self, pair: &Pair<'_>, entries: &Entries) -> Result<(), ExtractError> {
+    fn prove(&self, pair: &TensorPair<'_>, entries: &Entries) -> Result<(), ExtractError> {
         let Entries { columns, values, originals, tuned } = entries;
-        let layer = Layer { columns, values, scale: 1.0 };
+        let layer = ScaledDeltas { columns, values, scale: 1.0 };
         let (merged, _) = merged_values(pair.base.info.dtype, &[layer], columns, originals);
         if merged == *tuned {
             return Ok(());

@@ -12,7 +12,7 @@ use super::{Format, PeftError};
 use crate::checkpoint::{CheckpointError, Printable, malformed, read_whole};
 
 /// Configs larger than this are refused: a hundred times the largest published one.
-const MOST_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 
 /// The method of an adapter.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -66,7 +66,7 @@ impl PeftConfig {
     /// # Errors
     /// A file that is no JSON object, a key that comes twice, or no `peft_type`.
     pub fn open(path: &Path) -> Result<Self, PeftError> {
-        Self::parse(path, &read_whole(path, MOST_BYTES)?)
+        Self::parse(path, &read_whole(path, MAX_BYTES)?)
     }
 
     /// Parses the config's JSON; `path` is for messages.

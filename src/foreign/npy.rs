@@ -12,7 +12,7 @@ use crate::{
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 /// NumPy itself refuses longer headers of files it does not trust.
-const LONGEST_HEADER: u64 = 10_000;
+const MAX_HEADER: u64 = 10_000;
 
 /// What the header of an array says.
 #[derive(Clone, PartialEq, Debug)]
@@ -46,8 +46,8 @@ impl Header {
                 return Err(input.bad(start + 6, what));
             }
         };
-        if n > LONGEST_HEADER {
-            return Err(input.bad(start + 8, format!("the header has {n} bytes, at most {LONGEST_HEADER} are read")));
+        if n > MAX_HEADER {
+            return Err(input.bad(start + 8, format!("the header has {n} bytes, at most {MAX_HEADER} are read")));
         }
         let text_at = cursor.at();
         let text = String::from_utf8_lossy(cursor.take(n)?).into_owned();

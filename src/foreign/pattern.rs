@@ -7,10 +7,10 @@
 use regex::{Regex, RegexBuilder};
 
 /// Memory of one compiled pattern, and how deep its groups may nest.
-const MOST_COMPILED_BYTES: usize = 1 << 20;
-const MOST_NESTING: u32 = 50;
+const MAX_COMPILED_BYTES: usize = 1 << 20;
+const MAX_NESTING: u32 = 50;
 /// Patterns that are no plain names, at most.
-const MOST_EXPRESSIONS: usize = 256;
+const MAX_EXPRESSIONS: usize = 256;
 
 /// Rules in their order, each with a value.
 #[derive(Clone, Debug, Default)]
@@ -36,8 +36,8 @@ impl<V> Patterns<V> {
         for (pattern, value) in rules {
             let rule = Rule::new(pattern)?;
             n_expressions += usize::from(matches!(rule, Rule::Expression(_)));
-            if n_expressions > MOST_EXPRESSIONS {
-                return Err(format!("more than {MOST_EXPRESSIONS} regular expressions"));
+            if n_expressions > MAX_EXPRESSIONS {
+                return Err(format!("more than {MAX_EXPRESSIONS} regular expressions"));
             }
             compiled.push((rule, value));
         }
@@ -58,7 +58,7 @@ impl Rule {
         }
         // Parsed alone first, so that a stray parenthesis cannot reach into the frame around it.
         let options =
-            |text: &str| RegexBuilder::new(text).size_limit(MOST_COMPILED_BYTES).nest_limit(MOST_NESTING).build();
+            |text: &str| RegexBuilder::new(text).size_limit(MAX_COMPILED_BYTES).nest_limit(MAX_NESTING).build();
         let shown = crate::checkpoint::Printable(pattern);
         let reason = |e: regex::Error| {
             let text = e.to_string();

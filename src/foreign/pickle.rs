@@ -3,7 +3,7 @@
 //! A pickle is a program for a small stack machine, and unrestricted it may call anything. This machine knows the opcodes
 //! and the names below and no more: calling one of them builds a plain [`Value`], nothing is imported and nothing runs.
 //! The first opcode or name that is not known ends the reading, with its place in the message. What is built is counted
-//! ([`MOST_VALUES`]) and nested at most [`MOST_NESTED`] deep; long byte strings stay in the file.
+//! ([`MAX_VALUES`]) and nested at most [`MAX_NESTED`] deep; long byte strings stay in the file.
 //!
 //! Source: <https://docs.python.org/3/library/pickletools.html> describes every opcode.
 
@@ -20,12 +20,12 @@ use crate::{
 };
 
 /// Values that one pickle may make: those of some sixty thousand tensors.
-const MOST_VALUES: usize = 2_000_000;
+const MAX_VALUES: usize = 2_000_000;
 /// Bytes of text that one pickle may hold, and of one string.
-const MOST_TEXT: u64 = 64 << 20;
-const LONGEST_TEXT: u64 = 64 << 10;
+const MAX_TEXT: u64 = 64 << 20;
+const MAX_TEXT_BYTES: u64 = 64 << 10;
 /// Containers inside containers.
-const MOST_NESTED: u8 = 16;
+const MAX_NESTED: u8 = 16;
 
 /// What a pickle held: its value, and the storages that it named, by key.
 pub(super) struct Unpickled {
@@ -171,8 +171,8 @@ impl Machine<'_, '_> {
     /// Counts a value that takes memory.
     fn count(&mut self) -> Result<(), CheckpointError> {
         self.n_values += 1;
-        if self.n_values > MOST_VALUES {
-            return Err(self.bad(format!("the pickle makes more than {MOST_VALUES} values")));
+        if self.n_values > MAX_VALUES {
+            return Err(self.bad(format!("the pickle makes more than {MAX_VALUES} values")));
         }
         Ok(())
     }
@@ -198,8 +198,8 @@ impl Machine<'_, '_> {
     fn put(&self, items: &mut Items, values: Vec<Value>) -> Result<(), CheckpointError> {
         let deepest = values.iter().map(Value::depth).max().unwrap_or(0);
         items.depth = items.depth.max(deepest + 1);
-        if items.depth > MOST_NESTED {
-            return Err(self.bad(format!("containers are nested more than {MOST_NESTED} deep")));
+        if items.depth > MAX_NESTED {
+            return Err(self.bad(format!("containers are nested more than {MAX_NESTED} deep")));
         }
         if items.values.is_empty() {
             items.values = values;
@@ -247,9 +247,10 @@ impl Machine<'_, '_> {
     fn read_text<const N: usize>(&mut self) -> Result<(), CheckpointError> {
         let n = self.cursor.number::<N>()?;
         self.n_text += n;
-        if n > LONGEST_TEXT || self.n_text > MOST_TEXT {
-            return Err(self
-                .bad(format!("a string of {n} bytes; at most {LONGEST_TEXT} in one and {MOST_TEXT} in all are read")));
+        if n > MAX_TEXT_BYTES || self.n_text > MAX_TEXT {
+            return Err(self.bad(format!(
+                "a string of {n} bytes; at most {MAX_TEXT_BYTES} in one and {MAX_TEXT} in all are read"
+            )));
         }
         let bytes = self.cursor.take(n)?.to_vec();
         let text = String::from_utf8(bytes).map_err(|_| self.bad("a string is not UTF-8"))?;

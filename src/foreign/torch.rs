@@ -18,7 +18,7 @@ use crate::{
 const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
 const PROTOCOL: i128 = 1001;
 /// A pickle without the data of its tensors is not longer.
-const LONGEST_PICKLE: u64 = 256 << 20;
+const MAX_PICKLE: u64 = 256 << 20;
 
 /// Reads a storage that was saved as a byte string of its own, as NumPy's pickles of tensors hold it: a stream of torch whose object is
 /// the storage.
@@ -244,8 +244,8 @@ pub(super) fn open_saved(ctx: &Context<'_>, input: Arc<Input>) -> Result<NamedTe
             return Err(input.bad(order.data.start, "the tensors were saved by a big-endian machine"));
         }
     }
-    if pickle.data.end - pickle.data.start > LONGEST_PICKLE {
-        return Err(bad(format!("its pickle is longer than {LONGEST_PICKLE} bytes")));
+    if pickle.data.end - pickle.data.start > MAX_PICKLE {
+        return Err(bad(format!("its pickle is longer than {MAX_PICKLE} bytes")));
     }
     zip.prove(ctx, &input, pickle)?;
     let Unpickled { value, storages } = unpickle_all(&input, pickle.data.clone(), None)?;

@@ -18,9 +18,9 @@ const END64: u64 = 0x0606_4b50;
 const LOCATOR64: u64 = 0x0706_4b50;
 /// The end record, and with the longest comment.
 const END_BYTES: u64 = 22;
-const MOST_COMMENT: u64 = 0xffff;
-const MOST_ENTRIES: u64 = 1_000_000;
-const MOST_DIRECTORY: u64 = 64 << 20;
+const MAX_COMMENT: u64 = 0xffff;
+const MAX_ENTRIES: u64 = 1_000_000;
+const MAX_DIRECTORY: u64 = 64 << 20;
 /// Field 1 of extra data: 64-bit sizes and offset.
 const EXTRA64: u64 = 1;
 
@@ -107,7 +107,7 @@ fn find_directory(input: &Input) -> Result<(Range<u64>, u64), CheckpointError> {
     let n_bytes = input.n_bytes();
     let not_a_zip =
         || CheckpointError::bad_file(input.path(), "not a zip file, or not all of it: it has no end record");
-    let tail_at = n_bytes.saturating_sub(END_BYTES + MOST_COMMENT);
+    let tail_at = n_bytes.saturating_sub(END_BYTES + MAX_COMMENT);
     let tail = input.read(tail_at..n_bytes)?;
     let signature = (END as u32).to_le_bytes();
     // The last one whose comment ends with the file.
@@ -144,9 +144,9 @@ fn find_directory(input: &Input) -> Result<(Range<u64>, u64), CheckpointError> {
         let what = format!("the zip directory is {directory_bytes} bytes at {start}, it should end at {directory_end}");
         return Err(input.bad(end_at, what));
     }
-    if n_entries > MOST_ENTRIES || directory_bytes > MOST_DIRECTORY {
+    if n_entries > MAX_ENTRIES || directory_bytes > MAX_DIRECTORY {
         let what = format!(
-            "the zip directory has {n_entries} entries in {directory_bytes} bytes; at most {MOST_ENTRIES} in {MOST_DIRECTORY} are read"
+            "the zip directory has {n_entries} entries in {directory_bytes} bytes; at most {MAX_ENTRIES} in {MAX_DIRECTORY} are read"
         );
         return Err(input.bad(end_at, what));
     }

@@ -24,7 +24,7 @@ pub struct BlasLibrary {
 }
 
 /// A place to look in.
-pub(super) struct Place {
+pub(super) struct SearchLocation {
     /// As people know it.
     pub(super) name: String,
     /// What can be loaded there, the best first.
@@ -32,7 +32,7 @@ pub(super) struct Place {
 }
 
 /// The names of the library that a driver of this CUDA version, such as `12.4`, can serve, and every place it may be in.
-pub(super) fn where_to_look(driver: Option<&str>) -> (Vec<String>, Vec<Place>) {
+pub(super) fn where_to_look(driver: Option<&str>) -> (Vec<String>, Vec<SearchLocation>) {
     let driver = driver.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
     let served = |version: &u32| driver.is_none_or(|driver| *version <= driver);
     let names: Vec<_> =
@@ -41,20 +41,24 @@ pub(super) fn where_to_look(driver: Option<&str>) -> (Vec<String>, Vec<Place>) {
     (names, places)
 }
 
-fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<Place> {
+fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<SearchLocation> {
     let inside = |folder: &Path| -> Vec<PathBuf> {
         names.iter().map(|name| folder.join(name)).filter(|path| path.exists()).collect()
     };
     if let Some(folder) = variable(FOLDER_VARIABLE).map(PathBuf::from) {
-        return vec![Place { name: format!("{FOLDER_VARIABLE}={}", folder.display()), files: inside(&folder) }];
+        return vec![SearchLocation {
+            name: format!("{FOLDER_VARIABLE}={}", folder.display()),
+            files: inside(&folder),
+        }];
     }
     // Nothing is loaded from where the program happens to stand.
     let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|folder| folder.is_absolute());
     let mut places = vec![
-        Place { name: format!("{FOLDER_VARIABLE} (not set)"), files: Vec::new() },
-        Place { name: "the loader's path".to_owned(), files: names.iter().map(PathBuf::from).collect() },
+        SearchLocation { name: format!("{FOLDER_VARIABLE} (not set)"), files: Vec::new() },
+        SearchLocation { name: "the loader's path".to_owned(), files: names.iter().map(PathBuf::from).collect() },
     ];
-    let mut add = |folder: PathBuf| places.push(Place { name: folder.display().to_string(), files: inside(&folder) });
+    let mut add =
+        |folder: PathBuf| places.push(SearchLocation { name: folder.display().to_string(), files: inside(&folder) });
     add(absolute("CUDA_HOME").map_or_else(|| "$CUDA_HOME/lib64".into(), |home| home.join("lib64")));
     add("/usr/local/cuda/lib64".into());
     if let Some(prefix) = absolute("CONDA_PREFIX") {
@@ -67,7 +71,7 @@ fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<
     for prefix in prefixes {
         if !seen.contains(&prefix) {
             let files = package_folders(&prefix).iter().flat_map(|folder| inside(folder)).collect();
-            places.push(Place { name: format!("Python's packages in {}/lib", prefix.display()), files });
+            places.push(SearchLocation { name: format!("Python's packages in {}/lib", prefix.display()), files });
             seen.push(prefix);
         }
     }

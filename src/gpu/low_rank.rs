@@ -77,7 +77,7 @@ pub struct LowRankCounts {
 }
 
 /// Rows of one launch at most: a grid's second dimension is bounded.
-const MOST_ROWS: usize = 65_535 * 64;
+const MAX_ROWS: usize = 65_535 * 64;
 
 /// Bytes of the counts of one piece.
 const COUNTS_BYTES: usize = 32;
@@ -223,7 +223,7 @@ impl LowRank {
         a: &Arc<Vec<f32>>,
     ) -> Result<usize, GpuError> {
         let (needed, fixed) = (row_bytes + 4 * rank, fixed_bytes(a.len()));
-        let mut n_piece = (self.device_bytes.saturating_sub(fixed) / 2 / needed).min(n_rows).min(MOST_ROWS);
+        let mut n_piece = (self.device_bytes.saturating_sub(fixed) / 2 / needed).min(n_rows).min(MAX_ROWS);
         if n_piece == 0 {
             let (needed, available) = (Self::least_bytes(row_bytes, rank, a.len()), self.device_bytes as u64);
             let (ordinal, what) = (self.queue.gpu().ordinal(), "merging one row");

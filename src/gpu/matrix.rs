@@ -13,7 +13,7 @@
 //! ```
 
 use super::{
-    DeviceVec, GpuError, MOST_COLUMNS, Queue,
+    DeviceVec, GpuError, MAX_COLUMNS, Queue,
     launch::{KeyRows, is_known},
 };
 use crate::tensor::{Dtype, Float, RowBlock, RowColumns, with_float};
@@ -95,7 +95,7 @@ impl DeviceMatrix {
     /// What the driver answers.
     ///
     /// # Panics
-    /// Where `k` is 0 or more than a row has, rows are longer than [`MOST_COLUMNS`], or lengths differ.
+    /// Where `k` is 0 or more than a row has, rows are longer than [`MAX_COLUMNS`], or lengths differ.
     pub fn topk(
         &self,
         queue: &Queue,
@@ -103,7 +103,7 @@ impl DeviceMatrix {
         columns: &mut DeviceVec<u32>,
         first_nan: &mut DeviceVec<u64>,
     ) -> Result<(), GpuError> {
-        assert!(self.d_in <= MOST_COLUMNS, "rows that a device can rank");
+        assert!(self.d_in <= MAX_COLUMNS, "rows that a device can rank");
         let (mask, largest) = with_float!(self.dtype, T => T::KEY_BITS, else unreachable!("kernels know floats alone"));
         let rows = KeyRows {
             bytes: &self.values,

@@ -41,4 +41,4 @@ pub use ranker::{Factor, Ranked, RowRanker};
 pub use train::{CudaDevice, CudaWeight};
 
 /// The most columns that rows chosen on a device may have.
-pub const MOST_COLUMNS: usize = 131_072;
+pub const MAX_COLUMNS: usize = 131_072;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Copyable, DeviceVec, Gpu, GpuError, MOST_COLUMNS, Pinned, Queue,
+    Copyable, DeviceVec, Gpu, GpuError, MAX_COLUMNS, Pinned, Queue,
     launch::{KeyRows, is_known},
 };
 use crate::tensor::{Dtype, Float, RowBlock, with_float};
@@ -152,10 +152,10 @@ impl RowRanker {
         &self.gpu
     }
 
-    /// Whether rows of this type and length, ranked so, can be chosen on a device: BF16, F16 and F32, up to [`MOST_COLUMNS`].
+    /// Whether rows of this type and length, ranked so, can be chosen on a device: BF16, F16 and F32, up to [`MAX_COLUMNS`].
     pub fn takes(dtype: Dtype, d_in: usize, factor: &Factor<'_>) -> bool {
         let known = |rows: RowBlock<'_>| is_known(rows.dtype());
-        is_known(dtype) && (1..=MOST_COLUMNS).contains(&d_in) && factor.rows().is_none_or(known)
+        is_known(dtype) && (1..=MAX_COLUMNS).contains(&d_in) && factor.rows().is_none_or(known)
     }
 
     /// Chooses the `k` entries of largest key in each row; equal keys are settled in favour of the lower column.

@@ -15,21 +15,21 @@ use crate::{
     checkpoint::{Checkpoint, Printable},
     tensor::{Accumulator, Dtype, Float, dtype_name, widened, with_float},
     train::{
-        AdamNumbers, AdamW, Deltas, Device, DeviceError, Done, EMBEDDING, MemoryEstimate, ModelConfig, RunSize, Spans,
-        TrainError, config::Heads,
+        AdamNumbers, AdamW, Deltas, Device, DeviceError, DeviceResult, EMBEDDING, MemoryEstimate, ModelConfig, RunSize,
+        Spans, TrainError, config::Heads,
     },
 };
 
 /// Bytes that pass between host and device at a time; there are two such buffers.
 const STAGED: usize = 16 << 20;
 /// Bytes of logits, in float32, that are there at once, or those of one token.
-const MOST_LOGITS: usize = 128 << 20;
+const MAX_LOGITS: usize = 128 << 20;
 /// Bytes of a dense gradient, in float32, that are there at once, or those of one row.
-const MOST_DENSE: usize = 64 << 20;
+const MAX_DENSE: usize = 64 << 20;
 /// Entries in a row above which a tile of the dense gradient is made, and they are taken from it.
 const MANY_ENTRIES: usize = 64;
 /// The widest head that attention takes.
-const MOST_HEAD: usize = Attention::MOST_HEAD;
+const MAX_HEAD: usize = Attention::MAX_HEAD;
 /// What losses are multiplied by in F16, whose smallest number is 6e-8; a mean loss has gradients of about 1e-6 by its logits.
 const F16_LOSS_SCALE: f32 = 4096.0;
 
@@ -46,11 +46,11 @@ pub struct CudaDevice {
     dtype: Dtype,
     staging: RefCell<[Pinned; 2]>,
     turn: Cell<usize>,
-    room: RefCell<Room>,
+    scratch: RefCell<Scratch>,
 }
 
 /// Memory that operations need while they run; it grows to the largest need.
-struct Room {
+struct Scratch {
     /// Logits, or a tile of a dense gradient, or sums by slices of tokens.
     numbers: DeviceVec<f32>,
     /// The gradient by logits.
@@ -82,14 +82,14 @@ impl CudaDevice {
         let queue = Queue::new(gpu)?;
         let blas = Blas::new(&queue)?;
         let staging = RefCell::new([queue.pinned(STAGED)?, queue.pinned(STAGED)?]);
-        let room = RefCell::new(Room {
+        let scratch = RefCell::new(Scratch {
             numbers: queue.alloc(0, "nothing")?,
             acts: queue.alloc(0, "nothing")?,
             delta: queue.alloc(0, "nothing")?,
             sums: queue.alloc(0, "nothing")?,
             ones: queue.alloc(0, "nothing")?,
         });
-        Ok(Self { queue, blas, dtype, staging, turn: Cell::new(0), room })
+        Ok(Self { queue, blas, dtype, staging, turn: Cell::new(0), scratch })
     }
 
     /// The one type that the matrices of a model have.
@@ -98,8 +98,8 @@ impl CudaDevice {
     /// A list of all matrices whose type is another than the embedding's; heads that are too wide.
     pub fn dtype_of(checkpoint: &Checkpoint) -> Result<Dtype, TrainError> {
         let d_head = ModelConfig::of(checkpoint)?.heads.d_head;
-        if d_head > MOST_HEAD {
-            let what = format!("heads have {d_head} numbers, at most {MOST_HEAD} can be trained on a GPU");
+        if d_head > MAX_HEAD {
+            let what = format!("heads have {d_head} numbers, at most {MAX_HEAD} can be trained on a GPU");
             return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
         }
         let matrices = || checkpoint.tensors().filter(|tensor| tensor.info.shape.len() > 1);
@@ -127,14 +127,14 @@ impl CudaDevice {
 
     /// Bytes that operations of a run take beside a model's buffers.
     fn scratch_bytes(config: &ModelConfig, dtype: Dtype, run: RunSize) -> u64 {
-        let logits = at_once(config.n_vocab).min(run.most_supervised) * config.n_vocab;
+        let logits = at_once(config.n_vocab).min(run.max_supervised) * config.n_vocab;
         // Of the largest matrix, as if all matrices had their share.
         let k = run.n_entries.div_ceil(config.n_rows().max(1) as u64) as usize;
         let most_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
-        let partial = Queue::gather_room(run.most_tokens, most_entries);
-        let delta = run.most_tokens * config.heads.n_q;
+        let partial = Queue::gather_room(run.max_tokens, most_entries);
+        let delta = run.max_tokens * config.heads.n_q;
         let acts = logits * dtype.bitsize() / 8;
-        (logits.max(partial) * 4 + acts + delta * 4) as u64 + Blas::MOST_SCRATCH
+        (logits.max(partial) * 4 + acts + delta * 4) as u64 + Blas::MAX_SCRATCH
     }
 
     /// Fills `to` from its byte `at` on, through pinned memory.
@@ -144,7 +144,7 @@ impl CudaDevice {
         to: &mut DeviceVec<T>,
         at: usize,
         mut fill: impl FnMut(usize, &mut [u8]),
-    ) -> Done {
+    ) -> DeviceResult {
         let staging = &mut *self.staging.borrow_mut();
         for first in (0..n_bytes).step_by(STAGED) {
             let n = STAGED.min(n_bytes - first);
@@ -179,7 +179,7 @@ impl CudaDevice {
     }
 
     /// Grows memory to `n` numbers; what it held is lost.
-    fn grow<T: Copyable>(&self, memory: &mut DeviceVec<T>, n: usize, what: &'static str) -> Done {
+    fn grow<T: Copyable>(&self, memory: &mut DeviceVec<T>, n: usize, what: &'static str) -> DeviceResult {
         if memory.len() < n {
             *memory = self.queue.alloc(0, what)?;
             *memory = self.queue.alloc(n, what)?;
@@ -190,7 +190,7 @@ impl CudaDevice {
 
 /// Tokens whose logits are there at once: whole tiles of a product where there is room for some.
 fn at_once(n_vocab: usize) -> usize {
-    let n = MOST_LOGITS / 4 / n_vocab;
+    let n = MAX_LOGITS / 4 / n_vocab;
     if n >= 64 { n / 64 * 64 } else { n.max(1) }
 }
 
@@ -237,11 +237,11 @@ impl Device for CudaDevice {
         self.queue.fill(&mut bytes, 0)?;
         Ok(CudaWeight { bytes, d_out, d_in })
     }
-    fn write_rows(&self, weight: &mut CudaWeight, first_row: usize, bytes: &[u8]) -> Done {
+    fn write_rows(&self, weight: &mut CudaWeight, first_row: usize, bytes: &[u8]) -> DeviceResult {
         let at = first_row * weight.d_in * self.act_size();
         self.put(bytes.len(), &mut weight.bytes, at, |first, to| to.copy_from_slice(&bytes[first..first + to.len()]))
     }
-    fn write(&self, from: &[f32], to: &mut DeviceVec<f32>) -> Done {
+    fn write(&self, from: &[f32], to: &mut DeviceVec<f32>) -> DeviceResult {
         self.put(4 * from.len(), to, 0, |first, to| {
             for (le, value) in to.chunks_exact_mut(4).zip(&from[first / 4..]) {
                 le.copy_from_slice(&value.to_le_bytes());
@@ -251,7 +251,7 @@ impl Device for CudaDevice {
     fn read(&self, from: &DeviceVec<f32>, n: usize) -> Result<Vec<f32>, DeviceError> {
         Ok(self.queue.download_first(from, n)?)
     }
-    fn write_act(&self, from: &[f32], to: &mut DeviceVec<u8>) -> Done {
+    fn write_act(&self, from: &[f32], to: &mut DeviceVec<u8>) -> DeviceResult {
         let (dtype, width) = (self.dtype, self.act_size());
         self.put(width * from.len(), to, 0, |first, to| {
             let elements = to.chunks_exact_mut(width).zip(&from[first / width..]);
@@ -264,15 +264,22 @@ impl Device for CudaDevice {
         let bytes = self.queue.download_first(from, n * self.act_size())?;
         Ok(widened(self.dtype, &bytes))
     }
-    fn copy(&self, from: &DeviceVec<u8>, from_at: usize, to: &mut DeviceVec<u8>, to_at: usize, n: usize) -> Done {
+    fn copy(
+        &self,
+        from: &DeviceVec<u8>,
+        from_at: usize,
+        to: &mut DeviceVec<u8>,
+        to_at: usize,
+        n: usize,
+    ) -> DeviceResult {
         let bytes = |n: usize| n * self.act_size();
         Ok(self.queue.copy_part(from, bytes(from_at), to, bytes(to_at), bytes(n))?)
     }
-    fn clear(&self, values: &mut DeviceVec<f32>) -> Done {
+    fn clear(&self, values: &mut DeviceVec<f32>) -> DeviceResult {
         Ok(self.queue.fill(values, 0)?)
     }
 
-    fn embed(&self, ids: &DeviceVec<u32>, n: usize, table: &CudaWeight, x: &mut DeviceVec<u8>) -> Done {
+    fn embed(&self, ids: &DeviceVec<u32>, n: usize, table: &CudaWeight, x: &mut DeviceVec<u8>) -> DeviceResult {
         Ok(self.queue.take_rows(self.matrix(&table.bytes, table.d_in), table.d_out, ids, n, x)?)
     }
 
@@ -284,7 +291,7 @@ impl Device for CudaDevice {
         bias: Option<&DeviceVec<f32>>,
         adds: bool,
         y: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         if let Some(bias) = bias {
             self.queue.add_bias(bias, (y, self.dtype), adds, n, w.d_out)?;
         }
@@ -292,7 +299,7 @@ impl Device for CudaDevice {
         Ok(self.blas.times_transposed(x, 0, self.factor(w), n, adds, y)?)
     }
 
-    fn linear_back(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> Done {
+    fn linear_back(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> DeviceResult {
         Ok(self.blas.times(dy, self.factor(w), n, dx, 0)?)
     }
 
@@ -304,7 +311,7 @@ impl Device for CudaDevice {
         d: usize,
         eps: f32,
         y: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.rms_norm(self.matrix(x, d), n, gain, eps, y)?)
     }
 
@@ -317,7 +324,7 @@ impl Device for CudaDevice {
         d: usize,
         eps: f32,
         dx: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.rms_norm_back(dy, self.matrix(x, d), n, gain, eps, dx)?)
     }
 
@@ -329,7 +336,7 @@ impl Device for CudaDevice {
         q_gain: &DeviceVec<f32>,
         k_gain: &DeviceVec<f32>,
         eps: f32,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.head_norm(qkv, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
@@ -342,7 +349,7 @@ impl Device for CudaDevice {
         q_gain: &DeviceVec<f32>,
         k_gain: &DeviceVec<f32>,
         eps: f32,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.head_norm_back(dqkv, raw, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
@@ -354,7 +361,7 @@ impl Device for CudaDevice {
         heads: Heads,
         frequencies: &DeviceVec<f32>,
         inverse: bool,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.rope(qkv, self.dtype, positions, n, shape_of(heads), frequencies, inverse)?)
     }
 
@@ -365,7 +372,7 @@ impl Device for CudaDevice {
         heads: Heads,
         out: &mut DeviceVec<u8>,
         lse: &mut DeviceVec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.attention(&self.attending(spans, heads), qkv, out, lse)?)
     }
 
@@ -378,8 +385,8 @@ impl Device for CudaDevice {
         spans: &Spans<Self>,
         heads: Heads,
         dqkv: &mut DeviceVec<u8>,
-    ) -> Done {
-        let delta = &mut self.room.borrow_mut().delta;
+    ) -> DeviceResult {
+        let delta = &mut self.scratch.borrow_mut().delta;
         self.grow(delta, spans.n_tokens() * heads.n_q, "the gradient of attention")?;
         Ok(self.queue.attention_back(&self.attending(spans, heads), dout, qkv, out, lse, delta, dqkv)?)
     }
@@ -393,13 +400,13 @@ impl Device for CudaDevice {
         cache: &mut DeviceVec<u8>,
         capacity: usize,
         out: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         let past: Vec<u32> = past.iter().map(|&past| past as u32).collect();
         let past = self.ids(&past)?;
         Ok(self.queue.attention_cached(&self.attending(spans, heads), qkv, &past, cache, capacity, out)?)
     }
 
-    fn swiglu(&self, gate_up: &DeviceVec<u8>, n: usize, d_ff: usize, h: &mut DeviceVec<u8>) -> Done {
+    fn swiglu(&self, gate_up: &DeviceVec<u8>, n: usize, d_ff: usize, h: &mut DeviceVec<u8>) -> DeviceResult {
         Ok(self.queue.swiglu(gate_up, self.dtype, n, d_ff, h)?)
     }
 
@@ -410,7 +417,7 @@ impl Device for CudaDevice {
         n: usize,
         d_ff: usize,
         d_gate_up: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         Ok(self.queue.swiglu_back(dh, gate_up, self.dtype, n, d_ff, d_gate_up)?)
     }
 
@@ -421,7 +428,7 @@ impl Device for CudaDevice {
         n_rows: usize,
         d: usize,
         y: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         let n = x.len() / (d * self.act_size());
         Ok(self.queue.take_rows(self.matrix(x, d), n, rows, n_rows, y)?)
     }
@@ -434,7 +441,7 @@ impl Device for CudaDevice {
         d: usize,
         n: usize,
         x: &mut DeviceVec<u8>,
-    ) -> Done {
+    ) -> DeviceResult {
         self.queue.fill_first(x, n * d * self.act_size(), 0)?;
         Ok(self.queue.put_rows(self.matrix(y, d), rows, n_rows, n, x)?)
     }
@@ -447,8 +454,8 @@ impl Device for CudaDevice {
         labels: &DeviceVec<u32>,
         grad_scale: Option<f32>,
         losses: &mut DeviceVec<f32>,
-    ) -> Done {
-        let Room { numbers: logits, acts, .. } = &mut *self.room.borrow_mut();
+    ) -> DeviceResult {
+        let Scratch { numbers: logits, acts, .. } = &mut *self.scratch.borrow_mut();
         let n_vocab = head.d_out;
         let most = at_once(n_vocab).min(n_rows);
         self.grow(logits, most * n_vocab, "logits")?;
@@ -469,7 +476,7 @@ impl Device for CudaDevice {
     }
 
     fn argmax(&self, x: &DeviceVec<u8>, n_rows: usize, head: &CudaWeight) -> Result<Vec<u32>, DeviceError> {
-        let logits = &mut self.room.borrow_mut().numbers;
+        let logits = &mut self.scratch.borrow_mut().numbers;
         let most = at_once(head.d_out).min(n_rows);
         self.grow(logits, most * head.d_out, "logits")?;
         let mut on_device = self.queue.alloc(most, "tokens")?;
@@ -490,48 +497,48 @@ impl Device for CudaDevice {
         n: usize,
         (d_out, d_in): (usize, usize),
         deltas: &mut Deltas<Self>,
-    ) -> Done {
-        let room = &mut self.room.borrow_mut().numbers;
+    ) -> DeviceResult {
+        let scratch = &mut self.scratch.borrow_mut().numbers;
         let Deltas { offsets, columns, grad, nnz, .. } = deltas;
         let of = EntriesOf { offsets, columns, nnz: *nnz, shape: (d_out, d_in) };
         if *nnz <= MANY_ENTRIES * d_out {
-            self.grow(room, Queue::gather_room(n, *nnz), "the gradient of deltas")?;
-            return Ok(self.queue.gather_dot((dy, x, self.dtype), n, of, grad, room)?);
+            self.grow(scratch, Queue::gather_room(n, *nnz), "the gradient of deltas")?;
+            return Ok(self.queue.gather_dot((dy, x, self.dtype), n, of, grad, scratch)?);
         }
-        let most = (MOST_DENSE / 4 / d_in).clamp(1, d_out);
-        self.grow(room, most * d_in, "the gradient of deltas")?;
+        let most = (MAX_DENSE / 4 / d_in).clamp(1, d_out);
+        self.grow(scratch, most * d_in, "the gradient of deltas")?;
         for first in (0..d_out).step_by(most) {
             let n_rows = most.min(d_out - first);
-            self.blas.outer((dy, d_out, first..first + n_rows), (x, d_in), self.dtype, n, room)?;
-            self.queue.take_entries(room, (first, n_rows), of, grad)?;
+            self.blas.outer((dy, d_out, first..first + n_rows), (x, d_in), self.dtype, n, scratch)?;
+            self.queue.take_entries(scratch, (first, n_rows), of, grad)?;
         }
         Ok(())
     }
 
-    fn bias_grad(&self, dy: &DeviceVec<u8>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done {
-        let Room { numbers: room, ones, .. } = &mut *self.room.borrow_mut();
+    fn bias_grad(&self, dy: &DeviceVec<u8>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> DeviceResult {
+        let Scratch { numbers: scratch, ones, .. } = &mut *self.scratch.borrow_mut();
         if ones.len() < n * self.act_size() {
             self.grow(ones, n * self.act_size(), "ones")?;
             self.write_act(&vec![1.0; n], ones)?;
         }
         let Deltas { offsets, columns, grad, nnz, .. } = deltas;
         let of = EntriesOf { offsets, columns, nnz: *nnz, shape: (d_out, 1) };
-        self.grow(room, Queue::gather_room(n, *nnz), "the gradient of biases")?;
-        Ok(self.queue.gather_dot((dy, ones, self.dtype), n, of, grad, room)?)
+        self.grow(scratch, Queue::gather_room(n, *nnz), "the gradient of biases")?;
+        Ok(self.queue.gather_dot((dy, ones, self.dtype), n, of, grad, scratch)?)
     }
 
-    fn patch(&self, w: &mut CudaWeight, deltas: &Deltas<Self>) -> Done {
+    fn patch(&self, w: &mut CudaWeight, deltas: &Deltas<Self>) -> DeviceResult {
         let of = entries(deltas, (w.d_out, w.d_in));
         Ok(self.queue.patch_entries((&mut w.bytes, self.dtype), of, &deltas.originals.bytes, &deltas.theta)?)
     }
 
-    fn patch_bias(&self, bias: &mut DeviceVec<f32>, deltas: &Deltas<Self>) -> Done {
+    fn patch_bias(&self, bias: &mut DeviceVec<f32>, deltas: &Deltas<Self>) -> DeviceResult {
         let of = entries(deltas, (bias.len(), 1));
         Ok(self.queue.patch_bias(bias, of, (&deltas.originals.bytes, self.dtype), &deltas.theta)?)
     }
 
     fn sums_of_squares(&self, of: &[(&DeviceVec<f32>, usize)]) -> Result<Vec<f64>, DeviceError> {
-        let sums = &mut self.room.borrow_mut().sums;
+        let sums = &mut self.scratch.borrow_mut().sums;
         let n_sums = of.iter().map(|(_, n)| Queue::n_sums(*n)).sum();
         self.grow(sums, n_sums, "sums")?;
         let mut at = 0;
@@ -545,7 +552,7 @@ impl Device for CudaDevice {
         Ok(of.iter().map(add).collect())
     }
 
-    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> Done {
+    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> DeviceResult {
         let Deltas { theta, grad, mean, variance, nnz, .. } = deltas;
         let AdamNumbers { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step.numbers();
         let numbers = [grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps];

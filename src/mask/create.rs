@@ -120,7 +120,7 @@ pub fn create_mask(
         None => (0..sources.len()).collect(),
     };
     let counts = vec![0; sources.len()];
-    let mut job = Job { ctx, options, sources: &sources, mine: &mine, writer: None, counts };
+    let mut job = MaskRun { ctx, options, sources: &sources, mine: &mine, writer: None, counts };
     if let Some((path, existing)) = output {
         job.writer = Some(MaskWriter::create(path, existing)?);
     }
@@ -193,7 +193,7 @@ fn recipe(options: &MaskOptions<'_>, selection: &Selection<'_>, k: Option<u64>) 
 }
 
 /// One mask on its way.
-struct Job<'a> {
+struct MaskRun<'a> {
     ctx: &'a Context<'a>,
     options: &'a MaskOptions<'a>,
     sources: &'a [Source<'a>],
@@ -204,7 +204,7 @@ struct Job<'a> {
     counts: Vec<u64>,
 }
 
-impl Job<'_> {
+impl MaskRun<'_> {
     /// Entries per row, where that was asked for or follows from a budget in row scope.
     fn k(&self, checkpoint: &Checkpoint) -> Result<Option<u64>, MaskError> {
         let budget = match self.options.amount {
@@ -271,7 +271,7 @@ impl Job<'_> {
             |span, block| {
                 let source = &sources[mine[span.target]];
                 let k = k.min(source.scan.layout.d_in) as usize;
-                let mut rows = Rows::new(span.n_rows, 0);
+                let mut rows = BlockColumns::new(span.n_rows, 0);
                 source.for_each_run(ctx, source.key_space(), span, block, |run, scored| {
                     let columns = chooser.topk_rows(scored, k)?;
                     if run.len() == span.n_rows {
@@ -316,7 +316,7 @@ impl Job<'_> {
             self.options.hash,
             |span, block| {
                 let source = &sources[targets[span.target]];
-                let mut rows = Rows::new(span.n_rows, 1);
+                let mut rows = BlockColumns::new(span.n_rows, 1);
                 let mut is_tie = Vec::new();
                 source.for_each_run(ctx, space, span, block, |run, scored| {
                     rows.skip_to(run.start);
@@ -416,11 +416,11 @@ struct Progress {
 }
 
 /// Columns of a block, rows that take no part left empty.
-struct Rows {
+struct BlockColumns {
     columns: RowColumns,
 }
 
-impl Rows {
+impl BlockColumns {
     fn new(n_rows: usize, k: usize) -> Self {
         Self { columns: RowColumns::with_capacity(n_rows, n_rows * k) }
     }

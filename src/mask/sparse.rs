@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The most elements in a row whose columns fit in 16 bits.
-pub(crate) const MOST_U16: u64 = 1 << 16;
+pub(crate) const MAX_U16: u64 = 1 << 16;
 
 /// Bytes of memory that a chosen position takes, at most, while rows of one mask or adapter are worked on: its column, its value as
 /// stored and widened, the weight there before and after, copies of those on their way.
@@ -347,7 +347,7 @@ fn check_target(
     let columns = find(Part::Columns).ok_or_else(|| (name.clone(), "the target has no `columns`".to_owned()))?;
     let bad = |part: Part, what: String| Err((part.name(&name), what));
     match columns.dtype {
-        Dtype::U16 if layout.d_in <= MOST_U16 => {}
+        Dtype::U16 if layout.d_in <= MAX_U16 => {}
         Dtype::U16 => return bad(Part::Columns, format!("rows of {} need U32, found U16", layout.d_in)),
         Dtype::U32 => {}
         other => return bad(Part::Columns, format!("elements are U16 or U32, found {}", dtype_name(other))),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     document::{TargetEntries, TargetEntry},
-    sparse::{MOST_U16, Part, SparseFile, TargetInfo},
+    sparse::{MAX_U16, Part, SparseFile, TargetInfo},
 };
 use crate::{
     checkpoint::{CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, TensorId},
@@ -68,7 +68,7 @@ impl SparseWriter {
         if let Some(k) = uniform_k.filter(|&k| k == 0 || k > layout.d_in) {
             return bad(format!("k is {k}, it must be between 1 and {}", layout.d_in));
         }
-        let columns_dtype = if layout.d_in <= MOST_U16 { Dtype::U16 } else { Dtype::U32 };
+        let columns_dtype = if layout.d_in <= MAX_U16 { Dtype::U16 } else { Dtype::U32 };
         let columns = self.file.add_tensor(Part::Columns.name(name), columns_dtype);
         let offsets = uniform_k.is_none().then(|| {
             // The type must be known before the last offset is: by what would fit, not by what came.
@@ -126,7 +126,7 @@ impl SparseWriter {
         target.nnz += columns.nnz() as u64;
         assert!(target.n_rows <= target.layout.n_rows(), "no more rows than the target has");
         self.bytes.clear();
-        if d_in <= MOST_U16 {
+        if d_in <= MAX_U16 {
             put_le(&mut self.bytes, columns.columns(), |column| (column as u16).to_le_bytes());
         } else {
             put_le(&mut self.bytes, columns.columns(), u32::to_le_bytes);

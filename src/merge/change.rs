@@ -11,7 +11,7 @@ use super::{
     KeptOriginals, MergeError,
     compute::{Computer, Prepared, prepare, row_blocks},
     ledger::{GROUP_ROWS, Kept},
-    plan::Target,
+    plan::MergeTarget,
     stack::{Stack, StackRows},
 };
 use crate::{
@@ -40,8 +40,8 @@ pub(super) struct Change<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Touched<'a> {
     pub(super) tensor: TensorRef<'a>,
-    pub(super) before: Option<&'a Target<'a>>,
-    pub(super) after: Option<&'a Target<'a>>,
+    pub(super) before: Option<&'a MergeTarget<'a>>,
+    pub(super) after: Option<&'a MergeTarget<'a>>,
     pub(super) work: Work,
     /// Where its original is.
     pub(super) origin: Origin<'a>,
@@ -115,7 +115,7 @@ impl<'a> Change<'a> {
         let target = before.or(after).expect("it is a name of one of them");
         let is_whole = self.before.kept(name).and_then(Kept::hashes).is_some();
         let (n_rows, n_columns) = (target.n_rows, target.n_columns);
-        let positions = if is_whole { None } else { after.or(before).and_then(Target::positions) };
+        let positions = if is_whole { None } else { after.or(before).and_then(MergeTarget::positions) };
         let is_same = before.zip(after).is_some_and(|(before, after)| before.is_same_as(after));
         let work = match positions {
             Some(layout) => Work::Positions(layout),
@@ -222,7 +222,7 @@ impl<'a> Change<'a> {
             return Ok(());
         }
         let width = touched.tensor.info.dtype.bitsize() / 8;
-        let layout = touched.before.and_then(Target::positions).expect("positions are kept of what has them");
+        let layout = touched.before.and_then(MergeTarget::positions).expect("positions are kept of what has them");
         let (start, end) = (rows.start * touched.row_bytes(), rows.end * touched.row_bytes());
         // The layout's rows are those of the matrix, or its columns: then all of them reach into these rows.
         let blocks: Vec<Range<u64>> = match layout.transposed {
@@ -272,7 +272,7 @@ impl<'a> Change<'a> {
         &self,
         ctx: &Context<'_>,
         touched: &Touched<'_>,
-        target: &'t Target<'t>,
+        target: &'t MergeTarget<'t>,
     ) -> Result<Prepared<'t>, MergeError> {
         prepare(ctx, target, &|rows| self.original_rows(ctx, touched, rows))
     }

@@ -14,7 +14,7 @@ use super::{
     mark::refuse_merged,
     new_checkpoint::Destination,
     out_of_place,
-    plan::{AddedTensors, Plan, Targets, plan, same_bytes},
+    plan::{AddedTensors, MergePlan, Targets, plan, same_bytes},
     recover::recover,
     report::report,
     source::Source,
@@ -174,7 +174,7 @@ fn apply(
         Step::Remove(_) => None,
     };
     let mut added = Vec::new();
-    let mut new = Plan { targets: Targets::new(), added: AddedTensors::new(), notes: Vec::new() };
+    let mut new = MergePlan { targets: Targets::new(), added: AddedTensors::new(), notes: Vec::new() };
     if let Some(map) = &map {
         added = step.added(ctx, &remembered, &beneath, map)?;
         let frame = Frame::of(&checkpoint, remembered.ledger.as_ref());
@@ -235,7 +235,7 @@ fn places<'a>(
     beneath: &Change<'_>,
     map: &WeightMap<'a>,
     reading: &AdapterReading,
-) -> Result<Plan<'a>, MergeError> {
+) -> Result<MergePlan<'a>, MergeError> {
     let names: Vec<String> = added.iter().flat_map(Source::parameters).collect();
     map.check_renames(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;
     map.check_axes(names.iter().map(String::as_str)).map_err(MergeError::Usage)?;

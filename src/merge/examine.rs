@@ -9,10 +9,10 @@ use super::{
     KeptOriginals, MergeError,
     change::{Beneath, Change, Origin, Touched, Work},
     compute::{Bound, RowsHasher, bound_of},
+    examine_tensor::{BlockFindings, TensorExamination},
     findings::{Findings, MAX_EXAMPLES, WrongOriginal},
     ledger::{Kept, KeptHashes, LedgerWriter},
-    look::{BlockFindings, Look},
-    plan::{Target, record},
+    plan::{MergeTarget, record},
     plausible::{can_overflow, needs_originals},
 };
 use crate::{
@@ -30,7 +30,7 @@ impl Change<'_> {
         touched: &[Touched<'_>],
     ) -> Result<BTreeMap<String, Bound>, MergeError> {
         let mut bounds = BTreeMap::new();
-        let added = |target: &&Target<'_>| target.terms.iter().any(|term| self.adds(term.source.id));
+        let added = |target: &&MergeTarget<'_>| target.terms.iter().any(|term| self.adds(term.source.id));
         for_each_ordered(
             ctx,
             touched.iter().filter_map(|touched| touched.after.filter(added)).collect::<Vec<_>>(),
@@ -70,7 +70,8 @@ impl Change<'_> {
             return bound.can_overflow;
         }
         // None is added here; the others were let in.
-        let sum = target.sparse().map(|(source, adapter, sparse)| Target::largest_delta(source, adapter, sparse)).sum();
+        let sum =
+            target.sparse().map(|(source, adapter, sparse)| MergeTarget::largest_delta(source, adapter, sparse)).sum();
         can_overflow(touched.tensor.info.dtype, sum)
     }
 }
@@ -125,13 +126,17 @@ impl<'a, 'l> Examination<'a, 'l> {
     }
 
     /// Makes a tensor ready to be looked at.
-    pub(super) fn look(&self, ctx: &Context<'_>, touched: &'a Touched<'a>) -> Result<Look<'a>, MergeError> {
-        Look::new(ctx, self.change, touched, self.bounds.get(touched.name()))
+    pub(super) fn examine(
+        &self,
+        ctx: &Context<'_>,
+        touched: &'a Touched<'a>,
+    ) -> Result<TensorExamination<'a>, MergeError> {
+        TensorExamination::new(ctx, self.change, touched, self.bounds.get(touched.name()))
     }
 
     /// Examines a whole tensor on disk.
     pub(super) fn on_disk(&mut self, ctx: &Context<'_>, touched: &Touched<'_>) -> Result<(), MergeError> {
-        let look = Look::new(ctx, self.change, touched, self.bounds.get(touched.name()))?;
+        let of_tensor = TensorExamination::new(ctx, self.change, touched, self.bounds.get(touched.name()))?;
         let own_bytes = |rows: &Range<u64>| match touched.work {
             Work::Positions(_) => gather_cost(ctx),
             _ => 3 * window_cost((rows.end - rows.start) * touched.row_bytes()),
@@ -139,9 +144,9 @@ impl<'a, 'l> Examination<'a, 'l> {
         for_each_ordered(
             ctx,
             self.change.blocks(ctx, touched),
-            |rows| look.block_bytes(ctx, rows) + own_bytes(rows),
-            |rows| look.on_disk(ctx, rows),
-            |rows, block| self.push(ctx, &look, &rows, block),
+            |rows| of_tensor.block_bytes(ctx, rows) + own_bytes(rows),
+            |rows| of_tensor.on_disk(ctx, rows),
+            |rows, block| self.push(ctx, &of_tensor, &rows, block),
         )?;
         self.finish(ctx, &[touched])
     }
@@ -150,14 +155,14 @@ impl<'a, 'l> Examination<'a, 'l> {
     pub(super) fn push(
         &mut self,
         ctx: &Context<'_>,
-        look: &Look<'_>,
+        of_tensor: &TensorExamination<'_>,
         rows: &Range<u64>,
         block: BlockFindings,
     ) -> Result<(), MergeError> {
-        let touched = look.touched;
+        let touched = of_tensor.touched;
         let info = touched.tensor.info;
         if rows.start == 0 {
-            self.begin(look)?;
+            self.begin(of_tensor)?;
         }
         let (current, findings) = (&mut self.current, &mut self.findings);
         current.counts.add(block.counts);
@@ -192,18 +197,18 @@ impl<'a, 'l> Examination<'a, 'l> {
             }
         }
         if rows.end == touched.n_rows() {
-            self.end(ctx, look)?;
+            self.end(ctx, of_tensor)?;
         }
         Ok(())
     }
 
-    fn begin(&mut self, look: &Look<'_>) -> Result<(), MergeError> {
-        let touched = look.touched;
+    fn begin(&mut self, of_tensor: &TensorExamination<'_>) -> Result<(), MergeError> {
+        let touched = of_tensor.touched;
         let deltas = |(&id, &delta): (&AdapterId, &f64)| needs_originals(delta).then_some((id, 0.0));
-        let largest = look.bound.by_source.iter().filter_map(deltas).collect();
+        let largest = of_tensor.bound.by_source.iter().filter_map(deltas).collect();
         self.current = Current { largest, ..Current::default() };
         let Some(ledger) = self.ledger.as_deref_mut().filter(|_| touched.after.is_some()) else { return Ok(()) };
-        match (touched.work, look.keep) {
+        match (touched.work, of_tensor.keep) {
             (Work::Positions(layout), _) => ledger.begin_positions(touched.tensor.info, layout.transposed),
             (Work::Rows { .. }, Some(KeptOriginals::Whole)) => {
                 ledger.begin_whole(touched.tensor.info);
@@ -214,17 +219,17 @@ impl<'a, 'l> Examination<'a, 'l> {
     }
 
     /// Compares what was gathered of a tensor with what is known of it, and ends it in the ledger.
-    fn end(&mut self, ctx: &Context<'_>, look: &Look<'_>) -> Result<(), MergeError> {
-        let touched = look.touched;
+    fn end(&mut self, ctx: &Context<'_>, of_tensor: &TensorExamination<'_>) -> Result<(), MergeError> {
+        let touched = of_tensor.touched;
         let name = touched.name();
-        let (hashes, base) = self.compare_hashes(look);
+        let (hashes, base) = self.compare_hashes(of_tensor);
         if matches!(touched.work, Work::Nothing { .. }) {
-            self.carry_over(ctx, look)?;
+            self.carry_over(ctx, of_tensor)?;
         } else if touched.after.is_some() {
             self.findings.counts.insert(name.to_owned(), self.current.counts);
         }
         for (&id, &original) in &self.current.largest {
-            let delta = look.bound.by_source.get(&id).copied().unwrap_or(0.0);
+            let delta = of_tensor.bound.by_source.get(&id).copied().unwrap_or(0.0);
             let index = self.change.after.active.iter().position(|source| source.id == id);
             self.findings.implausible.compare(index.unwrap_or(0), name, delta, original);
         }
@@ -286,13 +291,13 @@ impl<'a, 'l> Examination<'a, 'l> {
         };
         let layout = before.positions().expect("positions are kept of what has them");
         let as_before = Touched { after: None, work: Work::Positions(layout), ..*touched };
-        let look = Look::before(self.change, &as_before);
+        let of_tensor = TensorExamination::before(self.change, &as_before);
         let (mut n_changed, mut changed) = (0, Vec::new());
         for_each_ordered(
             ctx,
             self.change.blocks(ctx, &as_before),
             |rows| self.change.before.rows_bytes(ctx, touched.name(), rows) + gather_cost(ctx),
-            |rows| look.compare_before(ctx, layout, rows),
+            |rows| of_tensor.compare_before(ctx, layout, rows),
             |_, block| {
                 n_changed += block.n_changed;
                 changed.extend(block.changed);
@@ -307,8 +312,8 @@ impl<'a, 'l> Examination<'a, 'l> {
 
     /// Compares the hashes of a tensor that was or is changed as a whole; returns those that the ledger keeps, and that which the base must
     /// have.
-    fn compare_hashes(&mut self, look: &Look<'_>) -> (Option<KeptHashes>, Option<String>) {
-        let touched = look.touched;
+    fn compare_hashes(&mut self, of_tensor: &TensorExamination<'_>) -> (Option<KeptHashes>, Option<String>) {
+        let touched = of_tensor.touched;
         let name = touched.name();
         let (found, base, merged) =
             (self.current.found.finish(), self.current.beneath.finish(), self.current.merged.finish());
@@ -333,16 +338,16 @@ impl<'a, 'l> Examination<'a, 'l> {
             }
         }
         let needs_base = before.is_none()
-            && look.keep == Some(KeptOriginals::Hashes)
+            && of_tensor.keep == Some(KeptOriginals::Hashes)
             && matches!(touched.origin, Origin::Here)
             && self.change.base.is_some();
         let of_base = needs_base.then(|| base.clone());
-        (look.keep.map(|_| KeptHashes { base, merged }), of_base)
+        (of_tensor.keep.map(|_| KeptHashes { base, merged }), of_base)
     }
 
     /// Copies what the ledger keeps of a tensor that stays as it is.
-    fn carry_over(&mut self, ctx: &Context<'_>, look: &Look<'_>) -> Result<(), MergeError> {
-        let touched = look.touched;
+    fn carry_over(&mut self, ctx: &Context<'_>, of_tensor: &TensorExamination<'_>) -> Result<(), MergeError> {
+        let touched = of_tensor.touched;
         let Some(ledger) = self.ledger.as_deref_mut() else { return Ok(()) };
         let (Some((shard, info)), Some(Kept::Whole(hashes))) =
             (self.change.before.whole(touched.name()), self.change.before.kept(touched.name()))
@@ -410,7 +415,7 @@ impl<'a, 'l> Examination<'a, 'l> {
         &self,
         ctx: &Context<'_>,
         touched: &Touched<'_>,
-        target: &Target<'_>,
+        target: &MergeTarget<'_>,
         anchors: &mut Anchors,
     ) -> Result<(), MergeError> {
         let beneath = Beneath { change: self.change, touched };

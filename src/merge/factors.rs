@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// A pass over a file reads at most this many bytes at once.
-const MOST_BYTES: u64 = 4 << 20;
+const MAX_BYTES: u64 = 4 << 20;
 
 /// A matrix that lies in a tensor with any strides, in elements.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +46,7 @@ impl<'a> Matrix<'a> {
         let mut buffer = Buffer { shard: self.shard, info: self.info, bytes: Vec::new() };
         let span = (n_rows as u64 - 1) * self.row_stride + (n_columns as u64 - 1) * self.column_stride + 1;
         let width = self.info.dtype.bitsize() as u64 / 8;
-        if span <= 2 * read.len() as u64 && span * width <= MOST_BYTES {
+        if span <= 2 * read.len() as u64 && span * width <= MAX_BYTES {
             buffer.load(base, span)?;
             for (row, read) in read.chunks_exact_mut(n_columns).enumerate() {
                 buffer.pick(row * self.row_stride as usize, self.column_stride as usize, read.iter_mut());
@@ -108,7 +108,7 @@ impl Buffer<'_> {
         mut to: impl Iterator<Item = &'b mut f32>,
     ) -> Result<(), CheckpointError> {
         let width = self.info.dtype.bitsize() as u64 / 8;
-        let most = ((MOST_BYTES / width - 1) / stride + 1).max(1) as usize;
+        let most = ((MAX_BYTES / width - 1) / stride + 1).max(1) as usize;
         for first in (0..n).step_by(most) {
             let n_piece = most.min(n - first);
             self.load(at + first as u64 * stride, (n_piece as u64 - 1) * stride + 1)?;

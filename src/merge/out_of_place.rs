@@ -13,9 +13,9 @@ use super::{
     change::{Change, Touched, Work},
     compute::Bound,
     examine::Examination,
+    examine_tensor::TensorExamination,
     frame::{Frame, by_shard, marked_header},
     ledger::{GROUP_ROWS, LedgerDocument, LedgerWriter, TextEdit},
-    look::Look,
     mark::MarkedAdapter,
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     patch::patch,
@@ -277,25 +277,29 @@ fn rewrite<'t>(
         Work::Rows { .. } | Work::Nothing { .. } => false,
     };
     let (later, at_once): (Vec<&Touched<'_>>, Vec<&Touched<'_>>) = of_shard.iter().copied().partition(is_later);
-    let looks = at_once.iter().map(|touched| examination.look(ctx, touched)).collect::<Result<Vec<Look<'_>>, _>>()?;
-    let row_blocks_of = |look: &Look<'_>| RowBlocks {
-        tensor: shard.file_range(look.touched.tensor.info),
-        row_bytes: look.touched.row_bytes(),
-        rows: change.blocks(ctx, look.touched),
+    let examinations = at_once
+        .iter()
+        .map(|touched| examination.examine(ctx, touched))
+        .collect::<Result<Vec<TensorExamination<'_>>, _>>()?;
+    let row_blocks_of = |of_tensor: &TensorExamination<'_>| RowBlocks {
+        tensor: shard.file_range(of_tensor.touched.tensor.info),
+        row_bytes: of_tensor.touched.row_bytes(),
+        rows: change.blocks(ctx, of_tensor.touched),
     };
-    let looks = &looks;
+    let examinations = &examinations;
     rewrite_shard(
         ctx,
         shard,
         (part, header),
-        pieces(ctx, shard, looks.iter().map(row_blocks_of)).map(|(range, rows)| {
-            let rows: Option<(&Look<'_>, Range<u64>)> = rows.map(|(number, rows)| (&looks[number], rows));
+        pieces(ctx, shard, examinations.iter().map(row_blocks_of)).map(|(range, rows)| {
+            let rows: Option<(&TensorExamination<'_>, Range<u64>)> =
+                rows.map(|(number, rows)| (&examinations[number], rows));
             (range.clone(), (range.end, rows))
         }),
-        |(_, rows)| rows.as_ref().map_or(0, |(look, rows)| look.block_bytes(ctx, rows)),
+        |(_, rows)| rows.as_ref().map_or(0, |(of_tensor, rows)| of_tensor.block_bytes(ctx, rows)),
         |(_, rows), bytes| {
             let block = match rows {
-                Some((look, rows)) => Some(look.in_memory(ctx, rows, bytes)?),
+                Some((of_tensor, rows)) => Some(of_tensor.in_memory(ctx, rows, bytes)?),
                 None => None,
             };
             Ok((block, hashes.then(|| blake3::hash(bytes))))
@@ -305,7 +309,7 @@ fn rewrite<'t>(
                 written.push(Piece::new(end - old_start + new_start, hash));
             }
             match (rows, block) {
-                (Some((look, rows)), Some(block)) => examination.push(ctx, look, &rows, block),
+                (Some((of_tensor, rows)), Some(block)) => examination.push(ctx, of_tensor, &rows, block),
                 _ => Ok(()),
             }
         },

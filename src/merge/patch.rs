@@ -6,12 +6,12 @@ use super::{
     MergeError,
     change::{Change, Touched, Work, positions, put, touched_by_either},
     compute::{merge_cost, merge_rows, prepare, row_blocks},
-    plan::Target,
+    plan::MergeTarget,
     stack::Stack,
 };
 use crate::{
     backend::pick,
-    checkpoint::{Context, Patcher, Place, TensorRef, for_each_ordered, window_cost},
+    checkpoint::{Context, Destination, Patcher, TensorRef, for_each_ordered, window_cost},
     tensor::RowLayout,
 };
 
@@ -85,7 +85,7 @@ fn patch_block(
     }
     let place =
         |row: u64, column: u64| file.data_start() + tensor.info.data.start + layout.flat(row, column) * width as u64;
-    let mut places: Vec<Place> =
+    let mut places: Vec<Destination> =
         positions(&all).map(|(row, column, at)| (place(rows.start + row as u64, u64::from(column)), at)).collect();
     places.sort_unstable();
     // Transposed rows lie between those of other blocks.
@@ -119,7 +119,7 @@ fn patch_whole(
         row_blocks(ctx, n_rows, n_columns),
         |rows| {
             let n_bytes = (rows.end - rows.start) * row_bytes;
-            2 * window_cost(n_bytes) + touched.after.map_or(0, |target: &Target<'_>| merge_cost(ctx, target, rows))
+            2 * window_cost(n_bytes) + touched.after.map_or(0, |target: &MergeTarget<'_>| merge_cost(ctx, target, rows))
         },
         |rows| {
             let mut bytes = read(rows)?;

@@ -6,13 +6,13 @@ use super::{
     AdapterReading, MergeError,
     ledger::{Kept, Ledger, LedgerTarget},
     plan::{
-        AddedTensors, Does, ReplacedRows, Target, Targets, Term, combine, plan, resolve, resolve_added, same_bytes,
+        AddedTensors, Does, MergeTarget, ReplacedRows, Targets, Term, combine, plan, resolve, resolve_added, same_bytes,
     },
     source::Source,
 };
 use crate::{
     adapter::{Adapter, AdapterId, DeltaRows},
-    backend::{Layer, PatchCounts, merged_values, replace_values, union_columns},
+    backend::{PatchCounts, ScaledDeltas, merged_values, replace_values, union_columns},
     checkpoint::{Checkpoint, Context, Printable, Shard, StateFolder, TensorInfo, TensorRef},
     mask::{POSITION_BYTES, ROW_BYTES, TargetInfo},
     tensor::{Dtype, RowColumns},
@@ -90,9 +90,11 @@ impl StackRows {
     }
 
     /// The deltas as the backend takes them.
-    fn layers(&self) -> Vec<Layer<'_>> {
+    fn layers(&self) -> Vec<ScaledDeltas<'_>> {
         let deltas = self.deltas.iter();
-        deltas.map(|(_, rows, scale)| Layer { columns: &rows.columns, values: &rows.values, scale: *scale }).collect()
+        deltas
+            .map(|(_, rows, scale)| ScaledDeltas { columns: &rows.columns, values: &rows.values, scale: *scale })
+            .collect()
     }
     /// The columns that an adapter chose.
     pub(super) fn columns_of(&self, id: AdapterId) -> Option<&RowColumns> {
@@ -139,7 +141,7 @@ impl<'a> Stack<'a> {
             let tensor = stored(ledger, checkpoint, name)?;
             let n_columns = recorded.n_columns.max(1);
             let n_rows = tensor.info.n_elements() / n_columns;
-            targets.insert(&tensor.info.name, Target { tensor, n_rows, n_columns, terms: Vec::new() });
+            targets.insert(&tensor.info.name, MergeTarget { tensor, n_rows, n_columns, terms: Vec::new() });
         }
         let added = recorded_added(ledger, &remembered.sources, checkpoint)?;
         Ok(Self { active: remembered.sources.iter().collect(), targets, added, ledger: Some(ledger) })
@@ -211,7 +213,7 @@ impl<'a> Stack<'a> {
     }
 
     fn sparse_of(&self, name: &str) -> impl Iterator<Item = (&'a Source, &'a Adapter, &'a TargetInfo)> {
-        self.targets.get(name).into_iter().flat_map(Target::sparse)
+        self.targets.get(name).into_iter().flat_map(MergeTarget::sparse)
     }
 
     /// Chosen columns per row of a tensor, over all adapters; for sizing blocks.
@@ -221,7 +223,7 @@ impl<'a> Stack<'a> {
     }
 
     fn replaced_of(&self, name: &str) -> impl Iterator<Item = &ReplacedRows<'a>> {
-        self.targets.get(name).into_iter().flat_map(Target::replaced).map(|(_, rows)| rows)
+        self.targets.get(name).into_iter().flat_map(MergeTarget::replaced).map(|(_, rows)| rows)
     }
     /// Bytes of memory that `rows` of the tensor `name` take at most while single elements of them are worked on.
     pub(super) fn rows_bytes(&self, ctx: &Context<'_>, name: &str, rows: &Range<u64>) -> u64 {
@@ -357,9 +359,9 @@ fn about(checkpoint: &Checkpoint, name: &str, what: &str) -> MergeError {
 }
 
 /// What sparse adapters do to the tensor that has their targets' name.
-fn by_name<'a>(tensor: TensorRef<'a>, n_columns: u64, sources: &'a [Source]) -> Target<'a> {
+fn by_name<'a>(tensor: TensorRef<'a>, n_columns: u64, sources: &'a [Source]) -> MergeTarget<'a> {
     let mut target =
-        Target { tensor, n_rows: tensor.info.n_elements() / n_columns.max(1), n_columns, terms: Vec::new() };
+        MergeTarget { tensor, n_rows: tensor.info.n_elements() / n_columns.max(1), n_columns, terms: Vec::new() };
     for source in sources {
         let Some(adapter) = source.sparse() else { continue };
         let own = adapter.target(&tensor.info.name);

@@ -21,11 +21,11 @@ use crate::{
 };
 
 /// Indices larger than this are refused.
-const MOST_INDEX_BYTES: u64 = 64 << 20;
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// Delta bytes that are read from the file at a time.
 const AHEAD: usize = 1 << 16;
 /// What a frame may look back on, as a power of two: a hundred times what level 1 does.
-const LONGEST_WINDOW: u32 = 26;
+const MAX_WINDOW: u32 = 26;
 
 /// Applies the delta in `folder` to `base` and writes the newer checkpoint at `output`.
 ///
@@ -68,7 +68,7 @@ pub fn apply(
 /// What the index says about the delta.
 fn read_header(path: &Path) -> Result<DeltaHeader, CheckpointError> {
     let bad = |what: String| CheckpointError::bad_file(path, what);
-    let json = read_whole(path, MOST_INDEX_BYTES)?;
+    let json = read_whole(path, MAX_INDEX_BYTES)?;
     #[derive(serde::Deserialize)]
     struct Index {
         #[serde(default)]
@@ -198,7 +198,7 @@ impl TensorDelta<'_> {
         ctx.check()?;
         let decoder = || {
             let mut decoder = Decoder::new(reader)?;
-            decoder.window_log_max(LONGEST_WINDOW)?;
+            decoder.window_log_max(MAX_WINDOW)?;
             Ok::<_, std::io::Error>(decoder)
         };
         let decoder = decoder().map_err(|e| CheckpointError::io("decompress", &what.0, e))?;

@@ -9,7 +9,7 @@ use super::{DeviceError, config::Heads};
 use crate::tensor::Dtype;
 
 /// What operations return.
-pub type Done = Result<(), DeviceError>;
+pub type DeviceResult = Result<(), DeviceError>;
 
 /// How a batch lies: examples end to end.
 pub struct Spans<D: Device + ?Sized> {
@@ -155,24 +155,24 @@ pub trait Device {
     /// A matrix of zeros; `dtype` is BF16, F16 or F32.
     fn weight(&self, dtype: Dtype, d_out: usize, d_in: usize) -> Result<Self::Weight, DeviceError>;
     /// Fills the rows from `first_row` on with `bytes`, little-endian, as stored; `bytes` are whole rows.
-    fn write_rows(&self, weight: &mut Self::Weight, first_row: usize, bytes: &[u8]) -> Done;
+    fn write_rows(&self, weight: &mut Self::Weight, first_row: usize, bytes: &[u8]) -> DeviceResult;
     /// Fills the first elements of `to`.
-    fn write(&self, from: &[f32], to: &mut Self::F32) -> Done;
+    fn write(&self, from: &[f32], to: &mut Self::F32) -> DeviceResult;
     /// The first `n` elements.
     fn read(&self, from: &Self::F32, n: usize) -> Result<Vec<f32>, DeviceError>;
     /// Fills the first activations of `to`, rounded to the device's type.
-    fn write_act(&self, from: &[f32], to: &mut Self::Act) -> Done;
+    fn write_act(&self, from: &[f32], to: &mut Self::Act) -> DeviceResult;
     /// The first `n` activations, widened.
     fn read_act(&self, from: &Self::Act, n: usize) -> Result<Vec<f32>, DeviceError>;
     /// `to[to_at..to_at + n] = from[from_at..from_at + n]`.
-    fn copy(&self, from: &Self::Act, from_at: usize, to: &mut Self::Act, to_at: usize, n: usize) -> Done;
+    fn copy(&self, from: &Self::Act, from_at: usize, to: &mut Self::Act, to_at: usize, n: usize) -> DeviceResult;
     /// Sets all to zero.
-    fn clear(&self, values: &mut Self::F32) -> Done;
+    fn clear(&self, values: &mut Self::F32) -> DeviceResult;
 
     // --- the passes
 
     /// `x[t] = table[ids[t]]`; `table` is `[n_vocab, d]`, `x` `[n, d]`.
-    fn embed(&self, ids: &Self::Ids, n: usize, table: &Self::Weight, x: &mut Self::Act) -> Done;
+    fn embed(&self, ids: &Self::Ids, n: usize, table: &Self::Weight, x: &mut Self::Act) -> DeviceResult;
 
     /// `y = x * w^T + bias`, or that added to `y`; `x` is `[n, d_in]`, `w` `[d_out, d_in]`, `bias` `[d_out]`, `y` `[n, d_out]`.
     fn linear(
@@ -183,13 +183,21 @@ pub trait Device {
         bias: Option<&Self::F32>,
         adds: bool,
         y: &mut Self::Act,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// `dx = dy * w`; `dy` is `[n, d_out]`, `w` `[d_out, d_in]`, `dx` `[n, d_in]`.
-    fn linear_back(&self, dy: &Self::Act, n: usize, w: &Self::Weight, dx: &mut Self::Act) -> Done;
+    fn linear_back(&self, dy: &Self::Act, n: usize, w: &Self::Weight, dx: &mut Self::Act) -> DeviceResult;
 
     /// `y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * gain`; `x` and `y` are `[n, d]`, `gain` `[d]`.
-    fn rms_norm(&self, x: &Self::Act, n: usize, gain: &Self::F32, d: usize, eps: f32, y: &mut Self::Act) -> Done;
+    fn rms_norm(
+        &self,
+        x: &Self::Act,
+        n: usize,
+        gain: &Self::F32,
+        d: usize,
+        eps: f32,
+        y: &mut Self::Act,
+    ) -> DeviceResult;
 
     /// Adds the gradient by `x` to `dx`, given that by `y`. Shapes of [`Device::rms_norm`].
     #[allow(clippy::too_many_arguments)]
@@ -202,7 +210,7 @@ pub trait Device {
         d: usize,
         eps: f32,
         dx: &mut Self::Act,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// The RMS norm of each query and key head by itself: `qkv` is `[n, d_qkv]`, in place, the gains are `[d_head]`.
     fn head_norm(
@@ -213,7 +221,7 @@ pub trait Device {
         q_gain: &Self::F32,
         k_gain: &Self::F32,
         eps: f32,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// Turns the gradient by what [`Device::head_norm`] gave into that by what it was given, `raw`, in place.
     #[allow(clippy::too_many_arguments)]
@@ -226,7 +234,7 @@ pub trait Device {
         q_gain: &Self::F32,
         k_gain: &Self::F32,
         eps: f32,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// Turns each query and key head of `qkv`, `[n, d_qkv]`, in place: elements `i` and `i + d_head / 2` by `frequencies[i] *
     /// position` radians, backwards where `inverse`. The inverse is the gradient too.
@@ -238,7 +246,7 @@ pub trait Device {
         heads: Heads,
         frequencies: &Self::F32,
         inverse: bool,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// Causal attention inside each example; query head `h` reads key head `h / group`, scores are divided by `sqrt(d_head)`.
     ///
@@ -251,7 +259,7 @@ pub trait Device {
         heads: Heads,
         out: &mut Self::Act,
         lse: &mut Self::F32,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// The gradient by `qkv`, given that by `out`. Shapes of [`Device::attention`].
     #[allow(clippy::too_many_arguments)]
@@ -264,7 +272,7 @@ pub trait Device {
         spans: &Spans<Self>,
         heads: Heads,
         dqkv: &mut Self::Act,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// Attention of sequences that go on: their new tokens lie in `qkv`, what came before in `cache`, `[n_examples, capacity, 2 *
     /// d_kv]` (`[k | v]`), of which the first `past[i]` rows of example `i` are filled. The new keys and values are appended.
@@ -278,10 +286,10 @@ pub trait Device {
         cache: &mut Self::Act,
         capacity: usize,
         out: &mut Self::Act,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// `h = silu(gate) * up`; `gate_up` is `[n, 2 * d_ff]` (`[gate | up]`), `h` `[n, d_ff]`.
-    fn swiglu(&self, gate_up: &Self::Act, n: usize, d_ff: usize, h: &mut Self::Act) -> Done;
+    fn swiglu(&self, gate_up: &Self::Act, n: usize, d_ff: usize, h: &mut Self::Act) -> DeviceResult;
 
     /// The gradient by `gate_up`, given that by `h`. Shapes of [`Device::swiglu`].
     fn swiglu_back(
@@ -291,13 +299,21 @@ pub trait Device {
         n: usize,
         d_ff: usize,
         d_gate_up: &mut Self::Act,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// `y[i] = x[rows[i]]`; `y` is `[n_rows, d]`.
-    fn take_rows(&self, x: &Self::Act, rows: &Self::Ids, n_rows: usize, d: usize, y: &mut Self::Act) -> Done;
+    fn take_rows(&self, x: &Self::Act, rows: &Self::Ids, n_rows: usize, d: usize, y: &mut Self::Act) -> DeviceResult;
 
     /// `x = 0`, then `x[rows[i]] = y[i]`; `x` is `[n, d]`, `y` `[n_rows, d]`, and no row comes twice.
-    fn put_rows(&self, y: &Self::Act, rows: &Self::Ids, n_rows: usize, d: usize, n: usize, x: &mut Self::Act) -> Done;
+    fn put_rows(
+        &self,
+        y: &Self::Act,
+        rows: &Self::Ids,
+        n_rows: usize,
+        d: usize,
+        n: usize,
+        x: &mut Self::Act,
+    ) -> DeviceResult;
 
     /// `losses[i] = -log(softmax(x[i] * head^T)[labels[i]])`, and in place of `x` its gradient by `grad_scale * sum(losses)`,
     /// where that is asked for.
@@ -311,7 +327,7 @@ pub trait Device {
         labels: &Self::Ids,
         grad_scale: Option<f32>,
         losses: &mut Self::F32,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// The token of the largest logit of each row, the lowest where several are: `x` is `[n_rows, d]`, `head` `[n_vocab, d]`.
     fn argmax(&self, x: &Self::Act, n_rows: usize, head: &Self::Weight) -> Result<Vec<u32>, DeviceError>;
@@ -326,18 +342,18 @@ pub trait Device {
         n: usize,
         shape: (usize, usize),
         deltas: &mut Deltas<Self>,
-    ) -> Done;
+    ) -> DeviceResult;
 
     /// `grad[e] += sum_t dy[t, i]` for each entry `e` of each row `i` of a bias `[d_out, 1]`; `dy` is `[n, d_out]`, rows have one entry
     /// or none. It is [`Device::gather_dot`] with ones for `x`.
-    fn bias_grad(&self, dy: &Self::Act, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done;
+    fn bias_grad(&self, dy: &Self::Act, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> DeviceResult;
 
     /// `w[i, columns[e]] = round(originals[e] + theta[e])`: the sum in float32, rounded once to the weight's type, as a merge does.
-    fn patch(&self, w: &mut Self::Weight, deltas: &Deltas<Self>) -> Done;
+    fn patch(&self, w: &mut Self::Weight, deltas: &Deltas<Self>) -> DeviceResult;
 
     /// `bias[i] = round(originals[e] + theta[e])` for each entry `e` of each row `i`: the sum in float32, rounded once to the type of the
     /// originals, as a merge does, and widened. Elements without an entry stay. `bias` is `[d_out]`.
-    fn patch_bias(&self, bias: &mut Self::F32, deltas: &Deltas<Self>) -> Done;
+    fn patch_bias(&self, bias: &mut Self::F32, deltas: &Deltas<Self>) -> DeviceResult;
 
     /// The sum of the squares of the first numbers of each buffer, in float64, always in the same order.
     fn sums_of_squares(&self, of: &[(&Self::F32, usize)]) -> Result<Vec<f64>, DeviceError>;
@@ -345,5 +361,5 @@ pub trait Device {
     /// One step of AdamW on `theta` with the gradient, in float32, in PyTorch's order of operations.
     ///
     /// Source: Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>.
-    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> Done;
+    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> DeviceResult;
 }

@@ -161,7 +161,7 @@ fn runs(sizes: &[usize], most: usize) -> Vec<std::ops::Range<usize>> {
 
 /// The log-likelihood of each candidate of each question after its prompt, summed over its tokens.
 ///
-/// Memory: keys and values of about `most_tokens` tokens, once for the prompts and once for each candidate.
+/// Memory: keys and values of about `max_tokens` tokens, once for the prompts and once for each candidate.
 ///
 /// # Errors
 /// [`TrainError::NotANumber`] where a likelihood is not finite; the device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
@@ -173,13 +173,13 @@ pub fn rank<D: Device>(
     device: &D,
     model: &Model<D>,
     questions: &[Question],
-    most_tokens: usize,
+    max_tokens: usize,
 ) -> Result<Vec<Vec<f64>>, TrainError> {
     let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
-    let most = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
+    let most = sizes.iter().copied().max().unwrap_or(0).max(max_tokens);
     let mut work = Workspace::new(device, &model.config, most, Keep::Nothing)?;
     let mut ranked = Vec::with_capacity(questions.len());
-    for run in runs(&sizes, most_tokens) {
+    for run in runs(&sizes, max_tokens) {
         ctx.check()?;
         let likelihoods = rank_together(device, model, &questions[run.clone()], &mut work)?;
         if let Some(&found) = likelihoods.iter().flatten().find(|likelihood| !likelihood.is_finite()) {
@@ -247,9 +247,9 @@ fn rank_together<D: Device>(
 
 impl EvalSize {
     /// That of [`rank`].
-    pub fn of_ranking(questions: &[Question], most_tokens: usize) -> Self {
+    pub fn of_ranking(questions: &[Question], max_tokens: usize) -> Self {
         let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
-        let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(most_tokens);
+        let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(max_tokens);
         let cached = |run: std::ops::Range<usize>| {
             let run = &questions[run];
             let longest = run.iter().map(|question| question.prompt.len() + question.n_shared()).max().unwrap_or(0);
@@ -257,19 +257,19 @@ impl EvalSize {
             let more = candidates.clone().map(Vec::len).max().unwrap_or(0);
             run.len() * longest + candidates.count() * (longest + more)
         };
-        let n_cached = runs(&sizes, most_tokens).into_iter().map(cached).max().unwrap_or(0);
-        Self { most_tokens: most_tokens_of_all, most_supervised: most_tokens_of_all, n_cached }
+        let n_cached = runs(&sizes, max_tokens).into_iter().map(cached).max().unwrap_or(0);
+        Self { max_tokens: most_tokens_of_all, max_supervised: most_tokens_of_all, n_cached }
     }
 
     /// That of [`generate`].
     pub fn of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> Self {
         let mut sizes: Vec<usize> = prompts.iter().map(Vec::len).collect();
         sizes.sort_unstable();
-        let most_tokens = sizes.last().copied().unwrap_or(0).max(options.most_tokens);
+        let max_tokens = sizes.last().copied().unwrap_or(0).max(options.max_tokens);
         let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.most_new);
-        let all = runs(&sizes, options.most_tokens);
-        let most_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
-        Self { most_tokens, most_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
+        let all = runs(&sizes, options.max_tokens);
+        let max_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
+        Self { max_tokens, max_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
     }
 }
 
@@ -281,12 +281,12 @@ pub struct GenerateOptions {
     /// Tokens that end a sequence; not part of what is returned.
     pub stop: Vec<u32>,
     /// Prompts are read together up to so many tokens.
-    pub most_tokens: usize,
+    pub max_tokens: usize,
 }
 
 /// What the model writes after each prompt, the likeliest token each time.
 ///
-/// Memory: keys and values of about [`GenerateOptions::most_tokens`] tokens of prompts, and of what follows them.
+/// Memory: keys and values of about [`GenerateOptions::max_tokens`] tokens of prompts, and of what follows them.
 ///
 /// # Errors
 /// The device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
@@ -304,10 +304,10 @@ pub fn generate<D: Device>(
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|&i| prompts[i].len());
     let sizes: Vec<usize> = order.iter().map(|&i| prompts[i].len()).collect();
-    let most = sizes.last().copied().unwrap_or(0).max(options.most_tokens);
+    let most = sizes.last().copied().unwrap_or(0).max(options.max_tokens);
     let mut work = Workspace::new(device, &model.config, most, Keep::Nothing)?;
     let mut written = vec![Vec::new(); prompts.len()];
-    for run in runs(&sizes, options.most_tokens) {
+    for run in runs(&sizes, options.max_tokens) {
         let run = &order[run];
         let capacity = run.iter().map(|&i| prompts[i].len()).max().unwrap_or(0) + options.most_new;
         let mut session = Session::new(device, model, run.len(), capacity)?;

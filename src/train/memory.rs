@@ -30,9 +30,9 @@ pub struct RunSize {
     /// Elements of biases that are trained.
     pub n_biases: u64,
     /// Tokens of the largest batch.
-    pub most_tokens: usize,
+    pub max_tokens: usize,
     /// Tokens with a label, of the batch that has most.
-    pub most_supervised: usize,
+    pub max_supervised: usize,
     /// What a forward pass keeps.
     pub keep: Keep,
 }
@@ -41,9 +41,9 @@ pub struct RunSize {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct EvalSize {
     /// Tokens of the largest batch.
-    pub most_tokens: usize,
+    pub max_tokens: usize,
     /// Tokens with a label, of the batch that has most.
-    pub most_supervised: usize,
+    pub max_supervised: usize,
     /// Tokens whose keys and values are kept at a time.
     pub n_cached: usize,
 }
@@ -52,8 +52,8 @@ impl EvalSize {
     /// The larger of each: what is enough for both, one after the other.
     pub fn max(self, other: Self) -> Self {
         Self {
-            most_tokens: self.most_tokens.max(other.most_tokens),
-            most_supervised: self.most_supervised.max(other.most_supervised),
+            max_tokens: self.max_tokens.max(other.max_tokens),
+            max_supervised: self.max_supervised.max(other.max_supervised),
             n_cached: self.n_cached.max(other.n_cached),
         }
     }
@@ -62,8 +62,8 @@ impl EvalSize {
 impl MemoryEstimate {
     /// What evaluation on the processor takes; there is no state.
     pub fn of_eval(config: &ModelConfig, base: &Checkpoint, size: EvalSize) -> Self {
-        let EvalSize { most_tokens, most_supervised, n_cached } = size;
-        let run = RunSize { n_entries: 0, n_biases: 0, most_tokens, most_supervised, keep: Keep::Nothing };
+        let EvalSize { max_tokens, max_supervised, n_cached } = size;
+        let run = RunSize { n_entries: 0, n_biases: 0, max_tokens, max_supervised, keep: Keep::Nothing };
         let Self { weights, activations, .. } = Self::on_cpu(config, base, run);
         let cached = (n_cached * 2 * config.heads.d_kv() * config.n_layers) as u64 * 4;
         let activations = activations + cached;
@@ -74,8 +74,8 @@ impl MemoryEstimate {
     pub fn on_cpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
         let is_narrow = width(base) < 4;
         // The gradient of attention comes in parts by head, beside the whole.
-        let parts = if run.keep == Keep::Nothing { 0 } else { (run.most_tokens * config.heads.d_qkv() * 4) as u64 };
-        let scratch = parts + CpuDevice::scratch_bytes(config, run.most_supervised, is_narrow);
+        let parts = if run.keep == Keep::Nothing { 0 } else { (run.max_tokens * config.heads.d_qkv() * 4) as u64 };
+        let scratch = parts + CpuDevice::scratch_bytes(config, run.max_supervised, is_narrow);
         Self::of_run(config, base, run, 4, scratch)
     }
 
@@ -84,7 +84,7 @@ impl MemoryEstimate {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
         let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();
-        let activations = Workspace::<CpuDevice>::n_bytes(config, run.most_tokens, run.keep, act_bytes) + scratch;
+        let activations = Workspace::<CpuDevice>::n_bytes(config, run.max_tokens, run.keep, act_bytes) + scratch;
         // Theta, gradient, mean, variance, column, and the original.
         let n_offsets = config.n_rows() as u64 + run.n_biases;
         let state = (run.n_entries + run.n_biases) * (5 * 4 + width(base)) + n_offsets * 4;

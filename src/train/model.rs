@@ -9,7 +9,7 @@ use super::{
     TrainError,
     attach::bias_of,
     config::ModelConfig,
-    device::{Deltas, Device, Done},
+    device::{Deltas, Device, DeviceResult},
 };
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, Context, Printable, TensorRef},
@@ -157,7 +157,7 @@ impl<D: Device> Linear<D> {
     }
 
     /// Puts the deltas into weight and bias.
-    pub(super) fn patch(&mut self, device: &D) -> Done {
+    pub(super) fn patch(&mut self, device: &D) -> DeviceResult {
         if let Some(deltas) = &self.deltas {
             device.patch(&mut self.weight, deltas)?;
         }

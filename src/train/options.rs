@@ -170,7 +170,7 @@ impl TrainOptions {
 
 /// How long a run is.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Plan {
+pub struct RunLength {
     /// `[epochs]`: batches of each epoch.
     pub n_batches: Vec<u64>,
     /// Optimizer steps in all.
@@ -178,25 +178,25 @@ pub struct Plan {
     /// Of those, steps in which the learning rate goes up.
     pub n_warmup: u64,
     /// Tokens of the largest batch.
-    pub most_tokens: usize,
+    pub max_tokens: usize,
     /// Tokens with a label, of the batch that has most.
-    pub most_supervised: usize,
+    pub max_supervised: usize,
     /// Tokens of a step in the mean.
     pub tokens_per_step: f64,
 }
 
-impl Plan {
+impl RunLength {
     /// Lays out all epochs. Memory: one epoch's order at a time.
     pub fn new(options: &TrainOptions, data: &Dataset) -> Self {
-        let (mut n_batches, mut most_tokens, mut most_supervised) = (Vec::new(), 0, 0);
+        let (mut n_batches, mut max_tokens, mut max_supervised) = (Vec::new(), 0, 0);
         for epoch in 0..options.epochs {
             // Unshuffled epochs are alike.
             if epoch == 0 || options.shuffle {
                 let batches = options.epoch(data, epoch);
                 n_batches.push(batches.len() as u64);
-                most_tokens = most_tokens.max(batches.most_tokens());
+                max_tokens = max_tokens.max(batches.max_tokens());
                 let of_batch = |i| batches.examples(i).iter().map(|&i| data.example(i as usize).n_supervised()).sum();
-                most_supervised = (0..batches.len()).map(of_batch).max().unwrap_or(0).max(most_supervised);
+                max_supervised = (0..batches.len()).map(of_batch).max().unwrap_or(0).max(max_supervised);
             } else {
                 n_batches.push(n_batches[0]);
             }
@@ -208,7 +208,7 @@ impl Plan {
             Warmup::Share(share) => (share * n_steps as f64).ceil() as u64,
         };
         let tokens_per_step = data.n_tokens() as f64 * options.epochs as f64 / all.max(1) as f64;
-        Self { n_batches, n_steps, n_warmup, most_tokens, most_supervised, tokens_per_step }
+        Self { n_batches, n_steps, n_warmup, max_tokens, max_supervised, tokens_per_step }
     }
 }
 
@@ -243,11 +243,11 @@ mod tests {
             data.push(&[1, 2, 3, 4], 2);
         }
         let options = TrainOptions { batch_examples: 3, accumulate: 2, epochs: 2, ..TrainOptions::default() };
-        let plan = Plan::new(&options, &data);
+        let plan = RunLength::new(&options, &data);
         // 3 + 3 + 3 + 1 examples are four batches, two steps.
-        assert_eq!((plan.n_batches, plan.n_steps, plan.n_warmup, plan.most_tokens), (vec![4, 4], 4, 1, 12));
+        assert_eq!((plan.n_batches, plan.n_steps, plan.n_warmup, plan.max_tokens), (vec![4, 4], 4, 1, 12));
         let short = TrainOptions { max_steps: Some(3), warmup: Warmup::Steps(2), ..options };
-        let plan = Plan::new(&short, &data);
+        let plan = RunLength::new(&short, &data);
         assert_eq!((plan.n_steps, plan.n_warmup, plan.tokens_per_step), (3, 2, 20.0));
     }
 }

@@ -6,7 +6,7 @@
 use super::{
     DeviceError, TrainError,
     config::ModelConfig,
-    device::{Device, Done, Spans},
+    device::{Device, DeviceResult, Spans},
     model::{Layer, Linear, Model},
 };
 use crate::data::{Batch, IGNORE};
@@ -116,7 +116,7 @@ struct Back<D: Device> {
 /// The buffers of the passes, for batches of up to so many tokens.
 pub struct Workspace<D: Device> {
     keep: Keep,
-    most_tokens: usize,
+    max_tokens: usize,
     /// `[n, d_model]` each: the input of every layer and the output of the last, or the two that are in use.
     inputs: Vec<D::Act>,
     tapes: Vec<Tape<D>>,
@@ -132,12 +132,12 @@ pub struct Workspace<D: Device> {
 }
 
 impl<D: Device> Workspace<D> {
-    /// Buffers for `most_tokens` tokens.
+    /// Buffers for `max_tokens` tokens.
     ///
     /// # Errors
     /// Too little memory.
-    pub fn new(device: &D, config: &ModelConfig, most_tokens: usize, keep: Keep) -> Result<Self, DeviceError> {
-        let act = |width: usize| device.act(most_tokens * width);
+    pub fn new(device: &D, config: &ModelConfig, max_tokens: usize, keep: Keep) -> Result<Self, DeviceError> {
+        let act = |width: usize| device.act(max_tokens * width);
         let n_inputs = if keep == Keep::Nothing { 2 } else { config.n_layers + 1 };
         let n_tapes = if keep == Keep::All { config.n_layers } else { 1 };
         let back = if keep == Keep::Nothing {
@@ -153,19 +153,19 @@ impl<D: Device> Workspace<D> {
         };
         Ok(Self {
             keep,
-            most_tokens,
+            max_tokens,
             inputs: (0..n_inputs).map(|_| act(config.d_model)).collect::<Result<_, _>>()?,
-            tapes: (0..n_tapes).map(|_| Tape::new(device, config, most_tokens)).collect::<Result<_, _>>()?,
+            tapes: (0..n_tapes).map(|_| Tape::new(device, config, max_tokens)).collect::<Result<_, _>>()?,
             normed: act(config.d_model)?,
             hidden: act(config.d_ff)?,
             labelled: act(config.d_model)?,
-            losses: device.zeros(most_tokens)?,
+            losses: device.zeros(max_tokens)?,
             back,
         })
     }
 
     /// Bytes that [`Workspace::new`] allocates, where an activation has `act_bytes`.
-    pub fn n_bytes(config: &ModelConfig, most_tokens: usize, keep: Keep, act_bytes: usize) -> u64 {
+    pub fn n_bytes(config: &ModelConfig, max_tokens: usize, keep: Keep, act_bytes: usize) -> u64 {
         let (d, d_ff, heads) = (config.d_model, config.d_ff, config.heads);
         let n_inputs = if keep == Keep::Nothing { 2 } else { config.n_layers + 1 };
         let n_tapes = if keep == Keep::All { config.n_layers } else { 1 };
@@ -173,12 +173,12 @@ impl<D: Device> Workspace<D> {
         let (tape, tape_f32) = Tape::<D>::size(config);
         let acts = n_inputs * d + n_tapes * tape + 2 * d + d_ff + back;
         let numbers = n_tapes * tape_f32 + 1;
-        (most_tokens * (acts * act_bytes + numbers * 4)) as u64
+        (max_tokens * (acts * act_bytes + numbers * 4)) as u64
     }
 
     /// Tokens that a batch may have.
-    pub fn most_tokens(&self) -> usize {
-        self.most_tokens
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
     }
 
     fn input(&self, layer: usize) -> usize {
@@ -196,7 +196,7 @@ struct Here<'a, D: Device> {
 
 impl<D: Device> Here<'_, D> {
     /// From the layer's input to its query, key and value heads, turned: fills `tape.raw` and `tape.qkv`.
-    fn heads(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> Done {
+    fn heads(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> DeviceResult {
         let Self { device, model, layer, spans } = self;
         let &ModelConfig { d_model, heads, norm_eps, .. } = &model.config;
         let n = spans.n_tokens();
@@ -210,7 +210,7 @@ impl<D: Device> Here<'_, D> {
     }
 
     /// From the attended values to gate and up: fills `tape.middle` and `tape.gate_up`.
-    fn gates(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> Done {
+    fn gates(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> DeviceResult {
         let Self { device, model, layer, spans } = self;
         let &ModelConfig { d_model, norm_eps, .. } = &model.config;
         let n = spans.n_tokens();
@@ -221,7 +221,7 @@ impl<D: Device> Here<'_, D> {
     }
 
     /// From gate and up to the layer's output.
-    fn output(&self, tape: &Tape<D>, hidden: &mut D::Act, out: &mut D::Act) -> Done {
+    fn output(&self, tape: &Tape<D>, hidden: &mut D::Act, out: &mut D::Act) -> DeviceResult {
         let (n, &ModelConfig { d_model, d_ff, .. }) = (self.spans.n_tokens(), &self.model.config);
         self.device.swiglu(&tape.gate_up, n, d_ff, hidden)?;
         self.device.copy(&tape.middle, 0, out, 0, n * d_model)?;
@@ -230,12 +230,12 @@ impl<D: Device> Here<'_, D> {
 }
 
 impl<D: Device> Linear<D> {
-    fn forward(&self, device: &D, x: &D::Act, n: usize, adds: bool, y: &mut D::Act) -> Done {
+    fn forward(&self, device: &D, x: &D::Act, n: usize, adds: bool, y: &mut D::Act) -> DeviceResult {
         device.linear(x, n, &self.weight, self.bias.as_ref(), adds, y)
     }
 
     /// Adds to the gradient of the deltas.
-    fn learn(&mut self, device: &D, dy: &D::Act, x: &D::Act, n: usize) -> Done {
+    fn learn(&mut self, device: &D, dy: &D::Act, x: &D::Act, n: usize) -> DeviceResult {
         if let Some(deltas) = &mut self.deltas {
             device.gather_dot(dy, x, n, (self.d_out, self.d_in), deltas)?;
         }
@@ -253,7 +253,12 @@ impl<D: Device> Linear<D> {
 ///
 /// # Panics
 /// Where the batch has more tokens than the workspace has room for.
-pub fn forward<D: Device>(device: &D, model: &Model<D>, batch: &DeviceBatch<D>, work: &mut Workspace<D>) -> Done {
+pub fn forward<D: Device>(
+    device: &D,
+    model: &Model<D>,
+    batch: &DeviceBatch<D>,
+    work: &mut Workspace<D>,
+) -> DeviceResult {
     let heads = model.config.heads;
     run_layers(device, model, &batch.ids, &batch.spans, work, |_, qkv, attended, lse| {
         device.attention(qkv, &batch.spans, heads, attended, lse)
@@ -267,10 +272,10 @@ pub(super) fn run_layers<D: Device>(
     ids: &D::Ids,
     spans: &Spans<D>,
     work: &mut Workspace<D>,
-    mut attend: impl FnMut(usize, &D::Act, &mut D::Act, &mut D::F32) -> Done,
-) -> Done {
+    mut attend: impl FnMut(usize, &D::Act, &mut D::Act, &mut D::F32) -> DeviceResult,
+) -> DeviceResult {
     let n = spans.n_tokens();
-    assert!(n <= work.most_tokens, "a batch of {n} tokens fits {}", work.most_tokens);
+    assert!(n <= work.max_tokens, "a batch of {n} tokens fits {}", work.max_tokens);
     device.embed(ids, n, &model.embedding, &mut work.inputs[0])?;
     for (i, layer) in model.layers.iter().enumerate() {
         let (from, to) = (work.input(i), work.input(i + 1));
@@ -380,7 +385,12 @@ fn last_rows<'w, D: Device>(
 ///
 /// # Errors
 /// The device's.
-pub fn backward<D: Device>(device: &D, model: &mut Model<D>, batch: &DeviceBatch<D>, work: &mut Workspace<D>) -> Done {
+pub fn backward<D: Device>(
+    device: &D,
+    model: &mut Model<D>,
+    batch: &DeviceBatch<D>,
+    work: &mut Workspace<D>,
+) -> DeviceResult {
     let trains = |layer: &Layer<D>| layer.linears().iter().any(|linear| linear.trained().next().is_some());
     let Some(first) = model.layers.iter().position(trains) else { return Ok(()) };
     for i in (first..model.layers.len()).rev() {
@@ -394,7 +404,13 @@ pub fn backward<D: Device>(device: &D, model: &mut Model<D>, batch: &DeviceBatch
 }
 
 /// Fills the tape of a layer from its input.
-fn again<D: Device>(device: &D, model: &Model<D>, batch: &DeviceBatch<D>, work: &mut Workspace<D>, i: usize) -> Done {
+fn again<D: Device>(
+    device: &D,
+    model: &Model<D>,
+    batch: &DeviceBatch<D>,
+    work: &mut Workspace<D>,
+    i: usize,
+) -> DeviceResult {
     let Workspace { inputs, tapes, normed, .. } = work;
     let (x, tape) = (&inputs[i], &mut tapes[0]);
     let here = Here { device, model, layer: &model.layers[i], spans: &batch.spans };
@@ -411,7 +427,7 @@ fn layer_back<D: Device>(
     work: &mut Workspace<D>,
     i: usize,
     goes_on: bool,
-) -> Done {
+) -> DeviceResult {
     let Model { config, layers, frequencies, .. } = model;
     let &mut ModelConfig { d_model, d_ff, heads, norm_eps, .. } = config;
     let (layer, n) = (&mut layers[i], batch.n());

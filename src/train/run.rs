@@ -16,7 +16,7 @@ use super::{
     device::{AdamW, Device},
     evaluate::mean_loss,
     model::Model,
-    options::{Plan, TrainOptions},
+    options::{RunLength, TrainOptions},
     pass::{DeviceBatch, Workspace, backward, first_not_finite, forward, losses},
     state::{self, Best, BestDeltas, Progress},
 };
@@ -190,9 +190,9 @@ pub fn train<D: Device>(
     job.options.check()?;
     let state_path = job.beside("state.safetensors");
     let goes_on = job.check_outputs(&state_path)?;
-    let plan = Plan::new(job.options, job.data);
+    let plan = RunLength::new(job.options, job.data);
     let eval_batches = job.eval.map(|eval| Batches::in_order(eval, job.options.limits()));
-    let most_tokens = eval_batches.as_ref().map_or(0, Batches::most_tokens).max(plan.most_tokens);
+    let max_tokens = eval_batches.as_ref().map_or(0, Batches::max_tokens).max(plan.max_tokens);
     let fits = model.config.max_positions;
     let longest = job.data.longest().max(job.eval.map_or(0, Dataset::longest));
     if longest > fits {
@@ -212,7 +212,7 @@ pub fn train<D: Device>(
     for linear in model.linears_mut() {
         linear.patch(device)?;
     }
-    let work = Workspace::new(device, &model.config, most_tokens, job.options.keep())?;
+    let work = Workspace::new(device, &model.config, max_tokens, job.options.keep())?;
     let log = Log::open(&job.beside("log.jsonl"), progress.step, goes_on)?;
     Run { ctx, device, model, job, watcher, plan, eval_batches, work, recipe, progress, best, log }.run_all()
 }
@@ -228,7 +228,7 @@ struct Run<'a, D: Device> {
     model: &'a mut Model<D>,
     job: &'a TrainJob<'a>,
     watcher: &'a dyn Watcher,
-    plan: Plan,
+    plan: RunLength,
     eval_batches: Option<Batches<'a>>,
     work: Workspace<D>,
     recipe: Value,
@@ -243,7 +243,7 @@ impl<D: Device> Run<'_, D> {
         if self.progress.step == 0 {
             self.evaluate()?;
         }
-        let mut stopped_early = self.is_hopeless();
+        let mut stopped_early = self.patience_exhausted();
         let mut batches = options.epoch(self.job.data, self.progress.epoch);
         while self.progress.step < self.plan.n_steps && !stopped_early {
             let first = self.progress.batch as usize;
@@ -270,7 +270,7 @@ impl<D: Device> Run<'_, D> {
             let is_last = step == self.plan.n_steps;
             if due(options.eval_every) || is_last {
                 self.evaluate()?;
-                stopped_early = !is_last && self.is_hopeless();
+                stopped_early = !is_last && self.patience_exhausted();
             }
             if due(self.job.save_every) && !is_last {
                 self.save()?;
@@ -279,7 +279,7 @@ impl<D: Device> Run<'_, D> {
         self.finish(stopped_early)
     }
 
-    fn is_hopeless(&self) -> bool {
+    fn patience_exhausted(&self) -> bool {
         self.job.options.patience.is_some_and(|patience| self.progress.n_worse >= patience)
     }
 

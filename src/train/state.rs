@@ -18,7 +18,7 @@ use crate::{
 const DOCUMENT_KEY: &str = "neuroada_training";
 const VERSION: u64 = 1;
 /// Documents larger than this are no state.
-const MOST_BYTES: usize = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 
 /// Where a run stands.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -104,7 +104,7 @@ pub(super) fn load<D: Device>(
     let file = Shard::open(path)?;
     let bad = |what: String| CheckpointError::bad_file(path, what);
     let json = file.header().metadata().get(DOCUMENT_KEY).ok_or_else(|| bad("this is no training state".to_owned()))?;
-    if json.len() > MOST_BYTES {
+    if json.len() > MAX_BYTES {
         return Err(bad("its training document is too long".to_owned()).into());
     }
     let document: Document =

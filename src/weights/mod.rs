@@ -26,6 +26,6 @@ pub use map::{Answers, Unplaced, Weight, WeightMap};
 pub use modules::{family_axes, is_embedding};
 pub use pairs::{Pairing, Pairs};
 pub use pattern::{ALL_LINEAR, TargetPattern};
-pub use place::{Columns, Part, Place, Placement, Reading};
+pub use place::{Columns, Part, Placement, Reading, StoredRows};
 pub use rename::Rename;
 pub use ties::TiedWeight;

@@ -52,7 +52,7 @@ impl Columns {
 
 /// Rows of a stored tensor that belong to rows of an adapter's product.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct StoredRows<'a> {
     /// The tensor.
     pub tensor: TensorRef<'a>,
     /// The first of the tensor's rows, all dimensions but the last counted as rows.
@@ -69,7 +69,7 @@ pub struct Placement<'a> {
     /// Which way round the product is added: `out-in` as `B A`, `in-out` transposed.
     pub axes: Axes,
     /// The stored rows, those of equal copies of one weight included.
-    pub places: Vec<Place<'a>>,
+    pub places: Vec<StoredRows<'a>>,
 }
 
 /// What an adapter tells about itself that decides how its factors are read.
@@ -180,7 +180,7 @@ impl<'a> WeightMap<'a> {
                 let fitting: Vec<Axes> = both.filter(|&axes| stacked(found.tensor, axes)).collect();
                 let axes = self.factor_axes(name, found.tensor, &fitting, reading)?;
                 let (n_rows, n_columns) = as_stored(axes);
-                let place = |matrix| Place {
+                let place = |matrix| StoredRows {
                     tensor: found.tensor,
                     first_row: matrix * n_rows,
                     columns: Columns::all(n_columns),
@@ -194,7 +194,7 @@ impl<'a> WeightMap<'a> {
             let (n_rows, n_columns) = as_stored(axes);
             Some((axes, self.place_apart(name, n, n_rows, n_columns)?))
         };
-        let mut found: Vec<(Axes, Vec<Place<'a>>)> = both.filter_map(apart).collect();
+        let mut found: Vec<(Axes, Vec<StoredRows<'a>>)> = both.filter_map(apart).collect();
         match found.len() {
             0 => Err(missing),
             _ => {
@@ -236,7 +236,7 @@ impl<'a> WeightMap<'a> {
     }
 
     /// One stack in memory, one tensor per expert on disk; the stack's matrices are `[n_rows, n_columns]` as stored.
-    fn place_apart(&self, name: &str, n: u64, n_rows: u64, n_columns: u64) -> Option<Vec<Place<'a>>> {
+    fn place_apart(&self, name: &str, n: u64, n_rows: u64, n_columns: u64) -> Option<Vec<StoredRows<'a>>> {
         let (module, parameter) = name.rsplit_once('.')?;
         let (gate_up, halves) = GATE_UP;
         let names: &[&str] = if parameter == gate_up { &halves } else { &[parameter] };
@@ -249,7 +249,7 @@ impl<'a> WeightMap<'a> {
             for (first_row, name) in (0..).step_by(share as usize).zip(names) {
                 let name = format!("{module}.{matrix}.{name}.weight");
                 let found = self.find_renamed(&name, |tensor| tensor.info.shape == [share, n_columns]).ok()?;
-                places.push(Place {
+                places.push(StoredRows {
                     tensor: found.tensor,
                     first_row: 0,
                     columns: Columns::all(n_columns),
@@ -312,7 +312,7 @@ impl<'a> WeightMap<'a> {
             (Some(half), Axes::InOut) => (0, Columns { first: half * d_out, step: 1, n: d_out, of: columns }),
         };
         let part = Part { matrix: 0, first_row: 0, n_rows };
-        let place = Place { tensor, first_row: expert * rows + first_row, columns, part };
+        let place = StoredRows { tensor, first_row: expert * rows + first_row, columns, part };
         Ok(Placement { axes, places: vec![place] })
     }
 
@@ -332,7 +332,7 @@ impl<'a> WeightMap<'a> {
                     let found =
                         self.find_renamed(&format!("{before}{part}.weight"), |t| t.info.shape == [share, d_in]).ok()?;
                     let part = Part { matrix: 0, first_row: matrix * share, n_rows: share };
-                    Some(Place { tensor: found.tensor, first_row: 0, columns: Columns::all(d_in), part })
+                    Some(StoredRows { tensor: found.tensor, first_row: 0, columns: Columns::all(d_in), part })
                 };
                 if let Some(places) = (0..).zip(fused.parts).map(part).collect() {
                     return Ok(Placement { axes: Axes::OutIn, places });
@@ -347,7 +347,8 @@ impl<'a> WeightMap<'a> {
                     continue;
                 };
                 let part = Part { matrix: 0, first_row: 0, n_rows: d_out };
-                let place = Place { tensor: found.tensor, first_row: at * d_out, columns: Columns::all(d_in), part };
+                let place =
+                    StoredRows { tensor: found.tensor, first_row: at * d_out, columns: Columns::all(d_in), part };
                 return Ok(Placement { axes: Axes::OutIn, places: vec![place] });
             }
         }
@@ -375,7 +376,7 @@ fn fits(tensor: TensorRef<'_>, d_out: u64, d_in: u64) -> Option<Axes> {
 }
 
 /// The same rows of every copy of a weight.
-fn copies<'a>(found: &Weight<'a>, (first_row, n_rows): (u64, u64), columns: Columns) -> Vec<Place<'a>> {
+fn copies<'a>(found: &Weight<'a>, (first_row, n_rows): (u64, u64), columns: Columns) -> Vec<StoredRows<'a>> {
     let part = Part { matrix: 0, first_row: 0, n_rows };
-    found.copies().map(|tensor| Place { tensor, first_row, columns, part }).collect()
+    found.copies().map(|tensor| StoredRows { tensor, first_row, columns, part }).collect()
 }

@@ -16,7 +16,9 @@ use neuroada_ckpt::{
         checkpoint::TensorFileWriter,
         data::Dataset,
         gpu::{CudaDevice, Gpu},
-        train::{Keep, Model, ModelConfig, Plan, RunSize, StepRecord, TrainJob, TrainOptions, Warmup, Watcher, train},
+        train::{
+            Keep, Model, ModelConfig, RunLength, RunSize, StepRecord, TrainJob, TrainOptions, Warmup, Watcher, train,
+        },
     },
 };
 
@@ -172,12 +174,12 @@ fn measure(
         layer_checkpoints: keep == Keep::Inputs,
         ..TrainOptions::default()
     };
-    let plan = Plan::new(&options, &data);
+    let plan = RunLength::new(&options, &data);
     let size = RunSize {
         n_entries: mask.nnz(),
         n_biases: 0,
-        most_tokens: plan.most_tokens,
-        most_supervised: plan.most_supervised,
+        max_tokens: plan.max_tokens,
+        max_supervised: plan.max_supervised,
         keep,
     };
     let estimate = CudaDevice::memory_of_run(&ModelConfig::of(base)?, base, Dtype::BF16, size).total;

@@ -14,15 +14,15 @@ use neuroada_ckpt::{
     },
 };
 
-use super::harness::{Place, fixtures};
+use super::harness::{Workspace, fixtures};
 
 /// All seven projections of both layers.
 pub(crate) const PROJECTIONS: &str = "_proj.weight";
 
 /// Writes an adapter made from `[FIXTURES]/tiny-llama`: on each row of the tensors whose name ends with `targets`, `delta` on
 /// column `first` and a quarter of it on the next.
-pub(crate) fn write_adapter(place: &Place, name: &str, targets: &str, first: u32, delta: f32) -> PathBuf {
-    write_adapter_for(&fixtures().join("tiny-llama"), &place.path(name), targets, first, delta)
+pub(crate) fn write_adapter(workspace: &Workspace, name: &str, targets: &str, first: u32, delta: f32) -> PathBuf {
+    write_adapter_for(&fixtures().join("tiny-llama"), &workspace.path(name), targets, first, delta)
 }
 
 /// The same for any base.

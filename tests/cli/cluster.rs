@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, process::Command};
 
-use super::Place;
+use super::Workspace;
 
 const PARTS: usize = 3;
 
@@ -22,20 +22,23 @@ fn run_task(script: &str, variables: &[(&str, String)]) {
 
 /// Makes all parts with `script`, the variables of each from `task`, and compares their join with one run.
 fn parts_join_to_the_whole(script: &str, task: impl Fn(usize) -> Vec<(&'static str, String)>) {
-    let place = Place::new();
-    let base = place.copy_fixture("tiny-llama").display().to_string();
-    fs::create_dir(place.path("parts")).unwrap();
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("tiny-llama").display().to_string();
+    fs::create_dir(workspace.path("parts")).unwrap();
     for i in 0..PARTS {
         let mut variables = task(i);
-        let parts = place.path("parts").display().to_string();
+        let parts = workspace.path("parts").display().to_string();
         variables.extend([("BASE", base.clone()), ("PARTS", parts), ("K", "2".to_owned())]);
         run_task(script, &variables);
     }
-    let parts: Vec<String> = place.files().into_iter().filter(|name| name.starts_with("parts/")).collect();
+    let parts: Vec<String> = workspace.files().into_iter().filter(|name| name.starts_with("parts/")).collect();
     assert_eq!(parts.len(), PARTS);
-    place.stdout(&format!("mask-join {} -o joined.safetensors", parts.join(" ")));
-    place.stdout("mask tiny-llama --k 2 -o whole.safetensors");
-    assert!(fs::read(place.path("joined.safetensors")).unwrap() == fs::read(place.path("whole.safetensors")).unwrap());
+    workspace.stdout(&format!("mask-join {} -o joined.safetensors", parts.join(" ")));
+    workspace.stdout("mask tiny-llama --k 2 -o whole.safetensors");
+    assert!(
+        fs::read(workspace.path("joined.safetensors")).unwrap()
+            == fs::read(workspace.path("whole.safetensors")).unwrap()
+    );
 }
 
 #[test]

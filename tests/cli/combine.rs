@@ -6,18 +6,18 @@ use insta::assert_snapshot;
 
 use super::{
     adapters::{PROJECTIONS, content, write_adapter},
-    harness::{Place, fixtures},
+    harness::{Workspace, fixtures},
 };
 
 const BASE: &str = "[FIXTURES]/tiny-llama";
 
 #[test]
 fn the_overlap_comes_first_and_the_sum_merges_as_one() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     // Columns 3 and 4, then 4 and 5 with the other sign.
-    write_adapter(&place, "a", PROJECTIONS, 3, 0.5);
-    write_adapter(&place, "b", PROJECTIONS, 4, -0.25);
-    assert_snapshot!(place.run(&format!("combine a=0.5 b=2 -o c --base {BASE}")), @r"
+    write_adapter(&workspace, "a", PROJECTIONS, 3, 0.5);
+    write_adapter(&workspace, "b", PROJECTIONS, 4, -0.25);
+    assert_snapshot!(workspace.run(&format!("combine a=0.5 b=2 -o c --base {BASE}")), @r"
     exit: 0
     --- stdout
        adapter  id            weight  scale  deltas   kept   norm
@@ -36,29 +36,29 @@ fn the_overlap_comes_first_and_the_sum_merges_as_one() {
     size       33.7 kB
     --- stderr
     ");
-    place.stdout(&format!("merge {BASE} --adapter c -o m"));
-    let diff = place.json("diff c a");
+    workspace.stdout(&format!("merge {BASE} --adapter c -o m"));
+    let diff = workspace.json("diff c a");
     assert_eq!((&diff["total"]["n_only_a"], &diff["total"]["n_only_b"]), (&1216.into(), &0.into()));
 }
 
 #[test]
 fn one_adapter_with_its_weight_is_its_scaled_self() {
-    let place = Place::new();
-    write_adapter(&place, "a", PROJECTIONS, 3, 0.5);
-    place.stdout("combine a=0.25 -o c");
-    place.stdout(&format!("merge {BASE} --adapter c -o m1 --no-ledger"));
-    place.stdout(&format!("merge {BASE} --adapter a=0.25 -o m2 --no-ledger"));
-    assert!(content(&place.path("m1")) == content(&place.path("m2")));
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a", PROJECTIONS, 3, 0.5);
+    workspace.stdout("combine a=0.25 -o c");
+    workspace.stdout(&format!("merge {BASE} --adapter c -o m1 --no-ledger"));
+    workspace.stdout(&format!("merge {BASE} --adapter a=0.25 -o m2 --no-ledger"));
+    assert!(content(&workspace.path("m1")) == content(&workspace.path("m2")));
 }
 
 #[test]
 fn ties_and_priority_settle_conflicts() {
-    let place = Place::new();
-    write_adapter(&place, "a", "0.mlp.up_proj.weight", 3, 1.0);
-    write_adapter(&place, "b", "0.mlp.up_proj.weight", 3, -0.5);
-    write_adapter(&place, "c", "0.mlp.up_proj.weight", 3, -0.125);
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a", "0.mlp.up_proj.weight", 3, 1.0);
+    write_adapter(&workspace, "b", "0.mlp.up_proj.weight", 3, -0.5);
+    write_adapter(&workspace, "c", "0.mlp.up_proj.weight", 3, -0.125);
     let n_rows = 176.0;
-    let norm = |line: &str| place.json(line)["norm"].as_f64().unwrap();
+    let norm = |line: &str| workspace.json(line)["norm"].as_f64().unwrap();
     let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-5 * expected, "{found} {expected}");
     // The sum of 1, -0.5 and -0.125 is positive: a alone has that sign; on the second column a quarter of it.
     let of = |delta: f64| (n_rows * (delta * delta + delta * delta / 16.0)).sqrt();
@@ -71,18 +71,18 @@ fn ties_and_priority_settle_conflicts() {
 
 #[test]
 fn dare_is_the_same_for_any_number_of_threads_and_order() {
-    let place = Place::new();
-    write_adapter(&place, "a", PROJECTIONS, 3, 0.5);
-    write_adapter(&place, "b", PROJECTIONS, 3, 0.25);
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a", PROJECTIONS, 3, 0.5);
+    write_adapter(&workspace, "b", PROJECTIONS, 3, 0.25);
     let run = |line: &str| {
-        place.stdout(&format!("combine {line} --method dare --density 0.4 --force -o c"));
-        fs::read(place.path("c")).unwrap()
+        workspace.stdout(&format!("combine {line} --method dare --density 0.4 --force -o c"));
+        fs::read(workspace.path("c")).unwrap()
     };
     let one = run("a b --seed 7 --threads 1");
     assert!(one == run("a b --seed 7 --threads 3"));
     assert!(one == run("b a --seed 7"));
     assert!(one != run("a b --seed 8"));
-    let report = place.json("combine a b --method dare --density 0.4 --seed 7 --dry-run");
+    let report = workspace.json("combine a b --method dare --density 0.4 --seed 7 --dry-run");
     let kept = report["inputs"][0]["n_kept"].as_u64().unwrap();
     // 2,432 throws of 0.4: within four standard deviations of 973.
     assert!((876..1070).contains(&kept), "{kept}");
@@ -90,11 +90,11 @@ fn dare_is_the_same_for_any_number_of_threads_and_order() {
 
 #[test]
 fn adapters_of_different_bases_are_refused() {
-    let place = Place::new();
-    let base = place.copy_fixture("tiny-llama");
-    write_adapter(&place, "a", PROJECTIONS, 3, 0.5);
-    write_adapter(&place, "b", PROJECTIONS, 4, 0.5);
-    assert_snapshot!(place.run("combine a b -o c"), @r#"
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("tiny-llama");
+    write_adapter(&workspace, "a", PROJECTIONS, 3, 0.5);
+    write_adapter(&workspace, "b", PROJECTIONS, 4, 0.5);
+    assert_snapshot!(workspace.run("combine a b -o c"), @r#"
     exit: 2
     --- stdout
     --- stderr
@@ -107,31 +107,31 @@ fn adapters_of_different_bases_are_refused() {
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[data..].chunks_exact_mut(2).for_each(|le| le[1] ^= 0x80);
     fs::write(&shard, bytes).unwrap();
-    super::adapters::write_adapter_for(&base, &place.path("other"), PROJECTIONS, 3, 0.5);
-    assert_snapshot!(place.run("combine a other -o c"), @r#"
+    super::adapters::write_adapter_for(&base, &workspace.path("other"), PROJECTIONS, 3, 0.5);
+    assert_snapshot!(workspace.run("combine a other -o c"), @r#"
     exit: 4
     --- stdout
     --- stderr
     error: other: tensor "model.layers.0.mlp.down_proj.weight": it was made from other values at the same positions than a: they are of different bases
     "#);
-    assert_snapshot!(place.run("combine a b -o c --base tiny-llama"), @r#"
+    assert_snapshot!(workspace.run("combine a b -o c --base tiny-llama"), @r#"
     exit: 4
     --- stdout
     --- stderr
     error: a: tensor "model.layers.0.mlp.down_proj.weight": it was made from tiny-llama, tiny-llama has other values at its positions
     "#);
-    assert!(!place.path("c").exists());
+    assert!(!workspace.path("c").exists());
 }
 
 #[test]
 fn packed_adapters_are_combined_as_they_are() {
-    let place = Place::new();
-    fs::copy(fixtures().join("tiny-llama-adapter.safetensors"), place.path("a")).unwrap();
-    place.stdout(&format!("pack a -o p --base {BASE}"));
-    place.stdout("combine a a=2 -o c1");
-    place.stdout(&format!("combine p p=2 -o c2 --base {BASE}"));
-    assert!(fs::read(place.path("c1")).unwrap() == fs::read(place.path("c2")).unwrap());
-    assert_snapshot!(place.run("combine p a -o c3"), @r"
+    let workspace = Workspace::new();
+    fs::copy(fixtures().join("tiny-llama-adapter.safetensors"), workspace.path("a")).unwrap();
+    workspace.stdout(&format!("pack a -o p --base {BASE}"));
+    workspace.stdout("combine a a=2 -o c1");
+    workspace.stdout(&format!("combine p p=2 -o c2 --base {BASE}"));
+    assert!(fs::read(workspace.path("c1")).unwrap() == fs::read(workspace.path("c2")).unwrap());
+    assert_snapshot!(workspace.run("combine p a -o c3"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -142,10 +142,10 @@ fn packed_adapters_are_combined_as_they_are() {
 
 #[test]
 fn requests_that_make_no_sense_are_told() {
-    let place = Place::new();
-    write_adapter(&place, "a", "0.mlp.up_proj.weight", 3, 1.0);
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a", "0.mlp.up_proj.weight", 3, 1.0);
     let said = |line: &str| {
-        let output = place.output(line);
+        let output = workspace.output(line);
         assert_eq!(output.status.code(), Some(2), "{line}");
         String::from_utf8(output.stderr).unwrap()
     };

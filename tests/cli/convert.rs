@@ -2,19 +2,19 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 /// The shipped adapter, in the published code's format.
-fn published() -> Place {
-    let place = Place::new();
-    place.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published");
-    place
+fn published() -> Workspace {
+    let workspace = Workspace::new();
+    workspace.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published");
+    workspace
 }
 
 #[test]
 fn an_adapter_goes_to_the_published_format_and_back() {
-    let place = Place::new();
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published"), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published"), @r"
     exit: 0
     --- stdout
     kind       tensors  read  written  padding  summed  rounded  result
@@ -35,11 +35,11 @@ fn an_adapter_goes_to_the_published_format_and_back() {
     --- stderr
     ");
     assert_eq!(
-        place.files(),
+        workspace.files(),
         ["published/positions.npy", "published/tunable_para/args.json", "published/tunable_para/state_dict_tunable.pt"]
     );
     assert_snapshot!(
-        place.run("convert published --base [FIXTURES]/tiny-llama --to neuroada -o again.safetensors --tensors"),
+        workspace.run("convert published --base [FIXTURES]/tiny-llama --to neuroada -o again.safetensors --tensors"),
         @r"
         exit: 0
         --- stdout
@@ -68,44 +68,44 @@ fn an_adapter_goes_to_the_published_format_and_back() {
         --- stderr
         "
     );
-    assert_snapshot!(place.run("convert published --base [FIXTURES]/tiny-llama --to npz -o a.npz -q"), @r"
+    assert_snapshot!(workspace.run("convert published --base [FIXTURES]/tiny-llama --to npz -o a.npz -q"), @r"
     exit: 0
     --- stdout
     --- stderr
     ");
-    let report = place.json("convert a.npz --base [FIXTURES]/tiny-llama --to neuroada -o from-npz.safetensors");
+    let report = workspace.json("convert a.npz --base [FIXTURES]/tiny-llama --to neuroada -o from-npz.safetensors");
     assert_eq!((&report["from"], &report["exact"]), (&"npz".into(), &true.into()));
 }
 
 #[test]
 fn what_was_asked_for_must_make_sense() {
-    let place = published();
-    assert_snapshot!(place.run("convert published --to neuroada -o a"), @r"
+    let workspace = published();
+    assert_snapshot!(workspace.run("convert published --to neuroada -o a"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: published: an adapter in the format published does not know its base
     hint: --base BASE names the checkpoint that the deltas were trained on
     ");
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to neuroada -o a"), @r"
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to neuroada -o a"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama-adapter.safetensors: is an adapter of this program already
     ");
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama --to published -o a"), @r"
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama --to published -o a"), @r"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama: not a regular file
     ");
-    assert_snapshot!(place.run("convert missing --to published -o a"), @r"
+    assert_snapshot!(workspace.run("convert missing --to published -o a"), @r"
     exit: 5
     --- stdout
     --- stderr
     error: cannot open `missing`: No such file or directory (os error 2)
     ");
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published"), @r"
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published"), @r"
     exit: 4
     --- stdout
     --- stderr
@@ -113,7 +113,7 @@ fn what_was_asked_for_must_make_sense() {
     hint: --force replaces it
     ");
     assert_snapshot!(
-        place.run("convert published --base [FIXTURES]/accepted/adapter-base.safetensors --to neuroada -o a"),
+        workspace.run("convert published --base [FIXTURES]/accepted/adapter-base.safetensors --to neuroada -o a"),
         @r#"
         exit: 4
         --- stdout
@@ -135,30 +135,30 @@ fn what_was_asked_for_must_make_sense() {
           "model.layers.1.self_attn.v_proj.weight": the base has no such tensor
         "#
     );
-    assert!(!place.path("a").exists());
+    assert!(!workspace.path("a").exists());
 }
 
 #[test]
 fn a_hostile_pickle_is_named_and_not_run() {
-    let place = published();
-    let mut npy = std::fs::read(place.path("published/positions.npy")).unwrap();
+    let workspace = published();
+    let mut npy = std::fs::read(workspace.path("published/positions.npy")).unwrap();
     npy.truncate(128);
     // What `pickle.dumps` makes of an object whose `__reduce__` is os.system("touch owned").
     npy.extend(b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x0btouch owned\x94\x85\x94R\x94.");
-    place.write("published/positions.npy", npy);
-    assert_snapshot!(place.run("convert published --base [FIXTURES]/tiny-llama --to neuroada -o a"), @r"
+    workspace.write("published/positions.npy", npy);
+    assert_snapshot!(workspace.run("convert published --base [FIXTURES]/tiny-llama --to neuroada -o a"), @r"
     exit: 3
     --- stdout
     --- stderr
     error: published/positions.npy: at byte 147: the pickle asks for `posix.system`: only tensors are read, nothing else is imported or run
     ");
-    assert!(!place.path("owned").exists() && !place.path("a").exists());
+    assert!(!workspace.path("owned").exists() && !workspace.path("a").exists());
 }
 
 #[test]
 fn peft_folders_are_written_and_read() {
-    let place = Place::new();
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to shira -o shira"), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to shira -o shira"), @r"
     exit: 0
     --- stdout
     kind       tensors  read  written  padding  summed  rounded  result
@@ -180,8 +180,8 @@ fn peft_folders_are_written_and_read() {
     verdict   exact: every delta is the same
     --- stderr
     ");
-    assert_eq!(place.files(), ["shira/adapter_config.json", "shira/adapter_model.safetensors"]);
-    assert_snapshot!(place.run("convert shira --base [FIXTURES]/tiny-llama --to supertuning -o super"), @r"
+    assert_eq!(workspace.files(), ["shira/adapter_config.json", "shira/adapter_model.safetensors"]);
+    assert_snapshot!(workspace.run("convert shira --base [FIXTURES]/tiny-llama --to supertuning -o super"), @r"
     exit: 0
     --- stdout
     kind       tensors  read  written  padding  summed  rounded  result
@@ -203,21 +203,21 @@ fn peft_folders_are_written_and_read() {
     verdict   exact: every delta is the same
     --- stderr
     ");
-    assert_snapshot!(place.run("convert super --base [FIXTURES]/tiny-llama --to spiel -o spiel -q"), @r"
+    assert_snapshot!(workspace.run("convert super --base [FIXTURES]/tiny-llama --to spiel -o spiel -q"), @r"
     exit: 0
     --- stdout
     --- stderr
     ");
-    let report = place.json("convert spiel --base [FIXTURES]/tiny-llama --to neuroada -o again.safetensors");
+    let report = workspace.json("convert spiel --base [FIXTURES]/tiny-llama --to neuroada -o again.safetensors");
     assert_eq!((&report["from"], &report["exact"]), (&"spiel".into(), &true.into()));
 }
 
 #[test]
 fn foreign_sparse_adapters_merge_and_unmerge_like_any_other() {
-    let place = Place::new();
-    place.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to shira -o shira");
-    place.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published");
-    assert_snapshot!(place.run("merge [FIXTURES]/tiny-llama --adapter shira=0.5 -o merged"), @r"
+    let workspace = Workspace::new();
+    workspace.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to shira -o shira");
+    workspace.stdout("convert [FIXTURES]/tiny-llama-adapter.safetensors --to published -o published");
+    assert_snapshot!(workspace.run("merge [FIXTURES]/tiny-llama --adapter shira=0.5 -o merged"), @r"
     exit: 0
     --- stdout
     kind       tensors  touched  changed  absorbed   share
@@ -239,51 +239,51 @@ fn foreign_sparse_adapters_merge_and_unmerge_like_any_other() {
     ledger   13.8 kB
     --- stderr
     ");
-    let verified = place.json("verify merged --base [FIXTURES]/tiny-llama");
+    let verified = workspace.json("verify merged --base [FIXTURES]/tiny-llama");
     assert_eq!(verified["ok"], true);
     // On top of it another one, whose originals lie in the ledger by now.
-    place.stdout("merge merged --in-place --adapter published=-1");
-    assert_eq!(place.json("verify merged --base [FIXTURES]/tiny-llama")["active"].as_array().unwrap().len(), 2);
-    place.stdout("unmerge merged");
-    assert!(place.output("diff [FIXTURES]/tiny-llama merged").status.success());
+    workspace.stdout("merge merged --in-place --adapter published=-1");
+    assert_eq!(workspace.json("verify merged --base [FIXTURES]/tiny-llama")["active"].as_array().unwrap().len(), 2);
+    workspace.stdout("unmerge merged");
+    assert!(workspace.output("diff [FIXTURES]/tiny-llama merged").status.success());
 }
 
 #[test]
 fn the_old_names_of_sync_do_the_same_and_warn() {
-    let place = Place::new();
-    let base = place.copy_fixture("tiny-llama");
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("tiny-llama");
     let base = base.file_name().unwrap().to_str().unwrap().to_owned();
     let export = format!("[FIXTURES]/tiny-llama-adapter.safetensors --base {base} --encoding xor --checksum blake3 -o");
-    let old = place.output(&format!("convert --to weight-sync {export} weight_v000001"));
-    fs::create_dir(place.path("new")).unwrap();
-    let new = place.output(&format!("sync export {export} new/weight_v000001"));
+    let old = workspace.output(&format!("convert --to weight-sync {export} weight_v000001"));
+    fs::create_dir(workspace.path("new")).unwrap();
+    let new = workspace.output(&format!("sync export {export} new/weight_v000001"));
     assert!(old.status.success() && old.stdout == new.stdout, "{old:?} {new:?}");
     for name in ["model-00000-of-00001.safetensors", "model.safetensors.index.json"] {
-        let [old, new] = ["", "new/"].map(|folder| place.path(&format!("{folder}weight_v000001/{name}")));
+        let [old, new] = ["", "new/"].map(|folder| workspace.path(&format!("{folder}weight_v000001/{name}")));
         assert!(fs::read(old).unwrap() == fs::read(new).unwrap(), "{name}");
     }
-    let applied = place.output(&format!("convert weight_v000001 --base {base} --to checkpoint -o applied"));
+    let applied = workspace.output(&format!("convert weight_v000001 --base {base} --to checkpoint -o applied"));
     assert_snapshot!(String::from_utf8_lossy(&[old.stderr, applied.stderr].concat()), @r"
     warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`
     warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`
     ");
-    place.stdout(&format!("sync apply weight_v000001 --base {base} -o new/applied"));
-    assert!(place.output("diff applied new/applied").status.success());
-    assert_snapshot!(place.run("convert applied --to weight-sync -o weight_v000002"), @r"
+    workspace.stdout(&format!("sync apply weight_v000001 --base {base} -o new/applied"));
+    assert!(workspace.output("diff applied new/applied").status.success());
+    assert_snapshot!(workspace.run("convert applied --to weight-sync -o weight_v000002"), @r"
     exit: 2
     --- stdout
     --- stderr
     warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`
     error: --to weight-sync needs --base: what the servers have now
     ");
-    assert_snapshot!(place.run("convert weight_v000001 --base applied --to checkpoint --encoding xor -o twice"), @r"
+    assert_snapshot!(workspace.run("convert weight_v000001 --base applied --to checkpoint --encoding xor -o twice"), @r"
     exit: 2
     --- stdout
     --- stderr
     warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`
     error: the delta itself says its encoding, its checksum and its versions
     ");
-    assert_snapshot!(place.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to npz --encoding xor -o a.npz"), @r"
+    assert_snapshot!(workspace.run("convert [FIXTURES]/tiny-llama-adapter.safetensors --to npz --encoding xor -o a.npz"), @r"
     exit: 2
     --- stdout
     --- stderr

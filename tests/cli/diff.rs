@@ -2,21 +2,21 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 /// A mask of one entry per row, one of two, and adapters of both.
-fn place() -> Place {
-    let place = Place::new();
-    place.stdout("mask [FIXTURES]/tiny-llama --k 1 -o m1.safetensors");
-    place.stdout("mask [FIXTURES]/tiny-llama --k 2 -o m2.safetensors");
-    place.stdout("init [FIXTURES]/tiny-llama --mask m1.safetensors -o a1.safetensors");
-    place
+fn workspace() -> Workspace {
+    let workspace = Workspace::new();
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 1 -o m1.safetensors");
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 2 -o m2.safetensors");
+    workspace.stdout("init [FIXTURES]/tiny-llama --mask m1.safetensors -o a1.safetensors");
+    workspace
 }
 
 #[test]
 fn two_adapters() {
-    let place = place();
-    assert_snapshot!(place.run("diff a1.safetensors [FIXTURES]/tiny-llama-adapter.safetensors"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("diff a1.safetensors [FIXTURES]/tiny-llama-adapter.safetensors"), @r"
     exit: 1
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
@@ -28,7 +28,7 @@ fn two_adapters() {
     verdict             different
     --- stderr
     ");
-    assert_snapshot!(place.run("diff a1.safetensors a1.safetensors"), @r"
+    assert_snapshot!(workspace.run("diff a1.safetensors a1.safetensors"), @r"
     exit: 0
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
@@ -40,14 +40,14 @@ fn two_adapters() {
     verdict             equal
     --- stderr
     ");
-    let report = place.json("diff a1.safetensors [FIXTURES]/tiny-llama-adapter.safetensors");
+    let report = workspace.json("diff a1.safetensors [FIXTURES]/tiny-llama-adapter.safetensors");
     assert_eq!((report["equal"].as_bool(), report["total"]["n_shared"].as_u64()), (Some(false), Some(1216)));
 }
 
 #[test]
 fn two_masks() {
-    let place = place();
-    assert_snapshot!(place.run("diff m1.safetensors m2.safetensors"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("diff m1.safetensors m2.safetensors"), @r"
     exit: 1
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
@@ -60,9 +60,9 @@ fn two_masks() {
 
 #[test]
 fn two_checkpoints() {
-    let place = place();
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o out");
-    assert_snapshot!(place.run("diff [FIXTURES]/tiny-llama out"), @r"
+    let workspace = workspace();
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o out");
+    assert_snapshot!(workspace.run("diff [FIXTURES]/tiny-llama out"), @r"
     exit: 1
     --- stdout
     kind       changed      of   share  largest    norm
@@ -80,7 +80,7 @@ fn two_checkpoints() {
     verdict   different
     --- stderr
     ");
-    assert_snapshot!(place.run("diff [FIXTURES]/tiny-llama [FIXTURES]/tiny-llama"), @r"
+    assert_snapshot!(workspace.run("diff [FIXTURES]/tiny-llama [FIXTURES]/tiny-llama"), @r"
     exit: 0
     --- stdout
     tensors   0 changed, 21 the same
@@ -89,7 +89,7 @@ fn two_checkpoints() {
     verdict   equal
     --- stderr
     ");
-    assert_snapshot!(place.run("diff [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors [FIXTURES]/tiny-llama"), @r"
+    assert_snapshot!(workspace.run("diff [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors [FIXTURES]/tiny-llama"), @r"
     exit: 1
     --- stdout
     + lm_head.weight
@@ -122,23 +122,23 @@ fn two_checkpoints() {
 
 #[test]
 fn refusals_of_diff() {
-    let place = place();
-    assert_snapshot!(place.run("diff a1.safetensors m1.safetensors"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("diff a1.safetensors m1.safetensors"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: a1.safetensors is an adapter and m1.safetensors is a mask: only files of one kind can be compared
     ");
-    assert_snapshot!(place.run("diff a1.safetensors nowhere"), @r"
+    assert_snapshot!(workspace.run("diff a1.safetensors nowhere"), @r"
     exit: 5
     --- stdout
     --- stderr
     error: cannot open `nowhere`: No such file or directory (os error 2)
     ");
-    let mut bytes = fs::read(place.path("a1.safetensors")).unwrap();
+    let mut bytes = fs::read(workspace.path("a1.safetensors")).unwrap();
     bytes.pop();
-    place.write("cut.safetensors", bytes);
-    assert_snapshot!(place.run("diff a1.safetensors cut.safetensors"), @r"
+    workspace.write("cut.safetensors", bytes);
+    assert_snapshot!(workspace.run("diff a1.safetensors cut.safetensors"), @r"
     exit: 3
     --- stdout
     --- stderr

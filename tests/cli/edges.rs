@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Place,
+    Workspace,
     adapters::{PROJECTIONS, content, write_adapter, write_adapter_for},
     harness::{fixtures, skip},
     low_rank::write_lora,
@@ -50,16 +50,16 @@ const COMMANDS: &[(&str, Writes, &[&str])] = &[
 ];
 
 /// A folder with an input of every kind under `in`.
-fn inputs() -> Place {
-    let place = Place::new();
-    fs::create_dir(place.path("in")).unwrap();
-    let base = place.copy_fixture("tiny-llama");
-    fs::rename(&base, place.path("in/base")).unwrap();
-    write_adapter(&place, "in/a", PROJECTIONS, 0, 0.01);
-    write_adapter(&place, "in/b", PROJECTIONS, 1, 0.02);
-    write_lora(&place, "in/lora", 0.01);
-    fs::copy(fixtures().join("accepted/adapter-base.safetensors"), place.path("in/one")).unwrap();
-    write_adapter_for(&place.path("in/one"), &place.path("in/of-one"), "proj.weight", 3, 1.0);
+fn inputs() -> Workspace {
+    let workspace = Workspace::new();
+    fs::create_dir(workspace.path("in")).unwrap();
+    let base = workspace.copy_fixture("tiny-llama");
+    fs::rename(&base, workspace.path("in/base")).unwrap();
+    write_adapter(&workspace, "in/a", PROJECTIONS, 0, 0.01);
+    write_adapter(&workspace, "in/b", PROJECTIONS, 1, 0.02);
+    write_lora(&workspace, "in/lora", 0.01);
+    fs::copy(fixtures().join("accepted/adapter-base.safetensors"), workspace.path("in/one")).unwrap();
+    write_adapter_for(&workspace.path("in/one"), &workspace.path("in/of-one"), "proj.weight", 3, 1.0);
     for line in [
         "mask in/base --k 1 -o in/mask",
         "mask in/base --k 2 -o in/mask2",
@@ -72,43 +72,43 @@ fn inputs() -> Place {
         "merge in/base --adapter in/lora -o in/merged-lora",
         "merge in/one --adapter in/of-one -o in/merged-one",
     ] {
-        place.stdout(line);
+        workspace.stdout(line);
     }
-    fs::copy(fixtures().join("tiny-llama-values.safetensors"), place.path("in/values")).unwrap();
-    symlink("in", place.path("alias")).unwrap();
-    symlink("in/base", place.path("base-alias")).unwrap();
-    fs::create_dir(place.path("links")).unwrap();
-    place
+    fs::copy(fixtures().join("tiny-llama-values.safetensors"), workspace.path("in/values")).unwrap();
+    symlink("in", workspace.path("alias")).unwrap();
+    symlink("in/base", workspace.path("base-alias")).unwrap();
+    fs::create_dir(workspace.path("links")).unwrap();
+    workspace
 }
 
 /// Runs a line that must be refused, and must change nothing.
-fn refused(place: &Place, line: &str) -> String {
-    let before = place.tree();
-    let told = place.run(line);
+fn refused(workspace: &Workspace, line: &str) -> String {
+    let before = workspace.tree();
+    let told = workspace.run(line);
     assert!(told.starts_with("exit: 4"), "{line}\n{told}");
-    assert_eq!(place.tree(), before, "{line}");
+    assert_eq!(workspace.tree(), before, "{line}");
     told
 }
 
 #[test]
 fn no_output_is_holds_or_lies_in_an_input() {
-    let place = inputs();
-    for input in fs::read_dir(place.path("in")).unwrap() {
+    let workspace = inputs();
+    for input in fs::read_dir(workspace.path("in")).unwrap() {
         let path = input.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap();
         if path.is_file() {
-            fs::hard_link(&path, place.path(&format!("links/{name}"))).unwrap();
+            fs::hard_link(&path, workspace.path(&format!("links/{name}"))).unwrap();
         } else {
             let mut files = fs::read_dir(&path).unwrap().map(|file| file.unwrap().path());
             let shard = files.find(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
             if let Some(shard) = shard {
-                fs::hard_link(shard, place.path(&format!("links/{name}"))).unwrap();
+                fs::hard_link(shard, workspace.path(&format!("links/{name}"))).unwrap();
             }
         }
     }
     for (command, writes, inputs) in COMMANDS {
         for input in *inputs {
-            let is_folder = place.path(&format!("in/{input}")).is_dir();
+            let is_folder = workspace.path(&format!("in/{input}")).is_dir();
             let mut outputs = vec![format!("in/{input}"), format!("alias/{input}"), format!("alias/../in/./{input}")];
             if is_folder {
                 outputs.push(format!("in/{input}/new"));
@@ -120,7 +120,7 @@ fn no_output_is_holds_or_lies_in_an_input() {
                 Folder => outputs.push("in".to_owned()),
             }
             for output in outputs {
-                let told = refused(&place, &format!("{command} -o {output} --force"));
+                let told = refused(&workspace, &format!("{command} -o {output} --force"));
                 assert!(told.contains(" an input: "), "{told}");
             }
         }
@@ -129,35 +129,35 @@ fn no_output_is_holds_or_lies_in_an_input() {
 
 #[test]
 fn weight_sync_folders_replace_no_input() {
-    let place = inputs();
-    fs::rename(place.path("in/base"), place.path("in/weight_v000007")).unwrap();
-    fs::create_dir(place.path("weight_v000007")).unwrap();
-    fs::rename(place.path("in/a"), place.path("weight_v000007/a")).unwrap();
+    let workspace = inputs();
+    fs::rename(workspace.path("in/base"), workspace.path("in/weight_v000007")).unwrap();
+    fs::create_dir(workspace.path("weight_v000007")).unwrap();
+    fs::rename(workspace.path("in/a"), workspace.path("weight_v000007/a")).unwrap();
     let convert = |input: &str, base: &str| format!("sync export {input} --base {base} --force -o");
     let line = convert("weight_v000007/a", "in/weight_v000007");
     for output in ["in/weight_v000007", "alias/weight_v000007", "in/weight_v000007/weight_v000007", "weight_v000007"] {
-        refused(&place, &format!("{line} {output}"));
+        refused(&workspace, &format!("{line} {output}"));
     }
 }
 
 #[test]
 fn a_model_card_replaces_no_input() {
-    let place = inputs();
-    fs::create_dir(place.path("cards")).unwrap();
-    fs::rename(place.path("in/a"), place.path("cards/README.md")).unwrap();
-    let told = refused(&place, "pack cards/README.md --card --force -o cards/packed");
+    let workspace = inputs();
+    fs::create_dir(workspace.path("cards")).unwrap();
+    fs::rename(workspace.path("in/a"), workspace.path("cards/README.md")).unwrap();
+    let told = refused(&workspace, "pack cards/README.md --card --force -o cards/packed");
     assert!(told.contains("error: cards/README.md: the output is an input"), "{told}");
-    fs::rename(place.path("cards/README.md"), place.path("in/a")).unwrap();
-    place.write("cards/README.md", "mine");
-    let told = refused(&place, "pack in/a --card -o cards/packed");
+    fs::rename(workspace.path("cards/README.md"), workspace.path("in/a")).unwrap();
+    workspace.write("cards/README.md", "mine");
+    let told = refused(&workspace, "pack in/a --card -o cards/packed");
     assert!(told.contains("error: cards/README.md exists already"), "{told}");
-    refused(&place, "pack in/a --base in/base --card --force -o in/base/packed");
+    refused(&workspace, "pack in/a --base in/base --card --force -o in/base/packed");
 }
 
 #[test]
 fn no_output_lies_in_the_state_of_another_checkpoint() {
-    let place = inputs();
-    symlink("in/merged/.neuroada", place.path("state-alias")).unwrap();
+    let workspace = inputs();
+    symlink("in/merged/.neuroada", workspace.path("state-alias")).unwrap();
     for output in [
         "in/merged/.neuroada/ledger",
         "in/merged/.neuroada/txn",
@@ -169,90 +169,93 @@ fn no_output_lies_in_the_state_of_another_checkpoint() {
     ] {
         for command in ["mask in/base --k 1", "convert in/a --to shira", "merge in/one --adapter in/of-one"] {
             for force in ["", " --force"] {
-                let told = refused(&place, &format!("{command} -o {output}{force}"));
+                let told = refused(&workspace, &format!("{command} -o {output}{force}"));
                 assert!(told.contains("the state that a merged checkpoint is undone from"), "{told}");
             }
         }
     }
     // The suffix alone is nobody's.
-    fs::create_dir(place.path("mine.neuroada")).unwrap();
-    place.stdout("mask in/base --k 1 -o mine.neuroada/mask");
-    place.stdout("mask in/base --k 1 -o mask.neuroada");
+    fs::create_dir(workspace.path("mine.neuroada")).unwrap();
+    workspace.stdout("mask in/base --k 1 -o mine.neuroada/mask");
+    workspace.stdout("mask in/base --k 1 -o mask.neuroada");
 }
 
 #[test]
 fn a_snapshot_of_a_hub_cache_keeps_its_blobs() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let snapshot = "hub/models--x--tiny/snapshots/abc";
-    fs::create_dir_all(place.path(snapshot)).unwrap();
-    fs::create_dir_all(place.path("hub/models--x--tiny/blobs")).unwrap();
+    fs::create_dir_all(workspace.path(snapshot)).unwrap();
+    fs::create_dir_all(workspace.path("hub/models--x--tiny/blobs")).unwrap();
     let mut blobs = Vec::new();
     for (i, (name, bytes)) in content(&fixtures().join("tiny-llama")).into_iter().enumerate() {
         let blob = format!("hub/models--x--tiny/blobs/{i:040x}");
-        place.write(&blob, bytes.0);
-        symlink(format!("../../blobs/{i:040x}"), place.path(&format!("{snapshot}/{name}"))).unwrap();
+        workspace.write(&blob, bytes.0);
+        symlink(format!("../../blobs/{i:040x}"), workspace.path(&format!("{snapshot}/{name}"))).unwrap();
         blobs.push(blob);
     }
-    write_adapter(&place, "a", PROJECTIONS, 0, 0.01);
-    symlink(snapshot, place.path("snapshot")).unwrap();
+    write_adapter(&workspace, "a", PROJECTIONS, 0, 0.01);
+    symlink(snapshot, workspace.path("snapshot")).unwrap();
     for base in [snapshot, "snapshot"] {
         for blob in &blobs {
-            refused(&place, &format!("mask {base} --k 1 -o {blob} --force"));
-            refused(&place, &format!("pack a --base {base} -o {blob} --force"));
+            refused(&workspace, &format!("mask {base} --k 1 -o {blob} --force"));
+            refused(&workspace, &format!("pack a --base {base} -o {blob} --force"));
         }
         for folder in ["hub", "hub/models--x--tiny", "hub/models--x--tiny/blobs", "hub/models--x--tiny/snapshots"] {
-            refused(&place, &format!("merge {base} --adapter a -o {folder} --force"));
+            refused(&workspace, &format!("merge {base} --adapter a -o {folder} --force"));
         }
-        refused(&place, &format!("mask {base} --k 1 -o {base}/model-00001-of-00003.safetensors --force"));
-        refused(&place, &format!("merge {base} --adapter a --in-place"));
+        refused(&workspace, &format!("mask {base} --k 1 -o {base}/model-00001-of-00003.safetensors --force"));
+        refused(&workspace, &format!("merge {base} --adapter a --in-place"));
     }
 }
 
 #[test]
 fn force_replaces_what_this_program_wrote_and_nothing_else() {
-    let place = inputs();
+    let workspace = inputs();
     // A checkpoint of the user's, made with other tools.
-    fs::create_dir_all(place.path("out/.git")).unwrap();
+    fs::create_dir_all(workspace.path("out/.git")).unwrap();
     for file in [".git/HEAD", "notes.txt", "checkpoint-500/optimizer.pt", "config.json", "model.safetensors"] {
-        place.write(&format!("out/{file}"), "mine");
+        workspace.write(&format!("out/{file}"), "mine");
     }
     for (command, _, _) in COMMANDS.iter().filter(|(_, writes, _)| *writes == Folder) {
-        let told = refused(&place, &format!("{command} -o out --force"));
+        let told = refused(&workspace, &format!("{command} -o out --force"));
         for kept in [".git/", "checkpoint-500/", "notes.txt"] {
             assert!(told.contains(&format!("\n  {kept}\n")), "{command}: {kept}\n{told}");
         }
     }
     // Its own, with everything that it wrote; and names that the new one has too.
-    place.stdout("merge in/base --adapter in/a -o own");
-    place.stdout("merge in/base --adapter in/b -o own --force");
-    assert_eq!(content(&place.path("own")), content(&place.path("in/merged")));
-    place.stdout("convert in/a --to shira -o own --force");
-    let names: Vec<String> = content(&place.path("own")).into_iter().map(|(name, _)| name).collect();
+    workspace.stdout("merge in/base --adapter in/a -o own");
+    workspace.stdout("merge in/base --adapter in/b -o own --force");
+    assert_eq!(content(&workspace.path("own")), content(&workspace.path("in/merged")));
+    workspace.stdout("convert in/a --to shira -o own --force");
+    let names: Vec<String> = content(&workspace.path("own")).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors"], "all of the merge went");
-    place.stdout("convert in/b --to shira -o own --force");
+    workspace.stdout("convert in/b --to shira -o own --force");
     // One file of the user's among them is enough.
-    place.stdout("merge in/base --adapter in/a -o own2");
-    place.write("own2/notes.txt", "mine");
-    let told = refused(&place, "merge in/base --adapter in/b -o own2 --force");
+    workspace.stdout("merge in/base --adapter in/a -o own2");
+    workspace.write("own2/notes.txt", "mine");
+    let told = refused(&workspace, "merge in/base --adapter in/b -o own2 --force");
     assert!(told.ends_with(":\n  notes.txt\nhint: move them away, or choose another place for the output\n"), "{told}");
-    place.write("own2/.neuroada/notes.txt", "mine");
-    fs::remove_file(place.path("own2/notes.txt")).unwrap();
-    let told = refused(&place, "merge in/base --adapter in/b -o own2 --force");
+    workspace.write("own2/.neuroada/notes.txt", "mine");
+    fs::remove_file(workspace.path("own2/notes.txt")).unwrap();
+    let told = refused(&workspace, "merge in/base --adapter in/b -o own2 --force");
     assert!(told.contains("\n  .neuroada/notes.txt\n"), "{told}");
 }
 
 #[test]
 fn links_fifos_and_devices_are_never_replaced() {
-    let place = inputs();
-    place.write("precious", "mine");
-    fs::create_dir(place.path("precious-folder")).unwrap();
+    let workspace = inputs();
+    workspace.write("precious", "mine");
+    fs::create_dir(workspace.path("precious-folder")).unwrap();
     for (to, name) in [("precious", "link"), ("precious-folder", "folder-link"), ("nowhere", "dangling")] {
-        symlink(to, place.path(name)).unwrap();
+        symlink(to, workspace.path(name)).unwrap();
     }
     let mut special = vec!["link", "folder-link", "dangling"];
     let make = |arguments: &[&str]| {
-        let made =
-            Command::new(arguments[0]).args(&arguments[1..]).current_dir(place.path("")).stderr(Stdio::null()).status();
+        let made = Command::new(arguments[0])
+            .args(&arguments[1..])
+            .current_dir(workspace.path(""))
+            .stderr(Stdio::null())
+            .status();
         made.is_ok_and(|status| status.success())
     };
     match make(&["mkfifo", "fifo"]) {
@@ -266,48 +269,48 @@ fn links_fifos_and_devices_are_never_replaced() {
     for (command, _, _) in COMMANDS {
         for output in &special {
             for force in ["", " --force"] {
-                let told = refused(&place, &format!("{command} -o {output}{force}"));
+                let told = refused(&workspace, &format!("{command} -o {output}{force}"));
                 assert!(told.contains("; an output never replaces one"), "{told}");
             }
         }
     }
     for output in ["folder-link/", "folder-link/.", "dangling/", "./link/"] {
         for command in ["merge in/base --adapter in/a", "mask in/base --k 1"] {
-            refused(&place, &format!("{command} -o {output} --force"));
+            refused(&workspace, &format!("{command} -o {output} --force"));
         }
     }
-    let told = refused(&place, "mask in/base --k 1 -o /dev/null --force");
+    let told = refused(&workspace, "mask in/base --k 1 -o /dev/null --force");
     assert!(told.contains("is a device, a fifo or a socket"), "{told}");
 }
 
 #[test]
 fn links_in_the_place_of_state_and_temporary_names_are_refused() {
-    let place = inputs();
-    place.write("victim/thesis.tex", "mine");
+    let workspace = inputs();
+    workspace.write("victim/thesis.tex", "mine");
     let merged = format!("victim/{}.safetensors", "0".repeat(64));
-    place.write(&merged, "mine, whatever its name");
-    let link = |to: &str, at: &str| symlink(place.path(to), place.path(at)).unwrap();
-    let unlink = |at: &str| fs::remove_file(place.path(at)).unwrap();
+    workspace.write(&merged, "mine, whatever its name");
+    let link = |to: &str, at: &str| symlink(workspace.path(to), workspace.path(at)).unwrap();
+    let unlink = |at: &str| fs::remove_file(workspace.path(at)).unwrap();
 
     // In place: the state folder, and the folder inside it.
     link("victim", "in/base/.neuroada");
     for line in ["merge in/base --adapter in/a --in-place", "unmerge in/base", "verify in/base", "recover in/base"] {
-        let told = refused(&place, line);
+        let told = refused(&workspace, line);
         assert!(told.contains("this program's state is never reached through one"), "{told}");
     }
     unlink("in/base/.neuroada");
-    fs::create_dir(place.path("in/base/.neuroada")).unwrap();
+    fs::create_dir(workspace.path("in/base/.neuroada")).unwrap();
     link("victim", "in/base/.neuroada/adapters");
-    let told = refused(&place, "merge in/base --adapter in/a --in-place");
+    let told = refused(&workspace, "merge in/base --adapter in/a --in-place");
     assert!(told.contains("error: in/base/.neuroada/adapters: is a link"), "{told}");
-    fs::remove_dir_all(place.path("in/base/.neuroada")).unwrap();
-    fs::rename(place.path("in/merged/.neuroada/adapters"), place.path("adapters")).unwrap();
+    fs::remove_dir_all(workspace.path("in/base/.neuroada")).unwrap();
+    fs::rename(workspace.path("in/merged/.neuroada/adapters"), workspace.path("adapters")).unwrap();
     link("adapters", "in/merged/.neuroada/adapters");
     for line in ["unmerge in/merged", "merge in/merged --adapter in/a --in-place"] {
-        refused(&place, line);
+        refused(&workspace, line);
     }
     link("victim", "in/one.neuroada");
-    refused(&place, "merge in/one --adapter in/of-one --in-place");
+    refused(&workspace, "merge in/one --adapter in/of-one --in-place");
     unlink("in/one.neuroada");
 
     // Out of place: what grows, under its temporary name.
@@ -317,67 +320,67 @@ fn links_in_the_place_of_state_and_temporary_names_are_refused() {
         let name = format!(".out.neuroada-{suffix}");
         link(if suffix == "tmp" { "victim/thesis.tex" } else { "victim" }, &name);
         for force in ["", " --force"] {
-            let told = refused(&place, &format!("{command} -o out{force}"));
+            let told = refused(&workspace, &format!("{command} -o out{force}"));
             assert!(told.contains("link"), "{told}");
         }
         unlink(&name);
     }
     link("victim", ".o.neuroada-partial");
-    refused(&place, "merge in/base --adapter in/a -o o --resume");
+    refused(&workspace, "merge in/base --adapter in/a -o o --resume");
     unlink(".o.neuroada-partial");
-    assert_eq!(fs::read(place.path("victim/thesis.tex")).unwrap(), b"mine");
-    assert!(place.path(&merged).exists());
+    assert_eq!(fs::read(workspace.path("victim/thesis.tex")).unwrap(), b"mine");
+    assert!(workspace.path(&merged).exists());
 }
 
 #[test]
 fn a_replaced_single_file_has_its_own_ledger() {
-    let place = inputs();
-    let base = fs::read(place.path("in/one")).unwrap();
-    write_adapter_for(&place.path("in/one"), &place.path("in/of-one-2"), "proj.weight", 5, 2.0);
+    let workspace = inputs();
+    let base = fs::read(workspace.path("in/one")).unwrap();
+    write_adapter_for(&workspace.path("in/one"), &workspace.path("in/of-one-2"), "proj.weight", 5, 2.0);
     let merge = |adapter: &str, output: &str| format!("merge in/one --adapter in/{adapter} -o {output}");
-    place.stdout(&merge("of-one", "m"));
-    place.stdout(&format!("{} --force", merge("of-one-2", "m")));
-    place.stdout("verify m --base in/one");
-    let active = &place.json("inspect m")["merges"]["active"];
+    workspace.stdout(&merge("of-one", "m"));
+    workspace.stdout(&format!("{} --force", merge("of-one-2", "m")));
+    workspace.stdout("verify m --base in/one");
+    let active = &workspace.json("inspect m")["merges"]["active"];
     assert_eq!(active.as_array().unwrap().len(), 1, "{active}");
-    place.stdout("unmerge m -o undone");
-    assert_eq!(fs::read(place.path("undone")).unwrap(), base);
+    workspace.stdout("unmerge m -o undone");
+    assert_eq!(fs::read(workspace.path("undone")).unwrap(), base);
     // Without a ledger: the old one goes with the old file.
-    place.stdout(&format!("{} --force --no-ledger", merge("of-one", "m")));
-    assert!(!place.path("m.neuroada").exists());
+    workspace.stdout(&format!("{} --force --no-ledger", merge("of-one", "m")));
+    assert!(!workspace.path("m.neuroada").exists());
 
     // Somebody's own files in its state folder are no ledger's.
-    place.stdout(&format!("{} --force", merge("of-one", "m")));
-    place.write("m.neuroada/thesis.tex", "mine");
-    let told = refused(&place, &format!("{} --force", merge("of-one-2", "m")));
+    workspace.stdout(&format!("{} --force", merge("of-one", "m")));
+    workspace.write("m.neuroada/thesis.tex", "mine");
+    let told = refused(&workspace, &format!("{} --force", merge("of-one-2", "m")));
     assert!(told.contains("m.neuroada: holds what this program did not write"), "{told}");
     assert!(told.contains("\n  thesis.tex\n"), "{told}");
     // A plain file never takes the place of a merged checkpoint: its ledger would speak for another file.
-    let told = refused(&place, "mask in/base --k 1 -o m --force");
+    let told = refused(&workspace, "mask in/base --k 1 -o m --force");
     assert!(told.contains("a merged checkpoint with a ledger beside it"), "{told}");
 }
 
 #[test]
 fn a_replacement_cut_short_waits_for_recovery() {
-    let place = inputs();
-    write_adapter_for(&place.path("in/one"), &place.path("in/of-one-2"), "proj.weight", 5, 2.0);
+    let workspace = inputs();
+    write_adapter_for(&workspace.path("in/one"), &workspace.path("in/of-one-2"), "proj.weight", 5, 2.0);
     for (adapter, output) in [("of-one", "old"), ("of-one-2", "new")] {
-        place.stdout(&format!("merge in/one --adapter in/{adapter} -o {output}"));
+        workspace.stdout(&format!("merge in/one --adapter in/{adapter} -o {output}"));
     }
     let files = |name: &str| {
-        let ledger = fs::read(place.path(&format!("{name}.neuroada/ledger"))).unwrap();
-        (fs::read(place.path(name)).unwrap(), ledger)
+        let ledger = fs::read(workspace.path(&format!("{name}.neuroada/ledger"))).unwrap();
+        (fs::read(workspace.path(name)).unwrap(), ledger)
     };
     let (old, new) = (files("old"), files("new"));
     for is_named in [false, true] {
         // What a crash leaves: the new ledger has its place, the new file has it or not.
-        let partial = place.path(".m.neuroada-partial");
+        let partial = workspace.path(".m.neuroada-partial");
         fs::create_dir(&partial).unwrap();
-        let copy = |from: &str, to: &Path| super::harness::copy(&place.path(from), to);
-        copy("new.neuroada", &place.path("m.neuroada"));
-        place.write("m.neuroada/replacing", "");
+        let copy = |from: &str, to: &Path| super::harness::copy(&workspace.path(from), to);
+        copy("new.neuroada", &workspace.path("m.neuroada"));
+        workspace.write("m.neuroada/replacing", "");
         copy("old.neuroada", &partial.join("model.safetensors.neuroada"));
-        copy(if is_named { "new" } else { "old" }, &place.path("m"));
+        copy(if is_named { "new" } else { "old" }, &workspace.path("m"));
         if !is_named {
             copy("new", &partial.join("model.safetensors"));
         }
@@ -389,54 +392,54 @@ fn a_replacement_cut_short_waits_for_recovery() {
             "merge m --adapter in/of-one -o x",
             "merge in/one --adapter in/of-one -o m --force",
         ] {
-            let before = place.tree();
-            let told = place.run(line);
+            let before = workspace.tree();
+            let told = workspace.run(line);
             assert!(told.starts_with("exit: 6"), "{line}\n{told}");
             assert!(told.ends_with("hint: neuroada-ckpt recover m\n"), "{line}\n{told}");
-            assert_eq!(place.tree(), before, "{line}");
+            assert_eq!(workspace.tree(), before, "{line}");
         }
-        place.stdout("recover m");
+        workspace.stdout("recover m");
         assert!(files("m") == if is_named { new.clone() } else { old.clone() });
         assert!(!partial.exists());
-        place.stdout("verify m --base in/one");
-        place.stdout("unmerge m");
-        assert_eq!(fs::read(place.path("m")).unwrap(), fs::read(place.path("in/one")).unwrap());
-        fs::remove_file(place.path("m")).unwrap();
-        assert!(!place.path("m.neuroada").exists());
+        workspace.stdout("verify m --base in/one");
+        workspace.stdout("unmerge m");
+        assert_eq!(fs::read(workspace.path("m")).unwrap(), fs::read(workspace.path("in/one")).unwrap());
+        fs::remove_file(workspace.path("m")).unwrap();
+        assert!(!workspace.path("m.neuroada").exists());
     }
 }
 
 #[cfg(feature = "train")]
 #[test]
 fn log_and_picture_of_training_are_outputs_too() {
-    let place = inputs();
-    place.write("rows.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
+    let workspace = inputs();
+    workspace.write("rows.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n");
     let train = |data: &str, more: &str| {
         format!("train in/base -k 1 --data {data} --max-steps 1 --batch-tokens 64 --max-length 64 -q {more}")
     };
     for file in ["ad.log.jsonl", "ad.loss.svg"] {
-        place.write(file, "mine");
-        let told = refused(&place, &train("rows.jsonl", "-o ad.safetensors"));
+        workspace.write(file, "mine");
+        let told = refused(&workspace, &train("rows.jsonl", "-o ad.safetensors"));
         assert!(told.contains(&format!("error: {file} exists already")), "{told}");
-        fs::remove_file(place.path(file)).unwrap();
-        symlink("precious", place.path(file)).unwrap();
-        refused(&place, &train("rows.jsonl", "-o ad.safetensors --force"));
-        fs::remove_file(place.path(file)).unwrap();
+        fs::remove_file(workspace.path(file)).unwrap();
+        symlink("precious", workspace.path(file)).unwrap();
+        refused(&workspace, &train("rows.jsonl", "-o ad.safetensors --force"));
+        fs::remove_file(workspace.path(file)).unwrap();
     }
-    fs::rename(place.path("rows.jsonl"), place.path("d.log.jsonl")).unwrap();
+    fs::rename(workspace.path("rows.jsonl"), workspace.path("d.log.jsonl")).unwrap();
     for force in ["", " --force"] {
-        let told = refused(&place, &train("d.log.jsonl", &format!("-o d.safetensors{force}")));
+        let told = refused(&workspace, &train("d.log.jsonl", &format!("-o d.safetensors{force}")));
         assert!(told.contains("d.log.jsonl: the output is an input"), "{told}");
     }
-    fs::copy(place.path("d.log.jsonl"), place.path("e.log.jsonl")).unwrap();
+    fs::copy(workspace.path("d.log.jsonl"), workspace.path("e.log.jsonl")).unwrap();
     let eval = train("d.log.jsonl", "--eval-data e.log.jsonl -o e.safetensors --force");
-    refused(&place, &eval);
-    fs::rename(place.path("in/mask"), place.path("f.state.safetensors")).unwrap();
+    refused(&workspace, &eval);
+    fs::rename(workspace.path("in/mask"), workspace.path("f.state.safetensors")).unwrap();
     let masked = train("d.log.jsonl", "-o f.safetensors --force").replace("-k 1", "--mask f.state.safetensors");
-    refused(&place, &masked);
+    refused(&workspace, &masked);
     for output in ["in", "in/base", "in/base/ad.safetensors"] {
-        refused(&place, &train("d.log.jsonl", &format!("-o {output} --force")));
+        refused(&workspace, &train("d.log.jsonl", &format!("-o {output} --force")));
     }
-    place.stdout(&train("d.log.jsonl", "-o ad.safetensors"));
-    place.stdout(&train("d.log.jsonl", "-o ad.safetensors --force"));
+    workspace.stdout(&train("d.log.jsonl", "-o ad.safetensors"));
+    workspace.stdout(&train("d.log.jsonl", "-o ad.safetensors --force"));
 }

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::{
-    Place,
+    Workspace,
     adapters::{PROJECTIONS, write_adapter},
 };
 
@@ -18,8 +18,8 @@ const COMMONSENSE: &str = "eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/com
 
 #[test]
 fn loss_and_ranked_answers_are_told() {
-    let place = Place::new();
-    let report = place.json(COMMONSENSE);
+    let workspace = Workspace::new();
+    let report = workspace.json(COMMONSENSE);
     let loss = report["loss"].as_f64().unwrap();
     // An untrained model guesses among 264 tokens: ln 264 = 5.58.
     assert!((5.0..6.2).contains(&loss), "{loss}");
@@ -39,7 +39,7 @@ fn loss_and_ranked_answers_are_told() {
     assert_eq!(of("chance"), [0.5, 0.25, 0.5]);
     let n_right: u64 = of("n_right").iter().map(|n| n.as_u64().unwrap()).sum();
     assert_eq!(ranked["n_right"], n_right);
-    let text = String::from_utf8(place.stdout(COMMONSENSE)).unwrap();
+    let text = String::from_utf8(workspace.stdout(COMMONSENSE)).unwrap();
     let table = text.rsplit_once("\n\n").unwrap().1;
     assert!(table.starts_with("answers ") && table.lines().count() == 4 && table.contains(" 25.0 %"), "{text}");
     assert!(text.starts_with("model   tiny-llama\nrows    6 of commonsense.jsonl, as commonsense\ntokens  "), "{text}");
@@ -47,32 +47,32 @@ fn loss_and_ranked_answers_are_told() {
 
 #[test]
 fn a_template_that_writes_the_answer_is_asked_for_each() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     // An untrained model finds every token as likely as any other: what is shortest is the likeliest.
     let source = "{{ instruction }}\n{% generation %}{{ answer if answer[-1:] in '2e' and answer != 'true' else answer * 9 }}{% endgeneration %}";
-    place.write("shortest.jinja", source);
-    let report = place.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
+    workspace.write("shortest.jinja", source);
+    let report = workspace.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
     let ranked = report["answers"].as_array().unwrap().iter().map(|answer| answer["ranked"].as_str().unwrap());
     let expected = ["option2", "answer2", "option2", "solution2", "answer2", "option2"];
     assert_eq!(ranked.collect::<Vec<_>>(), expected);
     assert_eq!(report["data"]["form"], "file");
 
-    place.write("shortest.jinja", "{{ instruction }}{% generation %}same{% endgeneration %}{{ answer }}");
-    let report = place.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
+    workspace.write("shortest.jinja", "{{ instruction }}{% generation %}same{% endgeneration %}{{ answer }}");
+    let report = workspace.json(&format!("{COMMONSENSE} --answers --template shortest.jinja"));
     assert_eq!(report["answers"][0]["ranked"], "option1", "of equals the first");
-    place.write("shortest.jinja", "{{ answer }}{% generation %}same{% endgeneration %}");
-    let refused = place.run(&format!("{COMMONSENSE} --template shortest.jinja"));
+    workspace.write("shortest.jinja", "{{ answer }}{% generation %}same{% endgeneration %}");
+    let refused = workspace.run(&format!("{COMMONSENSE} --template shortest.jinja"));
     let line = "commonsense.jsonl: line 1: its prompt for the answer \"option2\" is not that for \"option1\"";
     assert!(refused.starts_with("exit: 3") && refused.contains(line), "{refused}");
 }
 
 #[test]
 fn an_adapter_gives_what_its_merge_gives_bit_for_bit() {
-    let place = Place::new();
-    write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.05);
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter a.safetensors=-0.3 -o merged");
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a.safetensors", PROJECTIONS, 0, 0.05);
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter a.safetensors=-0.3 -o merged");
     let of = |base: &str, more: &str| {
-        place.json(&format!("eval {base} --data [FIXTURES]/data/commonsense.jsonl --limit 5 --answers {more}"))
+        workspace.json(&format!("eval {base} --data [FIXTURES]/data/commonsense.jsonl --limit 5 --answers {more}"))
     };
     let (base, adapted, merged) = (
         of("[FIXTURES]/tiny-llama", ""),
@@ -87,23 +87,23 @@ fn an_adapter_gives_what_its_merge_gives_bit_for_bit() {
 
 #[test]
 fn batches_and_threads_do_not_change_the_answer() {
-    let place = Place::new();
-    let whole = place.json(COMMONSENSE);
+    let workspace = Workspace::new();
+    let whole = workspace.json(COMMONSENSE);
     for more in ["--batch-tokens 100", "--batch-tokens 100000 --threads 1", "--threads 3"] {
-        let report = place.json(&format!("{COMMONSENSE} {more}"));
+        let report = workspace.json(&format!("{COMMONSENSE} {more}"));
         let (a, b) = (whole["loss"].as_f64().unwrap(), report["loss"].as_f64().unwrap());
         assert!((a - b).abs() < 1e-5, "{more}: {a} and {b}");
         assert_eq!(whole["ranked"], report["ranked"], "{more}");
     }
-    assert_eq!(whole, place.json(&format!("{COMMONSENSE} --threads 1")), "threads alone change no bit");
+    assert_eq!(whole, workspace.json(&format!("{COMMONSENSE} --threads 1")), "threads alone change no bit");
 }
 
 #[test]
 fn written_answers_are_judged() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let line =
         "eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/math.json --limit 3 --generate --max-new-tokens 5 --answers";
-    let report = place.json(line);
+    let report = workspace.json(line);
     assert_eq!((&report["task"], &report["ranked"]), (&"math".into(), &Value::Null));
     assert_eq!(report["generated"]["n_questions"], 3);
     let answers = report["answers"].as_array().unwrap();
@@ -113,9 +113,9 @@ fn written_answers_are_judged() {
 
 #[test]
 fn rows_can_be_looked_at() {
-    let place = Place::new();
-    place.write("rows.json", r#"[{"prompt":"2 + 2 =","completion":" 4"},{"prompt":"a\u001b[31m\n","completion":"b"},{"prompt":"x","completion":""}]"#);
-    assert_snapshot!(place.run("eval [FIXTURES]/tiny-llama --data rows.json --show"), @r"
+    let workspace = Workspace::new();
+    workspace.write("rows.json", r#"[{"prompt":"2 + 2 =","completion":" 4"},{"prompt":"a\u001b[31m\n","completion":"b"},{"prompt":"x","completion":""}]"#);
+    assert_snapshot!(workspace.run("eval [FIXTURES]/tiny-llama --data rows.json --show"), @r"
     exit: 0
     --- stdout
     11 tokens, 3 of them learned:
@@ -127,19 +127,19 @@ fn rows_can_be_looked_at() {
     --- stderr
     rows.json: 1 row is left out: the response is empty, or a weight of 0 rules it out
     ");
-    let report = place.json("eval [FIXTURES]/tiny-llama --data rows.json --show 1 --max-length 9 -q");
+    let report = workspace.json("eval [FIXTURES]/tiny-llama --data rows.json --show 1 --max-length 9 -q");
     assert_eq!(report["examples"][0]["learned"], serde_json::json!([[8, 9]]));
     assert_eq!(report["data"]["n_cut_tokens"], 2);
 }
 
 #[test]
 fn what_cannot_be_evaluated_is_said() {
-    let place = Place::new();
-    place.write("rows.jsonl", "{\"text\":\"a\"}\n{\"txt\":\"b\"}\n");
-    place.write("empty.jsonl", "");
-    place.write("parquet", "PAR1\u{0}");
-    write_adapter(&place, "other.safetensors", PROJECTIONS, 1, 0.05);
-    let of = |more: &str| place.run(&format!("eval [FIXTURES]/tiny-llama {more}"));
+    let workspace = Workspace::new();
+    workspace.write("rows.jsonl", "{\"text\":\"a\"}\n{\"txt\":\"b\"}\n");
+    workspace.write("empty.jsonl", "");
+    workspace.write("parquet", "PAR1\u{0}");
+    write_adapter(&workspace, "other.safetensors", PROJECTIONS, 1, 0.05);
+    let of = |more: &str| workspace.run(&format!("eval [FIXTURES]/tiny-llama {more}"));
     assert_snapshot!(of("--data rows.jsonl"), @r#"
     exit: 3
     --- stdout
@@ -176,12 +176,12 @@ fn what_cannot_be_evaluated_is_said() {
     --- stderr
     error: cannot read `missing.jsonl`: No such file or directory (os error 2)
     ");
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter other.safetensors -o merged");
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter other.safetensors -o merged");
     let refused =
-        place.run("eval merged --adapter other.safetensors --data [FIXTURES]/data/commonsense.jsonl --limit 1");
+        workspace.run("eval merged --adapter other.safetensors --data [FIXTURES]/data/commonsense.jsonl --limit 1");
     assert!(refused.starts_with("exit: 4\n") && refused.contains("the adapter was made from tiny-llama"), "{refused}");
-    place.write("alone/config.json", "{}");
-    assert_snapshot!(place.run("eval alone --data rows.jsonl"), @r"
+    workspace.write("alone/config.json", "{}");
+    assert_snapshot!(workspace.run("eval alone --data rows.jsonl"), @r"
     exit: 5
     --- stdout
     --- stderr
@@ -208,15 +208,15 @@ const HOSTILE: [&str; 9] = [
 
 #[test]
 fn a_hostile_template_ends_as_a_bad_file() {
-    let place = Place::new();
-    place.write("rows.jsonl", r#"{"output":"O"}"#);
+    let workspace = Workspace::new();
+    workspace.write("rows.jsonl", r#"{"output":"O"}"#);
     thread::scope(|scope| {
         for (i, source) in HOSTILE.into_iter().enumerate() {
-            let place = &place;
+            let workspace = &workspace;
             scope.spawn(move || {
-                place.write(&format!("{i}.jinja"), source);
+                workspace.write(&format!("{i}.jinja"), source);
                 let line = format!("eval [FIXTURES]/tiny-llama --data rows.jsonl --template {i}.jinja --show");
-                let told = place.run(&line);
+                let told = workspace.run(&line);
                 assert!(told.starts_with("exit: 3\n--- stdout\n--- stderr\nerror: "), "{source}\n{told}");
                 assert!(!told.contains("panicked"), "{told}");
             });
@@ -226,24 +226,25 @@ fn a_hostile_template_ends_as_a_bad_file() {
 
 #[test]
 fn signals_stop_a_command_while_a_template_is_rendered() {
-    let place = Place::new();
-    place.write("rows.jsonl", r#"{"output":"O"}"#);
-    place.write("slow.jinja", HOSTILE[2]);
+    let workspace = Workspace::new();
+    workspace.write("rows.jsonl", r#"{"output":"O"}"#);
+    workspace.write("slow.jinja", HOSTILE[2]);
     for signal in [Signal::INT, Signal::TERM] {
-        let mut command = place.command("eval [FIXTURES]/tiny-llama --data rows.jsonl --template slow.jinja --show");
+        let mut command =
+            workspace.command("eval [FIXTURES]/tiny-llama --data rows.jsonl --template slow.jinja --show");
         let child: Child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         thread::sleep(Duration::from_millis(1500));
         kill_process(Pid::from_child(&child), signal).unwrap();
         let output = child.wait_with_output().unwrap();
-        assert_eq!(place.told(&output), "exit: 130\n--- stdout\n--- stderr\nerror: stopped\n", "{signal:?}");
+        assert_eq!(workspace.told(&output), "exit: 130\n--- stdout\n--- stderr\nerror: stopped\n", "{signal:?}");
     }
 }
 
 #[test]
 fn a_message_of_weight_0_is_context_alone() {
-    let place = Place::new();
-    place.copy_fixture("tiny-llama");
-    place.write("tiny-llama/chat_template.jinja", "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}");
+    let workspace = Workspace::new();
+    workspace.copy_fixture("tiny-llama");
+    workspace.write("tiny-llama/chat_template.jinja", "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}");
     let row = |weight: &str| {
         format!(
             r#"{{"messages":[{{"role":"user","content":"p"}},{{"role":"assistant","content":"no","weight":{weight}}},
@@ -251,42 +252,43 @@ fn a_message_of_weight_0_is_context_alone() {
         )
         .replace('\n', " ")
     };
-    place.write("rows.jsonl", row("0"));
-    let told = place.run("eval tiny-llama --data rows.jsonl --show 1");
+    workspace.write("rows.jsonl", row("0"));
+    let told = workspace.run("eval tiny-llama --data rows.jsonl --show 1");
     assert!(told.contains("u:p</s>a:no</s>u:q</s>a:⟦yes</s>⟧"), "{told}");
-    let loss = place.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].clone();
-    place.write("rows.jsonl", row("1"));
-    assert!(loss.as_u64() < place.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].as_u64());
-    place.write("rows.jsonl", row("0.5"));
+    let loss = workspace.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].clone();
+    workspace.write("rows.jsonl", row("1"));
+    assert!(loss.as_u64() < workspace.json("eval tiny-llama --data rows.jsonl")["data"]["n_supervised"].as_u64());
+    workspace.write("rows.jsonl", row("0.5"));
     for line in ["eval tiny-llama --data rows.jsonl", "train tiny-llama -k 1 --data rows.jsonl -o a.safetensors"] {
         let expected = "error: rows.jsonl: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5\n";
-        assert_eq!(place.run(line), format!("exit: 3\n--- stdout\n--- stderr\n{expected}"));
+        assert_eq!(workspace.run(line), format!("exit: 3\n--- stdout\n--- stderr\n{expected}"));
     }
 }
 
 #[test]
 fn rows_that_teach_no_model_to_stop_are_warned_about() {
-    let place = Place::new();
-    place.copy_fixture("tiny-llama");
-    place.write(
+    let workspace = Workspace::new();
+    workspace.copy_fixture("tiny-llama");
+    workspace.write(
         "tiny-llama/chat_template.jinja",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}",
     );
-    place.write("rows.jsonl", r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"yes"}]}"#);
+    workspace
+        .write("rows.jsonl", r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"yes"}]}"#);
     let warning = "rows.jsonl: warning: no row teaches the model to stop: no token that ends a text is learned\n";
-    assert!(place.run("eval tiny-llama --data rows.jsonl --show 1").contains(warning));
+    assert!(workspace.run("eval tiny-llama --data rows.jsonl --show 1").contains(warning));
 }
 
 #[test]
 fn a_model_that_computes_no_numbers_is_no_success() {
-    let place = Place::new();
-    let shard = place.copy_fixture("tiny-llama").join("model-00001-of-00003.safetensors");
+    let workspace = Workspace::new();
+    let shard = workspace.copy_fixture("tiny-llama").join("model-00001-of-00003.safetensors");
     // All of the first shard's values become NaN.
     let mut bytes = fs::read(&shard).unwrap();
     let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[8 + header_bytes..].fill(0xff);
     fs::write(&shard, bytes).unwrap();
-    let told = place.run("eval tiny-llama --data [FIXTURES]/data/commonsense.jsonl --limit 2");
+    let told = workspace.run("eval tiny-llama --data [FIXTURES]/data/commonsense.jsonl --limit 2");
     assert!(
         told.starts_with(
             "exit: 3\n--- stdout\n--- stderr\nerror: the loss is NaN; the first tensor that is not finite is "
@@ -297,8 +299,8 @@ fn a_model_that_computes_no_numbers_is_no_success() {
 
 #[test]
 fn a_config_that_makes_no_sense_is_refused_by_file_and_key() {
-    let place = Place::new();
-    let path = place.copy_fixture("tiny-llama").join("config.json");
+    let workspace = Workspace::new();
+    let path = workspace.copy_fixture("tiny-llama").join("config.json");
     let config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     for (key, value) in [
         ("rms_norm_eps", json!(-1)),
@@ -310,7 +312,7 @@ fn a_config_that_makes_no_sense_is_refused_by_file_and_key() {
         fs::write(&path, broken.to_string()).unwrap();
         let named = if key == "rope_parameters" { "factor" } else { key };
         for line in ["eval tiny-llama", "train tiny-llama -k 1 -o a.safetensors"] {
-            let told = place.run(&format!("{line} --data [FIXTURES]/data/commonsense.jsonl --limit 2 -q"));
+            let told = workspace.run(&format!("{line} --data [FIXTURES]/data/commonsense.jsonl --limit 2 -q"));
             assert!(
                 told.starts_with(&format!(
                     "exit: 3\n--- stdout\n--- stderr\nerror: tiny-llama/config.json: `{named}` is "
@@ -323,24 +325,24 @@ fn a_config_that_makes_no_sense_is_refused_by_file_and_key() {
 
 #[test]
 fn more_memory_than_was_given_is_refused() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let data = "--data [FIXTURES]/data/commonsense.jsonl --limit 4 -q";
     let eval = format!("eval [FIXTURES]/tiny-llama {data}");
-    let told = place.run(&format!("{eval} --batch-tokens 60000 --max-memory 16M"));
+    let told = workspace.run(&format!("{eval} --batch-tokens 60000 --max-memory 16M"));
     assert!(
         told.starts_with("exit: 4\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: evaluation needs "),
         "{told}"
     );
     assert!(told.contains(" of memory, --max-memory allows 16.8 MB\nhint: --max-memory "), "{told}");
     let enough = told.split("hint: --max-memory ").nth(1).unwrap().split(' ').next().unwrap();
-    assert!(place.run(&format!("{eval} --batch-tokens 60000 --max-memory {enough}")).starts_with("exit: 0\n"));
+    assert!(workspace.run(&format!("{eval} --batch-tokens 60000 --max-memory {enough}")).starts_with("exit: 0\n"));
     let train = "train [FIXTURES]/tiny-llama -k 1 --data [FIXTURES]/data/commonsense.jsonl --batch-tokens 100000 --batch-size 100 -q";
     for more in ["--max-memory 16M", "--max-memory 16M --dry-run"] {
-        let told = place.run(&format!("{train} -o a.safetensors {more}"));
+        let told = workspace.run(&format!("{train} -o a.safetensors {more}"));
         assert!(
             told.starts_with("exit: 4\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: training needs "),
             "{told}"
         );
     }
-    assert!(place.run(&format!("{train} -o a.safetensors --dry-run")).starts_with("exit: 0\n"));
+    assert!(workspace.run(&format!("{train} -o a.safetensors --dry-run")).starts_with("exit: 0\n"));
 }

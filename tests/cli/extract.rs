@@ -2,20 +2,20 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::{Place, adapters::content};
+use super::{Workspace, adapters::content};
 
 /// The tiny model with the shipped adapter in it.
-fn place() -> Place {
-    let place = Place::new();
-    place
+fn workspace() -> Workspace {
+    let workspace = Workspace::new();
+    workspace
         .stdout("merge [FIXTURES]/tiny-llama --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o tuned --no-ledger");
-    place
+    workspace
 }
 
 #[test]
 fn an_exact_delta_merges_to_the_tuned_bytes() {
-    let place = place();
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tuned -o delta.safetensors"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned -o delta.safetensors"), @r"
     exit: 0
     --- stdout
     kind       tensors  changed      of   share  deltas    norm  lost
@@ -36,9 +36,9 @@ fn an_exact_delta_merges_to_the_tuned_bytes() {
     verdict    exact: merged, it gives tuned byte for byte
     --- stderr
     ");
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter delta.safetensors -o again --no-ledger");
-    assert!(content(&place.path("again")) == content(&place.path("tuned")));
-    assert_snapshot!(place.run("inspect delta.safetensors"), @r"
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter delta.safetensors -o again --no-ledger");
+    assert!(content(&workspace.path("again")) == content(&workspace.path("tuned")));
+    assert_snapshot!(workspace.run("inspect delta.safetensors"), @r"
     exit: 0
     --- stdout
     adapter      delta, one file
@@ -63,8 +63,8 @@ fn an_exact_delta_merges_to_the_tuned_bytes() {
 
 #[test]
 fn the_largest_change_of_each_row() {
-    let place = place();
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets q_proj,up_proj -o delta.safetensors"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets q_proj,up_proj -o delta.safetensors"), @r"
     exit: 0
     --- stdout
     kind     tensors  changed      of   share  deltas    norm     lost
@@ -83,7 +83,7 @@ fn the_largest_change_of_each_row() {
     verdict    partial: merged, it does not give tuned
     --- stderr
     ");
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets q_proj --tensors --dry-run"), @r"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets q_proj --tensors --dry-run"), @r"
     exit: 0
     --- stdout
     tensor                                  tensors  changed     of   share  deltas    norm     lost
@@ -115,10 +115,10 @@ fn the_largest_change_of_each_row() {
 
 #[test]
 fn refusals_of_extract() {
-    let place = place();
-    let files = place.files();
+    let workspace = workspace();
+    let files = workspace.files();
     let extract = "extract [FIXTURES]/tiny-llama tuned -o delta.safetensors";
-    assert_snapshot!(place.run(&format!("{extract} --max-density 2.9%")), @r#"
+    assert_snapshot!(workspace.run(&format!("{extract} --max-density 2.9%")), @r#"
     exit: 4
     --- stdout
     --- stderr
@@ -135,25 +135,25 @@ fn refusals_of_extract() {
     hint: --max-density 3% allows so many deltas, -k keeps the largest changes of each row, --targets chooses the tensors that take part
     "#);
     // The hint helps.
-    place.stdout(&format!("{extract} --max-density 3% --dry-run"));
-    let said = place.run(&format!("{extract} -k 2 --targets k_proj --max-density 2%"));
+    workspace.stdout(&format!("{extract} --max-density 3% --dry-run"));
+    let said = workspace.run(&format!("{extract} -k 2 --targets k_proj --max-density 2%"));
     let (_, hint) = said.split_once("hint: --max-density ").expect("the hint that helps");
     let (density, hint) = hint.split_once(' ').expect("a number");
     assert!(hint.starts_with("allows so many deltas, a smaller -k keeps fewer, --targets chooses"), "{said}");
-    place.stdout(&format!("{extract} -k 2 --targets k_proj --max-density {density} --dry-run"));
-    assert_snapshot!(place.run(&format!("{extract} --max-density 0")), @r"
+    workspace.stdout(&format!("{extract} -k 2 --targets k_proj --max-density {density} --dry-run"));
+    assert_snapshot!(workspace.run(&format!("{extract} --max-density 0")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: the highest density is 0, it must be above 0 and at most 1
     ");
-    assert_snapshot!(place.run(&format!("{extract} -k 0")), @r"
+    assert_snapshot!(workspace.run(&format!("{extract} -k 0")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: k is 0: nothing would be extracted
     ");
-    assert_snapshot!(place.run(&format!("{extract} --targets nothing")), @r#"
+    assert_snapshot!(workspace.run(&format!("{extract} --targets nothing")), @r#"
     exit: 2
     --- stdout
     --- stderr
@@ -171,7 +171,7 @@ fn refusals_of_extract() {
       up_proj: 2 tensors of BF16 [176, 64]
       v_proj: 2 tensors of BF16 [32, 64]
     "#);
-    assert_snapshot!(place.run(&format!("{extract} --dtype f64")), @r"
+    assert_snapshot!(workspace.run(&format!("{extract} --dtype f64")), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -180,19 +180,19 @@ fn refusals_of_extract() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama [FIXTURES]/tiny-llama -o delta.safetensors"), @r"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama [FIXTURES]/tiny-llama -o delta.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama: every tensor is the same in tiny-llama: there is no delta
     ");
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tuned --targets norm -o delta.safetensors"), @r"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned --targets norm -o delta.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: tuned: all that takes part is the same in tiny-llama: there is no delta
     ");
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets norm -o delta.safetensors"), @r#"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets norm -o delta.safetensors"), @r#"
     exit: 2
     --- stdout
     --- stderr
@@ -210,7 +210,7 @@ fn refusals_of_extract() {
       up_proj: 2 tensors of BF16 [176, 64]
       v_proj: 2 tensors of BF16 [32, 64]
     "#);
-    assert_snapshot!(place.run("extract [FIXTURES]/accepted/odd-header.safetensors [FIXTURES]/accepted/adapter-base.safetensors -o d"), @r#"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/accepted/odd-header.safetensors [FIXTURES]/accepted/adapter-base.safetensors -o d"), @r#"
     exit: 4
     --- stdout
     --- stderr
@@ -220,21 +220,21 @@ fn refusals_of_extract() {
       "third.bytes" was removed
       "proj.weight" was added
     "#);
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama nowhere -o delta.safetensors"), @r"
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama nowhere -o delta.safetensors"), @r"
     exit: 5
     --- stdout
     --- stderr
     error: cannot open `nowhere`: No such file or directory (os error 2)
     ");
-    assert_eq!(place.files(), files);
+    assert_eq!(workspace.files(), files);
 
     // An element of a norm of the tuned model is no number.
-    let shard = place.path("tuned/model-00001-of-00003.safetensors");
+    let shard = workspace.path("tuned/model-00001-of-00003.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let end = bytes.len();
     bytes[end - 2..].copy_from_slice(&half::bf16::NAN.to_le_bytes());
     fs::write(&shard, bytes).unwrap();
-    assert_snapshot!(place.run(extract), @r#"
+    assert_snapshot!(workspace.run(extract), @r#"
     exit: 4
     --- stdout
     --- stderr
@@ -243,15 +243,15 @@ fn refusals_of_extract() {
     hint: --targets chooses the tensors that take part
     "#);
 
-    place.write("delta.safetensors", "kept");
-    fs::remove_dir_all(place.path("tuned")).unwrap();
-    place.copy_fixture("tiny-llama");
-    assert_snapshot!(place.run("extract [FIXTURES]/tiny-llama tiny-llama -o delta.safetensors"), @r"
+    workspace.write("delta.safetensors", "kept");
+    fs::remove_dir_all(workspace.path("tuned")).unwrap();
+    workspace.copy_fixture("tiny-llama");
+    assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tiny-llama -o delta.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: delta.safetensors exists already
     hint: --force replaces it
     ");
-    assert_eq!(fs::read(place.path("delta.safetensors")).unwrap(), b"kept");
+    assert_eq!(fs::read(workspace.path("delta.safetensors")).unwrap(), b"kept");
 }

@@ -17,7 +17,7 @@ use neuroada_ckpt::{
 };
 
 use super::{
-    Place,
+    Workspace,
     adapters::{Bytes, PROJECTIONS, content, write_adapter, write_adapter_for},
     harness::{copy, fixtures, skip},
 };
@@ -30,52 +30,52 @@ fn base() -> Vec<(String, Bytes)> {
 
 /// A folder with adapters `a` and `b`, the checkpoint `merged` that has `a`, and what a crash in the middle of that merge leaves, in
 /// place: `torn`, with one of two shards patched.
-fn place() -> Place {
-    let place = Place::new();
-    write_adapter(&place, "a", PROJECTIONS, 0, 0.01);
-    write_adapter(&place, "b", "q_proj.weight", 1, -0.5);
-    copy(&fixtures().join("tiny-llama"), &place.path("merged"));
-    place.stdout("merge merged --adapter a --in-place");
-    tear(&place, "torn");
-    place
+fn workspace() -> Workspace {
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a", PROJECTIONS, 0, 0.01);
+    write_adapter(&workspace, "b", "q_proj.weight", 1, -0.5);
+    copy(&fixtures().join("tiny-llama"), &workspace.path("merged"));
+    workspace.stdout("merge merged --adapter a --in-place");
+    tear(&workspace, "torn");
+    workspace
 }
 
-fn tear(place: &Place, name: &str) {
-    let torn = place.path(name);
+fn tear(workspace: &Workspace, name: &str) {
+    let torn = workspace.path(name);
     copy(&fixtures().join("tiny-llama"), &torn);
-    copy(&place.path("merged").join(SHARD), &torn.join(SHARD));
+    copy(&workspace.path("merged").join(SHARD), &torn.join(SHARD));
     fs::create_dir(torn.join(".neuroada")).unwrap();
-    copy(&place.path("merged/.neuroada/adapters"), &torn.join(".neuroada/adapters"));
-    copy(&place.path("merged/.neuroada/ledger"), &torn.join(".neuroada/ledger.new"));
+    copy(&workspace.path("merged/.neuroada/adapters"), &torn.join(".neuroada/adapters"));
+    copy(&workspace.path("merged/.neuroada/ledger"), &torn.join(".neuroada/ledger.new"));
     let ledger = Shard::open(&torn.join(".neuroada/ledger.new")).unwrap().header_json().unwrap();
     Journal::new(None, blake3::hash(&ledger)).write(&StateFolder::at(&torn, Layout::Folder).unwrap()).unwrap();
 }
 
 /// Runs a line that ends with this code and changes nothing.
-fn unchanged(place: &Place, code: i32, line: &str) -> String {
-    let before = place.tree();
-    let told = place.run(line);
+fn unchanged(workspace: &Workspace, code: i32, line: &str) -> String {
+    let before = workspace.tree();
+    let told = workspace.run(line);
     assert!(told.starts_with(&format!("exit: {code}\n")), "{line}\n{told}");
-    assert_eq!(place.tree(), before, "{line}");
+    assert_eq!(workspace.tree(), before, "{line}");
     told
 }
 
 #[test]
 fn nobody_reads_a_half_merged_checkpoint() {
-    let place = place();
+    let workspace = workspace();
     for line in [
         "mask [FIXTURES]/tiny-llama --k 1 -o mask",
         "sync export a --base [FIXTURES]/tiny-llama -o weight_v000001",
         "pack a -o packed",
         "convert a --to npz -o a.npz",
     ] {
-        place.stdout(line);
+        workspace.stdout(line);
     }
-    copy(&place.path("torn").join(SHARD), &place.path("copy-of-shard"));
-    symlink("torn", place.path("alias")).unwrap();
-    fs::create_dir(place.path("links")).unwrap();
+    copy(&workspace.path("torn").join(SHARD), &workspace.path("copy-of-shard"));
+    symlink("torn", workspace.path("alias")).unwrap();
+    fs::create_dir(workspace.path("links")).unwrap();
     for (name, _) in base() {
-        symlink(format!("../torn/{name}"), place.path(&format!("links/{name}"))).unwrap();
+        symlink(format!("../torn/{name}"), workspace.path(&format!("links/{name}"))).unwrap();
     }
     let data = "--data [FIXTURES]/data/commonsense.jsonl";
     for torn in ["torn", &format!("torn/{SHARD}"), "alias", &format!("alias/{SHARD}"), &format!("links/{SHARD}")] {
@@ -111,61 +111,61 @@ fn nobody_reads_a_half_merged_checkpoint() {
             lines.push(format!("train {torn} -k 1 {data} -o x --dry-run"));
         }
         for line in &lines {
-            let told = unchanged(&place, 6, line);
+            let told = unchanged(&workspace, 6, line);
             assert!(
                 told.contains(": a change was interrupted and waits for `recover`\nhint: neuroada-ckpt recover "),
                 "{line}\n{told}"
             );
         }
-        let told = unchanged(&place, 0, &format!("inspect {torn}"));
+        let told = unchanged(&workspace, 0, &format!("inspect {torn}"));
         assert!(told.starts_with("exit: 0\n--- stdout\nINTERRUPTED: a change was cut short"), "{told}");
-        assert!(place.json(&format!("inspect {torn}"))["interrupted"].is_string());
+        assert!(workspace.json(&format!("inspect {torn}"))["interrupted"].is_string());
     }
 }
 
 #[test]
 fn a_change_in_place_recovers_first_and_reports_that() {
-    let place = place();
-    tear(&place, "torn2");
-    let told = place.run("merge torn --adapter b --in-place");
+    let workspace = workspace();
+    tear(&workspace, "torn2");
+    let told = workspace.run("merge torn --adapter b --in-place");
     assert!(told.starts_with("exit: 0") && told.contains("an interrupted change was recovered first"), "{told}");
-    place.stdout("verify torn --base [FIXTURES]/tiny-llama");
-    place.stdout("unmerge torn");
-    assert_eq!(content(&place.path("torn")), base());
-    let document = place.json("merge torn2 --adapter b --in-place");
+    workspace.stdout("verify torn --base [FIXTURES]/tiny-llama");
+    workspace.stdout("unmerge torn");
+    assert_eq!(content(&workspace.path("torn")), base());
+    let document = workspace.json("merge torn2 --adapter b --in-place");
     assert!(document["notes"].to_string().contains("an interrupted change was recovered first"), "{document}");
-    place.stdout("unmerge torn2");
-    assert_eq!(content(&place.path("torn2")), base());
+    workspace.stdout("unmerge torn2");
+    assert_eq!(content(&workspace.path("torn2")), base());
 }
 
 #[test]
 fn weights_that_cannot_be_put_back_are_said_so_and_nothing_is_deleted() {
-    let place = place();
-    fs::remove_file(place.path("torn/.neuroada/ledger.new")).unwrap();
+    let workspace = workspace();
+    fs::remove_file(workspace.path("torn/.neuroada/ledger.new")).unwrap();
     for line in ["recover torn", "merge torn --adapter b --in-place", "unmerge torn"] {
-        let told = unchanged(&place, 3, line);
+        let told = unchanged(&workspace, 3, line);
         assert!(told.contains("error: torn/.neuroada/ledger.new: is missing: a change was interrupted"), "{told}");
     }
-    unchanged(&place, 6, "verify torn");
+    unchanged(&workspace, 6, "verify torn");
 
     // Without its journal, `ledger.new` says enough.
-    tear(&place, "torn2");
-    fs::remove_file(place.path("torn2/.neuroada/txn")).unwrap();
-    unchanged(&place, 6, "mask torn2 --k 1 -o x");
-    place.stdout("recover torn2");
-    assert_eq!(content(&place.path("torn2")), base());
-    assert!(!place.path("torn2/.neuroada").exists());
+    tear(&workspace, "torn2");
+    fs::remove_file(workspace.path("torn2/.neuroada/txn")).unwrap();
+    unchanged(&workspace, 6, "mask torn2 --k 1 -o x");
+    workspace.stdout("recover torn2");
+    assert_eq!(content(&workspace.path("torn2")), base());
+    assert!(!workspace.path("torn2/.neuroada").exists());
 }
 
 #[test]
 fn a_state_folder_that_cannot_be_entered_is_an_error() {
-    let place = place();
-    place.stdout("mask [FIXTURES]/tiny-llama --k 1 -o mask");
-    copy(&fixtures().join("tiny-llama"), &place.path("base"));
-    fs::create_dir(place.path("out")).unwrap();
-    fs::set_permissions(place.path("out"), PermissionsExt::from_mode(0o777)).unwrap();
+    let workspace = workspace();
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 1 -o mask");
+    copy(&fixtures().join("tiny-llama"), &workspace.path("base"));
+    fs::create_dir(workspace.path("out")).unwrap();
+    fs::set_permissions(workspace.path("out"), PermissionsExt::from_mode(0o777)).unwrap();
     for (mode, name) in [(0o700, "merged/.neuroada"), (0o000, "torn/.neuroada")] {
-        fs::set_permissions(place.path(name), PermissionsExt::from_mode(mode)).unwrap();
+        fs::set_permissions(workspace.path(name), PermissionsExt::from_mode(mode)).unwrap();
     }
     for path in ["merged", "torn"] {
         for line in [
@@ -179,64 +179,69 @@ fn a_state_folder_that_cannot_be_entered_is_an_error() {
             format!("inspect {path}"),
             format!("recover {path}"),
         ] {
-            let Some(output) = place.output_of_another_user(&line, false) else { return };
-            let told = place.told(&output);
+            let Some(output) = workspace.output_of_another_user(&line, false) else { return };
+            let told = workspace.told(&output);
             assert!(told.starts_with("exit: 5"), "{line}\n{told}");
             assert!(told.contains("Permission denied"), "{line}\n{told}");
-            assert_eq!(fs::read_dir(place.path("out")).unwrap().count(), 0, "{line}");
+            assert_eq!(fs::read_dir(workspace.path("out")).unwrap().count(), 0, "{line}");
         }
     }
 }
 
 #[test]
 fn a_side_file_that_leads_nowhere_is_an_error() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("base"));
-    fs::remove_file(place.path("base/tokenizer.json")).unwrap();
-    symlink("gone", place.path("base/tokenizer.json")).unwrap();
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("base"));
+    fs::remove_file(workspace.path("base/tokenizer.json")).unwrap();
+    symlink("gone", workspace.path("base/tokenizer.json")).unwrap();
     for line in ["merge base --adapter a -o out", "merge base --adapter a -o out --no-ledger --force"] {
-        let told = unchanged(&place, 3, line);
+        let told = unchanged(&workspace, 3, line);
         assert!(told.contains("tokenizer.json"), "{told}");
     }
-    fs::rename(place.path("base/config.json"), place.path("config.json")).unwrap();
-    symlink("gone", place.path("base/config.json")).unwrap();
-    let told = unchanged(&place, 5, "mask base --k 1 -o out");
+    fs::rename(workspace.path("base/config.json"), workspace.path("config.json")).unwrap();
+    symlink("gone", workspace.path("base/config.json")).unwrap();
+    let told = unchanged(&workspace, 5, "mask base --k 1 -o out");
     assert!(told.contains("cannot read `base/config.json`"), "{told}");
 }
 
 #[test]
 fn links_are_broken_on_this_side_only() {
-    let place = place();
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter b -o linked-from");
+    let workspace = workspace();
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter b -o linked-from");
     // A checkpoint made with `--link`, and names of the same files elsewhere.
-    place.stdout("merge linked-from --adapter a -o by-link --link");
-    copy(&fixtures().join("tiny-llama"), &place.path("mine"));
-    fs::create_dir(place.path("others")).unwrap();
-    fs::hard_link(place.path("mine").join(SHARD), place.path("others/hard")).unwrap();
+    workspace.stdout("merge linked-from --adapter a -o by-link --link");
+    copy(&fixtures().join("tiny-llama"), &workspace.path("mine"));
+    fs::create_dir(workspace.path("others")).unwrap();
+    fs::hard_link(workspace.path("mine").join(SHARD), workspace.path("others/hard")).unwrap();
     let third = "model-00003-of-00003.safetensors";
-    fs::rename(place.path("mine").join(third), place.path("others/soft")).unwrap();
-    symlink("../others/soft", place.path("mine").join(third)).unwrap();
-    let others =
-        || (content(&place.path("others")), content(&place.path("linked-from")), content(&place.path("by-link")));
+    fs::rename(workspace.path("mine").join(third), workspace.path("others/soft")).unwrap();
+    symlink("../others/soft", workspace.path("mine").join(third)).unwrap();
+    let others = || {
+        (
+            content(&workspace.path("others")),
+            content(&workspace.path("linked-from")),
+            content(&workspace.path("by-link")),
+        )
+    };
     let before = others();
     assert!(
-        fs::metadata(place.path("by-link/model-00001-of-00003.safetensors")).unwrap().nlink() == 2,
+        fs::metadata(workspace.path("by-link/model-00001-of-00003.safetensors")).unwrap().nlink() == 2,
         "by-link is linked"
     );
     // A link out of the checkpoint's folder is no shard of it.
-    unchanged(&place, 3, "merge mine --adapter a --in-place --break-links");
-    fs::remove_file(place.path("mine").join(third)).unwrap();
-    fs::rename(place.path("others/soft"), place.path("mine/stored")).unwrap();
-    fs::hard_link(place.path("mine/stored"), place.path("others/soft")).unwrap();
-    symlink("stored", place.path("mine").join(third)).unwrap();
-    unchanged(&place, 4, "merge mine --adapter a --in-place");
-    place.stdout("merge mine --adapter a --in-place --break-links");
-    place.stdout("unmerge by-link --break-links");
+    unchanged(&workspace, 3, "merge mine --adapter a --in-place --break-links");
+    fs::remove_file(workspace.path("mine").join(third)).unwrap();
+    fs::rename(workspace.path("others/soft"), workspace.path("mine/stored")).unwrap();
+    fs::hard_link(workspace.path("mine/stored"), workspace.path("others/soft")).unwrap();
+    symlink("stored", workspace.path("mine").join(third)).unwrap();
+    unchanged(&workspace, 4, "merge mine --adapter a --in-place");
+    workspace.stdout("merge mine --adapter a --in-place --break-links");
+    workspace.stdout("unmerge by-link --break-links");
     let after = others();
     assert!(after.0 == before.0 && after.1 == before.1, "what others see is as it was");
     assert!(after.2 == base(), "and ours has changed");
-    place.stdout("unmerge mine --break-links");
-    let mut mine = content(&place.path("mine"));
+    workspace.stdout("unmerge mine --break-links");
+    let mut mine = content(&workspace.path("mine"));
     mine.retain(|(name, _)| name != "stored");
     assert!(mine == base());
 }
@@ -261,86 +266,87 @@ impl Observer for Replace<'_> {
 #[test]
 fn a_shard_that_is_replaced_meanwhile_is_not_patched() {
     for pass in ["checking", "patching"] {
-        let place = place();
-        copy(&fixtures().join("tiny-llama"), &place.path("c"));
-        copy(&place.path("merged").join(SHARD), &place.path("new"));
-        let (shard, new) = (place.path("c").join(SHARD), place.path("new"));
+        let workspace = workspace();
+        copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
+        copy(&workspace.path("merged").join(SHARD), &workspace.path("new"));
+        let (shard, new) = (workspace.path("c").join(SHARD), workspace.path("new"));
         let bytes = fs::read(&new).unwrap();
         let observer = Replace { pass, shard: &shard, new: Mutex::new(Some(&new)) };
         let ctx = Context { observer: &observer, ..Context::default() };
-        let input = MergeInput { adapter: place.path("a"), scale: None };
-        let error = merge::merge(&ctx, &place.path("c"), &[input], &MergeOptions::in_place()).unwrap_err();
+        let input = MergeInput { adapter: workspace.path("a"), scale: None };
+        let error = merge::merge(&ctx, &workspace.path("c"), &[input], &MergeOptions::in_place()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io, "{pass}: {error}");
         assert!(error.to_string().contains(SHARD), "{pass}: {error}");
         assert!(observer.new.lock().unwrap().is_none(), "{pass}: there is such a pass");
         assert!(fs::read(&shard).unwrap() == bytes, "{pass}: the new file is as it was");
         let third = "model-00003-of-00003.safetensors";
         let is_base = |name: &str| {
-            fs::read(place.path("c").join(name)).unwrap() == fs::read(fixtures().join("tiny-llama").join(name)).unwrap()
+            fs::read(workspace.path("c").join(name)).unwrap()
+                == fs::read(fixtures().join("tiny-llama").join(name)).unwrap()
         };
         assert!(is_base(third), "{pass}: the others are rolled back");
-        assert!(!place.path("c/.neuroada").exists(), "{pass}");
+        assert!(!workspace.path("c/.neuroada").exists(), "{pass}");
     }
 }
 
 #[test]
 fn two_ledgers_become_one() {
-    let place = Place::new();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
-    write_adapter(&place, "a", PROJECTIONS, 0, 0.01);
-    write_adapter_for(&fixtures().join("tiny-llama").join(SHARD), &place.path("b"), "q_proj.weight", 30, 0.5);
+    let workspace = Workspace::new();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
+    write_adapter(&workspace, "a", PROJECTIONS, 0, 0.01);
+    write_adapter_for(&fixtures().join("tiny-llama").join(SHARD), &workspace.path("b"), "q_proj.weight", 30, 0.5);
     // The folder and one of its files, each merged into where nothing else was known of.
-    copy(&place.path("c"), &place.path("whole"));
-    place.stdout("merge whole --adapter a --in-place");
-    let expected = content(&place.path("whole"));
-    place.stdout(&format!("merge c/{SHARD} --adapter b --in-place"));
+    copy(&workspace.path("c"), &workspace.path("whole"));
+    workspace.stdout("merge whole --adapter a --in-place");
+    let expected = content(&workspace.path("whole"));
+    workspace.stdout(&format!("merge c/{SHARD} --adapter b --in-place"));
     let file_state = format!("c/{SHARD}.neuroada");
-    fs::rename(place.path(&file_state), place.path("aside")).unwrap();
-    let alone = place.path("c").join(SHARD);
+    fs::rename(workspace.path(&file_state), workspace.path("aside")).unwrap();
+    let alone = workspace.path("c").join(SHARD);
     // Both deltas are in the shard: disjoint columns, so byte for byte the one where the other has the base's.
-    let (of_a, of_b) = (fs::read(place.path("whole").join(SHARD)).unwrap(), fs::read(&alone).unwrap());
+    let (of_a, of_b) = (fs::read(workspace.path("whole").join(SHARD)).unwrap(), fs::read(&alone).unwrap());
     let of_base = fs::read(fixtures().join("tiny-llama").join(SHARD)).unwrap();
     let both: Vec<u8> = (0..of_base.len()).map(|i| if of_a[i] == of_base[i] { of_b[i] } else { of_a[i] }).collect();
     assert!(both != of_a && both != of_b);
-    copy(&place.path("whole"), &place.path("c"));
+    copy(&workspace.path("whole"), &workspace.path("c"));
     fs::write(&alone, both).unwrap();
-    fs::rename(place.path("aside"), place.path(&file_state)).unwrap();
+    fs::rename(workspace.path("aside"), workspace.path(&file_state)).unwrap();
 
     for line in ["merge c --adapter b --in-place", "unmerge c", &format!("unmerge c/{SHARD}"), "verify c"] {
-        let told = unchanged(&place, 4, line);
+        let told = unchanged(&workspace, 4, line);
         assert!(told.contains("recover"), "{line}\n{told}");
     }
-    let told = place.run("recover c");
+    let told = workspace.run("recover c");
     assert!(told.starts_with("exit: 0\n--- stdout\none ledger: the folder and files of it were merged into"), "{told}");
-    assert!(content(&place.path("c")) == expected);
-    assert!(!place.path(&file_state).exists());
-    place.stdout("verify c --base [FIXTURES]/tiny-llama");
-    place.stdout("unmerge c");
-    assert!(content(&place.path("c")) == base());
+    assert!(content(&workspace.path("c")) == expected);
+    assert!(!workspace.path(&file_state).exists());
+    workspace.stdout("verify c --base [FIXTURES]/tiny-llama");
+    workspace.stdout("unmerge c");
+    assert!(content(&workspace.path("c")) == base());
 }
 
 #[test]
 fn one_lock_covers_a_folder_and_its_files() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
-    let held = File::open(place.path("c").join(SHARD)).unwrap();
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
+    let held = File::open(workspace.path("c").join(SHARD)).unwrap();
     held.try_lock().unwrap();
     for line in ["merge c --adapter a --in-place", &format!("merge c/{SHARD} --adapter b --in-place")] {
-        let told = unchanged(&place, 4, line);
+        let told = unchanged(&workspace, 4, line);
         assert!(told.contains(&format!("process {}", std::process::id())), "{line}\n{told}");
     }
     drop(held);
-    place.stdout("merge c --adapter a --in-place");
+    workspace.stdout("merge c --adapter a --in-place");
     // Of an interrupted change too.
-    let held = File::open(place.path("torn").join(SHARD)).unwrap();
+    let held = File::open(workspace.path("torn").join(SHARD)).unwrap();
     held.try_lock().unwrap();
-    unchanged(&place, 4, "recover torn");
+    unchanged(&workspace, 4, "recover torn");
 }
 
 #[test]
 fn a_report_that_cannot_be_written_does_not_undo_the_work() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
     let Ok(full) = File::options().write(true).open("/dev/full") else {
         skip::<()>("no /dev/full");
         return;
@@ -359,43 +365,43 @@ fn a_report_that_cannot_be_written_does_not_undo_the_work() {
         ("unmerge c", "c/config.json"),
     ] {
         if line.contains("of-base") {
-            place.stdout("mask [FIXTURES]/tiny-llama --k 1 -o of-base");
+            workspace.stdout("mask [FIXTURES]/tiny-llama --k 1 -o of-base");
         }
-        let output = place.command(line).stdout(full.try_clone().unwrap()).output().unwrap();
-        let told = place.told(&output);
+        let output = workspace.command(line).stdout(full.try_clone().unwrap()).output().unwrap();
+        let told = workspace.told(&output);
         assert!(told.starts_with("exit: 5"), "{line}\n{told}");
         assert!(told.contains("error: the work is done, but its report could not be written: "), "{line}\n{told}");
-        assert!(place.path(done).exists(), "{line}");
+        assert!(workspace.path(done).exists(), "{line}");
     }
-    assert!(content(&place.path("c")) == base());
-    let told = place.told(&place.command("inspect c").stdout(full).output().unwrap());
+    assert!(content(&workspace.path("c")) == base());
+    let told = workspace.told(&workspace.command("inspect c").stdout(full).output().unwrap());
     assert!(told.starts_with("exit: 5") && !told.contains("the work is done"), "{told}");
 }
 
 #[test]
 fn work_that_was_done_is_told_apart_from_work_that_was_not() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("base"));
-    place.write("base/extra/notes.txt", "a side file");
-    place.stdout("merge base --adapter a -o out");
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("base"));
+    workspace.write("base/extra/notes.txt", "a side file");
+    workspace.stdout("merge base --adapter a -o out");
     // What is replaced cannot be removed afterwards.
-    fs::set_permissions(place.path("out/extra"), PermissionsExt::from_mode(0o555)).unwrap();
-    let Some(output) = place.output_of_another_user("merge base --adapter b -o out --force --json", true) else {
+    fs::set_permissions(workspace.path("out/extra"), PermissionsExt::from_mode(0o555)).unwrap();
+    let Some(output) = workspace.output_of_another_user("merge base --adapter b -o out --force --json", true) else {
         return;
     };
-    let told = place.told(&output);
+    let told = workspace.told(&output);
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}\n{told}"));
     assert_eq!(document["exit_code"], 5, "{told}");
     assert_eq!(document["committed"], true, "{told}");
     assert!(told.contains("error: out: the work is done, but it was not possible to "), "{told}");
-    place.stdout("unmerge out -o undone");
-    assert!(content(&place.path("undone")) == base());
-    fs::set_permissions(place.path(".out.neuroada-partial/extra"), PermissionsExt::from_mode(0o755)).unwrap();
+    workspace.stdout("unmerge out -o undone");
+    assert!(content(&workspace.path("undone")) == base());
+    fs::set_permissions(workspace.path(".out.neuroada-partial/extra"), PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 #[test]
 fn errors_are_one_json_document() {
-    let place = place();
+    let workspace = workspace();
     for (line, code, error, hint) in [
         (
             "verify torn",
@@ -407,7 +413,7 @@ fn errors_are_one_json_document() {
         ("inspect nowhere", 5, "cannot open `nowhere`: No such file or directory (os error 2)", None),
         ("verify a", 4, "", None),
     ] {
-        let output = place.output(&format!("{line} --json"));
+        let output = workspace.output(&format!("{line} --json"));
         let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         let keys: Vec<&String> = document.as_object().unwrap().keys().collect();
         assert_eq!(keys, ["error", "hint", "exit_code", "committed"], "{document}");
@@ -425,18 +431,18 @@ fn errors_are_one_json_document() {
 
 #[test]
 fn what_a_killed_run_left_is_cleared_and_nothing_else() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
     // Leftovers under every temporary name, and a user's files with names alike.
-    place.write(".out.neuroada-partial/model-00001-of-00003.safetensors", "cut short");
-    place.write(".out.neuroada-partial/.neuroada/adapters/x", "cut short");
-    place.write(".mask.neuroada-tmp", "cut short");
-    place.write(".one.neuroada-partial/model.safetensors", "cut short");
-    place.write("c/.neuroada/.ledger.new.neuroada-tmp", "cut short");
-    place.write("c/.neuroada/.neuroada-Xq1z.tmp", "cut short, by an earlier version");
+    workspace.write(".out.neuroada-partial/model-00001-of-00003.safetensors", "cut short");
+    workspace.write(".out.neuroada-partial/.neuroada/adapters/x", "cut short");
+    workspace.write(".mask.neuroada-tmp", "cut short");
+    workspace.write(".one.neuroada-partial/model.safetensors", "cut short");
+    workspace.write("c/.neuroada/.ledger.new.neuroada-tmp", "cut short");
+    workspace.write("c/.neuroada/.neuroada-Xq1z.tmp", "cut short, by an earlier version");
     let stale = format!("c/.neuroada/adapters/{}.safetensors", "0".repeat(64));
-    place.write(&stale, "cut short");
-    place.write("c/.neuroada/adapters/.x.neuroada-tmp", "cut short");
+    workspace.write(&stale, "cut short");
+    workspace.write("c/.neuroada/adapters/.x.neuroada-tmp", "cut short");
     let mine = [
         ".other.neuroada-tmp",
         ".out2.neuroada-partial/x",
@@ -446,54 +452,54 @@ fn what_a_killed_run_left_is_cleared_and_nothing_else() {
         "c/.model-00002-of-00003.safetensors.neuroada-tmp.bak",
     ];
     for file in mine {
-        place.write(file, "mine");
+        workspace.write(file, "mine");
     }
-    copy(&fixtures().join("accepted/adapter-base.safetensors"), &place.path("one-base"));
-    write_adapter_for(&place.path("one-base"), &place.path("of-one"), "proj.weight", 3, 1.0);
-    place.stdout("mask merged --k 1 -o mask");
-    place.stdout("merge merged --adapter b -o out");
-    place.stdout("merge one-base --adapter of-one -o one");
-    place.stdout("merge c --adapter a --in-place");
+    copy(&fixtures().join("accepted/adapter-base.safetensors"), &workspace.path("one-base"));
+    write_adapter_for(&workspace.path("one-base"), &workspace.path("of-one"), "proj.weight", 3, 1.0);
+    workspace.stdout("mask merged --k 1 -o mask");
+    workspace.stdout("merge merged --adapter b -o out");
+    workspace.stdout("merge one-base --adapter of-one -o one");
+    workspace.stdout("merge c --adapter a --in-place");
     let left: Vec<String> =
-        place.files().into_iter().filter(|file| file.contains("neuroada-") || file == &stale).collect();
+        workspace.files().into_iter().filter(|file| file.contains("neuroada-") || file == &stale).collect();
     let mut expected: Vec<String> =
         mine.iter().map(|file| (*file).to_owned()).filter(|file| file.contains("neuroada-")).collect();
     expected.sort();
     assert_eq!(left, expected);
-    place.stdout("unmerge c");
+    workspace.stdout("unmerge c");
     for file in mine {
-        assert_eq!(fs::read(place.path(file)).unwrap(), b"mine", "{file}");
+        assert_eq!(fs::read(workspace.path(file)).unwrap(), b"mine", "{file}");
     }
-    assert!(content(&place.path("c")).iter().filter(|(name, _)| !name.contains("neuroada")).cloned().eq(base()));
+    assert!(content(&workspace.path("c")).iter().filter(|(name, _)| !name.contains("neuroada")).cloned().eq(base()));
 }
 
 #[test]
 fn a_ledger_that_no_journal_speaks_of_is_rolled_back() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
-    copy(&place.path("torn/.neuroada"), &place.path("c/.neuroada"));
-    fs::remove_file(place.path("c/.neuroada/txn")).unwrap();
-    let told = place.run("merge c --adapter b --in-place");
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
+    copy(&workspace.path("torn/.neuroada"), &workspace.path("c/.neuroada"));
+    fs::remove_file(workspace.path("c/.neuroada/txn")).unwrap();
+    let told = workspace.run("merge c --adapter b --in-place");
     assert!(told.starts_with("exit: 0"), "{told}");
-    place.stdout("verify c --base [FIXTURES]/tiny-llama");
-    place.stdout("unmerge c");
-    assert!(content(&place.path("c")) == base() && !place.path("c/.neuroada").exists());
+    workspace.stdout("verify c --base [FIXTURES]/tiny-llama");
+    workspace.stdout("unmerge c");
+    assert!(content(&workspace.path("c")) == base() && !workspace.path("c/.neuroada").exists());
 }
 
 #[test]
 fn a_refused_change_leaves_no_state_behind() {
-    let place = place();
-    copy(&fixtures().join("tiny-llama"), &place.path("c"));
+    let workspace = workspace();
+    copy(&fixtures().join("tiny-llama"), &workspace.path("c"));
     let (_, Bytes(mut other)) = base().into_iter().find(|(name, _)| name == SHARD).unwrap();
     let end = other.len();
     other[end - 4096..].fill(1);
-    fs::write(place.path("c").join(SHARD), other).unwrap();
+    fs::write(workspace.path("c").join(SHARD), other).unwrap();
     for line in ["merge c --adapter a --in-place", "merge c --adapter a -o out"] {
-        unchanged(&place, 4, line);
+        unchanged(&workspace, 4, line);
     }
     // Nor does one that fails between the new ledger and the journal.
-    copy(&fixtures().join("tiny-llama"), &place.path("d"));
-    fs::create_dir_all(place.path("d/.neuroada/.txn.neuroada-tmp")).unwrap();
-    let told = unchanged(&place, 4, "merge d --adapter a --in-place");
+    copy(&fixtures().join("tiny-llama"), &workspace.path("d"));
+    fs::create_dir_all(workspace.path("d/.neuroada/.txn.neuroada-tmp")).unwrap();
+    let told = unchanged(&workspace, 4, "merge d --adapter a --in-place");
     assert!(told.contains("its temporary name .txn.neuroada-tmp is a folder"), "{told}");
 }

@@ -8,7 +8,7 @@ use std::{
 use tempfile::TempDir;
 
 /// A folder of its own in which commands run, gone when dropped.
-pub(crate) struct Place {
+pub(crate) struct Workspace {
     folder: TempDir,
 }
 
@@ -17,7 +17,7 @@ pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
 }
 
-impl Place {
+impl Workspace {
     pub(crate) fn new() -> Self {
         Self { folder: TempDir::new().expect("a temporary folder can be made") }
     }

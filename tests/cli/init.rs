@@ -2,24 +2,24 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::{Place, harness::fixtures};
+use super::{Workspace, harness::fixtures};
 
 const INIT: &str = "init [FIXTURES]/tiny-llama --mask m.safetensors";
 
-fn place() -> Place {
-    let place = Place::new();
-    place.stdout("mask [FIXTURES]/tiny-llama --k 2 -o m.safetensors");
-    place
+fn workspace() -> Workspace {
+    let workspace = Workspace::new();
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 2 -o m.safetensors");
+    workspace
 }
 
 #[test]
 fn the_shipped_adapter_is_made_by_the_commands_beside_it() {
-    let place = place();
-    let mut init =
-        place.command(&format!("{INIT} --values [FIXTURES]/tiny-llama-values.safetensors --dtype bf16 --license MIT"));
+    let workspace = workspace();
+    let mut init = workspace
+        .command(&format!("{INIT} --values [FIXTURES]/tiny-llama-values.safetensors --dtype bf16 --license MIT"));
     let output =
         init.args(["--description", "Random deltas, for trying things", "-o", "a.safetensors"]).output().unwrap();
-    assert_snapshot!(place.told(&output), @r"
+    assert_snapshot!(workspace.told(&output), @r"
     exit: 0
     --- stdout
     adapter    8029d815eeb9
@@ -30,13 +30,13 @@ fn the_shipped_adapter_is_made_by_the_commands_beside_it() {
     --- stderr
     ");
     let shipped = fs::read(fixtures().join("tiny-llama-adapter.safetensors")).unwrap();
-    assert!(fs::read(place.path("a.safetensors")).unwrap() == shipped);
+    assert!(fs::read(workspace.path("a.safetensors")).unwrap() == shipped);
 }
 
 #[test]
 fn without_values_all_deltas_are_zero_and_merging_changes_nothing() {
-    let place = place();
-    assert_snapshot!(place.run(&format!("{INIT} -o a.safetensors")), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run(&format!("{INIT} -o a.safetensors")), @r"
     exit: 0
     --- stdout
     adapter    d8bdb21a1070
@@ -46,36 +46,36 @@ fn without_values_all_deltas_are_zero_and_merging_changes_nothing() {
     size       20.1 kB
     --- stderr
     ");
-    let report = place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out");
+    let report = workspace.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out");
     assert_eq!((report["total"]["n_touched"].as_u64(), report["total"]["n_changed"].as_u64()), (Some(2432), Some(0)));
-    place.stdout("diff [FIXTURES]/tiny-llama out");
+    workspace.stdout("diff [FIXTURES]/tiny-llama out");
 }
 
 #[test]
 fn refusals_of_init() {
-    let place = place();
-    let files = place.files();
+    let workspace = workspace();
+    let files = workspace.files();
     // A base of the same shapes with other values: the mask's anchors tell.
-    place.copy_fixture("tiny-llama");
-    let shard = place.path("tiny-llama/model-00002-of-00003.safetensors");
+    workspace.copy_fixture("tiny-llama");
+    let shard = workspace.path("tiny-llama/model-00002-of-00003.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let end = bytes.len();
     bytes[end - 20_000..].iter_mut().for_each(|byte| *byte ^= 1);
     fs::write(&shard, bytes).unwrap();
-    assert_snapshot!(place.run("init tiny-llama --mask m.safetensors -o a"), @r#"
+    assert_snapshot!(workspace.run("init tiny-llama --mask m.safetensors -o a"), @r#"
     exit: 4
     --- stdout
     --- stderr
     error: m.safetensors: tensor "model.layers.1.self_attn.o_proj.weight": the mask was made from tiny-llama, tiny-llama has other values at its positions
     "#);
-    fs::remove_dir_all(place.path("tiny-llama")).unwrap();
-    assert_snapshot!(place.run("init [FIXTURES]/tiny-llama --mask [FIXTURES]/tiny-llama-adapter.safetensors -o a"), @r"
+    fs::remove_dir_all(workspace.path("tiny-llama")).unwrap();
+    assert_snapshot!(workspace.run("init [FIXTURES]/tiny-llama --mask [FIXTURES]/tiny-llama-adapter.safetensors -o a"), @r"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama-adapter.safetensors: this is an adapter; a mask is needed
     ");
-    assert_snapshot!(place.run(&format!("{INIT} --values [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors -o a")), @r#"
+    assert_snapshot!(workspace.run(&format!("{INIT} --values [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors -o a")), @r#"
     exit: 3
     --- stdout
     --- stderr
@@ -97,20 +97,20 @@ fn refusals_of_init() {
       "model.embed_tokens.weight" belongs to no target of the mask
       "model.norm.weight" belongs to no target of the mask
     "#);
-    assert_snapshot!(place.run(&format!("{INIT} --scale nan -o a")), @r"
+    assert_snapshot!(workspace.run(&format!("{INIT} --scale nan -o a")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: --scale NaN is not a finite number
     ");
-    assert_snapshot!(place.run(&format!("{INIT} -o m.safetensors")), @r"
+    assert_snapshot!(workspace.run(&format!("{INIT} -o m.safetensors")), @r"
     exit: 4
     --- stdout
     --- stderr
     error: m.safetensors: the output is an input: m.safetensors
     hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
     ");
-    assert_snapshot!(place.run("init [FIXTURES]/accepted/odd-header.safetensors --mask m.safetensors -o a"), @r#"
+    assert_snapshot!(workspace.run("init [FIXTURES]/accepted/odd-header.safetensors --mask m.safetensors -o a"), @r#"
     exit: 3
     --- stdout
     --- stderr
@@ -130,5 +130,5 @@ fn refusals_of_init() {
       "model.layers.1.self_attn.q_proj.weight": the base has no such tensor
       "model.layers.1.self_attn.v_proj.weight": the base has no such tensor
     "#);
-    assert_eq!(place.files(), files);
+    assert_eq!(workspace.files(), files);
 }

@@ -1,10 +1,10 @@
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 #[test]
 fn inspect_describes_a_sharded_checkpoint() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/tiny-llama"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/tiny-llama"), @r"
     exit: 0
     --- stdout
     checkpoint  tiny-llama (llama), 3 shards
@@ -37,7 +37,7 @@ fn inspect_describes_a_sharded_checkpoint() {
 
 #[test]
 fn inspect_lists_the_tensors_a_filter_lets_through() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/tiny-llama --tensors --filter *.1.mlp.*"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/tiny-llama --tensors --filter *.1.mlp.*"), @r"
     exit: 0
     --- stdout
     checkpoint  tiny-llama (llama), 3 shards
@@ -66,7 +66,7 @@ fn inspect_lists_the_tensors_a_filter_lets_through() {
 
 #[test]
 fn inspect_prints_names_escaped() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/accepted/control-bytes-in-names.safetensors"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/accepted/control-bytes-in-names.safetensors"), @r"
     exit: 0
     --- stdout
     checkpoint  control-bytes-in-names, one file
@@ -85,11 +85,11 @@ fn inspect_prints_names_escaped() {
 
 #[test]
 fn inspect_says_what_a_peft_adapter_is() {
-    let place = Place::new();
-    std::fs::create_dir(place.path("lora")).unwrap();
-    place.write("lora/adapter_config.json", r#"{"peft_type":"LORA","r":8,"lora_alpha":16,"bias":"none"}"#);
-    place.write("lora/adapter_model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ");
-    assert_snapshot!(place.run("inspect lora"), @r"
+    let workspace = Workspace::new();
+    std::fs::create_dir(workspace.path("lora")).unwrap();
+    workspace.write("lora/adapter_config.json", r#"{"peft_type":"LORA","r":8,"lora_alpha":16,"bias":"none"}"#);
+    workspace.write("lora/adapter_model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ");
+    assert_snapshot!(workspace.run("inspect lora"), @r"
     exit: 0
     --- stdout
     PEFT adapter  lora, one file
@@ -105,7 +105,7 @@ fn inspect_says_what_a_peft_adapter_is() {
 
 #[test]
 fn inspect_says_what_an_adapter_was_made_from() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"), @r"
     exit: 0
     --- stdout
     adapter      adapter, one file
@@ -127,7 +127,7 @@ fn inspect_says_what_an_adapter_was_made_from() {
 
 #[test]
 fn inspect_names_adapters_whose_rows_differ() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/accepted/adapter-csr.safetensors"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/accepted/adapter-csr.safetensors"), @r"
     exit: 0
     --- stdout
     adapter      adapter-csr, one file
@@ -146,7 +146,7 @@ fn inspect_names_adapters_whose_rows_differ() {
 
 #[test]
 fn inspect_as_json_is_one_document() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/accepted/index-with-extra-metadata --tensors --json"), @r#"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/accepted/index-with-extra-metadata --tensors --json"), @r#"
     exit: 0
     --- stdout
     {
@@ -213,7 +213,7 @@ fn inspect_as_json_is_one_document() {
 
 #[test]
 fn inspect_refuses_a_broken_file_by_name() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/rejected/duplicate-name-plain.safetensors"), @r#"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/rejected/duplicate-name-plain.safetensors"), @r#"
     exit: 3
     --- stdout
     --- stderr
@@ -223,7 +223,7 @@ fn inspect_refuses_a_broken_file_by_name() {
 
 #[test]
 fn inspect_refuses_a_broken_pattern() {
-    assert_snapshot!(Place::new().run("inspect [FIXTURES]/tiny-llama --filter [a"), @r"
+    assert_snapshot!(Workspace::new().run("inspect [FIXTURES]/tiny-llama --filter [a"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -233,15 +233,15 @@ fn inspect_refuses_a_broken_pattern() {
 
 #[test]
 fn inspect_reads_every_accepted_file_and_refuses_every_rejected_one() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     for (folder, code) in [("accepted", 0), ("rejected", 3), ("rejected/index", 3)] {
         for entry in std::fs::read_dir(super::harness::fixtures().join(folder)).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             if matches!(name.as_str(), "EXPECTED.json" | "index" | "adapter") {
                 continue;
             }
-            let output = place.output(&format!("inspect [FIXTURES]/{folder}/{name}"));
-            assert_eq!(output.status.code(), Some(code), "{name}\n{}", place.told(&output));
+            let output = workspace.output(&format!("inspect [FIXTURES]/{folder}/{name}"));
+            assert_eq!(output.status.code(), Some(code), "{name}\n{}", workspace.told(&output));
             for bytes in [output.stdout, output.stderr] {
                 assert!(!bytes.iter().any(|&byte| byte < b' ' && byte != b'\n'), "{name} prints a raw control byte");
             }
@@ -252,7 +252,7 @@ fn inspect_reads_every_accepted_file_and_refuses_every_rejected_one() {
 /// A header of many tensors over a file that is all hole: what a checkpoint of hundreds of gigabytes looks like.
 #[test]
 fn inspect_of_200_gigabytes_reads_headers_only() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let mut header = String::from("{");
     let (mut at, bytes) = (0u64, 4096 * 4096 * 2);
     for i in 0..6000 {
@@ -264,14 +264,14 @@ fn inspect_of_200_gigabytes_reads_headers_only() {
         at = end;
     }
     header += "}";
-    let path = place.write("big.safetensors", [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat());
+    let path = workspace.write("big.safetensors", [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat());
     let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
     if let Err(e) = file.set_len(8 + header.len() as u64 + at) {
         eprintln!("skipped: no file of 200 GB can be made here: {e}");
         return;
     }
 
-    let output = place.output("inspect big.safetensors --json -v");
+    let output = workspace.output("inspect big.safetensors --json -v");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     // Headers alone: neither the data, nor memory that grows with it.
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

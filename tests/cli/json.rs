@@ -1,7 +1,7 @@
 use serde_json::Value;
 
 use super::{
-    Place,
+    Workspace,
     adapters::{PROJECTIONS, write_adapter},
 };
 
@@ -45,36 +45,39 @@ fn is_documented(command: &str, document: &Value) {
 
 #[test]
 fn every_field_of_json_is_documented() {
-    let place = Place::new();
-    write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.01);
-    is_documented("mask", &place.json("mask [FIXTURES]/tiny-llama --k 70 --targets *layers.0* -o m.safetensors"));
-    place.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o p.safetensors");
-    is_documented("inspect", &place.json("inspect p.safetensors"));
-    is_documented("mask-join", &place.json("mask-join p.safetensors -o j.safetensors"));
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a.safetensors", PROJECTIONS, 0, 0.01);
+    is_documented("mask", &workspace.json("mask [FIXTURES]/tiny-llama --k 70 --targets *layers.0* -o m.safetensors"));
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o p.safetensors");
+    is_documented("inspect", &workspace.json("inspect p.safetensors"));
+    is_documented("mask-join", &workspace.json("mask-join p.safetensors -o j.safetensors"));
     #[cfg(feature = "train")]
     {
         let line =
             "eval [FIXTURES]/tiny-llama --adapter a.safetensors --data [FIXTURES]/data/commonsense.jsonl --limit 2";
-        is_documented("eval", &place.json(&format!("{line} --generate --max-new-tokens 2 --answers")));
-        is_documented("eval", &place.json("eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/math.json --show 1"));
+        is_documented("eval", &workspace.json(&format!("{line} --generate --max-new-tokens 2 --answers")));
+        is_documented("eval", &workspace.json("eval [FIXTURES]/tiny-llama --data [FIXTURES]/data/math.json --show 1"));
     }
-    is_documented("init", &place.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
-    is_documented("diff", &place.json("diff a.safetensors z.safetensors"));
+    is_documented("init", &workspace.json("init [FIXTURES]/tiny-llama --mask m.safetensors -o z.safetensors"));
+    is_documented("diff", &workspace.json("diff a.safetensors z.safetensors"));
     #[cfg(feature = "train")]
     for more in ["", " --dry-run"] {
         let data = "--data [FIXTURES]/data/commonsense.jsonl --epochs 1";
         let line = format!("train [FIXTURES]/tiny-llama -k 1 {data} -o t.safetensors -q{more}");
-        is_documented("train", &place.json(&line));
+        is_documented("train", &workspace.json(&line));
     }
-    is_documented("merge", &place.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
-    is_documented("diff", &place.json("diff [FIXTURES]/tiny-llama out"));
-    is_documented("extract", &place.json("extract [FIXTURES]/tiny-llama out -o x.safetensors --targets *layers.0*"));
-    is_documented("diff", &place.json("diff [FIXTURES]/accepted/odd-header.safetensors out"));
-    is_documented("inspect", &place.json("inspect out --tensors"));
-    is_documented("inspect", &place.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));
-    is_documented("verify", &place.json("verify out --base [FIXTURES]/tiny-llama"));
-    is_documented("sync", &place.json("sync export out --base [FIXTURES]/tiny-llama -o weight_v000001"));
-    is_documented("sync", &place.json("sync apply weight_v000001 --base [FIXTURES]/tiny-llama -o synced"));
-    is_documented("unmerge", &place.json("unmerge out --in-place"));
-    is_documented("recover", &place.json("recover out"));
+    is_documented("merge", &workspace.json("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o out"));
+    is_documented("diff", &workspace.json("diff [FIXTURES]/tiny-llama out"));
+    is_documented(
+        "extract",
+        &workspace.json("extract [FIXTURES]/tiny-llama out -o x.safetensors --targets *layers.0*"),
+    );
+    is_documented("diff", &workspace.json("diff [FIXTURES]/accepted/odd-header.safetensors out"));
+    is_documented("inspect", &workspace.json("inspect out --tensors"));
+    is_documented("inspect", &workspace.json("inspect [FIXTURES]/accepted/adapter.safetensors --tensors"));
+    is_documented("verify", &workspace.json("verify out --base [FIXTURES]/tiny-llama"));
+    is_documented("sync", &workspace.json("sync export out --base [FIXTURES]/tiny-llama -o weight_v000001"));
+    is_documented("sync", &workspace.json("sync apply weight_v000001 --base [FIXTURES]/tiny-llama -o synced"));
+    is_documented("unmerge", &workspace.json("unmerge out --in-place"));
+    is_documented("recover", &workspace.json("recover out"));
 }

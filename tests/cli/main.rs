@@ -29,4 +29,4 @@ mod sync;
 #[cfg(feature = "train")]
 mod train;
 
-use harness::Place;
+use harness::Workspace;

@@ -1,10 +1,10 @@
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 #[test]
 fn version_is_that_of_the_crate() {
-    assert_snapshot!(Place::new().run("--version"), @r"
+    assert_snapshot!(Workspace::new().run("--version"), @r"
     exit: 0
     --- stdout
     neuroada-ckpt 0.1.0
@@ -14,7 +14,7 @@ fn version_is_that_of_the_crate() {
 
 #[test]
 fn an_unknown_command_is_a_usage_error() {
-    assert_snapshot!(Place::new().run("inspekt x"), @r"
+    assert_snapshot!(Workspace::new().run("inspekt x"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -30,7 +30,7 @@ fn an_unknown_command_is_a_usage_error() {
 
 #[test]
 fn a_missing_file_is_named() {
-    assert_snapshot!(Place::new().run("inspect nowhere"), @r"
+    assert_snapshot!(Workspace::new().run("inspect nowhere"), @r"
     exit: 5
     --- stdout
     --- stderr
@@ -40,7 +40,7 @@ fn a_missing_file_is_named() {
 
 #[test]
 fn a_device_that_is_none_is_refused_in_words() {
-    assert_snapshot!(Place::new().run("inspect x --device cuda:x"), @r"
+    assert_snapshot!(Workspace::new().run("inspect x --device cuda:x"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -52,7 +52,7 @@ fn a_device_that_is_none_is_refused_in_words() {
 
 #[test]
 fn too_little_memory_is_refused() {
-    assert_snapshot!(Place::new().run("inspect x --max-memory 1M"), @r"
+    assert_snapshot!(Workspace::new().run("inspect x --max-memory 1M"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -64,7 +64,7 @@ fn too_little_memory_is_refused() {
 
 #[test]
 fn help_lists_commands_options_and_exit_codes() {
-    assert_snapshot!(Place::new().run("--help"), @r#"
+    assert_snapshot!(Workspace::new().run("--help"), @r#"
     exit: 0
     --- stdout
     Transform model checkpoints without loading them
@@ -162,13 +162,13 @@ fn help_lists_commands_options_and_exit_codes() {
 
 #[test]
 fn no_command_is_a_usage_error_that_shows_help() {
-    let told = Place::new().run("");
+    let told = Workspace::new().run("");
     assert!(told.starts_with("exit: 2\n--- stdout\n--- stderr\n") && told.contains("Usage: neuroada-ckpt"), "{told}");
 }
 
 #[test]
 fn quiet_and_verbose_exclude_each_other() {
-    assert_snapshot!(Place::new().run("inspect x -q -v"), @r"
+    assert_snapshot!(Workspace::new().run("inspect x -q -v"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -182,18 +182,19 @@ fn quiet_and_verbose_exclude_each_other() {
 
 #[test]
 fn quiet_prints_no_report_but_json() {
-    let place = Place::new();
-    assert_snapshot!(place.run("inspect [FIXTURES]/tiny-llama -q"), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run("inspect [FIXTURES]/tiny-llama -q"), @r"
     exit: 0
     --- stdout
     --- stderr
     ");
-    assert_eq!(place.json("inspect [FIXTURES]/tiny-llama -q")["model_type"], "llama");
+    assert_eq!(workspace.json("inspect [FIXTURES]/tiny-llama -q")["model_type"], "llama");
 }
 
 #[test]
 fn verbose_tells_on_stderr_how_the_work_is_done() {
-    let told = Place::new().run("inspect [FIXTURES]/accepted/no-tensors.safetensors -v --threads 3 --max-memory 256M");
+    let told =
+        Workspace::new().run("inspect [FIXTURES]/accepted/no-tensors.safetensors -v --threads 3 --max-memory 256M");
     assert!(told.contains("--- stderr\n3 threads, 256 MiB of memory, "), "{told}");
     #[cfg(target_os = "linux")]
     assert!(told.trim_end().ends_with(" MiB of memory at the peak"), "{told}");
@@ -201,10 +202,10 @@ fn verbose_tells_on_stderr_how_the_work_is_done() {
 
 /// The command's exit status and stderr when its reader has gone before it writes.
 fn with_closed_stdout(line: &str) -> (Option<i32>, String) {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let output = place.command(line).stdout(writer).output().unwrap();
+    let output = workspace.command(line).stdout(writer).output().unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
@@ -220,10 +221,10 @@ fn a_closed_pipe_ends_quietly() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_under_stdout_is_told() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let output = place.command("inspect [FIXTURES]/tiny-llama").stdout(full).output().unwrap();
-    assert_snapshot!(place.told(&output), @r"
+    let output = workspace.command("inspect [FIXTURES]/tiny-llama").stdout(full).output().unwrap();
+    assert_snapshot!(workspace.told(&output), @r"
     exit: 5
     --- stdout
     --- stderr
@@ -233,24 +234,24 @@ fn a_full_disk_under_stdout_is_told() {
 
 #[test]
 fn completions_are_printed_for_every_shell() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
-        let script = String::from_utf8(place.stdout(&format!("completions {shell}"))).unwrap();
+        let script = String::from_utf8(workspace.stdout(&format!("completions {shell}"))).unwrap();
         assert!(script.contains("inspect") && script.contains("max-memory"), "{shell}");
     }
-    assert!(place.run("completions tcsh").starts_with("exit: 2\n"));
+    assert!(workspace.run("completions tcsh").starts_with("exit: 2\n"));
 }
 
 #[test]
 fn manual_pages_are_printed_for_all_and_each_command() {
-    let place = Place::new();
-    let page = String::from_utf8(place.stdout("man")).unwrap();
+    let workspace = Workspace::new();
+    let page = String::from_utf8(workspace.stdout("man")).unwrap();
     assert!(page.contains(".TH neuroada-ckpt 1") && page.contains("Exit codes"), "{page}");
-    let page = String::from_utf8(place.stdout("man inspect")).unwrap();
+    let page = String::from_utf8(workspace.stdout("man inspect")).unwrap();
     assert!(page.contains(".TH neuroada-ckpt-inspect 1") && page.contains("filter"), "{page}");
-    let page = String::from_utf8(place.stdout("man sync export")).unwrap();
+    let page = String::from_utf8(workspace.stdout("man sync export")).unwrap();
     assert!(page.contains(".TH neuroada-ckpt-sync-export 1") && page.contains("checksum"), "{page}");
-    assert_snapshot!(place.run("man nothing"), @r#"
+    assert_snapshot!(workspace.run("man nothing"), @r#"
     exit: 2
     --- stdout
     --- stderr

@@ -2,14 +2,14 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 const MASK: &str = "mask [FIXTURES]/tiny-llama";
 
 #[test]
 fn mask_tells_what_it_chose_per_kind() {
-    let place = Place::new();
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 -o m.safetensors")), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 -o m.safetensors")), @r"
     exit: 0
     --- stdout
     kind       tensors   rows  chosen      of    share
@@ -25,23 +25,23 @@ fn mask_tells_what_it_chose_per_kind() {
     trainable  0.963 % of the model's 126,272 parameters
     --- stderr
     ");
-    assert_eq!(place.files(), ["m.safetensors"]);
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 -o m.safetensors")), @r"
+    assert_eq!(workspace.files(), ["m.safetensors"]);
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 -o m.safetensors")), @r"
     exit: 4
     --- stdout
     --- stderr
     error: m.safetensors exists already
     hint: --force replaces it
     ");
-    let first = fs::read(place.path("m.safetensors")).unwrap();
-    place.stdout(&format!("{MASK} --k 1 -o m.safetensors --force --threads 3 --max-memory 16M --io read"));
-    assert_eq!(fs::read(place.path("m.safetensors")).unwrap(), first);
+    let first = fs::read(workspace.path("m.safetensors")).unwrap();
+    workspace.stdout(&format!("{MASK} --k 1 -o m.safetensors --force --threads 3 --max-memory 16M --io read"));
+    assert_eq!(fs::read(workspace.path("m.safetensors")).unwrap(), first);
 }
 
 #[test]
 fn budgets_scopes_and_targets() {
-    let place = Place::new();
-    assert_snapshot!(place.run(&format!("{MASK} --budget 0.1% --scope global --targets all-linear --dry-run")), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run(&format!("{MASK} --budget 0.1% --scope global --targets all-linear --dry-run")), @r"
     exit: 0
     --- stdout
     kind       tensors   rows  chosen      of     share
@@ -57,13 +57,13 @@ fn budgets_scopes_and_targets() {
     would be trainable  0.0998 % of the model's 126,272 parameters
     --- stderr
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --budget 0.1% --scope row --dry-run")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --budget 0.1% --scope row --dry-run")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: a budget of 126 entries is less than one for each of 1216 rows; a wider scope can share it out
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --k 70 --targets down_proj,model.layers.0.* --dry-run")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 70 --targets down_proj,model.layers.0.* --dry-run")), @r#"
     exit: 0
     --- stdout
     kind       tensors  rows  chosen      of   share
@@ -82,13 +82,13 @@ fn budgets_scopes_and_targets() {
     note: skipped "model.layers.0.input_layernorm.weight": shape [64] is no matrix and no stack of matrices
     note: skipped "model.layers.0.post_attention_layernorm.weight": shape [64] is no matrix and no stack of matrices
     "#);
-    assert_eq!(place.files(), [""; 0]);
+    assert_eq!(workspace.files(), [""; 0]);
 }
 
 #[test]
 fn refusals_of_mask() {
-    let place = Place::new();
-    assert_snapshot!(place.run(&format!("{MASK} -o m")), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run(&format!("{MASK} -o m")), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -99,13 +99,13 @@ fn refusals_of_mask() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --k 0 -o m")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 0 -o m")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: k is 0: nothing would be chosen
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --budget 1% -o m")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --budget 1% -o m")), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -115,7 +115,7 @@ fn refusals_of_mask() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --budget 0 -o m")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MASK} --budget 0 -o m")), @r#"
     exit: 2
     --- stdout
     --- stderr
@@ -123,7 +123,7 @@ fn refusals_of_mask() {
 
     For more information, try '--help'.
     "#);
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --targets q_proj,query -o m")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --targets q_proj,query -o m")), @r#"
     exit: 2
     --- stdout
     --- stderr
@@ -141,19 +141,19 @@ fn refusals_of_mask() {
       up_proj: 2 tensors of BF16 [176, 64]
       v_proj: 2 tensors of BF16 [32, 64]
     "#);
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --targets model.norm.weight -o m")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --targets model.norm.weight -o m")), @r#"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors: tensor "model.norm.weight": shape [64] is no matrix and no stack of matrices
     "#);
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --score snip -o m")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --score snip -o m")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: score snip needs gradients
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --score snip --gradients [FIXTURES]/tiny-llama-values.safetensors -o m")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --score snip --gradients [FIXTURES]/tiny-llama-values.safetensors -o m")), @r#"
     exit: 3
     --- stdout
     --- stderr
@@ -173,25 +173,25 @@ fn refusals_of_mask() {
       "model.layers.1.self_attn.q_proj.weight": it has no such tensor
       "model.layers.1.self_attn.v_proj.weight": it has no such tensor
     "#);
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 --neuron-fraction 0 -o m")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --neuron-fraction 0 -o m")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: the neuron fraction must be above 0 and at most 1
     ");
-    assert_snapshot!(place.run(&format!("{MASK} --k 1 -o nowhere/m")), @r"
+    assert_snapshot!(workspace.run(&format!("{MASK} --k 1 -o nowhere/m")), @r"
     exit: 5
     --- stdout
     --- stderr
     error: cannot create `nowhere/m`: No such file or directory (os error 2)
     ");
-    assert_eq!(place.files(), [""; 0]);
+    assert_eq!(workspace.files(), [""; 0]);
 }
 
 #[test]
 fn json_has_the_same_numbers() {
-    let place = Place::new();
-    let report = place.json(&format!("{MASK} --k 2 -o m.safetensors"));
+    let workspace = Workspace::new();
+    let report = workspace.json(&format!("{MASK} --k 2 -o m.safetensors"));
     assert_eq!(report["total"]["n_chosen"], 2432);
     assert_eq!(report["n_model_parameters"], 126_272);
     assert_eq!(report["kinds"].as_array().unwrap().len(), 7);

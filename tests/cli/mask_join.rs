@@ -2,34 +2,34 @@ use std::fs;
 
 use insta::assert_snapshot;
 
-use super::Place;
+use super::Workspace;
 
 #[test]
 fn parts_make_the_same_mask_as_one_run() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     for (options, n) in [
         ("--k 2", 3),
         ("--k 1 --hash --neuron-fraction 0.5 --seed 7", 14),
         ("--budget 1% --scope tensor", 4),
         ("--budget 5%", 1),
     ] {
-        place.stdout(&format!("mask [FIXTURES]/tiny-llama {options} --force -o whole.safetensors"));
+        workspace.stdout(&format!("mask [FIXTURES]/tiny-llama {options} --force -o whole.safetensors"));
         let mut parts = String::new();
         for i in (1..=n).rev() {
             let part = format!("part{i}.safetensors");
-            place.stdout(&format!("mask [FIXTURES]/tiny-llama {options} --partition {i}/{n} --force -o {part}"));
+            workspace.stdout(&format!("mask [FIXTURES]/tiny-llama {options} --partition {i}/{n} --force -o {part}"));
             parts += &format!(" {part}");
         }
-        place.stdout(&format!("mask-join{parts} --force -o joined.safetensors"));
-        let read = |name: &str| fs::read(place.path(name)).unwrap();
+        workspace.stdout(&format!("mask-join{parts} --force -o joined.safetensors"));
+        let read = |name: &str| fs::read(workspace.path(name)).unwrap();
         assert!(read("joined.safetensors") == read("whole.safetensors"), "{options}");
     }
 }
 
 #[test]
 fn a_part_says_what_it_is() {
-    let place = Place::new();
-    assert_snapshot!(place.run("mask [FIXTURES]/tiny-llama --k 1 --partition 2/3 -o part.safetensors"), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run("mask [FIXTURES]/tiny-llama --k 1 --partition 2/3 -o part.safetensors"), @r"
     exit: 0
     --- stdout
     kind       tensors  rows  chosen      of   share
@@ -42,14 +42,14 @@ fn a_part_says_what_it_is() {
     partition  2/3 of the targets
     --- stderr
     ");
-    assert_snapshot!(place.run("mask-join part.safetensors -o joined.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join part.safetensors -o joined.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: part.safetensors: 2 parts are missing: 1/3, 3/3
     ");
-    place.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o all.safetensors");
-    assert_snapshot!(place.run("mask-join all.safetensors -o joined.safetensors"), @r"
+    workspace.stdout("mask [FIXTURES]/tiny-llama --k 1 --partition 1/1 -o all.safetensors");
+    assert_snapshot!(workspace.run("mask-join all.safetensors -o joined.safetensors"), @r"
     exit: 0
     --- stdout
     made from    tiny-llama
@@ -62,15 +62,15 @@ fn a_part_says_what_it_is() {
 
 #[test]
 fn refusals_of_partitions_and_joins() {
-    let place = Place::new();
-    let mask = |options: &str| place.stdout(&format!("mask [FIXTURES]/tiny-llama {options}"));
+    let workspace = Workspace::new();
+    let mask = |options: &str| workspace.stdout(&format!("mask [FIXTURES]/tiny-llama {options}"));
     mask("--k 1 --partition 1/2 -o a.safetensors");
     mask("--k 1 --partition 2/2 -o b.safetensors");
     mask("--k 2 --partition 2/2 -o other-k.safetensors");
     mask("--k 1 --partition 2/3 -o of-three.safetensors");
     mask("--k 1 -o whole.safetensors");
-    let files = place.files();
-    assert_snapshot!(place.run("mask [FIXTURES]/tiny-llama --k 1 --partition 3/2 -o x.safetensors"), @r"
+    let files = workspace.files();
+    assert_snapshot!(workspace.run("mask [FIXTURES]/tiny-llama --k 1 --partition 3/2 -o x.safetensors"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -78,48 +78,48 @@ fn refusals_of_partitions_and_joins() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run("mask [FIXTURES]/tiny-llama --k 1 --partition 1/15 -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask [FIXTURES]/tiny-llama --k 1 --partition 1/15 -o x.safetensors"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: partition 1/15: there are 14 targets, use at most as many parts
     ");
-    assert_snapshot!(place.run("mask [FIXTURES]/tiny-llama --k 1 --scope global --partition 1/2 -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask [FIXTURES]/tiny-llama --k 1 --scope global --partition 1/2 -o x.safetensors"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: partition 1/2: in global scope all weights compete, so no part stands alone
     ");
-    assert_snapshot!(place.run("mask-join a.safetensors a.safetensors -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join a.safetensors a.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: a.safetensors: it is part 1/2, and so is a.safetensors
     ");
-    assert_snapshot!(place.run("mask-join a.safetensors other-k.safetensors -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join a.safetensors other-k.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: other-k.safetensors: its recipe is not that of a.safetensors
     ");
-    assert_snapshot!(place.run("mask-join a.safetensors of-three.safetensors -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join a.safetensors of-three.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: of-three.safetensors: it is part 2/3, a.safetensors is of another number of parts
     ");
-    assert_snapshot!(place.run("mask-join a.safetensors whole.safetensors -o x.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join a.safetensors whole.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: whole.safetensors: it is a whole mask, not a part of one
     ");
-    assert_snapshot!(place.run("mask-join a.safetensors b.safetensors -o whole.safetensors"), @r"
+    assert_snapshot!(workspace.run("mask-join a.safetensors b.safetensors -o whole.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: whole.safetensors exists already
     hint: --force replaces it
     ");
-    assert_eq!(place.files(), files);
+    assert_eq!(workspace.files(), files);
 }

@@ -4,17 +4,17 @@ use insta::assert_snapshot;
 use neuroada_ckpt::Checkpoint;
 
 use super::{
-    Place,
+    Workspace,
     adapters::{Bytes, PROJECTIONS, content, weights, write_adapter, write_adapter_for},
     harness::fixtures,
 };
 
 /// A folder with adapter `a` on all projections and `b` on the query projections, overlapping in one column.
-fn place() -> Place {
-    let place = Place::new();
-    write_adapter(&place, "a.safetensors", PROJECTIONS, 0, 0.01);
-    write_adapter(&place, "b.safetensors", "q_proj.weight", 1, -0.5);
-    place
+fn workspace() -> Workspace {
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "a.safetensors", PROJECTIONS, 0, 0.01);
+    write_adapter(&workspace, "b.safetensors", "q_proj.weight", 1, -0.5);
+    workspace
 }
 
 fn base() -> Vec<(String, Bytes)> {
@@ -25,8 +25,8 @@ const MERGE_A: &str = "merge [FIXTURES]/tiny-llama --adapter a.safetensors";
 
 #[test]
 fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
-    let place = place();
-    assert_snapshot!(place.run(&format!("{MERGE_A} -o out")), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run(&format!("{MERGE_A} -o out")), @r"
     exit: 0
     --- stdout
     kind       tensors  touched  changed  absorbed  share
@@ -48,7 +48,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
     ledger   13.8 kB
     --- stderr
     ");
-    assert_snapshot!(place.run("inspect out --filter *.0.*q_proj*"), @r"
+    assert_snapshot!(workspace.run("inspect out --filter *.0.*q_proj*"), @r"
     exit: 0
     --- stdout
     checkpoint  out (llama), 3 shards
@@ -72,7 +72,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
 
 #[test]
 fn merge_as_json_is_one_document() {
-    assert_snapshot!(place().run("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out --json"), @r#"
+    assert_snapshot!(workspace().run("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out --json"), @r#"
     exit: 0
     --- stdout
     {
@@ -126,7 +126,7 @@ fn merge_as_json_is_one_document() {
 
 #[test]
 fn merge_takes_several_adapters_with_scales() {
-    assert_snapshot!(place().run(&format!("{MERGE_A} --adapter b.safetensors=0.5 -o out")), @r"
+    assert_snapshot!(workspace().run(&format!("{MERGE_A} --adapter b.safetensors=0.5 -o out")), @r"
     exit: 0
     --- stdout
     kind       tensors  touched  changed  absorbed  share
@@ -153,22 +153,22 @@ fn merge_takes_several_adapters_with_scales() {
 
 #[test]
 fn merge_without_a_ledger_keeps_none() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out --no-ledger"));
-    assert!(!place.path("out/.neuroada").exists());
-    assert_snapshot!(place.run("unmerge out --in-place"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out --no-ledger"));
+    assert!(!workspace.path("out/.neuroada").exists());
+    assert_snapshot!(workspace.run("unmerge out --in-place"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: out: nothing to take out: it has no ledger
     ");
-    assert_snapshot!(place.run("verify out"), @r"
+    assert_snapshot!(workspace.run("verify out"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: out: has no ledger: give its base and the adapters that were merged
     ");
-    assert_snapshot!(place.run("verify out --base [FIXTURES]/tiny-llama --adapter a.safetensors"), @r"
+    assert_snapshot!(workspace.run("verify out --base [FIXTURES]/tiny-llama --adapter a.safetensors"), @r"
     exit: 0
     --- stdout
     adapter       scale  deltas  tensors  anchors match
@@ -183,9 +183,9 @@ fn merge_without_a_ledger_keeps_none() {
 
 #[test]
 fn a_dry_run_writes_nothing() {
-    let place = place();
-    let before = place.files();
-    assert_snapshot!(place.run(&format!("{MERGE_A} -o out --dry-run")), @r"
+    let workspace = workspace();
+    let before = workspace.files();
+    assert_snapshot!(workspace.run(&format!("{MERGE_A} -o out --dry-run")), @r"
     exit: 0
     --- stdout
     kind       tensors  touched  changed  absorbed  share
@@ -207,31 +207,31 @@ fn a_dry_run_writes_nothing() {
     ledger       5.17 kB
     --- stderr
     ");
-    assert_eq!(place.files(), before);
+    assert_eq!(workspace.files(), before);
 }
 
 #[test]
 fn existing_output_is_kept_without_force() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    let first = content(&place.path("out"));
-    assert_snapshot!(place.run("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    let first = content(&workspace.path("out"));
+    assert_snapshot!(workspace.run("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: out exists already
     hint: --force replaces it
     ");
-    assert_eq!(content(&place.path("out")), first);
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out --force");
-    assert_ne!(content(&place.path("out")), first);
+    assert_eq!(content(&workspace.path("out")), first);
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o out --force");
+    assert_ne!(content(&workspace.path("out")), first);
 }
 
 #[test]
 fn merge_in_place_and_back_restores_every_byte() {
-    let place = place();
-    place.copy_fixture("tiny-llama");
-    assert_snapshot!(place.run("merge tiny-llama --adapter a.safetensors --in-place"), @r"
+    let workspace = workspace();
+    workspace.copy_fixture("tiny-llama");
+    assert_snapshot!(workspace.run("merge tiny-llama --adapter a.safetensors --in-place"), @r"
     exit: 0
     --- stdout
     kind       tensors  touched  changed  absorbed  share
@@ -253,8 +253,8 @@ fn merge_in_place_and_back_restores_every_byte() {
     ledger   13.8 kB
     --- stderr
     ");
-    assert_ne!(content(&place.path("tiny-llama")), base());
-    assert_snapshot!(place.run("unmerge tiny-llama --in-place"), @r"
+    assert_ne!(content(&workspace.path("tiny-llama")), base());
+    assert_snapshot!(workspace.run("unmerge tiny-llama --in-place"), @r"
     exit: 0
     --- stdout
     no adapter is left: the base's bytes
@@ -265,17 +265,17 @@ fn merge_in_place_and_back_restores_every_byte() {
     wrote    4.86 kB
     --- stderr
     ");
-    assert!(!place.path("tiny-llama/.neuroada").exists(), "nothing is left to remember");
-    assert_eq!(content(&place.path("tiny-llama")), base());
+    assert!(!workspace.path("tiny-llama/.neuroada").exists(), "nothing is left to remember");
+    assert_eq!(content(&workspace.path("tiny-llama")), base());
 }
 
 #[test]
 fn adapters_come_out_in_any_order() {
-    let place = place();
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o only-b");
-    place.stdout(&format!("{MERGE_A} -o both"));
-    place.stdout("merge both --adapter b.safetensors --in-place");
-    assert_snapshot!(place.run("unmerge both --adapter a.safetensors --in-place"), @r"
+    let workspace = workspace();
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter b.safetensors -o only-b");
+    workspace.stdout(&format!("{MERGE_A} -o both"));
+    workspace.stdout("merge both --adapter b.safetensors --in-place");
+    assert_snapshot!(workspace.run("unmerge both --adapter a.safetensors --in-place"), @r"
     exit: 0
     --- stdout
     kind    tensors  touched  changed  absorbed  share
@@ -292,21 +292,21 @@ fn adapters_come_out_in_any_order() {
     ledger   2.19 kB
     --- stderr
     ");
-    assert_eq!(weights(&place.path("both")), weights(&place.path("only-b")));
-    place.stdout("unmerge both --in-place");
-    assert_eq!(content(&place.path("both")), base());
+    assert_eq!(weights(&workspace.path("both")), weights(&workspace.path("only-b")));
+    workspace.stdout("unmerge both --in-place");
+    assert_eq!(content(&workspace.path("both")), base());
 }
 
 #[test]
 fn unmerge_works_in_place_unless_told_where_else() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    let merged = content(&place.path("out"));
-    place.stdout("unmerge out -o base");
-    assert_eq!((content(&place.path("out")), content(&place.path("base"))), (merged, base()));
-    place.stdout("unmerge out");
-    assert_eq!(content(&place.path("out")), base());
-    assert_snapshot!(place.run("unmerge out --force"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    let merged = content(&workspace.path("out"));
+    workspace.stdout("unmerge out -o base");
+    assert_eq!((content(&workspace.path("out")), content(&workspace.path("base"))), (merged, base()));
+    workspace.stdout("unmerge out");
+    assert_eq!(content(&workspace.path("out")), base());
+    assert_snapshot!(workspace.run("unmerge out --force"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -321,24 +321,24 @@ fn unmerge_works_in_place_unless_told_where_else() {
 
 #[test]
 fn unmerge_takes_the_beginning_of_an_id() {
-    let place = place();
-    let report = place.json(&format!("{MERGE_A} -o out"));
+    let workspace = workspace();
+    let report = workspace.json(&format!("{MERGE_A} -o out"));
     let id = report["added"][0].as_str().unwrap();
-    place.stdout(&format!("unmerge out --adapter {} --in-place", &id[..8]));
-    assert_eq!(content(&place.path("out")), base());
+    workspace.stdout(&format!("unmerge out --adapter {} --in-place", &id[..8]));
+    assert_eq!(content(&workspace.path("out")), base());
 }
 
 #[test]
 fn an_unknown_id_is_named() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    assert_snapshot!(place.run("unmerge out --adapter 00000000 --in-place"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    assert_snapshot!(workspace.run("unmerge out --adapter 00000000 --in-place"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: no adapter merged into out has an id that begins with 00000000
     ");
-    assert_snapshot!(place.run("unmerge out --adapter b.safetensors --in-place"), @r"
+    assert_snapshot!(workspace.run("unmerge out --adapter b.safetensors --in-place"), @r"
     exit: 4
     --- stdout
     --- stderr
@@ -348,9 +348,9 @@ fn an_unknown_id_is_named() {
 
 #[test]
 fn an_adapter_is_merged_once() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    assert_snapshot!(place.run("merge out --adapter a.safetensors --in-place"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    assert_snapshot!(workspace.run("merge out --adapter a.safetensors --in-place"), @r"
     exit: 4
     --- stdout
     --- stderr
@@ -361,21 +361,21 @@ fn an_adapter_is_merged_once() {
 
 #[test]
 fn an_adapter_of_another_base_is_refused() {
-    let place = place();
-    let base = place.copy_fixture("tiny-llama");
+    let workspace = workspace();
+    let base = workspace.copy_fixture("tiny-llama");
     let shard = base.join("model-00003-of-00003.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let at = bytes.len() - 176 * 64 * 2;
     bytes[at..].fill(1);
     fs::write(&shard, &bytes).unwrap();
-    assert_snapshot!(place.run("merge tiny-llama --adapter a.safetensors -o out"), @r#"
+    assert_snapshot!(workspace.run("merge tiny-llama --adapter a.safetensors -o out"), @r#"
     exit: 4
     --- stdout
     --- stderr
     error: a.safetensors: tensor "model.layers.1.mlp.up_proj.weight": made for another base: it was made from tiny-llama, this is tiny-llama; 13 of 14 tensors have its values at its positions: was it half merged, or trained on since?
     hint: merge into the checkpoint the adapter was made from
     "#);
-    assert_snapshot!(place.run("merge [FIXTURES]/accepted/adapter-base.safetensors --adapter a.safetensors -o out"), @r#"
+    assert_snapshot!(workspace.run("merge [FIXTURES]/accepted/adapter-base.safetensors --adapter a.safetensors -o out"), @r#"
     exit: 4
     --- stdout
     --- stderr
@@ -395,27 +395,27 @@ fn an_adapter_of_another_base_is_refused() {
       "model.layers.1.self_attn.q_proj.weight": the base has no such tensor
       "model.layers.1.self_attn.v_proj.weight": the base has no such tensor
     "#);
-    assert!(!place.path("out").exists());
+    assert!(!workspace.path("out").exists());
 }
 
 #[test]
 fn output_over_the_input_is_refused() {
-    let place = place();
-    place.copy_fixture("tiny-llama");
-    assert_snapshot!(place.run("merge tiny-llama --adapter a.safetensors -o ./tiny-llama --force"), @r"
+    let workspace = workspace();
+    workspace.copy_fixture("tiny-llama");
+    assert_snapshot!(workspace.run("merge tiny-llama --adapter a.safetensors -o ./tiny-llama --force"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: ./tiny-llama: the output is an input: tiny-llama
     hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
     ");
-    assert_eq!(content(&place.path("tiny-llama")), base());
+    assert_eq!(content(&workspace.path("tiny-llama")), base());
 }
 
 #[test]
 fn requests_that_make_no_sense_are_usage_errors() {
-    let place = place();
-    assert_snapshot!(place.run(MERGE_A), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run(MERGE_A), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -426,7 +426,7 @@ fn requests_that_make_no_sense_are_usage_errors() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run(&format!("{MERGE_A} -o out --in-place")), @r"
+    assert_snapshot!(workspace.run(&format!("{MERGE_A} -o out --in-place")), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -436,19 +436,19 @@ fn requests_that_make_no_sense_are_usage_errors() {
 
     For more information, try '--help'.
     ");
-    assert_snapshot!(place.run(&format!("{MERGE_A}=much -o out")), @r#"
+    assert_snapshot!(workspace.run(&format!("{MERGE_A}=much -o out")), @r#"
     exit: 2
     --- stdout
     --- stderr
     error: a.safetensors=much: expected FILE or FILE=SCALE, and "much" is not a number
     "#);
-    assert_snapshot!(place.run(&format!("{MERGE_A} --adapter a.safetensors -o out")), @r"
+    assert_snapshot!(workspace.run(&format!("{MERGE_A} --adapter a.safetensors -o out")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: a.safetensors: adapter 00677c4f4526 is given twice
     ");
-    assert_snapshot!(place.run("merge [FIXTURES]/tiny-llama -o out"), @r"
+    assert_snapshot!(workspace.run("merge [FIXTURES]/tiny-llama -o out"), @r"
     exit: 2
     --- stdout
     --- stderr
@@ -463,72 +463,72 @@ fn requests_that_make_no_sense_are_usage_errors() {
 
 #[test]
 fn a_broken_adapter_is_named() {
-    let place = place();
+    let workspace = workspace();
     let merge = "merge [FIXTURES]/accepted/adapter-base.safetensors -o out --adapter [FIXTURES]/rejected/adapter";
-    assert_snapshot!(place.run(&format!("{merge}/columns-unsorted.safetensors")), @r#"
+    assert_snapshot!(workspace.run(&format!("{merge}/columns-unsorted.safetensors")), @r#"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/rejected/adapter/columns-unsorted.safetensors: tensor "proj.weight.columns": row 2: columns must ascend, found 2 after 9
     "#);
-    assert_snapshot!(place.run(&format!("{merge}/value-nan.safetensors")), @r#"
+    assert_snapshot!(workspace.run(&format!("{merge}/value-nan.safetensors")), @r#"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/rejected/adapter/value-nan.safetensors: tensor "proj.weight.values": row 6, column 13: the delta is NaN
     "#);
-    assert_snapshot!(place.run("merge [FIXTURES]/tiny-llama -o out --adapter [FIXTURES]/tiny-llama"), @r"
+    assert_snapshot!(workspace.run("merge [FIXTURES]/tiny-llama -o out --adapter [FIXTURES]/tiny-llama"), @r"
     exit: 3
     --- stdout
     --- stderr
     error: [FIXTURES]/tiny-llama: a folder without adapter_config.json is no adapter
     ");
-    assert!(!place.path("out").exists());
+    assert!(!workspace.path("out").exists());
 }
 
 #[test]
 fn links_are_worked_on_only_when_asked() {
-    let place = place();
-    let base = place.copy_fixture("tiny-llama");
-    fs::hard_link(base.join("model-00002-of-00003.safetensors"), place.path("other")).unwrap();
-    assert_snapshot!(place.run("merge tiny-llama --adapter a.safetensors --in-place"), @r"
+    let workspace = workspace();
+    let base = workspace.copy_fixture("tiny-llama");
+    fs::hard_link(base.join("model-00002-of-00003.safetensors"), workspace.path("other")).unwrap();
+    assert_snapshot!(workspace.run("merge tiny-llama --adapter a.safetensors --in-place"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: tiny-llama: in place would change what others see: model-00002-of-00003.safetensors has 2 names (hard links)
     hint: --output makes a copy of all; --break-links copies the files that change, and leaves the others' as they are
     ");
-    let before = fs::read(place.path("other")).unwrap();
-    place.stdout("merge tiny-llama --adapter a.safetensors --in-place --break-links");
-    assert_eq!(fs::read(place.path("other")).unwrap(), before, "the other name's file is as it was");
+    let before = fs::read(workspace.path("other")).unwrap();
+    workspace.stdout("merge tiny-llama --adapter a.safetensors --in-place --break-links");
+    assert_eq!(fs::read(workspace.path("other")).unwrap(), before, "the other name's file is as it was");
     assert_ne!(fs::read(base.join("model-00002-of-00003.safetensors")).unwrap(), before);
-    place.stdout("verify tiny-llama");
+    workspace.stdout("verify tiny-llama");
 }
 
 #[test]
 fn a_single_file_keeps_its_ledger_beside_it() {
-    let place = Place::new();
-    let base = place.copy_fixture("accepted/adapter-base.safetensors");
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("accepted/adapter-base.safetensors");
     let original = fs::read(&base).unwrap();
-    write_adapter_for(&base, &place.path("a.safetensors"), "proj.weight", 3, 1.0);
-    place.stdout("merge adapter-base.safetensors --adapter a.safetensors -o merged.safetensors");
-    assert_snapshot!(place.files().join("\n"), @r"
+    write_adapter_for(&base, &workspace.path("a.safetensors"), "proj.weight", 3, 1.0);
+    workspace.stdout("merge adapter-base.safetensors --adapter a.safetensors -o merged.safetensors");
+    assert_snapshot!(workspace.files().join("\n"), @r"
     a.safetensors
     adapter-base.safetensors
     merged.safetensors
     merged.safetensors.neuroada/adapters/521661dcf2fc3e7f76eaf5d684456d25b40902a6fc2b787a2b6bad0b4184776d.safetensors
     merged.safetensors.neuroada/ledger
     ");
-    assert_ne!(fs::read(place.path("merged.safetensors")).unwrap(), original);
-    place.stdout("unmerge merged.safetensors --in-place");
-    assert_eq!(fs::read(place.path("merged.safetensors")).unwrap(), original);
+    assert_ne!(fs::read(workspace.path("merged.safetensors")).unwrap(), original);
+    workspace.stdout("unmerge merged.safetensors --in-place");
+    assert_eq!(fs::read(workspace.path("merged.safetensors")).unwrap(), original);
 }
 
 #[test]
 fn verify_proves_a_merge() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    assert_snapshot!(place.run("verify out"), @r"
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    assert_snapshot!(workspace.run("verify out"), @r"
     exit: 0
     --- stdout
     adapter       scale  deltas  tensors  anchors match
@@ -539,7 +539,7 @@ fn verify_proves_a_merge() {
     verdict   verified
     --- stderr
     ");
-    assert_snapshot!(place.run("verify out --base [FIXTURES]/tiny-llama"), @r"
+    assert_snapshot!(workspace.run("verify out --base [FIXTURES]/tiny-llama"), @r"
     exit: 0
     --- stdout
     adapter       scale  deltas  tensors  anchors match
@@ -554,14 +554,14 @@ fn verify_proves_a_merge() {
 
 #[test]
 fn verify_says_no_when_one_byte_was_changed() {
-    let place = place();
-    place.stdout(&format!("{MERGE_A} -o out"));
-    let shard = place.path("out/model-00002-of-00003.safetensors");
+    let workspace = workspace();
+    workspace.stdout(&format!("{MERGE_A} -o out"));
+    let shard = workspace.path("out/model-00002-of-00003.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let at = bytes.len() - 5;
     bytes[at] ^= 1;
     fs::write(&shard, &bytes).unwrap();
-    assert_snapshot!(place.run("verify out --base [FIXTURES]/tiny-llama"), @r#"
+    assert_snapshot!(workspace.run("verify out --base [FIXTURES]/tiny-llama"), @r#"
     exit: 1
     --- stdout
     adapter       scale  deltas  tensors  anchors match
@@ -575,11 +575,11 @@ fn verify_says_no_when_one_byte_was_changed() {
     "#);
 
     bytes[at] ^= 1;
-    let open = Checkpoint::open(&place.path("out")).unwrap();
+    let open = Checkpoint::open(&workspace.path("out")).unwrap();
     let tensor = open.tensor("model.layers.0.self_attn.q_proj.weight").unwrap();
     bytes[tensor.shard.file_range(tensor.info).start as usize] ^= 1;
     fs::write(&shard, &bytes).unwrap();
-    assert_snapshot!(place.run("verify out"), @r#"
+    assert_snapshot!(workspace.run("verify out"), @r#"
     exit: 1
     --- stdout
     adapter       scale  deltas  tensors  anchors match
@@ -591,7 +591,7 @@ fn verify_says_no_when_one_byte_was_changed() {
       "model.layers.0.self_attn.q_proj.weight" [0, 0]: bits bb93, the merges left bb92
     --- stderr
     "#);
-    assert_snapshot!(place.run("unmerge out --in-place"), @r#"
+    assert_snapshot!(workspace.run("unmerge out --in-place"), @r#"
     exit: 4
     --- stdout
     --- stderr
@@ -602,14 +602,14 @@ fn verify_says_no_when_one_byte_was_changed() {
 
 #[test]
 fn recover_finds_nothing_to_do() {
-    let place = place();
-    assert_snapshot!(place.run("recover [FIXTURES]/tiny-llama"), @r"
+    let workspace = workspace();
+    assert_snapshot!(workspace.run("recover [FIXTURES]/tiny-llama"), @r"
     exit: 0
     --- stdout
     nothing to recover
     --- stderr
     ");
-    assert_snapshot!(place.run("recover [FIXTURES]/tiny-llama --json"), @r#"
+    assert_snapshot!(workspace.run("recover [FIXTURES]/tiny-llama --json"), @r#"
     exit: 0
     --- stdout
     {
@@ -621,43 +621,43 @@ fn recover_finds_nothing_to_do() {
 
 #[test]
 fn a_new_checkpoint_has_a_card_of_its_own_and_nothing_that_contradicts_it() {
-    let place = place();
-    place.copy_fixture("tiny-llama");
+    let workspace = workspace();
+    workspace.copy_fixture("tiny-llama");
     let theirs = "---\nlicense: apache-2.0\n---\n# Tiny\n";
-    place.write("tiny-llama/README.md", theirs);
-    place.write("tiny-llama/pytorch_model.bin", "old weights");
-    let card = |name: &str| fs::read_to_string(place.path(name).join("README.md")).ok();
+    workspace.write("tiny-llama/README.md", theirs);
+    workspace.write("tiny-llama/pytorch_model.bin", "old weights");
+    let card = |name: &str| fs::read_to_string(workspace.path(name).join("README.md")).ok();
     let merge = "merge tiny-llama --adapter a.safetensors";
-    let dry = place.run(&format!("{merge} -o out --dry-run"));
-    let told = place.run(&format!("{merge} -o out"));
+    let dry = workspace.run(&format!("{merge} -o out --dry-run"));
+    let told = workspace.run(&format!("{merge} -o out"));
     for told in [&dry, &told] {
         assert!(told.contains("left out: README.md: the old model's card\nleft out: pytorch_model.bin: "), "{told}");
     }
-    assert!(!place.path("out/pytorch_model.bin").exists());
+    assert!(!workspace.path("out/pytorch_model.bin").exists());
     let written = card("out").unwrap();
     assert!(written.contains("license: \"apache-2.0\"") && written.contains("00677c4f4526"), "{written}");
     // More adapters, fewer, in place or not: the card follows.
-    place.stdout("merge out --adapter b.safetensors --in-place");
+    workspace.stdout("merge out --adapter b.safetensors --in-place");
     let both = card("out").unwrap();
     assert!(both.contains("00677c4f4526") && both.contains("2 adapters"), "{both}");
-    place.stdout(&format!("{merge} --adapter b.safetensors -o both"));
+    workspace.stdout(&format!("{merge} --adapter b.safetensors -o both"));
     assert_eq!(card("both").unwrap(), both);
-    place.stdout("unmerge out --adapter b.safetensors -o less");
+    workspace.stdout("unmerge out --adapter b.safetensors -o less");
     assert_eq!(card("less").unwrap(), written);
-    place.stdout("unmerge both -o none");
+    workspace.stdout("unmerge both -o none");
     assert_eq!(card("none").as_deref(), Some(theirs));
-    place.stdout("unmerge out");
+    workspace.stdout("unmerge out");
     assert_eq!(card("out").as_deref(), Some(theirs));
     // What somebody wrote there since is theirs.
-    place.write("less/README.md", "mine");
-    place.stdout("unmerge less");
+    workspace.write("less/README.md", "mine");
+    workspace.stdout("unmerge less");
     assert_eq!(card("less").as_deref(), Some("mine"));
     // In place the files stay, and are listed.
-    let told = place.run("merge tiny-llama --adapter a.safetensors --in-place");
+    let told = workspace.run("merge tiny-llama --adapter a.safetensors --in-place");
     assert!(told.contains("stays beside the new weights: pytorch_model.bin: "), "{told}");
     assert_eq!(card("tiny-llama").as_deref(), Some(theirs));
-    place.stdout("unmerge tiny-llama");
-    place.stdout(&format!("{merge} -o all --keep-other-files"));
+    workspace.stdout("unmerge tiny-llama");
+    workspace.stdout(&format!("{merge} -o all --keep-other-files"));
     assert_eq!(card("all").as_deref(), Some(theirs));
-    assert!(place.path("all/pytorch_model.bin").exists());
+    assert!(workspace.path("all/pytorch_model.bin").exists());
 }

@@ -6,7 +6,7 @@ use insta::assert_snapshot;
 
 use super::{
     adapters::{PROJECTIONS, content, write_adapter},
-    harness::{Place, fixtures},
+    harness::{Workspace, fixtures},
 };
 
 const PLAIN: &str = "[FIXTURES]/tiny-llama-adapter.safetensors";
@@ -14,8 +14,8 @@ const BASE: &str = "[FIXTURES]/tiny-llama";
 
 #[test]
 fn a_packed_adapter_tells_its_size_beside_the_limit() {
-    let place = Place::new();
-    assert_snapshot!(place.run(&format!("pack {PLAIN} -o p --base {BASE}")), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run(&format!("pack {PLAIN} -o p --base {BASE}")), @r"
     exit: 0
     --- stdout
                                        size  bytes per delta  limit
@@ -29,7 +29,7 @@ fn a_packed_adapter_tells_its_size_beside_the_limit() {
     deltas   2,432 in 14 tensors
     --- stderr
     ");
-    assert_snapshot!(place.run("inspect p --filter *.0.*.q_proj.*"), @r"
+    assert_snapshot!(workspace.run("inspect p --filter *.0.*.q_proj.*"), @r"
     exit: 0
     --- stdout
     packed adapter  p, one file
@@ -48,7 +48,7 @@ fn a_packed_adapter_tells_its_size_beside_the_limit() {
     q_proj  BF16       BF16          1    64        2          128  3.12 %
     --- stderr
     ");
-    assert_snapshot!(place.run(&format!("pack {PLAIN} -o p")), @r"
+    assert_snapshot!(workspace.run(&format!("pack {PLAIN} -o p")), @r"
     exit: 4
     --- stdout
     --- stderr
@@ -59,140 +59,140 @@ fn a_packed_adapter_tells_its_size_beside_the_limit() {
 
 #[test]
 fn unpacking_gives_the_same_file_back() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let plain = fs::read(fixtures().join("tiny-llama-adapter.safetensors")).unwrap();
     for (columns, base) in [("packed", ""), ("derived", " --base [FIXTURES]/tiny-llama")] {
-        place.stdout(&format!("pack {PLAIN} -o p --columns {columns}{base} --force"));
-        assert!(fs::metadata(place.path("p")).unwrap().len() * 2 < plain.len() as u64);
-        place.stdout(&format!("unpack p -o a{base} --force"));
-        assert!(fs::read(place.path("a")).unwrap() == plain, "{columns}");
+        workspace.stdout(&format!("pack {PLAIN} -o p --columns {columns}{base} --force"));
+        assert!(fs::metadata(workspace.path("p")).unwrap().len() * 2 < plain.len() as u64);
+        workspace.stdout(&format!("unpack p -o a{base} --force"));
+        assert!(fs::read(workspace.path("a")).unwrap() == plain, "{columns}");
     }
-    assert_snapshot!(place.run("unpack p -o b"), @r"
+    assert_snapshot!(workspace.run("unpack p -o b"), @r"
     exit: 2
     --- stdout
     --- stderr
     error: p: its columns are derived from its base, which is not given
     hint: --base BASE derives them
     ");
-    assert_snapshot!(place.run("unpack a -o b -q"), @r"
+    assert_snapshot!(workspace.run("unpack a -o b -q"), @r"
     exit: 0
     --- stdout
     --- stderr
     ");
-    assert!(fs::read(place.path("b")).unwrap() == plain, "of a plain adapter a copy");
+    assert!(fs::read(workspace.path("b")).unwrap() == plain, "of a plain adapter a copy");
 }
 
 #[test]
 fn merges_take_packed_adapters_and_give_the_same_bytes() {
-    let place = Place::new();
-    place.stdout(&format!("pack {PLAIN} -o p --base {BASE} --columns derived"));
-    place.stdout(&format!("merge {BASE} --adapter {PLAIN} -o expected"));
-    place.stdout(&format!("merge {BASE} --adapter p -o merged"));
-    assert!(content(&place.path("merged")) == content(&place.path("expected")));
-    let kept = |folder: &str| content(&place.path(folder).join(".neuroada/adapters"));
+    let workspace = Workspace::new();
+    workspace.stdout(&format!("pack {PLAIN} -o p --base {BASE} --columns derived"));
+    workspace.stdout(&format!("merge {BASE} --adapter {PLAIN} -o expected"));
+    workspace.stdout(&format!("merge {BASE} --adapter p -o merged"));
+    assert!(content(&workspace.path("merged")) == content(&workspace.path("expected")));
+    let kept = |folder: &str| content(&workspace.path(folder).join(".neuroada/adapters"));
     assert!(kept("merged") == kept("expected"), "what remembers does not need the packed file");
-    fs::remove_file(place.path("p")).unwrap();
-    place.stdout("unmerge merged");
-    assert!(content(&place.path("merged")) == content(&fixtures().join("tiny-llama")));
+    fs::remove_file(workspace.path("p")).unwrap();
+    workspace.stdout("unmerge merged");
+    assert!(content(&workspace.path("merged")) == content(&fixtures().join("tiny-llama")));
 }
 
 #[test]
 fn in_place_and_without_a_ledger_too() {
-    let place = Place::new();
-    place.copy_fixture("tiny-llama");
-    place.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
-    place.stdout("merge tiny-llama --adapter p --in-place");
-    place.stdout(&format!("verify tiny-llama --base {BASE}"));
-    place.stdout("unmerge tiny-llama --adapter p");
-    assert!(content(&place.path("tiny-llama")) == content(&fixtures().join("tiny-llama")));
-    place.stdout(&format!("merge {BASE} --adapter p=0.5 -o bare --no-ledger"));
-    place.stdout(&format!("verify bare --base {BASE} --adapter p=0.5"));
+    let workspace = Workspace::new();
+    workspace.copy_fixture("tiny-llama");
+    workspace.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
+    workspace.stdout("merge tiny-llama --adapter p --in-place");
+    workspace.stdout(&format!("verify tiny-llama --base {BASE}"));
+    workspace.stdout("unmerge tiny-llama --adapter p");
+    assert!(content(&workspace.path("tiny-llama")) == content(&fixtures().join("tiny-llama")));
+    workspace.stdout(&format!("merge {BASE} --adapter p=0.5 -o bare --no-ledger"));
+    workspace.stdout(&format!("verify bare --base {BASE} --adapter p=0.5"));
 }
 
 #[test]
 fn a_checkpoint_that_was_merged_into_derives_no_columns() {
-    let place = Place::new();
-    write_adapter(&place, "other", PROJECTIONS, 3, 0.5);
-    place.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
-    place.stdout(&format!("merge {BASE} --adapter other -o m"));
-    let said = place.run("merge m --adapter p --in-place");
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "other", PROJECTIONS, 3, 0.5);
+    workspace.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
+    workspace.stdout(&format!("merge {BASE} --adapter other -o m"));
+    let said = workspace.run("merge m --adapter p --in-place");
     assert!(said.starts_with("exit: 4") && said.contains("p: its columns are derived from its base"), "{said}");
-    place.stdout(&format!("unpack p -o a --base {BASE}"));
-    place.stdout("merge m --adapter a --in-place");
-    place.stdout(&format!("verify m --base {BASE}"));
+    workspace.stdout(&format!("unpack p -o a --base {BASE}"));
+    workspace.stdout("merge m --adapter a --in-place");
+    workspace.stdout(&format!("verify m --base {BASE}"));
 }
 
 #[test]
 fn diff_needs_the_base_of_derived_columns_alone() {
-    let place = Place::new();
-    place.stdout(&format!("pack {PLAIN} -o derived --base {BASE}"));
-    place.stdout(&format!("pack {PLAIN} -o packed"));
-    assert_snapshot!(place.run(&format!("diff derived {PLAIN}")), @r"
+    let workspace = Workspace::new();
+    workspace.stdout(&format!("pack {PLAIN} -o derived --base {BASE}"));
+    workspace.stdout(&format!("pack {PLAIN} -o packed"));
+    assert_snapshot!(workspace.run(&format!("diff derived {PLAIN}")), @r"
     exit: 2
     --- stdout
     --- stderr
     error: derived: its columns are derived from its base, which is not given
     hint: --base BASE derives them
     ");
-    assert_eq!(place.json(&format!("diff derived {PLAIN} --base {BASE}"))["equal"], true);
-    assert_eq!(place.json(&format!("diff packed {PLAIN}"))["equal"], true);
+    assert_eq!(workspace.json(&format!("diff derived {PLAIN} --base {BASE}"))["equal"], true);
+    assert_eq!(workspace.json(&format!("diff packed {PLAIN}"))["equal"], true);
 }
 
 #[test]
 fn another_base_is_refused() {
-    let place = Place::new();
-    let base = place.copy_fixture("tiny-llama");
-    place.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("tiny-llama");
+    workspace.stdout(&format!("pack {PLAIN} -o p --base {BASE}"));
     // Every weight of a shard with its sign changed: the same columns are the largest, of other values.
     let shard = base.join("model-00002-of-00003.safetensors");
     let mut bytes = fs::read(&shard).unwrap();
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[data..].chunks_exact_mut(2).for_each(|le| le[1] ^= 0x80);
     fs::write(&shard, bytes).unwrap();
-    let said = place.run("merge tiny-llama --adapter p -o merged");
+    let said = workspace.run("merge tiny-llama --adapter p -o merged");
     assert!(said.starts_with("exit: 4") && said.contains("it was made from other values"), "{said}");
-    let said = place.run("unpack p -o a --base tiny-llama");
+    let said = workspace.run("unpack p -o a --base tiny-llama");
     assert!(said.starts_with("exit: 4"), "{said}");
-    assert!(!place.path("merged").exists() && !place.path("a").exists());
+    assert!(!workspace.path("merged").exists() && !workspace.path("a").exists());
 }
 
 #[test]
 fn columns_of_no_recipe_are_packed_and_the_reason_is_told() {
-    let place = Place::new();
-    write_adapter(&place, "custom", PROJECTIONS, 3, 0.5);
-    let report = place.json(&format!("pack custom -o p --base {BASE}"));
+    let workspace = Workspace::new();
+    write_adapter(&workspace, "custom", PROJECTIONS, 3, 0.5);
+    let report = workspace.json(&format!("pack custom -o p --base {BASE}"));
     assert_eq!(report["columns"], "packed");
     assert_eq!(report["columns_note"], "its columns come from no recipe that can be followed with the base alone");
-    assert_snapshot!(place.run(&format!("pack custom -o q --base {BASE} --columns derived")), @r"
+    assert_snapshot!(workspace.run(&format!("pack custom -o q --base {BASE} --columns derived")), @r"
     exit: 4
     --- stdout
     --- stderr
     error: custom: its columns cannot be derived from a base: its columns come from no recipe that can be followed with the base alone
     ");
-    assert_snapshot!(place.run("pack custom -o q --columns derived"), @r"
+    assert_snapshot!(workspace.run("pack custom -o q --columns derived"), @r"
     exit: 4
     --- stdout
     --- stderr
     error: custom: its columns cannot be derived from a base: that takes the base
     ");
-    assert!(!place.path("q").exists());
+    assert!(!workspace.path("q").exists());
 }
 
 #[test]
 fn rows_of_any_number_of_columns_can_be_derived() {
-    let place = Place::new();
-    place.stdout(&format!("mask {BASE} --k 3 --score random --seed 5 --neuron-fraction 0.4 -o m"));
-    place.stdout(&format!("init {BASE} --mask m -o a --dtype f16"));
-    let report = place.json(&format!("pack a -o p --base {BASE}"));
+    let workspace = Workspace::new();
+    workspace.stdout(&format!("mask {BASE} --k 3 --score random --seed 5 --neuron-fraction 0.4 -o m"));
+    workspace.stdout(&format!("init {BASE} --mask m -o a --dtype f16"));
+    let report = workspace.json(&format!("pack a -o p --base {BASE}"));
     assert_eq!((&report["columns"], &report["columns_bytes"]), (&"derived".into(), &0.into()));
-    place.stdout(&format!("unpack p -o b --base {BASE}"));
-    assert!(fs::read(place.path("a")).unwrap() == fs::read(place.path("b")).unwrap());
+    workspace.stdout(&format!("unpack p -o b --base {BASE}"));
+    assert!(fs::read(workspace.path("a")).unwrap() == fs::read(workspace.path("b")).unwrap());
 }
 
 #[test]
 fn shortened_values_tell_their_error() {
-    let place = Place::new();
-    assert_snapshot!(place.run(&format!("pack {PLAIN} -o p --base {BASE} --values int8")), @r"
+    let workspace = Workspace::new();
+    assert_snapshot!(workspace.run(&format!("pack {PLAIN} -o p --base {BASE} --values int8")), @r"
     exit: 0
     --- stdout
                                        size  bytes per delta  limit
@@ -210,16 +210,16 @@ fn shortened_values_tell_their_error() {
     --- stderr
     ");
     // It is another adapter: the same positions, near values.
-    let diff = place.json(&format!("diff p {PLAIN} --base {BASE}"));
+    let diff = workspace.json(&format!("diff p {PLAIN} --base {BASE}"));
     assert_eq!((&diff["total"]["n_shared"], &diff["total"]["n_only_a"]), (&2432.into(), &0.into()));
     assert!(diff["total"]["cosine"].as_f64().unwrap() > 0.9999);
 }
 
 #[test]
 fn a_card_says_what_the_adapter_is() {
-    let place = Place::new();
-    place.stdout(&format!("pack {PLAIN} -o p.safetensors --base {BASE} --card --base-model org/tiny"));
-    assert_snapshot!(fs::read_to_string(place.path("README.md")).unwrap(), @r#"
+    let workspace = Workspace::new();
+    workspace.stdout(&format!("pack {PLAIN} -o p.safetensors --base {BASE} --card --base-model org/tiny"));
+    assert_snapshot!(fs::read_to_string(workspace.path("README.md")).unwrap(), @r#"
     ---
     base_model: "org/tiny"
     base_model_relation: adapter
@@ -264,7 +264,7 @@ fn a_card_says_what_the_adapter_is() {
 
     The result is an ordinary checkpoint; `neuroada-ckpt unmerge merged` gives the base's bytes back. The adapter fits the base it was made from and no other: it carries a hash of the base's weights where it changes them.
     "#);
-    let again = place.run(&format!("pack {PLAIN} -o q.safetensors --card"));
+    let again = workspace.run(&format!("pack {PLAIN} -o q.safetensors --card"));
     assert!(again.starts_with("exit: 4") && again.contains("README.md exists already"), "{again}");
-    assert!(!place.path("q.safetensors").exists());
+    assert!(!workspace.path("q.safetensors").exists());
 }

@@ -9,11 +9,11 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Place, adapters::write_adapter_for};
+use super::{Workspace, adapters::write_adapter_for};
 
 /// Proving this checkpoint takes many seconds: 400 GB of holes, and one small tensor that an adapter touches.
-fn place() -> Option<Place> {
-    let place = Place::new();
+fn workspace() -> Option<Workspace> {
+    let workspace = Workspace::new();
     let (small, hole) = (8 * 16 * 2, 400_000_000_000u64);
     let end = small + hole;
     let mut header = format!(
@@ -21,14 +21,14 @@ fn place() -> Option<Place> {
             "hole":{{"dtype":"U8","shape":[{hole}],"data_offsets":[{small},{end}]}}}}"#
     );
     header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
-    let path = place.write("big.safetensors", [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat());
+    let path = workspace.write("big.safetensors", [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat());
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     if let Err(e) = file.set_len(8 + header.len() as u64 + end) {
         eprintln!("skipped: no file of 400 GB can be made here: {e}");
         return None;
     }
-    write_adapter_for(&path, &place.path("a.safetensors"), "proj.weight", 0, 1.0);
-    Some(place)
+    write_adapter_for(&path, &workspace.path("a.safetensors"), "proj.weight", 0, 1.0);
+    Some(workspace)
 }
 
 const LONG: &str = "verify big.safetensors --base big.safetensors --adapter a.safetensors -v";
@@ -54,26 +54,26 @@ fn ended(child: Child) -> Output {
 
 #[test]
 fn signals_stop_a_command_with_130() {
-    let Some(place) = place() else { return };
-    let before = place.files();
+    let Some(workspace) = workspace() else { return };
+    let before = workspace.files();
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        let child = spawn(place.command(LONG));
+        let child = spawn(workspace.command(LONG));
         send(signal, &child);
         let output = ended(child);
         assert_eq!(output.status.code(), Some(130), "{signal:?}");
         assert!(output.stdout.is_empty());
         assert!(String::from_utf8(output.stderr).unwrap().ends_with("error: stopped\n"));
     }
-    assert_eq!(place.files(), before);
+    assert_eq!(workspace.files(), before);
 }
 
 #[test]
 fn a_command_under_nohup_outlives_its_terminal() {
-    let Some(place) = place() else { return };
-    let plain = place.command(LONG);
+    let Some(workspace) = workspace() else { return };
+    let plain = workspace.command(LONG);
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
-    command.current_dir(place.path("."));
+    command.current_dir(workspace.path("."));
     let mut child = spawn(command);
     send(Signal::HUP, &child);
     thread::sleep(Duration::from_millis(300));

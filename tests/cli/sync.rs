@@ -1,14 +1,14 @@
 use insta::assert_snapshot;
 
-use crate::harness::Place;
+use crate::harness::Workspace;
 
 #[test]
 fn weight_sync_folders_are_written_and_applied() {
-    let place = Place::new();
-    let base = place.copy_fixture("tiny-llama");
+    let workspace = Workspace::new();
+    let base = workspace.copy_fixture("tiny-llama");
     let base = base.file_name().unwrap().to_str().unwrap().to_owned();
     assert_snapshot!(
-        place.run(&format!("sync export [FIXTURES]/tiny-llama-adapter.safetensors --base {base} -o weight_v000001")),
+        workspace.run(&format!("sync export [FIXTURES]/tiny-llama-adapter.safetensors --base {base} -o weight_v000001")),
         @r"
         exit: 0
         --- stdout
@@ -20,7 +20,7 @@ fn weight_sync_folders_are_written_and_applied() {
         --- stderr
         "
     );
-    assert_snapshot!(place.run(&format!("sync apply weight_v000001 --base {base} -o applied")), @r"
+    assert_snapshot!(workspace.run(&format!("sync apply weight_v000001 --base {base} -o applied")), @r"
     exit: 0
     --- stdout
     version   1, from 0 (tiny-llama)
@@ -30,22 +30,22 @@ fn weight_sync_folders_are_written_and_applied() {
     wrote     255 kB
     --- stderr
     ");
-    place.stdout(&format!("merge {base} --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o merged"));
-    assert!(place.output("diff merged applied").status.success());
-    place.stdout(&format!("sync export applied --base {base} --encoding xor --checksum blake3 -o weight_v000007"));
-    assert_snapshot!(place.run("sync apply weight_v000007 --base applied -o twice"), @r#"
+    workspace.stdout(&format!("merge {base} --adapter [FIXTURES]/tiny-llama-adapter.safetensors -o merged"));
+    assert!(workspace.output("diff merged applied").status.success());
+    workspace.stdout(&format!("sync export applied --base {base} --encoding xor --checksum blake3 -o weight_v000007"));
+    assert_snapshot!(workspace.run("sync apply weight_v000007 --base applied -o twice"), @r#"
     exit: 4
     --- stdout
     --- stderr
     error: weight_v000007: tensor "model.layers.0.mlp.down_proj.weight": the base has the new bytes already: the delta was applied to it before
     "#);
-    assert_snapshot!(place.run(&format!("sync export applied --base {base} -o delta")), @r#"
+    assert_snapshot!(workspace.run(&format!("sync export applied --base {base} -o delta")), @r#"
     exit: 2
     --- stdout
     --- stderr
     error: "delta": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version
     "#);
-    assert_snapshot!(place.run("sync export applied -o weight_v000002"), @r"
+    assert_snapshot!(workspace.run("sync export applied -o weight_v000002"), @r"
     exit: 2
     --- stdout
     --- stderr

@@ -3,16 +3,16 @@ use std::{collections::BTreeMap, fs};
 use insta::assert_snapshot;
 use serde_json::json;
 
-use super::Place;
+use super::Workspace;
 
 const DATA: &str = "--data [FIXTURES]/data/commonsense.jsonl --batch-size 4 --batch-tokens 1000 --epochs 2 --seed 3";
 
 #[test]
 fn training_writes_an_adapter_that_merges() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let line =
         format!("train [FIXTURES]/tiny-llama -k 2 {DATA} --eval-data [FIXTURES]/data/commonsense.jsonl --license MIT");
-    let told = place.run(&format!("{line} -o a.safetensors"));
+    let told = workspace.run(&format!("{line} -o a.safetensors"));
     let (stdout, stderr) = told.split_once("--- stderr\n").unwrap();
     assert!(stdout.starts_with("exit: 0\n--- stdout\nadapter     "), "{told}");
     for words in ["\ntrained     2,432 deltas in 12 steps, 9,700 tokens\n", "\nloss        5.3", "\nevaluation  5.3"] {
@@ -27,26 +27,26 @@ fn training_writes_an_adapter_that_merges() {
     ] {
         assert!(stderr.contains(words), "{words}\n{stderr}");
     }
-    assert_eq!(place.files(), ["a.log.jsonl", "a.loss.svg", "a.safetensors"]);
-    let report = place.json(&format!("{line} -o b.safetensors -q"));
+    assert_eq!(workspace.files(), ["a.log.jsonl", "a.loss.svg", "a.safetensors"]);
+    let report = workspace.json(&format!("{line} -o b.safetensors -q"));
     assert!(report["eval_loss"].as_f64() < report["first_eval_loss"].as_f64(), "{report}");
-    assert_eq!(fs::read(place.path("a.safetensors")).unwrap(), fs::read(place.path("b.safetensors")).unwrap());
-    let told = place.run("inspect a.safetensors");
+    assert_eq!(fs::read(workspace.path("a.safetensors")).unwrap(), fs::read(workspace.path("b.safetensors")).unwrap());
+    let told = workspace.run("inspect a.safetensors");
     assert!(told.contains("\ntraining     12 steps on commonsense.jsonl, loss 5.3"), "{told}");
-    let notes = &place.json("inspect a.safetensors")["sparse"]["notes"];
+    let notes = &workspace.json("inspect a.safetensors")["sparse"]["notes"];
     assert_eq!(notes["license"], "MIT");
     assert_eq!(notes["training"]["data"]["name"], "commonsense.jsonl");
     assert_eq!(notes["training"]["options"]["seed"], 3);
     assert_eq!(notes["training"]["result"]["eval_loss"], report["eval_loss"]);
-    place.stdout("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o merged");
-    place.stdout("verify merged --base [FIXTURES]/tiny-llama");
+    workspace.stdout("merge [FIXTURES]/tiny-llama --adapter a.safetensors -o merged");
+    workspace.stdout("verify merged --base [FIXTURES]/tiny-llama");
 }
 
 #[test]
 fn what_a_run_takes_is_told_without_training() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let line = format!("train [FIXTURES]/tiny-llama -k 2 {DATA} -o a.safetensors --dry-run");
-    assert_snapshot!(place.run(&format!("{line} --layer-checkpoints")), @r"
+    assert_snapshot!(workspace.run(&format!("{line} --layer-checkpoints")), @r"
     exit: 0
     --- stdout
     model      tiny-llama (llama, 2 layers of 64, 126,272 parameters)
@@ -56,16 +56,16 @@ fn what_a_run_takes_is_told_without_training() {
     --- stderr
     commonsense.jsonl: 18 examples (commonsense), 4,850 tokens, 491 of them learned, the longest has 371
     ");
-    let start = place.json(&line);
+    let start = workspace.json(&line);
     assert_eq!((&start["n_trained"], &start["n_steps"]), (&2432.into(), &12.into()));
-    assert_eq!(place.files(), [""; 0]);
+    assert_eq!(workspace.files(), [""; 0]);
 }
 
 #[test]
 fn a_run_that_cannot_be_is_refused_first() {
-    let place = Place::new();
-    place.write("a.safetensors", "here already");
-    let run = |line: &str| place.run(&format!("train {line} -q"));
+    let workspace = Workspace::new();
+    workspace.write("a.safetensors", "here already");
+    let run = |line: &str| workspace.run(&format!("train {line} -q"));
     assert_snapshot!(run(&format!("[FIXTURES]/tiny-llama -k 1 {DATA} -o a.safetensors")), @r"
     exit: 4
     --- stdout
@@ -85,7 +85,7 @@ fn a_run_that_cannot_be_is_refused_first() {
     --- stderr
     error: cannot read `none.json`: No such file or directory (os error 2)
     ");
-    let config = place.copy_fixture("tiny-llama").join("config.json");
+    let config = workspace.copy_fixture("tiny-llama").join("config.json");
     let other = fs::read_to_string(&config).unwrap().replace("\"llama\"", "\"mamba\"");
     fs::write(&config, other).unwrap();
     assert_snapshot!(run(&format!("tiny-llama -k 1 {DATA} -o b.safetensors")), @r"
@@ -94,12 +94,12 @@ fn a_run_that_cannot_be_is_refused_first() {
     --- stderr
     error: tiny-llama: model type `mamba` cannot be trained; llama, mistral, qwen2, qwen3 can
     ");
-    assert_eq!(fs::read(place.path("a.safetensors")).unwrap(), b"here already");
+    assert_eq!(fs::read(workspace.path("a.safetensors")).unwrap(), b"here already");
 }
 
 /// A copy of the tiny Llama with biases at queries and keys, in a shard of their own.
-fn copy_with_biases(place: &Place) {
-    let index = place.copy_fixture("tiny-llama").join("model.safetensors.index.json");
+fn copy_with_biases(workspace: &Workspace) {
+    let index = workspace.copy_fixture("tiny-llama").join("model.safetensors.index.json");
     let shard = "biases.safetensors";
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
     let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
@@ -122,10 +122,10 @@ fn copy_with_biases(place: &Place) {
 
 #[test]
 fn trained_biases_pass_through_every_command() {
-    let place = Place::new();
-    copy_with_biases(&place);
+    let workspace = Workspace::new();
+    copy_with_biases(&workspace);
     let line = format!("train tiny-llama -k 2 {DATA} --train-bias");
-    assert_snapshot!(place.run(&format!("{line} -o a.safetensors --dry-run")), @r"
+    assert_snapshot!(workspace.run(&format!("{line} -o a.safetensors --dry-run")), @r"
     exit: 0
     --- stdout
     model      tiny-llama (llama, 2 layers of 64, 126,464 parameters)
@@ -135,10 +135,10 @@ fn trained_biases_pass_through_every_command() {
     --- stderr
     commonsense.jsonl: 18 examples (commonsense), 4,850 tokens, 491 of them learned, the longest has 371
     ");
-    assert_eq!(place.json(&format!("{line} -o a.safetensors --dry-run"))["n_biases"], 192);
-    place.stdout(&format!("{line} --max-steps 4 -o a.safetensors"));
-    place.stdout(&format!("{line} --max-steps 3 -o b.safetensors"));
-    let told = place.run("inspect a.safetensors --filter *.self_attn.[qk]_proj.*");
+    assert_eq!(workspace.json(&format!("{line} -o a.safetensors --dry-run"))["n_biases"], 192);
+    workspace.stdout(&format!("{line} --max-steps 4 -o a.safetensors"));
+    workspace.stdout(&format!("{line} --max-steps 3 -o b.safetensors"));
+    let told = workspace.run("inspect a.safetensors --filter *.self_attn.[qk]_proj.*");
     assert_snapshot!(told[told.find("kind ").unwrap()..], @r"
     kind         base type  values  targets  rows  per row  connections   share
     k_proj       BF16       F32           2    64        2          128  3.12 %
@@ -148,46 +148,46 @@ fn trained_biases_pass_through_every_command() {
     --- stderr
     ");
 
-    let before = bytes_of(&place, "tiny-llama");
-    place.stdout("merge tiny-llama --adapter a.safetensors -o merged");
-    assert_ne!(bytes_of(&place, "merged")["biases.safetensors"], before["biases.safetensors"]);
-    place.stdout("verify merged --base tiny-llama");
-    place.stdout("merge merged --adapter b.safetensors --in-place");
-    place.stdout("verify merged --base tiny-llama");
-    place.stdout("unmerge merged");
-    let mut after = bytes_of(&place, "merged");
+    let before = bytes_of(&workspace, "tiny-llama");
+    workspace.stdout("merge tiny-llama --adapter a.safetensors -o merged");
+    assert_ne!(bytes_of(&workspace, "merged")["biases.safetensors"], before["biases.safetensors"]);
+    workspace.stdout("verify merged --base tiny-llama");
+    workspace.stdout("merge merged --adapter b.safetensors --in-place");
+    workspace.stdout("verify merged --base tiny-llama");
+    workspace.stdout("unmerge merged");
+    let mut after = bytes_of(&workspace, "merged");
     after.retain(|name, _| before.contains_key(name));
     assert!(after == before, "every byte of the base returns");
 
-    place.stdout("diff a.safetensors a.safetensors");
-    let diff = place.json("diff a.safetensors b.safetensors");
+    workspace.stdout("diff a.safetensors a.safetensors");
+    let diff = workspace.json("diff a.safetensors b.safetensors");
     assert!(diff.to_string().contains("self_attn.k_proj.bias"), "{diff}");
-    place.stdout("pack a.safetensors -o a.packed --base tiny-llama --columns derived");
-    place.stdout("unpack a.packed -o a.unpacked --base tiny-llama");
-    assert_eq!(fs::read(place.path("a.unpacked")).unwrap(), fs::read(place.path("a.safetensors")).unwrap());
-    place.stdout("combine a.safetensors=0.5 b.safetensors=0.5 -o c.safetensors");
-    place.stdout("merge tiny-llama --adapter c.safetensors -o combined");
-    let told = place.run("convert a.safetensors --to npz -o a.npz");
+    workspace.stdout("pack a.safetensors -o a.packed --base tiny-llama --columns derived");
+    workspace.stdout("unpack a.packed -o a.unpacked --base tiny-llama");
+    assert_eq!(fs::read(workspace.path("a.unpacked")).unwrap(), fs::read(workspace.path("a.safetensors")).unwrap());
+    workspace.stdout("combine a.safetensors=0.5 b.safetensors=0.5 -o c.safetensors");
+    workspace.stdout("merge tiny-llama --adapter c.safetensors -o combined");
+    let told = workspace.run("convert a.safetensors --to npz -o a.npz");
     assert!(told.contains("\"model.layers.0.self_attn.k_proj.bias\": shape [32] is a vector"), "{told}");
 }
 
 #[test]
 fn biases_that_the_base_has_not_are_not_trained() {
-    let place = Place::new();
+    let workspace = Workspace::new();
     let line = format!("train [FIXTURES]/tiny-llama -k 1 {DATA} --train-bias -o a.safetensors");
     for more in ["", " --dry-run"] {
-        let told = place.run(&format!("{line}{more} -q"));
+        let told = workspace.run(&format!("{line}{more} -q"));
         let what = "the chosen projections have no bias: an adapter can only add to tensors that exist";
         assert_eq!(told, format!("exit: 2\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: {what}\n"));
     }
-    assert_eq!(place.files(), [""; 0]);
+    assert_eq!(workspace.files(), [""; 0]);
 }
 
 /// The files of a folder below this place, by name.
-fn bytes_of(place: &Place, folder: &str) -> BTreeMap<String, Vec<u8>> {
+fn bytes_of(workspace: &Workspace, folder: &str) -> BTreeMap<String, Vec<u8>> {
     let prefix = format!("{folder}/");
-    let names = place.files().into_iter();
+    let names = workspace.files().into_iter();
     names
-        .filter_map(|name| Some((name.strip_prefix(&prefix)?.to_owned(), fs::read(place.path(&name)).unwrap())))
+        .filter_map(|name| Some((name.strip_prefix(&prefix)?.to_owned(), fs::read(workspace.path(&name)).unwrap())))
         .collect()
 }

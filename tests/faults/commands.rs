@@ -53,8 +53,8 @@ const fn case(name: &'static str, line: &'static str) -> Case {
     Case { name, line, in_place: None, recover: "" }
 }
 
-const fn in_place(name: &'static str, place: &'static str, line: &'static str) -> Case {
-    Case { name, line, in_place: Some(place), recover: "" }
+const fn in_place(name: &'static str, workspace: &'static str, line: &'static str) -> Case {
+    Case { name, line, in_place: Some(workspace), recover: "" }
 }
 
 const CASES: [Case; 27] = [
@@ -244,10 +244,10 @@ fn tree_of(path: &Path) -> Tree {
 
 /// Runs the case once undisturbed.
 fn rehearse(stage: &Stage, case: &Case, saved: &Path) -> Expected {
-    let place = case.in_place.map(|name| stage.root.join(name));
-    let before = place.as_deref().map(tree_of);
+    let workspace = case.in_place.map(|name| stage.root.join(name));
+    let before = workspace.as_deref().map(tree_of);
     let output = stage.command(&format!("{} --json", case.line)).output().unwrap();
-    let changed = before.map(|before| [before, tree_of(place.as_deref().unwrap())]);
+    let changed = before.map(|before| [before, tree_of(workspace.as_deref().unwrap())]);
     let out = tree(&stage.root.join("out"));
     restore(stage, case, saved);
     Expected { code: output.status.code(), stdout: output.stdout, out, changed }

@@ -108,7 +108,7 @@ impl Kind {
 }
 
 impl Scenario {
-    /// The command line that makes this change at `path`; its third word is `--in-place`.
+    /// The command line that makes this change at `path`; its third word is `--in-workspace`.
     pub(crate) fn arguments(&self, world: &World, path: &Path) -> Vec<String> {
         let without = |all: &[usize], these: &[usize]| -> Vec<usize> {
             all.iter().copied().filter(|i| !these.contains(i)).collect()

@@ -317,11 +317,11 @@ fn continued(queue: &Queue, sample: &Sample, is_plain: bool, cuts: &[usize]) -> 
         queue.attention_cached(&of, &device.qkv, &past_dev, &mut cache, capacity, &mut out).unwrap();
         let out = queue.download_all(&out).unwrap();
         let mut rest = out.as_slice();
-        for (place, past) in places.into_iter().zip(&mut past) {
-            let (own, others) = rest.split_at(place.len() * d_q * n_bytes);
-            all[place.start * d_q * n_bytes..][..own.len()].copy_from_slice(own);
+        for (workspace, past) in places.into_iter().zip(&mut past) {
+            let (own, others) = rest.split_at(workspace.len() * d_q * n_bytes);
+            all[workspace.start * d_q * n_bytes..][..own.len()].copy_from_slice(own);
             rest = others;
-            *past += place.len() as u32;
+            *past += workspace.len() as u32;
         }
     }
     all

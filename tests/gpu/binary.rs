@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A folder in which the binary runs on the fake driver.
-pub(crate) struct Place {
+pub(crate) struct Workspace {
     folder: TempDir,
     driver: PathBuf,
 }
@@ -30,7 +30,7 @@ impl Stats {
     }
 }
 
-impl Place {
+impl Workspace {
     pub(crate) fn new() -> Option<Self> {
         let driver = driver::folder(Build::Fast).filter(|_| !driver::is_real())?;
         Some(Self { folder: TempDir::new().expect("a temporary folder can be made"), driver })
@@ -95,7 +95,7 @@ pub(crate) fn stdout(output: &Output) -> String {
 
 #[test]
 fn a_mask_chosen_on_the_gpu_is_the_cpus_byte_for_byte() {
-    let Some(place) = Place::new() else { return };
+    let Some(workspace) = Workspace::new() else { return };
     for line in [
         "BASE --k 1",
         "BASE --k 5 --threads 1",
@@ -109,18 +109,18 @@ fn a_mask_chosen_on_the_gpu_is_the_cpus_byte_for_byte() {
         "BASE --k 3 --neuron-fraction 0.3 --check=1",
         "BASE --k 2 --transposed *down_proj* --max-memory 16M",
     ] {
-        place.same_mask(line, &[]);
-        let stats = place.stats();
+        workspace.same_mask(line, &[]);
+        let stats = workspace.stats();
         assert_eq!((stats.get("left_device_bytes"), stats.get("left_host_bytes")), (0, 0), "{line}");
     }
-    assert_eq!(place.stats().get("top1_u16"), 0);
-    place.same_mask("BASE --k 1", &[]);
-    assert!(place.stats().get("top1_u16") > 0, "the kernel for k = 1 ran");
+    assert_eq!(workspace.stats().get("top1_u16"), 0);
+    workspace.same_mask("BASE --k 1", &[]);
+    assert!(workspace.stats().get("top1_u16") > 0, "the kernel for k = 1 ran");
 }
 
 /// A checkpoint of one bf16 weight, `[n_rows, d_in]`.
-fn one_weight(place: &Place, n_rows: usize, d_in: usize) {
-    let mut writer = TensorFileWriter::create(&place.path("one.safetensors"), Existing::Keep).unwrap();
+fn one_weight(workspace: &Workspace, n_rows: usize, d_in: usize) {
+    let mut writer = TensorFileWriter::create(&workspace.path("one.safetensors"), Existing::Keep).unwrap();
     let id = writer.add_tensor("w.weight".to_owned(), Dtype::BF16);
     writer.append(id, &bytes_of(Dtype::BF16, (0..n_rows * d_in).map(|i| bell(i as u64)))).unwrap();
     writer.finish_tensor(id, vec![n_rows as u64, d_in as u64]);
@@ -129,27 +129,27 @@ fn one_weight(place: &Place, n_rows: usize, d_in: usize) {
 
 #[test]
 fn device_memory_is_bounded_and_pieces_are_on_their_way_together() {
-    let Some(place) = Place::new() else { return };
-    one_weight(&place, 6000, 1024);
-    place.same_mask("one.safetensors --targets w --k 2 --threads 2 --gpu-memory 16M", &[]);
-    let stats = place.stats();
+    let Some(workspace) = Workspace::new() else { return };
+    one_weight(&workspace, 6000, 1024);
+    workspace.same_mask("one.safetensors --targets w --k 2 --threads 2 --gpu-memory 16M", &[]);
+    let stats = workspace.stats();
     assert!(stats.get("most_device_bytes") <= 16 << 20, "{}", stats.0);
     assert!(stats.get("most_host_bytes") <= 128 << 20, "{}", stats.0);
     assert_eq!(stats.get("most_streams"), 2);
     // A stream that holds the work of two pieces at once: the second was submitted before the first was waited for.
-    place.same_mask("one.safetensors --targets w --k 2 --threads 1 --max-memory 32M", &[]);
+    workspace.same_mask("one.safetensors --targets w --k 2 --threads 1 --max-memory 32M", &[]);
     let one_piece = 5; // fill, upload, kernel, two downloads; and an event for each copy
-    assert!(place.stats().get("most_waiting") > one_piece + 3, "{}", place.stats().0);
+    assert!(workspace.stats().get("most_waiting") > one_piece + 3, "{}", workspace.stats().0);
 }
 
 #[test]
 fn a_device_with_little_memory_works_in_smaller_blocks_or_says_what_it_needs() {
-    let Some(place) = Place::new() else { return };
-    place.same_mask("BASE --k 3 --threads 1", &[("FAKE_CUDA_MEMORY", "6000")]);
-    assert!(place.stats().get("most_device_bytes") <= 6000);
+    let Some(workspace) = Workspace::new() else { return };
+    workspace.same_mask("BASE --k 3 --threads 1", &[("FAKE_CUDA_MEMORY", "6000")]);
+    assert!(workspace.stats().get("most_device_bytes") <= 6000);
     // With more threads than there is room for, some wait.
-    place.same_mask("BASE --k 3 --threads 8", &[("FAKE_CUDA_MEMORY", "3000")]);
-    let output = place.run("mask BASE --k 3 -o m --device cuda --threads 1", &[("FAKE_CUDA_MEMORY", "300")]);
+    workspace.same_mask("BASE --k 3 --threads 8", &[("FAKE_CUDA_MEMORY", "3000")]);
+    let output = workspace.run("mask BASE --k 3 -o m --device cuda --threads 1", &[("FAKE_CUDA_MEMORY", "300")]);
     assert_eq!(code(&output), 5);
     let said = stderr(&output);
     assert!(
@@ -157,54 +157,55 @@ fn a_device_with_little_memory_works_in_smaller_blocks_or_says_what_it_needs() {
         "{said}"
     );
     assert!(said.ends_with("hint: --device cpu does the same without the GPU\n"), "{said}");
-    assert!(!place.path("m").exists());
+    assert!(!workspace.path("m").exists());
 }
 
 #[test]
 fn a_kernel_that_fails_is_named_and_nothing_is_written() {
-    let Some(place) = Place::new() else { return };
+    let Some(workspace) = Workspace::new() else { return };
     for nth in ["1", "2", "9"] {
-        let output = place.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_FAIL", nth)]);
+        let output = workspace.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_FAIL", nth)]);
         let said = stderr(&output);
         assert_eq!(code(&output), 5, "{said}");
         assert!(
             said.contains("GPU 0: kernel `topk_warp_u16`") && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
             "{said}"
         );
-        assert!(!place.path("m").exists());
+        assert!(!workspace.path("m").exists());
     }
 }
 
 #[test]
 fn a_wrong_result_is_found() {
-    let Some(place) = Place::new() else { return };
+    let Some(workspace) = Workspace::new() else { return };
     // Whatever memory held before is no choice of columns.
-    let output = place.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_SKIP", "1")]);
+    let output = workspace.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_SKIP", "1")]);
     let said = stderr(&output);
     assert_eq!(code(&output), 5, "{said}");
     assert!(said.contains("gave a wrong result: row 0 of ") && said.contains("columns do not ascend"), "{said}");
     // An older answer to the same question is one, and only the CPU can tell.
     let variables = [("FAKE_CUDA_SKIP", "10")];
-    let unchecked = place.run("mask BASE --k 1 -o m --device cuda --threads 1", &variables);
+    let unchecked = workspace.run("mask BASE --k 1 -o m --device cuda --threads 1", &variables);
     assert_eq!(code(&unchecked), 0, "{}", stderr(&unchecked));
-    let checked = place.run("mask BASE --k 1 -o n --device cuda --threads 1 --check=1", &variables);
+    let checked = workspace.run("mask BASE --k 1 -o n --device cuda --threads 1 --check=1", &variables);
     assert_eq!(code(&checked), 5);
     assert!(stderr(&checked).contains("other columns are the largest"), "{}", stderr(&checked));
-    assert!(!place.path("n").exists());
+    assert!(!workspace.path("n").exists());
 }
 
 #[test]
 fn a_nan_is_named_as_on_the_cpu() {
-    let Some(place) = Place::new() else { return };
-    let mut writer = TensorFileWriter::create(&place.path("nan.safetensors"), Existing::Keep).unwrap();
+    let Some(workspace) = Workspace::new() else { return };
+    let mut writer = TensorFileWriter::create(&workspace.path("nan.safetensors"), Existing::Keep).unwrap();
     let id = writer.add_tensor("w.weight".to_owned(), Dtype::F16);
     let values = (0..3000).map(|i| if i >= 2710 && i % 5 == 0 { f64::NAN } else { 1.0 });
     writer.append(id, &bytes_of(Dtype::F16, values)).unwrap();
     writer.finish_tensor(id, vec![30, 100]);
     writer.finish(&Context::default(), &Default::default()).unwrap();
     for k in [1, 3, 50] {
-        let [cpu, gpu] = ["cpu", "cuda"]
-            .map(|device| place.run(&format!("mask nan.safetensors --targets w --k {k} -o m --device {device}"), &[]));
+        let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
+            workspace.run(&format!("mask nan.safetensors --targets w --k {k} -o m --device {device}"), &[])
+        });
         assert_eq!((code(&gpu), stderr(&gpu)), (3, stderr(&cpu)));
         assert!(stderr(&gpu).contains("row 27, column 10: the weight is not a number"), "{}", stderr(&gpu));
     }
@@ -212,34 +213,34 @@ fn a_nan_is_named_as_on_the_cpu() {
 
 #[test]
 fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
-    let Some(place) = Place::new() else { return };
+    let Some(workspace) = Workspace::new() else { return };
     for line in ["--k 2 --score random", "--k 2 --scope tensor"] {
-        let output = place.run(&format!("mask BASE {line} --force -o m --device cuda"), &[]);
+        let output = workspace.run(&format!("mask BASE {line} --force -o m --device cuda"), &[]);
         assert_eq!(code(&output), 0);
         assert!(stderr(&output).starts_with("note: rows chosen on the CPU: all; "), "{}", stderr(&output));
     }
-    let output = place.run("diff BASE BASE --device cuda", &[]);
+    let output = workspace.run("diff BASE BASE --device cuda", &[]);
     assert_eq!(stderr(&output), "note: this command does all its work on the CPU\n");
     // Without being asked, nobody looks for a GPU.
-    let output = place.run("mask BASE --k 2 --force -o m -v", &[]);
+    let output = workspace.run("mask BASE --k 2 --force -o m -v", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
 }
 
 #[test]
 fn a_machine_says_why_its_gpu_cannot_be_used() {
-    let Some(place) = Place::new() else { return };
-    let told = |variables: &[(&str, &str)]| place.devices(variables);
+    let Some(workspace) = Workspace::new() else { return };
+    let told = |variables: &[(&str, &str)]| workspace.devices(variables);
     line(&told(&[]), "cuda:0  Fake GPU 0  compute capability 9.0  1.07 GB  can be used");
     line(&told(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
     line(&told(&[("FAKE_CUDA_VERSION", "11080")]), "the driver speaks CUDA 11.8; 12.0 (driver 525) or newer is needed");
     line(&told(&[("FAKE_CUDA_MAJOR", "7")]), "compute capability 7.0; 8.0 (Ampere) or newer is needed");
-    let stub = stub_library(&place, "libcuda.so", "cuInit");
+    let stub = stub_library(&workspace, "libcuda.so", "cuInit");
     let stub = stub.to_str().unwrap();
     line(&told(&[("LD_LIBRARY_PATH", stub)]), "the driver lacks cuCtxGetCurrent (35 of the functions needed)");
     let refused = |line: &str, variables: &[(&str, &str)]| {
-        let output = place.run(line, variables);
+        let output = workspace.run(line, variables);
         assert_eq!(code(&output), 2, "{}", stderr(&output));
-        assert!(!place.path("m").exists());
+        assert!(!workspace.path("m").exists());
         stderr(&output)
     };
     let mask = "mask BASE --k 1 -o m --device cuda";
@@ -261,13 +262,13 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
 
 #[test]
 fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
-    let Some(place) = Place::new() else { return };
-    let told = |variables: &[(&str, &str)]| place.devices(variables);
-    let fake = place.driver.join("libcublasLt.so.12");
+    let Some(workspace) = Workspace::new() else { return };
+    let told = |variables: &[(&str, &str)]| workspace.devices(variables);
+    let fake = workspace.driver.join("libcublasLt.so.12");
     // Beside the driver, where the loader looks.
     line(&told(&[]), &format!("cuBLASLt       12.8.4, {}\n", fake.display()));
     // In the folder that is named, which goes before all else; a driver for CUDA 13 serves both versions.
-    let folder = place.path("libraries");
+    let folder = workspace.path("libraries");
     let named = folder.to_str().unwrap();
     fs::create_dir(&folder).unwrap();
     for name in ["libcublasLt.so.12", "libcublasLt.so.13"] {
@@ -277,7 +278,7 @@ fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
     let newer = [("NEUROADA_CUDA_LIB", named), ("FAKE_CUDA_VERSION", "13000")];
     line(&told(&newer), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.13\n"));
     // Nothing there; no library; one that lacks what is needed.
-    let empty = place.path("empty");
+    let empty = workspace.path("empty");
     fs::create_dir(&empty).unwrap();
     let empty = empty.to_str().unwrap();
     let nothing = told(&[("NEUROADA_CUDA_LIB", empty)]);
@@ -286,7 +287,7 @@ fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
     fs::write(folder.join("libcublasLt.so.12"), "words").unwrap();
     let no_library = told(&[("NEUROADA_CUDA_LIB", named)]);
     line(&no_library, &format!("in NEUROADA_CUDA_LIB={named} ({named}/libcublasLt.so.12: "));
-    let stub = stub_library(&place, "libcublasLt.so.12", "cublasLtCreate");
+    let stub = stub_library(&workspace, "libcublasLt.so.12", "cublasLtCreate");
     let lacking = told(&[("NEUROADA_CUDA_LIB", stub.to_str().unwrap())]);
     line(&lacking, "libcublasLt.so.12` cannot be used: it lacks cublasLtGetVersion (12 of the functions needed)\n");
     // A machine without a driver has no use for it.
@@ -297,17 +298,17 @@ fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
 
 #[test]
 fn the_library_of_matrix_products_is_found_in_pythons_packages() {
-    let Some(place) = Place::new() else { return };
-    let driver = place.path("driver");
+    let Some(workspace) = Workspace::new() else { return };
+    let driver = workspace.path("driver");
     let put = |from: &Path, to: &Path| {
         fs::create_dir_all(to.parent().unwrap()).unwrap();
         fs::copy(from, to).unwrap();
     };
-    put(&place.driver.join("libcuda.so"), &driver.join("libcuda.so"));
+    put(&workspace.driver.join("libcuda.so"), &driver.join("libcuda.so"));
     let driver = driver.to_str().unwrap();
     let told = |variables: &[(&str, &str)]| {
         let variables = [&[("LD_LIBRARY_PATH", driver)], variables].concat();
-        stdout(&place.run("inspect --devices", &variables))
+        stdout(&workspace.run("inspect --devices", &variables))
     };
     if told(&[]).contains("cuBLASLt       ") {
         eprintln!("skipped: this machine has a cuBLASLt of its own");
@@ -320,9 +321,9 @@ fn the_library_of_matrix_products_is_found_in_pythons_packages() {
         ("PATH", "system/bin", "system/lib/python3/dist-packages/nvidia/cublas/lib"),
         ("HOME", "home", "home/.local/lib/python3.13/site-packages/nvidia/cublas/lib"),
     ] {
-        let library = place.path(inside).join("libcublasLt.so.12");
-        put(&place.driver.join("libcublasLt.so.12"), &library);
-        let folder = place.path(folder);
+        let library = workspace.path(inside).join("libcublasLt.so.12");
+        put(&workspace.driver.join("libcublasLt.so.12"), &library);
+        let folder = workspace.path(folder);
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("python3"), "").unwrap();
         let found = told(&[(variable, folder.to_str().unwrap())]);
@@ -332,8 +333,8 @@ fn the_library_of_matrix_products_is_found_in_pythons_packages() {
 }
 
 /// A folder with a library of this name that has one function.
-fn stub_library(place: &Place, name: &str, function: &str) -> PathBuf {
-    let folder = place.path("stub");
+fn stub_library(workspace: &Workspace, name: &str, function: &str) -> PathBuf {
+    let folder = workspace.path("stub");
     fs::create_dir(&folder).unwrap();
     fs::write(folder.join("stub.cpp"), format!("extern \"C\" int {function}(unsigned) {{ return 0; }}\n")).unwrap();
     let compiler = driver::compiler().expect("the fake driver was built");

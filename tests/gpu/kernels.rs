@@ -7,8 +7,8 @@ use neuroada_ckpt::{
     Dtype, RowColumns,
     internals::{
         backend::{
-            ColumnNorms, Layer, PatchCounts, Score, ScoredRows, add_low_rank, merge_sums, merged_values, topk_rows,
-            union_columns,
+            ColumnNorms, PatchCounts, ScaledDeltas, Score, ScoredRows, add_low_rank, merge_sums, merged_values,
+            topk_rows, union_columns,
         },
         gpu::{
             DeviceMatrix, DevicePatch, DeviceTerms, Factor, GpuError, LowRank, LowRankCounts, LowRankFactors, Queue,
@@ -51,7 +51,7 @@ fn topk_equals_the_cpu_at_awkward_sizes() {
 fn rows_of_the_greatest_length_are_chosen_from() {
     let Some(queue) = queue() else { return };
     let ranker = RowRanker::new(queue.gpu(), 1, 32 << 20, 32 << 20);
-    let d_in = neuroada_ckpt::internals::gpu::MOST_COLUMNS;
+    let d_in = neuroada_ckpt::internals::gpu::MAX_COLUMNS;
     for dtype in [Dtype::BF16, Dtype::F32] {
         // The last columns are the largest; and a row of zeros, whose first columns win.
         let values = (0..2 * d_in as u64).map(|i| if i < d_in as u64 { (i / 7) as f64 } else { 0.0 });
@@ -191,7 +191,7 @@ fn one_adapter_on_the_device_merges_as_on_the_cpu_and_comes_out_again() {
         let (columns, values) = layer(N_ROWS, d_in, 3, 77);
         let mut matrix = DeviceMatrix::new(&queue, RowBlock::new(&base, dtype, N_ROWS, d_in)).unwrap();
         let patch = DevicePatch::new(&queue, columns.columns(), &values, 3, d_in).unwrap();
-        let expected = patched(dtype, &base, d_in, &[Layer { columns: &columns, values: &values, scale: 0.7 }]);
+        let expected = patched(dtype, &base, d_in, &[ScaledDeltas { columns: &columns, values: &values, scale: 0.7 }]);
         let originals = matrix.patch(&queue, &patch, 0.7_f64 as f32).unwrap();
         assert_eq!(matrix.download(&queue).unwrap(), expected, "{dtype:?} {d_in}");
         // From the originals, so that a second step does not pile up on the first.
@@ -213,7 +213,7 @@ fn several_adapters_on_the_device_merge_as_on_the_cpu() {
         let made: Vec<_> = (0..3).map(|i| layer(N_ROWS, d_in, 4, 1000 * i)).collect();
         let scales = [1.0, -0.3, 2.5];
         let layers: Vec<_> =
-            made.iter().zip(scales).map(|((columns, values), scale)| Layer { columns, values, scale }).collect();
+            made.iter().zip(scales).map(|((columns, values), scale)| ScaledDeltas { columns, values, scale }).collect();
         let terms: Vec<_> = layers.iter().map(|layer| (layer.columns, layer.values, layer.scale as f32)).collect();
         let mut matrix = DeviceMatrix::new(&queue, RowBlock::new(&base, dtype, N_ROWS, d_in)).unwrap();
         matrix.patch_terms(&queue, &DeviceTerms::new(&queue, &terms, d_in).unwrap()).unwrap();
@@ -222,7 +222,7 @@ fn several_adapters_on_the_device_merge_as_on_the_cpu() {
 }
 
 /// Whole rows with the layers merged in, on the CPU.
-fn patched(dtype: Dtype, base: &[u8], d_in: usize, layers: &[Layer<'_>]) -> Vec<u8> {
+fn patched(dtype: Dtype, base: &[u8], d_in: usize, layers: &[ScaledDeltas<'_>]) -> Vec<u8> {
     let touched = union_columns(&layers.iter().map(|layer| layer.columns).collect::<Vec<_>>());
     let block = RowBlock::new(base, dtype, touched.n_rows(), d_in);
     let originals = neuroada_ckpt::internals::backend::gather(block, &touched);
@@ -265,7 +265,7 @@ fn every_rounding_is_the_cpus() {
             let patch = DevicePatch::new(&queue, &columns, values, n, n).unwrap();
             matrix.patch(&queue, &patch, 1.0).unwrap();
             let of_row = RowColumns::uniform(columns.clone(), n);
-            let expected = patched(dtype, base, n, &[Layer { columns: &of_row, values, scale: 1.0 }]);
+            let expected = patched(dtype, base, n, &[ScaledDeltas { columns: &of_row, values, scale: 1.0 }]);
             assert!(matrix.download(&queue).unwrap() == expected, "{dtype:?}");
         }
     }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use neuroada_ckpt::{Context, Dtype, Existing, internals::checkpoint::TensorFileWriter};
 
 use crate::{
-    binary::{Place, code, stderr, stdout},
+    binary::{Workspace, code, stderr, stdout},
     samples::{bell, bytes_of, rows},
 };
 
@@ -22,8 +22,8 @@ fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Dtype, 
 }
 
 /// A PEFT folder with both factors of modules `(name, d_out, d_in)`, bell-shaped times `size`.
-fn write_lora(place: &Place, name: &str, modules: &[(&str, u64, u64)], rank: u64, more: &str, size: f64) {
-    let folder = place.path(name);
+fn write_lora(workspace: &Workspace, name: &str, modules: &[(&str, u64, u64)], rank: u64, more: &str, size: f64) {
+    let folder = workspace.path(name);
     fs::create_dir(&folder).unwrap();
     let config = format!("{{\"peft_type\":\"LORA\",\"r\":{rank},\"lora_alpha\":16{more}}}");
     fs::write(folder.join("adapter_config.json"), config).unwrap();
@@ -45,7 +45,7 @@ fn write_lora(place: &Place, name: &str, modules: &[(&str, u64, u64)], rank: u64
 }
 
 /// Adapters of the base in fixtures.
-fn write_loras(place: &Place) {
+fn write_loras(workspace: &Workspace) {
     let names: Vec<String> = [0, 1]
         .into_iter()
         .flat_map(|layer| {
@@ -59,10 +59,10 @@ fn write_loras(place: &Place) {
         .zip(shapes.into_iter().cycle())
         .map(|(name, (d_out, d_in))| (name.as_str(), d_out, d_in))
         .collect();
-    write_lora(place, "lora", &modules, 17, "", 0.05);
-    write_lora(place, "first", &modules[..2], 4, "", 0.05);
-    write_lora(place, "second", &modules[2..], 64, "", 0.05);
-    write_lora(place, "dora", &modules[..1], 4, ",\"use_dora\":true", 0.05);
+    write_lora(workspace, "lora", &modules, 17, "", 0.05);
+    write_lora(workspace, "first", &modules[..2], 4, "", 0.05);
+    write_lora(workspace, "second", &modules[2..], 64, "", 0.05);
+    write_lora(workspace, "dora", &modules[..1], 4, ",\"use_dora\":true", 0.05);
 }
 
 /// All files below a folder, or the one file.
@@ -81,11 +81,11 @@ fn content(path: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// Merges on both, and compares the files and the reports; what was said about the GPU.
-fn same_merge(place: &Place, line: &str, variables: &[(&str, &str)]) -> String {
+fn same_merge(workspace: &Workspace, line: &str, variables: &[(&str, &str)]) -> String {
     let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
-        let output = place.run(&format!("merge {line} --force -v -o {device} --device {device}"), variables);
+        let output = workspace.run(&format!("merge {line} --force -v -o {device} --device {device}"), variables);
         assert_eq!(code(&output), 0, "{line}: {}", stderr(&output));
-        (content(&place.path(device)), stdout(&output), stderr(&output))
+        (content(&workspace.path(device)), stdout(&output), stderr(&output))
     });
     assert!(cpu.0 == gpu.0, "{line}: checkpoints differ");
     assert_eq!(cpu.1, gpu.1, "{line}: reports differ");
@@ -96,8 +96,8 @@ fn same_merge(place: &Place, line: &str, variables: &[(&str, &str)]) -> String {
 
 #[test]
 fn a_lora_merged_on_the_gpu_is_the_cpus_byte_for_byte() {
-    let Some(place) = Place::new() else { return };
-    write_loras(&place);
+    let Some(workspace) = Workspace::new() else { return };
+    write_loras(&workspace);
     for line in [
         "BASE --adapter lora",
         "BASE --adapter lora=0.3 --threads 1",
@@ -107,20 +107,20 @@ fn a_lora_merged_on_the_gpu_is_the_cpus_byte_for_byte() {
         "BASE --adapter lora=0",
         "BASE --adapter lora --max-memory 16M --gpu-memory 16M",
     ] {
-        let said = same_merge(&place, line, &[]);
+        let said = same_merge(&workspace, line, &[]);
         assert!(said.contains("weights merged on the GPU") && !said.contains("merged on the CPU"), "{line}: {said}");
-        let stats = place.stats();
+        let stats = workspace.stats();
         assert!(stats.get("low_rank_bf16") > 0 && stats.get("most_device_bytes") <= 16 << 20, "{line}: {}", stats.0);
         assert_eq!((stats.get("left_device_bytes"), stats.get("left_host_bytes")), (0, 0), "{line}");
     }
-    let verified = place.run("verify cuda --base BASE", &[]);
+    let verified = workspace.run("verify cuda --base BASE", &[]);
     assert_eq!(code(&verified), 0, "{}", stdout(&verified));
-    let dry = place.run("merge BASE --adapter lora -o none --dry-run --device cuda:0", &[]);
-    assert!(code(&dry) == 0 && place.stats().get("low_rank_bf16") > 0 && !place.path("none").exists());
+    let dry = workspace.run("merge BASE --adapter lora -o none --dry-run --device cuda:0", &[]);
+    assert!(code(&dry) == 0 && workspace.stats().get("low_rank_bf16") > 0 && !workspace.path("none").exists());
 }
 
 /// A base of one file whose rows hurt.
-fn write_hurting_base(place: &Place, n_columns: usize) -> Vec<(String, Dtype)> {
+fn write_hurting_base(workspace: &Workspace, n_columns: usize) -> Vec<(String, Dtype)> {
     let types = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64];
     let names = types.map(|dtype| (format!("m.{dtype:?}").to_lowercase(), dtype));
     let tensors = names.iter().map(|(name, dtype)| {
@@ -131,29 +131,29 @@ fn write_hurting_base(place: &Place, n_columns: usize) -> Vec<(String, Dtype)> {
         }
         (format!("{name}.weight"), *dtype, vec![n_rows as u64, n_columns as u64], bytes)
     });
-    write_tensors(&place.path("hurts.safetensors"), tensors);
+    write_tensors(&workspace.path("hurts.safetensors"), tensors);
     names.to_vec()
 }
 
 #[test]
 fn every_type_is_merged_and_counted_alike() {
-    let Some(place) = Place::new() else { return };
-    let names = write_hurting_base(&place, 200);
+    let Some(workspace) = Workspace::new() else { return };
+    let names = write_hurting_base(&workspace, 200);
     let modules: Vec<(String, u64, u64)> =
         names.iter().map(|(name, _)| (format!("base_model.model.{name}"), 11, 200)).collect();
     let modules: Vec<(&str, u64, u64)> =
         modules.iter().map(|(name, rows, columns)| (name.as_str(), *rows, *columns)).collect();
     // Deltas that are swallowed, and those that overflow half precision.
-    write_lora(&place, "small", &modules, 3, "", 0.01);
-    write_lora(&place, "large", &modules, 3, "", 300.0);
+    write_lora(&workspace, "small", &modules, 3, "", 0.01);
+    write_lora(&workspace, "large", &modules, 3, "", 300.0);
     for (adapter, scale) in [("small", 1.0), ("large", 1.0), ("large", 1e30)] {
         let line = format!("hurts.safetensors --adapter {adapter}={scale} --allow-overflow");
-        let said = same_merge(&place, &line, &[]);
+        let said = same_merge(&workspace, &line, &[]);
         assert!(said.contains("6,600 weights merged on the GPU"), "{said}");
         assert!(said.contains("note: weights merged on the CPU: 2,200; a GPU takes one LoRA product"), "{said}");
         assert_eq!(said.contains("overflowed"), adapter == "large", "{said}");
     }
-    let stats = place.stats();
+    let stats = workspace.stats();
     for kernel in ["low_rank_bf16", "low_rank_f16", "low_rank_f32"] {
         assert!(stats.get(kernel) > 0, "{kernel}: {}", stats.0);
     }
@@ -161,38 +161,38 @@ fn every_type_is_merged_and_counted_alike() {
 
 #[test]
 fn what_a_gpu_does_not_merge_is_merged_on_the_cpu_and_said() {
-    let Some(place) = Place::new() else { return };
-    write_loras(&place);
-    let said = same_merge(&place, "BASE --adapter dora", &[]);
+    let Some(workspace) = Workspace::new() else { return };
+    write_loras(&workspace);
+    let said = same_merge(&workspace, "BASE --adapter dora", &[]);
     assert!(said.contains("note: weights merged on the CPU: all; "), "{said}");
     // Two products on some weights, one on the others.
-    let said = same_merge(&place, "BASE --adapter first --adapter lora", &[]);
+    let said = same_merge(&workspace, "BASE --adapter first --adapter lora", &[]);
     assert!(said.contains("note: weights merged on the CPU: 6,144; "), "{said}");
     // A device without room for the factors and a row, and one with room for some of the lanes.
-    let said = same_merge(&place, "BASE --adapter lora --threads 2", &[("FAKE_CUDA_MEMORY", "2000")]);
+    let said = same_merge(&workspace, "BASE --adapter lora --threads 2", &[("FAKE_CUDA_MEMORY", "2000")]);
     assert!(said.contains("note: weights merged on the CPU: all; "), "{said}");
-    same_merge(&place, "BASE --adapter lora --threads 8", &[("FAKE_CUDA_MEMORY", "100000")]);
-    assert!(place.stats().get("low_rank_bf16") > 0 && place.stats().get("most_device_bytes") <= 100_000);
+    same_merge(&workspace, "BASE --adapter lora --threads 8", &[("FAKE_CUDA_MEMORY", "100000")]);
+    assert!(workspace.stats().get("low_rank_bf16") > 0 && workspace.stats().get("most_device_bytes") <= 100_000);
     // Sparse adapters are none of its business.
     let sparse = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama-adapter.safetensors");
     let line = format!("merge BASE --adapter {} --force -o out --device cuda", sparse.display());
-    let output = place.run(&line, &[]);
+    let output = workspace.run(&line, &[]);
     assert!(code(&output) == 0 && stderr(&output) == "note: this command does all its work on the CPU\n");
     // Without being asked, nobody looks for a GPU.
-    let output = place.run("merge BASE --adapter lora --force -v -o out", &[]);
+    let output = workspace.run("merge BASE --adapter lora --force -v -o out", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
 }
 
 #[test]
 fn a_merge_that_fails_on_the_gpu_leaves_nothing() {
-    let Some(place) = Place::new() else { return };
-    write_loras(&place);
-    let output = place.run("merge BASE --adapter lora -o out --device cuda", &[("FAKE_CUDA_FAIL", "2")]);
+    let Some(workspace) = Workspace::new() else { return };
+    write_loras(&workspace);
+    let output = workspace.run("merge BASE --adapter lora -o out --device cuda", &[("FAKE_CUDA_FAIL", "2")]);
     let said = stderr(&output);
     assert_eq!(code(&output), 5, "{said}");
     assert!(said.contains("GPU 0: kernel `low_rank_bf16`") && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{said}");
     assert!(said.ends_with("hint: --device cpu does the same without the GPU\n"), "{said}");
-    assert!(!place.path("out").exists());
-    let output = place.run("merge BASE --adapter lora -o out --device cuda:3", &[]);
-    assert_eq!((code(&output), place.path("out").exists()), (2, false));
+    assert!(!workspace.path("out").exists());
+    let output = workspace.run("merge BASE --adapter lora -o out --device cuda:3", &[]);
+    assert_eq!((code(&output), workspace.path("out").exists()), (2, false));
 }

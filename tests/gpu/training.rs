@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::{
-    binary::{Place, code, stderr, stdout},
+    binary::{Workspace, code, stderr, stdout},
     samples::random,
 };
 
@@ -13,19 +13,19 @@ use crate::{
 const RUN: &str = "train BASE --data rows.jsonl --batch-tokens 200 --batch-size 3 --max-steps 5 --seed 3 -q";
 
 /// A place with short rows in it: fibers are slow threads.
-fn place() -> Option<Place> {
-    let place = Place::new()?;
+fn workspace() -> Option<Workspace> {
+    let workspace = Workspace::new()?;
     let row = |i: u32| {
         let (n, answer) = (random(i.into()) % 100, ["true", "false"][(random(i.into()) % 2) as usize]);
         let instruction = format!("{n} is even. Answer format: true/false");
         json!({"instruction": instruction, "input": "", "output": format!("the correct answer is {answer}"), "answer": answer})
     };
     let rows: String = (0..15).map(|i| format!("{}\n", row(i))).collect();
-    fs::write(place.path("rows.jsonl"), rows).unwrap();
-    Some(place)
+    fs::write(workspace.path("rows.jsonl"), rows).unwrap();
+    Some(workspace)
 }
 
-impl Place {
+impl Workspace {
     /// Runs a command that must succeed; what it printed.
     fn done(&self, line: &str) -> String {
         let output = self.run(line, &[]);
@@ -55,11 +55,12 @@ fn assert_near(what: &str, cuda: f64, cpu: f64) {
 
 #[test]
 fn a_run_on_the_gpu_is_that_of_the_cpu() {
-    let Some(place) = place() else { return };
+    let Some(workspace) = workspace() else { return };
     let eval = "--eval-data rows.jsonl --eval-limit 3 --eval-every 3";
-    let reports = ["cpu", "cuda"]
-        .map(|device| place.report(&format!("{RUN} --k 3 --lr 0.01 {eval} --device {device} -o {device}.safetensors")));
-    let (cpu, cuda) = (place.losses("cpu"), place.losses("cuda"));
+    let reports = ["cpu", "cuda"].map(|device| {
+        workspace.report(&format!("{RUN} --k 3 --lr 0.01 {eval} --device {device} -o {device}.safetensors"))
+    });
+    let (cpu, cuda) = (workspace.losses("cpu"), workspace.losses("cuda"));
     assert_eq!((cpu.len(), cuda.len()), (5, 5));
     for (step, (cuda, cpu)) in cuda.iter().zip(&cpu).enumerate() {
         assert_near(&format!("step {step}"), *cuda, *cpu);
@@ -68,47 +69,47 @@ fn a_run_on_the_gpu_is_that_of_the_cpu() {
         assert_near(field, reports[1][field].as_f64().unwrap(), reports[0][field].as_f64().unwrap());
     }
     assert!(reports[1]["eval_loss"].as_f64() < reports[1]["first_eval_loss"].as_f64(), "it learned: {}", reports[1]);
-    let stats = place.stats();
+    let stats = workspace.stats();
     assert_eq!((stats.get("left_device_bytes"), stats.get("left_host_bytes")), (0, 0), "all memory is given back");
     for kernel in ["gather_dot_bf16", "patch_entries_bf16", "adamw", "cross_entropy_bf16"] {
         assert!(stats.get(kernel) > 0, "{kernel} ran");
     }
 
-    let told = place.done(&format!("{RUN} --k 3 --device cuda -o none --dry-run").replace(" -q", ""));
+    let told = workspace.done(&format!("{RUN} --k 3 --device cuda -o none --dry-run").replace(" -q", ""));
     assert!(told.contains("of 1.07 GB on cuda:0: weights 253 kB"), "{told}");
 
     // The law: what was trained is what a merge writes, bit for bit on the same device.
-    place.done("merge BASE -a cuda.safetensors -o merged -q");
+    workspace.done("merge BASE -a cuda.safetensors -o merged -q");
     fs::copy(
         concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/tiny-llama/tokenizer.json"),
-        place.path("merged/tokenizer.json"),
+        workspace.path("merged/tokenizer.json"),
     )
     .unwrap();
     let of_data = "--data rows.jsonl --limit 3 --batch-tokens 200 --device cuda -q";
-    let merged = place.report(&format!("eval merged {of_data}"));
+    let merged = workspace.report(&format!("eval merged {of_data}"));
     assert_eq!(merged["loss"], reports[1]["eval_loss"]);
-    let applied = place.report(&format!("eval BASE -a cuda.safetensors {of_data}"));
+    let applied = workspace.report(&format!("eval BASE -a cuda.safetensors {of_data}"));
     assert_eq!((&applied["loss"], &applied["ranked"]), (&merged["loss"], &merged["ranked"]));
 }
 
 #[test]
 fn runs_on_the_gpu_are_the_same_bytes() {
-    let Some(place) = place() else { return };
-    let bytes = |name: &str| fs::read(place.path(name)).unwrap();
-    place.done(&format!("{RUN} --k 2 --device cuda -o a.safetensors"));
-    place.done(&format!("{RUN} --k 2 --device cuda -o b.safetensors"));
+    let Some(workspace) = workspace() else { return };
+    let bytes = |name: &str| fs::read(workspace.path(name)).unwrap();
+    workspace.done(&format!("{RUN} --k 2 --device cuda -o a.safetensors"));
+    workspace.done(&format!("{RUN} --k 2 --device cuda -o b.safetensors"));
     assert!(bytes("a.safetensors") == bytes("b.safetensors"), "twice the same run");
     // Activations that are made again are the same activations.
-    place.done(&format!("{RUN} --k 2 --device cuda -o c.safetensors --layer-checkpoints"));
-    assert_eq!(place.losses("a"), place.losses("c"));
+    workspace.done(&format!("{RUN} --k 2 --device cuda -o c.safetensors --layer-checkpoints"));
+    assert_eq!(workspace.losses("a"), workspace.losses("c"));
 }
 
 #[test]
 fn answers_are_written_on_the_gpu() {
-    let Some(place) = place() else { return };
+    let Some(workspace) = workspace() else { return };
     let of = |device: &str| {
         let line = "eval BASE --data rows.jsonl --limit 3 --generate --max-new-tokens 4 --answers -q --device";
-        place.report(&format!("{line} {device}"))
+        workspace.report(&format!("{line} {device}"))
     };
     let (cpu, cuda) = (of("cpu"), of("cuda"));
     assert_near("loss", cuda["loss"].as_f64().unwrap(), cpu["loss"].as_f64().unwrap());
@@ -119,35 +120,35 @@ fn answers_are_written_on_the_gpu() {
 
 #[test]
 fn a_model_that_does_not_fit_is_refused_before_it_is_loaded() {
-    let Some(place) = place() else { return };
+    let Some(workspace) = workspace() else { return };
     let line = RUN.to_owned() + " --k 1 --device cuda --gpu-memory 16M -o a.safetensors";
-    let output = place.run(&line, &[]);
+    let output = workspace.run(&line, &[]);
     assert_eq!(code(&output), 5, "{}", stderr(&output));
     let words = stderr(&output);
     assert!(words.contains("the run needs") && words.contains("hint: --layer-checkpoints"), "{words}");
-    assert!(!place.path("a.safetensors").exists() && !place.path("a.log.jsonl").exists());
+    assert!(!workspace.path("a.safetensors").exists() && !workspace.path("a.log.jsonl").exists());
 }
 
 #[test]
 fn a_run_goes_on_on_another_device() {
-    let Some(place) = place() else { return };
+    let Some(workspace) = workspace() else { return };
     let run = format!("{RUN} --k 2 --epochs 9 --save-every 1").replace("--max-steps 5", "--max-steps 8");
-    place.done(&format!("{run} --device cpu -o whole.safetensors"));
-    let whole = place.losses("whole");
+    workspace.done(&format!("{run} --device cpu -o whole.safetensors"));
+    let whole = workspace.losses("whole");
 
     // Killed on the CPU, at some step after the first.
     let line = format!("{run} --device cpu -o a.safetensors");
-    let mut child = place.command(&line, &[]).spawn().unwrap();
-    while !place.path("a.state.safetensors").exists() && child.try_wait().unwrap().is_none() {
+    let mut child = workspace.command(&line, &[]).spawn().unwrap();
+    while !workspace.path("a.state.safetensors").exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    if place.path("a.state.safetensors").exists() {
-        place.done(&format!("{run} --device cuda -o a.safetensors --resume"));
-        let all = place.losses("a");
+    if workspace.path("a.state.safetensors").exists() {
+        workspace.done(&format!("{run} --device cuda -o a.safetensors --resume"));
+        let all = workspace.losses("a");
         assert_eq!(all.len(), 8);
-        assert!(place.stats().get("adamw") > 0, "the rest was done on the GPU");
+        assert!(workspace.stats().get("adamw") > 0, "the rest was done on the GPU");
         for (step, (a, b)) in all.iter().zip(&whole).enumerate() {
             assert_near(&format!("step {step}"), *a, *b);
         }
@@ -157,12 +158,12 @@ fn a_run_goes_on_on_another_device() {
 
     // A GPU that fails: what was saved before stays, and goes on on the CPU.
     let line = format!("{run} --device cuda -o b.safetensors");
-    let output = place.run(&line, &[("FAKE_CUDA_FAIL", "700")]);
+    let output = workspace.run(&line, &[("FAKE_CUDA_FAIL", "700")]);
     assert_eq!(code(&output), 5, "{}", stderr(&output));
     assert!(stderr(&output).contains("GPU 0: kernel `"), "{}", stderr(&output));
-    assert!(place.path("b.state.safetensors").exists() && !place.path("b.safetensors").exists());
-    place.done(&format!("{run} --device cpu -o b.safetensors --resume"));
-    for (step, (b, whole)) in place.losses("b").iter().zip(&whole).enumerate() {
+    assert!(workspace.path("b.state.safetensors").exists() && !workspace.path("b.safetensors").exists());
+    workspace.done(&format!("{run} --device cpu -o b.safetensors --resume"));
+    for (step, (b, whole)) in workspace.losses("b").iter().zip(&whole).enumerate() {
         assert_near(&format!("step {step}"), *b, *whole);
     }
 }

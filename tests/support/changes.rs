@@ -66,9 +66,9 @@ impl Mixture {
 
 /// Flips a bit of a tensor's byte.
 pub(crate) fn flip(checkpoint: &Path, tensor: &str, byte: usize) {
-    let (shard, place) = mixture::data_of(checkpoint, tensor);
+    let (shard, workspace) = mixture::data_of(checkpoint, tensor);
     let mut bytes = fs::read(&shard).unwrap();
-    bytes[place.start + byte] ^= 1;
+    bytes[workspace.start + byte] ^= 1;
     fs::write(shard, bytes).unwrap();
 }
 

@@ -37,9 +37,9 @@ pub fn write_tensors(path: &Path, dtype: Dtype, tensors: Tensors<'_>) {
 }
 
 /// A folder with a base and LoRA adapters.
-pub struct Place(TempDir);
+pub struct Workspace(TempDir);
 
-impl Place {
+impl Workspace {
     pub fn new() -> Self {
         Self(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
     }

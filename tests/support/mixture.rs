@@ -305,8 +305,8 @@ pub(crate) fn write_sparse(base: &Path, path: &Path, seed: u64, targets: &[(&str
         writer.begin_target(name, tensor.info.dtype, &tensor.info.shape, transposed, None).unwrap();
         writer.push_rows(&columns, &values, &originals).unwrap();
         writer.end_target(None);
-        let place = |((row, column), delta): ((u64, u32), f32)| (layout.flat(row, column.into()) as usize, delta);
-        parts.insert(name.to_owned(), Part::Sparse(deltas.into_iter().map(place).collect()));
+        let workspace = |((row, column), delta): ((u64, u32), f32)| (layout.flat(row, column.into()) as usize, delta);
+        parts.insert(name.to_owned(), Part::Sparse(deltas.into_iter().map(workspace).collect()));
     }
     writer.finish(&ctx, 1.0, &Recipe::custom(), &BaseInfo::of(&checkpoint), &AdapterNotes::default()).unwrap();
     let id = Adapter::open(path).unwrap().id(&ctx).unwrap();

@@ -41,7 +41,7 @@ fn world(dtype: Dtype) -> World {
 fn eval_loss(world: &World, model: &Model<CpuDevice>) -> Option<f64> {
     let (ctx, device) = (Context::default(), CpuDevice::new());
     let batches = Batches::in_order(world.eval.as_ref().unwrap(), options().limits());
-    let mut work = Workspace::new(&device, &model.config, batches.most_tokens(), Keep::Nothing).unwrap();
+    let mut work = Workspace::new(&device, &model.config, batches.max_tokens(), Keep::Nothing).unwrap();
     Some(mean_loss(&ctx, &device, model, batches.iter_from(0), &mut work).unwrap().loss)
 }
 

@@ -10,7 +10,7 @@ mod rows;
 use std::{collections::BTreeMap, path::Path};
 
 use matched::{Matched, matched};
-use rows::{Counts, Rows, Run};
+use rows::{Counts, Run, TargetRows};
 
 pub use report::{ConvertReport, ConvertedTensor};
 
@@ -72,7 +72,7 @@ fn write_target(
     base: &dyn BaseValues,
 ) -> Result<ConvertedTensor, AdapterError> {
     let Matched { target, tensor, layout, values } = *matched;
-    let rows = Rows::survey(ctx, matched)?;
+    let rows = TargetRows::survey(ctx, matched)?;
     let runs = rows.runs();
     let (mut per_row, mut n_deltas, mut counts) = (None, 0, Counts::default());
     let mut only: Option<Run> = None;

@@ -17,10 +17,10 @@ const GROUP: u64 = 64;
 /// Bytes of memory for an entry on its way.
 const ENTRY_BYTES: u64 = 64;
 /// Entries of one group of rows that are always accepted.
-const LEAST_GROUP: u64 = 1 << 22;
+const MIN_GROUP: u64 = 1 << 22;
 
 /// A target's entries, counted and proven to lie inside the tensor.
-pub(super) struct Rows<'a> {
+pub(super) struct TargetRows<'a> {
     matched: &'a Matched<'a>,
     /// Entries before each group of rows; one more than groups.
     before: Vec<u64>,
@@ -60,7 +60,7 @@ impl Counts {
     }
 }
 
-impl<'a> Rows<'a> {
+impl<'a> TargetRows<'a> {
     /// Reads all positions once.
     ///
     /// Memory: a piece, and 8 bytes for every 64 rows.
@@ -86,7 +86,7 @@ impl<'a> Rows<'a> {
         }
         let most = (ctx.max_memory / 4 / ENTRY_BYTES).max(PIECE);
         let fullest = counts.iter().max().copied().unwrap_or(0);
-        if fullest > most.max(LEAST_GROUP) {
+        if fullest > most.max(MIN_GROUP) {
             let what =
                 format!("{fullest} entries on {GROUP} rows of {} columns are more than fit in memory", layout.d_in);
             return Err(

@@ -16,9 +16,9 @@ use crate::tensor::RowColumns;
 /// Positions and rows of a block, but for single rows that have more.
 pub(super) const BLOCK: u64 = 1 << 14;
 /// Positions that a byte of code can tell at most: every decision costs something.
-pub(super) const MOST_PER_BYTE: u64 = 4096;
+pub(super) const MAX_PER_BYTE: u64 = 4096;
 /// The shortest code.
-pub(super) const LEAST_BYTES: u64 = 4;
+pub(super) const MIN_BYTES: u64 = 4;
 
 /// Bytes of memory that the odds of a block take while it is coded, at most, beside its positions.
 pub(super) const CODE_BYTES: u64 = 64 << 10;
@@ -84,12 +84,12 @@ pub(super) fn encode(
 
 /// Reads a block; `known` holds the columns where its code does not tell them.
 ///
-/// Memory: the block, which is no larger than its code justifies ([`MOST_PER_BYTE`]).
+/// Memory: the block, which is no larger than its code justifies ([`MAX_PER_BYTE`]).
 ///
 /// # Errors
 /// What is wrong with it.
 pub(super) fn decode(shape: BlockShape, code: &[u8], known: Option<RowColumns>, odds: &[u16]) -> Result<Block, String> {
-    if shape.n_positions > MOST_PER_BYTE * code.len() as u64 {
+    if shape.n_positions > MAX_PER_BYTE * code.len() as u64 {
         return Err(format!("{} bytes of code cannot tell {} deltas", code.len(), shape.n_positions));
     }
     let mut decoder = Decoder::new(code);

@@ -15,7 +15,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use super::{
-    block::{BLOCK, BlockShape, LEAST_BYTES, MOST_PER_BYTE},
+    block::{BLOCK, BlockShape, MAX_PER_BYTE, MIN_BYTES},
     values::ValueKind,
 };
 use crate::{mask::TargetInfo, tensor::Dtype};
@@ -212,10 +212,10 @@ impl Reader<'_> {
                 None => (self.varint()?, self.varint()?),
             };
             let n_bytes = self.varint()?;
-            if n_bytes < LEAST_BYTES {
-                return Err(format!("block {block} has {n_bytes} bytes, at least {LEAST_BYTES} are needed"));
+            if n_bytes < MIN_BYTES {
+                return Err(format!("block {block} has {n_bytes} bytes, at least {MIN_BYTES} are needed"));
             }
-            if positions > n_bytes.saturating_mul(MOST_PER_BYTE) {
+            if positions > n_bytes.saturating_mul(MAX_PER_BYTE) {
                 return Err(format!("{n_bytes} bytes of code cannot tell {positions} deltas"));
             }
             // Decisions cost at most 11 bits each, 32 of them make a value, and a column takes no more than one.

@@ -55,7 +55,7 @@ use crate::{
 /// The kind of a packed adapter's document.
 pub(super) const KIND: &str = "packed";
 /// What is kept under zstd is at most so many times its bytes: more would let a small file fill the memory.
-const MOST_RATIO: u64 = 64;
+const MAX_RATIO: u64 = 64;
 /// Blocks kept decoded for each thread.
 const BLOCKS_PER_THREAD: usize = 2;
 
@@ -98,11 +98,11 @@ pub(super) struct PackedFile {
     /// Columns chosen again, where that is needed and was done.
     derived: Option<DerivedColumns>,
     /// The last blocks, by target and block.
-    recent: Mutex<VecDeque<(Place, Arc<Block>)>>,
+    recent: Mutex<VecDeque<(BlockKey, Arc<Block>)>>,
 }
 
 /// A target, and a block of it.
-type Place = (usize, usize);
+type BlockKey = (usize, usize);
 
 impl PackedFile {
     /// Opens a packed file and proves all that its headers and its index can show. `entries` makes the targets of the
@@ -319,7 +319,7 @@ fn keep(bytes: &[u8]) -> Vec<u8> {
     let length = u32::try_from(bytes.len()).expect("headers and indices are short").to_le_bytes();
     let zstd = zstd::bulk::compress(bytes, level)
         .ok()
-        .filter(|zstd| zstd.len() < bytes.len() && bytes.len() as u64 <= MOST_RATIO * zstd.len() as u64);
+        .filter(|zstd| zstd.len() < bytes.len() && bytes.len() as u64 <= MAX_RATIO * zstd.len() as u64);
     match zstd {
         Some(zstd) => [&[1][..], &length, &zstd].concat(),
         None => [&[0][..], &length, bytes].concat(),
@@ -338,8 +338,8 @@ fn read_kept(shard: &Shard, tensor: &TensorInfo) -> Result<Vec<u8>, CheckpointEr
     match how {
         0 if rest.len() as u64 == length => Ok(rest.to_vec()),
         0 => Err(bad(format!("claims {length} bytes, has {}", rest.len()))),
-        1 if length > MOST_RATIO * rest.len() as u64 => Err(bad(format!(
-            "claims {length} bytes in {} of zstd, at most {MOST_RATIO} times as many are accepted",
+        1 if length > MAX_RATIO * rest.len() as u64 => Err(bad(format!(
+            "claims {length} bytes in {} of zstd, at most {MAX_RATIO} times as many are accepted",
             rest.len()
         ))),
         1 => match zstd::bulk::decompress(rest, length as usize) {

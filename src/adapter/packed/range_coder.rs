@@ -8,9 +8,9 @@
 //! Source: G. N. N. Martin, "Range encoding" (1979), with the carry handling of LZMA.
 
 /// The range is kept at or above this: at least 8 bits are left of every subdivision into 2^16.
-const LEAST_RANGE: u32 = 1 << 24;
+const MIN_RANGE: u32 = 1 << 24;
 /// The largest total of [`Coder::symbol`].
-pub(super) const MOST_TOTAL: u32 = 1 << 16;
+pub(super) const MAX_TOTAL: u32 = 1 << 16;
 
 /// One decision's odds, which follow what was seen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,7 +25,7 @@ impl Bit {
     /// The odds stay this far from certainty, in 2^-16.
     const FLOOR: u16 = 32;
     /// Decisions that are remembered.
-    const MOST_WEIGHT: u8 = 254;
+    const MAX_WEIGHT: u8 = 254;
 
     /// Odds known beforehand, in 2^-16, as sure as `weight` decisions.
     pub(super) fn new(zero: u16, weight: u8) -> Self {
@@ -37,7 +37,7 @@ impl Bit {
         let step = |distance: u32| (2 * distance / (2 * u32::from(self.weight) + 3)) as u16;
         let zero =
             if bit { self.zero - step(u32::from(self.zero)) } else { self.zero + step(0xffff - u32::from(self.zero)) };
-        *self = Self::new(zero, (self.weight + 1).min(Self::MOST_WEIGHT));
+        *self = Self::new(zero, (self.weight + 1).min(Self::MAX_WEIGHT));
     }
 }
 
@@ -47,10 +47,10 @@ pub(super) trait Coder {
     fn bit(&mut self, odds: &mut Bit, bit: bool) -> bool;
 
     /// A number below `cumulative.len() - 1`, the odds of `i` being `cumulative[i + 1] - cumulative[i]` in the last, which is
-    /// at most [`MOST_TOTAL`].
+    /// at most [`MAX_TOTAL`].
     fn symbol(&mut self, cumulative: &[u32], symbol: u32) -> u32;
 
-    /// A number below `n`, all alike; `n` is at most [`MOST_TOTAL`].
+    /// A number below `n`, all alike; `n` is at most [`MAX_TOTAL`].
     fn even(&mut self, n: u32, number: u32) -> u32;
 
     /// A number below `n`, all alike but for what rounding `n` up to 17 significant bits takes away. A decoder may return `n`
@@ -91,7 +91,7 @@ impl Encoder {
     fn narrow(&mut self, start: u32, size: u32) {
         self.low += u64::from(start);
         self.range = size;
-        while self.range < LEAST_RANGE {
+        while self.range < MIN_RANGE {
             self.range <<= 8;
             self.shift_low();
         }
@@ -174,7 +174,7 @@ impl<'a> Decoder<'a> {
         // A damaged code may lie outside of every symbol; whatever comes of it is caught by its length or its digest.
         self.code = self.code.wrapping_sub(start);
         self.range = size;
-        while self.range < LEAST_RANGE {
+        while self.range < MIN_RANGE {
             self.range <<= 8;
             self.take();
         }
@@ -250,7 +250,7 @@ mod tests {
         });
         prop_oneof![
             4 => (0usize..3, prop::bool::weighted(0.02)).prop_map(|(at, bit)| Decision::Bit(at, bit)),
-            1 => (1u32..=MOST_TOTAL).prop_flat_map(|n| (Just(n), 0..n)).prop_map(|(n, x)| Decision::Even(n, x)),
+            1 => (1u32..=MAX_TOTAL).prop_flat_map(|n| (Just(n), 0..n)).prop_map(|(n, x)| Decision::Even(n, x)),
             1 => (1u64..1 << 45).prop_flat_map(|n| (Just(n), 0..n)).prop_map(|(n, x)| Decision::Below(n, x)),
             1 => symbol.prop_map(|(cumulative, x)| Decision::Symbol(cumulative, x)),
         ]

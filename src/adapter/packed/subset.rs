@@ -7,14 +7,14 @@
 
 use std::collections::HashMap;
 
-use super::range_coder::{Coder, MOST_TOTAL};
+use super::range_coder::{Coder, MAX_TOTAL};
 
 /// Where a half could hold more than so many different numbers of columns, all are taken to be alike: that costs a few bits
 /// in a thousand columns.
-const MOST_OUTCOMES: u64 = 1024;
+const MAX_OUTCOMES: u64 = 1024;
 /// Tables that are kept, and the most outcomes of one.
-const MOST_TABLES: usize = 8192;
-const MOST_KEPT: u64 = 64;
+const MAX_TABLES: usize = 8192;
+const MAX_KEPT: u64 = 64;
 
 /// Codes sets of columns, and remembers the odds of halves that it met.
 #[derive(Default)]
@@ -56,13 +56,13 @@ impl SubsetCoder {
         let (least, most) = (k.saturating_sub(upper), k.min(lower));
         // A decoder knows nothing yet; what it hands in is no number of this half.
         let told = in_lower.clamp(least, most) - least;
-        if most - least >= MOST_OUTCOMES {
+        if most - least >= MAX_OUTCOMES {
             return least + coder.below(most - least + 1, told).min(most - least);
         }
-        if most - least >= MOST_KEPT {
+        if most - least >= MAX_KEPT {
             return least + u64::from(coder.symbol(&split_odds(lower, upper, k), told as u32));
         }
-        if self.tables.len() == MOST_TABLES {
+        if self.tables.len() == MAX_TABLES {
             self.tables.clear();
         }
         let table = self.tables.entry((n, k)).or_insert_with(|| split_odds(lower, upper, k));
@@ -85,13 +85,13 @@ fn split_odds(lower: u64, upper: u64, k: u64) -> Vec<u32> {
         weights[(j - least) as usize] = weights[(j + 1 - least) as usize] / ratio(j);
     }
     let sum = weights.iter().fold(0.0, |sum, weight| sum + weight);
-    let room = f64::from(MOST_TOTAL - n_outcomes as u32);
+    let room = f64::from(MAX_TOTAL - n_outcomes as u32);
     let mut cumulative = Vec::with_capacity(n_outcomes + 1);
     cumulative.push(0u32);
     for weight in weights {
         // Nothing is impossible; sums stay within the total because each share is rounded down.
         let odds = 1 + (weight / sum * room) as u32;
-        cumulative.push((cumulative[cumulative.len() - 1] + odds).min(MOST_TOTAL));
+        cumulative.push((cumulative[cumulative.len() - 1] + odds).min(MAX_TOTAL));
     }
     cumulative
 }

@@ -20,7 +20,7 @@ use crate::{
         file::widen,
         id::{IdHasher, RowHasher, hash_positions},
     },
-    backend::{Layer, merged_values},
+    backend::{ScaledDeltas, merged_values},
     checkpoint::{
         Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost,
         gather_rows, tensor_file_header,
@@ -458,7 +458,7 @@ fn survey_block(
             tensor.numbers()?;
             let originals = gather_rows(ctx, tensor, target.layout, rows.start, &columns)?;
             let merge = |values: &[f32]| {
-                let layer = Layer { columns: &columns, values, scale: adapter.scale() };
+                let layer = ScaledDeltas { columns: &columns, values, scale: adapter.scale() };
                 merged_values(target.dtype, &[layer], &columns, &originals).0
             };
             let differences = Differences::of_weights(target.dtype, &originals, &merge(&before), &merge(&after));

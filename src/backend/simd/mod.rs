@@ -20,11 +20,11 @@ use std::sync::OnceLock;
 use super::{NotANumber, ScoredRows, keys::Key, score::Scratch};
 use crate::tensor::RowColumns;
 pub(super) use low_rank::{add_low_rank, merge_sums};
-use select::Room;
+use select::SelectScratch;
 
 /// Keys of 1, 2 or 4 bytes as they lie in memory, row after row.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
+struct KeyRows<'a> {
     bytes: &'a [u8],
     d_in: usize,
     /// Bits of an element that belong to its key.
@@ -34,12 +34,13 @@ struct Rows<'a> {
 }
 
 /// Appends the `k` largest of each row, `0 < k < d_in`; stops at the first row with a key that is no number, and says which.
-type TopK = unsafe fn(rows: Rows<'_>, k: usize, room: &mut Room, columns: &mut Vec<u32>) -> Result<(), usize>;
+type TopK =
+    unsafe fn(rows: KeyRows<'_>, k: usize, scratch: &mut SelectScratch, columns: &mut Vec<u32>) -> Result<(), usize>;
 /// Appends, row by row, the columns of keys not below the bound, and the keys; stops as [`TopK`] does.
 type From = unsafe fn(
-    rows: Rows<'_>,
+    rows: KeyRows<'_>,
     bound: u32,
-    room: &mut Room,
+    scratch: &mut SelectScratch,
     columns: &mut RowColumns,
     keys: &mut Vec<u32>,
 ) -> Result<(), usize>;
@@ -104,9 +105,9 @@ fn topk_rows_on<K: Key>(machine: Machine, rows: &ScoredRows<'_>, k: usize) -> Op
         return None;
     }
     let mut columns = Vec::with_capacity(weights.n_rows() * k);
-    let mut room = Room::default();
+    let mut scratch = SelectScratch::default();
     // SAFETY: `machine` lists what this machine was seen to have.
-    let done = for_each_run::<K>(rows, |run| unsafe { (loops.topk)(run, k, &mut room, &mut columns) });
+    let done = for_each_run::<K>(rows, |run| unsafe { (loops.topk)(run, k, &mut scratch, &mut columns) });
     Some(done.map(|()| columns))
 }
 
@@ -126,23 +127,24 @@ fn columns_from_on<K: Key>(
     let loops = machine.loops::<K>()?;
     let bound = bound as u32;
     let mut columns = RowColumns::with_capacity(rows.weights().n_rows(), 0);
-    let (mut keys, mut room) = (Vec::new(), Room::default());
+    let (mut keys, mut scratch) = (Vec::new(), SelectScratch::default());
     // SAFETY: `machine` lists what this machine was seen to have.
-    let done = for_each_run::<K>(rows, |run| unsafe { (loops.from)(run, bound, &mut room, &mut columns, &mut keys) });
+    let done =
+        for_each_run::<K>(rows, |run| unsafe { (loops.from)(run, bound, &mut scratch, &mut columns, &mut keys) });
     Some(done.map(|()| (columns, keys)))
 }
 
 /// Hands keys to `visit`: all rows at once where the weights are their own keys, else row by row.
 fn for_each_run<K: Key>(
     rows: &ScoredRows<'_>,
-    mut visit: impl FnMut(Rows<'_>) -> Result<(), usize>,
+    mut visit: impl FnMut(KeyRows<'_>) -> Result<(), usize>,
 ) -> Result<(), NotANumber> {
     let d_in = rows.weights().d_in();
     let mut scratch = Scratch::default();
     let mut keys = vec![K::default(); d_in];
     if let Some((mask, largest)) = rows.stored_keys() {
         let (mask, largest) = (mask as u32, largest as u32);
-        let done = visit(Rows { bytes: rows.weights().bytes(), d_in, mask, largest });
+        let done = visit(KeyRows { bytes: rows.weights().bytes(), d_in, mask, largest });
         return match done {
             Ok(()) => Ok(()),
             Err(row) => {
@@ -155,7 +157,7 @@ fn for_each_run<K: Key>(
         rows.keys(row, &mut scratch, &mut keys)?;
         // SAFETY: keys are plain unsigned integers: every byte of them is initialised.
         let bytes = unsafe { std::slice::from_raw_parts(keys.as_ptr().cast::<u8>(), size_of_val(&keys[..])) };
-        let done = visit(Rows { bytes, d_in, mask: u32::MAX, largest: u32::MAX });
+        let done = visit(KeyRows { bytes, d_in, mask: u32::MAX, largest: u32::MAX });
         debug_assert!(done.is_ok(), "all keys are numbers");
     }
     Ok(())

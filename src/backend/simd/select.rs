@@ -6,17 +6,17 @@
 //! the row, the bound is searched on the row itself, bit by bit. Keys are handled in groups of 64, the last one padded with
 //! zeros.
 
-use super::{Rows, Vector};
+use super::{KeyRows, Vector};
 use crate::tensor::RowColumns;
 
 /// Keys of a group: one bit each in a word.
 const GROUP: usize = 64;
 /// Vectors that lanes are kept in without going through memory.
-const MOST_REGISTERS: usize = 16;
+const MAX_REGISTERS: usize = 16;
 
 /// Room that is used again for every row.
 #[derive(Default)]
-pub(super) struct Room {
+pub(super) struct SelectScratch {
     /// The last group of a row, padded.
     tail: Vec<u8>,
     /// Maxima of lanes, whole groups.
@@ -66,20 +66,20 @@ impl Groups {
 /// See [`super::TopK`].
 #[inline(always)]
 pub(super) unsafe fn topk_rows<V: Vector>(
-    rows: Rows<'_>,
+    rows: KeyRows<'_>,
     k: usize,
-    room: &mut Room,
+    scratch: &mut SelectScratch,
     columns: &mut Vec<u32>,
 ) -> Result<(), usize> {
     assert!(0 < k && k < rows.d_in, "k lies within the row");
     for (i, row) in rows.bytes.chunks_exact(rows.d_in * V::KEY_BYTES).enumerate() {
         // SAFETY: the caller has the instruction set.
         unsafe {
-            let groups = groups_of::<V>(row, &mut room.tail);
+            let groups = groups_of::<V>(row, &mut scratch.tail);
             let largest = if k == 1 {
                 top_one::<V>(groups, rows.mask, columns)
             } else {
-                top::<V>(groups, rows.d_in, rows.mask, k, room, columns)
+                top::<V>(groups, rows.d_in, rows.mask, k, scratch, columns)
             };
             if largest > rows.largest {
                 return Err(i);
@@ -92,26 +92,26 @@ pub(super) unsafe fn topk_rows<V: Vector>(
 /// See [`super::From`].
 #[inline(always)]
 pub(super) unsafe fn columns_from<V: Vector>(
-    rows: Rows<'_>,
+    rows: KeyRows<'_>,
     bound: u32,
-    room: &mut Room,
+    scratch: &mut SelectScratch,
     columns: &mut RowColumns,
     keys: &mut Vec<u32>,
 ) -> Result<(), usize> {
     for (i, row) in rows.bytes.chunks_exact(rows.d_in * V::KEY_BYTES).enumerate() {
         // SAFETY: the caller has the instruction set.
         unsafe {
-            let groups = groups_of::<V>(row, &mut room.tail);
-            let (n, largest) = mark::<V, true>(groups, rows.mask, bound, &mut room.marked);
+            let groups = groups_of::<V>(row, &mut scratch.tail);
+            let (n, largest) = mark::<V, true>(groups, rows.mask, bound, &mut scratch.marked);
             if largest > rows.largest {
                 return Err(i);
             }
-            room.columns.clear();
-            append_marked::<V>(&room.marked, n, &mut room.columns);
+            scratch.columns.clear();
+            append_marked::<V>(&scratch.marked, n, &mut scratch.columns);
             let key_of = |&column: &u32| groups.key::<V>(column as usize) & rows.mask;
-            keys.extend(room.columns.iter().map(key_of));
+            keys.extend(scratch.columns.iter().map(key_of));
         }
-        columns.push_row(&room.columns);
+        columns.push_row(&scratch.columns);
     }
     Ok(())
 }
@@ -136,10 +136,10 @@ unsafe fn top_one<V: Vector>(groups: Groups, mask: u32, columns: &mut Vec<u32>) 
     unsafe {
         let mask = V::splat(mask);
         let row_bytes = (groups.n_whole * GROUP + groups.n_tail) * V::KEY_BYTES;
-        let mut max = [V::splat(0); MOST_REGISTERS];
+        let mut max = [V::splat(0); MAX_REGISTERS];
         let per_group = GROUP / V::LANES;
         // Two groups at a time where there are registers for it, so that maxima do not wait for one another.
-        let n_together = if 2 * per_group <= MOST_REGISTERS { 2 } else { 1 };
+        let n_together = if 2 * per_group <= MAX_REGISTERS { 2 } else { 1 };
         let rounds = groups.n_whole / n_together;
         for round in 0..rounds {
             let at = groups.at::<V>(n_together * round);
@@ -179,7 +179,7 @@ unsafe fn top<V: Vector>(
     d_in: usize,
     mask: u32,
     k: usize,
-    room: &mut Room,
+    scratch: &mut SelectScratch,
     columns: &mut Vec<u32>,
 ) -> u32 {
     // SAFETY: the caller has the instruction set; all reads lie inside the groups.
@@ -188,26 +188,26 @@ unsafe fn top<V: Vector>(
         let slack = k / 8 + 1;
         let (bound, largest) = if 8 * k <= d_in {
             let n_groups = (4 * k).div_ceil(GROUP);
-            let (smallest, largest) = lane_maxima::<V>(groups, mask, n_groups, &mut room.lanes);
-            let lanes = Groups { whole: room.lanes.as_ptr(), n_whole: n_groups, tail: std::ptr::null(), n_tail: 0 };
+            let (smallest, largest) = lane_maxima::<V>(groups, mask, n_groups, &mut scratch.lanes);
+            let lanes = Groups { whole: scratch.lanes.as_ptr(), n_whole: n_groups, tail: std::ptr::null(), n_tail: 0 };
             (kth::<V>(lanes, u32::MAX, k, slack, smallest, largest), largest)
         } else {
-            let (_, largest) = lane_maxima::<V>(groups, mask, 1, &mut room.lanes);
+            let (_, largest) = lane_maxima::<V>(groups, mask, 1, &mut scratch.lanes);
             (kth::<V>(groups, mask, k, slack, 0, largest), largest)
         };
-        let (n, _) = mark::<V, false>(groups, mask, bound, &mut room.marked);
+        let (n, _) = mark::<V, false>(groups, mask, bound, &mut scratch.marked);
         if n == k {
-            append_marked::<V>(&room.marked, n, columns);
+            append_marked::<V>(&scratch.marked, n, columns);
             return largest;
         }
         // More reach the bound than are wanted: cut them.
-        room.columns.clear();
-        append_marked::<V>(&room.marked, n, &mut room.columns);
+        scratch.columns.clear();
+        append_marked::<V>(&scratch.marked, n, &mut scratch.columns);
         let n_groups = n.div_ceil(GROUP);
-        room.columns.resize(n_groups * GROUP, 0);
-        make_room(&mut room.keys, n_groups * GROUP * V::KEY_BYTES);
-        let keys = room.keys.as_mut_ptr();
-        for (i, &column) in room.columns[..n].iter().enumerate() {
+        scratch.columns.resize(n_groups * GROUP, 0);
+        make_room(&mut scratch.keys, n_groups * GROUP * V::KEY_BYTES);
+        let keys = scratch.keys.as_mut_ptr();
+        for (i, &column) in scratch.columns[..n].iter().enumerate() {
             write_key::<V>(keys.add(i * V::KEY_BYTES), groups.key::<V>(column as usize) & mask);
         }
         keys.add(n * V::KEY_BYTES).write_bytes(0, (n_groups * GROUP - n) * V::KEY_BYTES);
@@ -224,7 +224,7 @@ unsafe fn top<V: Vector>(
             let above = if cut == largest { 0 } else { word_of::<V>(at, all, V::splat(cut + 1)) };
             let ties = first_bits(reached & !above, ties_left);
             ties_left -= ties.count_ones() as usize;
-            V::compress(room.columns.as_ptr().add(group * GROUP), above | ties, to);
+            V::compress(scratch.columns.as_ptr().add(group * GROUP), above | ties, to);
             to = to.add((above | ties).count_ones() as usize);
         }
         columns.set_len(columns.len() + k);
@@ -242,7 +242,7 @@ unsafe fn lane_maxima<V: Vector>(groups: Groups, mask: u32, n_groups: usize, lan
     unsafe {
         let mask = V::splat(mask);
         let maxima = lanes.as_mut_ptr();
-        if n_groups * per_group <= MOST_REGISTERS {
+        if n_groups * per_group <= MAX_REGISTERS {
             match n_groups {
                 1 => registers::<V, 1>(groups, mask, maxima),
                 2 => registers::<V, 2>(groups, mask, maxima),
@@ -268,7 +268,7 @@ unsafe fn registers<V: Vector, const N_GROUPS: usize>(groups: Groups, mask: V, m
     let vector_bytes = V::LANES * V::KEY_BYTES;
     // SAFETY: as in `lane_maxima`.
     unsafe {
-        let mut max = [V::splat(0); MOST_REGISTERS];
+        let mut max = [V::splat(0); MAX_REGISTERS];
         let rounds = groups.n_whole / N_GROUPS;
         for round in 0..rounds {
             let at = groups.at::<V>(round * N_GROUPS);
@@ -442,11 +442,11 @@ fn first_bits(word: u64, n: usize) -> u64 {
     word
 }
 
-/// Lengthens `room` to `n_bytes`; what was there is of no meaning.
+/// Lengthens `scratch` to `n_bytes`; what was there is of no meaning.
 #[inline(always)]
-fn make_room(room: &mut Vec<u8>, n_bytes: usize) {
-    if room.len() < n_bytes {
-        room.resize(n_bytes, 0);
+fn make_room(scratch: &mut Vec<u8>, n_bytes: usize) {
+    if scratch.len() < n_bytes {
+        scratch.resize(n_bytes, 0);
     }
 }
 

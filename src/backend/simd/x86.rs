@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Loops, Machine, Rows, Vector, select, select::Room};
+use super::{KeyRows, Loops, Machine, Vector, select, select::SelectScratch};
 use crate::tensor::RowColumns;
 
 /// What this machine can run, the fastest first.
@@ -91,21 +91,26 @@ macro_rules! loops {
             pub(super) const LOOPS: Loops = Loops { topk, from };
 
             #[target_feature(enable = $features)]
-            unsafe fn topk(rows: Rows<'_>, k: usize, room: &mut Room, columns: &mut Vec<u32>) -> Result<(), usize> {
+            unsafe fn topk(
+                rows: KeyRows<'_>,
+                k: usize,
+                scratch: &mut SelectScratch,
+                columns: &mut Vec<u32>,
+            ) -> Result<(), usize> {
                 // SAFETY: this function is compiled for the vector's instruction set.
-                unsafe { select::topk_rows::<$vector>(rows, k, room, columns) }
+                unsafe { select::topk_rows::<$vector>(rows, k, scratch, columns) }
             }
 
             #[target_feature(enable = $features)]
             unsafe fn from(
-                rows: Rows<'_>,
+                rows: KeyRows<'_>,
                 bound: u32,
-                room: &mut Room,
+                scratch: &mut SelectScratch,
                 columns: &mut RowColumns,
                 keys: &mut Vec<u32>,
             ) -> Result<(), usize> {
                 // SAFETY: this function is compiled for the vector's instruction set.
-                unsafe { select::columns_from::<$vector>(rows, bound, room, columns, keys) }
+                unsafe { select::columns_from::<$vector>(rows, bound, scratch, columns, keys) }
             }
         }
     };

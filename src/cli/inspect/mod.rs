@@ -30,14 +30,14 @@ use crate::{
 };
 
 /// Rows of one table for people; JSON has all.
-const MOST_ROWS: usize = 200;
+const MAX_ROWS: usize = 200;
 
 /// A PEFT adapter's folder.
 const PEFT_CONFIG: &str = "adapter_config.json";
 const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_KEYS: [&str; 6] =
     ["peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "target_modules"];
-const MOST_CONFIG_BYTES: u64 = 16 << 20;
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Say what a checkpoint, mask or adapter is
 ///
@@ -274,7 +274,7 @@ fn read_peft_config(path: &Path) -> CliResult<Option<serde_json::Map<String, Val
     if !probe::is_folder(path)? || !probe::is_file(&config)? || !probe::is_file(&path.join(PEFT_TENSORS))? {
         return Ok(None);
     }
-    let mut keys: serde_json::Map<String, Value> = serde_json::from_slice(&read_whole(&config, MOST_CONFIG_BYTES)?)
+    let mut keys: serde_json::Map<String, Value> = serde_json::from_slice(&read_whole(&config, MAX_CONFIG_BYTES)?)
         .map_err(|e| CheckpointError::bad_file(&config, format!("malformed: {}", Printable(&e.to_string()))))?;
     keys.retain(|key, value| PEFT_KEYS.contains(&key.as_str()) && !value.is_null());
     Ok(Some(keys))
@@ -439,7 +439,7 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
     }
 
     let mut kinds = Table::new(["kind", "type", "shape", "tensors>", "parameters>", "size>", "share>"]);
-    for KindCount { kind, dtype, shape, count: of } in report.kinds.iter().take(MOST_ROWS) {
+    for KindCount { kind, dtype, shape, count: of } in report.kinds.iter().take(MAX_ROWS) {
         let share = percent(of.n_parameters, report.n_parameters);
         let (n_tensors, n_parameters) = (count(of.n_tensors), count(of.n_parameters));
         kinds.row([kind.clone(), dtype.clone(), shape_text(shape), n_tensors, n_parameters, bytes(of.n_bytes), share]);
@@ -450,7 +450,7 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
 
     if report.layout == "sharded" {
         let mut shards = Table::new(["shard", "tensors>", "size>"]);
-        for shard in report.shards.iter().take(MOST_ROWS) {
+        for shard in report.shards.iter().take(MAX_ROWS) {
             shards.row([shard.name.clone(), count(shard.n_tensors), bytes(shard.n_bytes)]);
         }
         page.blank();
@@ -481,7 +481,7 @@ fn shared_metadata(shards: &[ShardFacts]) -> Vec<(&'static str, String)> {
     let is_shared =
         |(key, value): &(&String, &String)| others.iter().all(|shard| shard.metadata.get(*key) == Some(*value));
     let is_foreign = |(key, _): &(&String, &String)| key.as_str() != DOCUMENT_KEY && !key.starts_with("neuroada.");
-    let words = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MOST_ROWS);
+    let words = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MAX_ROWS);
     words.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
 }
 
@@ -491,8 +491,8 @@ fn value_text(value: &Value) -> String {
 }
 
 fn and_more(page: &mut Page, n: usize) {
-    if n > MOST_ROWS {
-        page.line(format!("… and {} more; --json lists all", count((n - MOST_ROWS) as u64)));
+    if n > MAX_ROWS {
+        page.line(format!("… and {} more; --json lists all", count((n - MAX_ROWS) as u64)));
     }
 }
 

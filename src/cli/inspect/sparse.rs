@@ -34,7 +34,7 @@ pub(super) struct SparseFacts {
     /// Of a packed adapter.
     packed: Option<PackedFacts>,
     /// Only with `--tensors`.
-    targets: Option<Vec<Target>>,
+    targets: Option<Vec<TargetFacts>>,
 }
 
 /// What a packed adapter says of itself.
@@ -64,7 +64,7 @@ struct SparseKind {
 }
 
 #[derive(Serialize)]
-struct Target {
+struct TargetFacts {
     name: String,
     dtype: String,
     shape: Vec<u64>,
@@ -137,7 +137,7 @@ impl SparseFacts {
             scale: None,
             notes: None,
             packed: None,
-            targets: list.then(|| chosen().map(Target::of).collect()),
+            targets: list.then(|| chosen().map(TargetFacts::of).collect()),
         }
     }
 
@@ -173,7 +173,7 @@ impl SparseFacts {
         let k_text = |k: Option<u64>| k.map_or_else(|| "varies".to_owned(), count);
         let mut kinds =
             Table::new(["kind", "base type", "values", "targets>", "rows>", "per row>", "connections>", "share>"]);
-        for kind in self.kinds.iter().take(super::MOST_ROWS) {
+        for kind in self.kinds.iter().take(super::MAX_ROWS) {
             kinds.row([
                 kind.kind.clone(),
                 kind.dtype.clone(),
@@ -206,7 +206,7 @@ impl SparseFacts {
     }
 }
 
-impl Target {
+impl TargetFacts {
     fn of(target: &TargetInfo) -> Self {
         Self {
             name: target.name.clone(),

@@ -6,7 +6,7 @@
 
 use super::{
     DeviceVec, HeadShape, Queue,
-    kernels::{Arg, MOST_GRID_Y, blocks_for, small},
+    kernels::{Arg, MAX_GRID_Y, blocks_for, small},
     passes::of_type,
 };
 use crate::{gpu::GpuError, tensor::Dtype};
@@ -18,7 +18,7 @@ const MMA_THREADS: u32 = 128;
 /// Keys of a block on the way back, and queries of one that makes their gradient.
 const MMA_ROWS_BACK: usize = 64;
 /// The widest row of which 128 fit 32 bits.
-const MOST_MMA_WIDTH: usize = 1 << 24;
+const MAX_MMA_WIDTH: usize = 1 << 24;
 
 /// The kernels on tensor cores of a type and a width of heads.
 struct Mma {
@@ -99,7 +99,7 @@ pub struct Attention<'a> {
 
 impl Attention<'_> {
     /// The widest head.
-    pub const MOST_HEAD: usize = 256;
+    pub const MAX_HEAD: usize = 256;
 
     fn scale(&self) -> Arg {
         Arg::F32(1.0 / (self.heads.d_head as f32).sqrt())
@@ -117,8 +117,8 @@ impl Attention<'_> {
     fn args(&self, queue: &Queue) -> [Arg; 3] {
         let HeadShape { n_q, n_kv, d_head } = self.heads;
         assert!(n_kv > 0 && n_q % n_kv == 0, "as many query heads for each key head");
-        assert!((1..=Self::MOST_HEAD).contains(&d_head), "heads are at most {} wide", Self::MOST_HEAD);
-        assert!(n_q <= MOST_GRID_Y as usize, "at most {MOST_GRID_Y} heads");
+        assert!((1..=Self::MAX_HEAD).contains(&d_head), "heads are at most {} wide", Self::MAX_HEAD);
+        assert!(n_q <= MAX_GRID_Y as usize, "at most {MAX_GRID_Y} heads");
         assert!(self.n_examples > 0 && u32::try_from(self.heads.d_qkv()).is_ok(), "shapes on a device fit 32 bits");
         [queue.has(self.starts, self.n_examples + 1), small(self.n_examples), small(self.n)]
     }
@@ -126,7 +126,7 @@ impl Attention<'_> {
     /// The kernels on tensor cores, where they take the shapes and these rows.
     fn mma(&self, rows: &[&DeviceVec<u8>]) -> Option<Mma> {
         let mma = Mma::of(self.dtype, self.heads.d_head).filter(|_| !self.is_plain)?;
-        let fits = self.heads.d_qkv() <= MOST_MMA_WIDTH && self.slots(MMA_ROWS_BACK) <= MOST_GRID_Y as usize;
+        let fits = self.heads.d_qkv() <= MAX_MMA_WIDTH && self.slots(MMA_ROWS_BACK) <= MAX_GRID_Y as usize;
         (fits && rows.iter().all(|rows| is_aligned(rows))).then_some(mma)
     }
 

@@ -31,9 +31,9 @@ use crate::{gpu::GpuError, tensor::Dtype};
 /// Scratch memory of the products, at most and at least; without any, sums cannot be split.
 const WORKSPACE_BYTES: [usize; 2] = [32 << 20, 1 << 20];
 /// Algorithms that the library proposes for a product.
-const MOST_PROPOSALS: usize = 8;
+const MAX_PROPOSALS: usize = 8;
 /// Products whose algorithms are remembered: numbers of rows vary from batch to batch.
-const MOST_PLANS: usize = 1024;
+const MAX_PLANS: usize = 1024;
 /// What failures that show later are blamed on.
 const NAME: &str = "cublasLtMatmul";
 
@@ -63,7 +63,7 @@ pub struct Blas {
 
 struct State {
     handle: Opaque,
-    plans: BTreeMap<Key, Plan>,
+    plans: BTreeMap<Key, ProductPlan>,
     /// Counts products.
     clock: u64,
 }
@@ -136,7 +136,7 @@ impl Drop for Description {
     }
 }
 
-struct Plan {
+struct ProductPlan {
     product: Description,
     /// Of the weights, the input and the output.
     layouts: [Description; 3],
@@ -150,7 +150,7 @@ struct Operands([u64; 3]);
 
 impl Blas {
     /// Bytes of scratch memory, at most.
-    pub const MOST_SCRATCH: u64 = WORKSPACE_BYTES[0] as u64;
+    pub const MAX_SCRATCH: u64 = WORKSPACE_BYTES[0] as u64;
 
     /// Loads the library where that was not done yet, and takes scratch memory: 32 MiB, less where the device has less.
     ///
@@ -307,7 +307,7 @@ impl Blas {
         let State { handle, plans, clock } = &mut *state;
         *clock += 1;
         if !plans.contains_key(&key) {
-            if plans.len() >= MOST_PLANS {
+            if plans.len() >= MAX_PLANS {
                 let oldest = plans.iter().min_by_key(|(_, plan)| plan.last_used).map(|(key, _)| *key);
                 oldest.and_then(|key| plans.remove(&key));
             }
@@ -321,7 +321,7 @@ impl Blas {
     }
 
     /// Asks the library how the product may be done.
-    fn plan(&self, handle: Opaque, key: &Key) -> Result<Plan, GpuError> {
+    fn plan(&self, handle: Opaque, key: &Key) -> Result<ProductPlan, GpuError> {
         let Functions { desc_create, desc_set, desc_destroy, preference_create, preference_destroy, propose, .. } =
             self.library.functions;
         let (in_width, out_width) = key.widths();
@@ -351,22 +351,22 @@ impl Blas {
             unsafe { preference_create(at) }
         })?;
         self.prefer(key, &preference)?;
-        let mut proposals = [Proposal::EMPTY; MOST_PROPOSALS];
+        let mut proposals = [Proposal::EMPTY; MAX_PROPOSALS];
         let mut n_proposals: c_int = 0;
         let [w, input, output] = layouts.each_ref().map(|layout| layout.at);
         // SAFETY: descriptions that are alive, the output's twice: what is added to lies as what is written; room for as many
         // proposals as are asked for.
         let status = unsafe {
-            let room = (MOST_PROPOSALS as c_int, proposals.as_mut_ptr(), &raw mut n_proposals);
+            let room = (MAX_PROPOSALS as c_int, proposals.as_mut_ptr(), &raw mut n_proposals);
             propose(handle, product.at, w, input, output, output, preference.at, room.0, room.1, room.2)
         };
         self.check(status, key)?;
-        let n_proposals = usize::try_from(n_proposals).unwrap_or(0).min(MOST_PROPOSALS);
+        let n_proposals = usize::try_from(n_proposals).unwrap_or(0).min(MAX_PROPOSALS);
         let fits = |proposal: &&Proposal| proposal.status == 0 && proposal.workspace_bytes <= self.workspace.len;
         let Some(&chosen) = proposals[..n_proposals].iter().find(fits) else {
             return Err(self.refused(key, "it knows no way to do it".to_owned()));
         };
-        Ok(Plan { product, layouts, chosen, last_used: 0 })
+        Ok(ProductPlan { product, layouts, chosen, last_used: 0 })
     }
 
     fn prefer(&self, key: &Key, preference: &Description) -> Result<(), GpuError> {
@@ -386,7 +386,7 @@ impl Blas {
 
     /// # Safety
     /// The operands are as long and as aligned as the product that the plan was made for needs, and belong to this queue.
-    unsafe fn start(&self, handle: Opaque, plan: &Plan, operands: Operands, adds: bool) -> Status {
+    unsafe fn start(&self, handle: Opaque, plan: &ProductPlan, operands: Operands, adds: bool) -> Status {
         let (one, beta) = (1.0_f32, if adds { 1.0_f32 } else { 0.0 });
         let [w, input, output] = operands.0.map(|at| at as *mut c_void);
         let [of_w, of_input, of_output] = plan.layouts.each_ref().map(|layout| layout.at);

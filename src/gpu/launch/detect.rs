@@ -3,9 +3,9 @@
 use super::driver;
 
 /// The least compute capability that the kernels run on.
-const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+const MIN_CAPABILITY: (i32, i32) = (8, 0);
 /// The oldest driver that reads the kernels (PTX ISA 8.0), as the driver counts: 12.0.
-const LEAST_DRIVER: i32 = 12_000;
+const MIN_DRIVER: i32 = 12_000;
 
 /// A device.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -64,7 +64,7 @@ fn look(found: &mut Detection) -> Result<(), String> {
     let version = driver::driver_version().map_err(|code| format!("the driver does not tell its version: {code}"))?;
     let spoken = format!("{}.{}", version / 1000, version % 1000 / 10);
     found.driver = Some(spoken.clone());
-    if version < LEAST_DRIVER {
+    if version < MIN_DRIVER {
         return Err(format!("the driver speaks CUDA {spoken}; 12.0 (driver 525) or newer is needed"));
     }
     let n = driver::init().map_err(|code| match code.as_str() {
@@ -74,8 +74,8 @@ fn look(found: &mut Detection) -> Result<(), String> {
     for ordinal in 0..n {
         let facts = driver::device_facts(ordinal).map_err(|code| format!("GPU {ordinal} does not answer: {code}"))?;
         let (name, capability, n_bytes) = facts;
-        let problem = (capability < LEAST_CAPABILITY).then(|| {
-            let ((major, minor), (least, _)) = (capability, LEAST_CAPABILITY);
+        let problem = (capability < MIN_CAPABILITY).then(|| {
+            let ((major, minor), (least, _)) = (capability, MIN_CAPABILITY);
             format!("compute capability {major}.{minor}; {least}.0 (Ampere) or newer is needed")
         });
         found.devices.push(DeviceInfo { ordinal, name, capability, n_bytes, problem });

@@ -4,7 +4,7 @@ use cudarc::driver::{result, sys::CUfunction_attribute_enum};
 
 use super::{DeviceVec, Queue};
 use crate::{
-    gpu::{GpuError, MOST_COLUMNS},
+    gpu::{GpuError, MAX_COLUMNS},
     tensor::Dtype,
 };
 
@@ -15,7 +15,7 @@ const ROWS_PER_BLOCK: u32 = THREADS / 32;
 /// Rows and columns of a block of the low-rank kernel.
 const TILE: u32 = 64;
 /// The most blocks in the second dimension of a grid.
-pub(super) const MOST_GRID_Y: u32 = 65_535;
+pub(super) const MAX_GRID_Y: u32 = 65_535;
 
 /// An argument of a kernel.
 pub(super) enum Arg {
@@ -113,7 +113,7 @@ impl Queue {
         let (n_rows, d_in) = (rows.n_rows, rows.d_in);
         assert!(n_rows * d_in * rows.key_bytes <= rows.bytes.len, "all rows are there");
         assert!(n_rows * k <= columns.len && first_nan.len == 1, "one column for each chosen key");
-        assert!(0 < k && k <= d_in && d_in <= MOST_COLUMNS, "k columns of a row");
+        assert!(0 < k && k <= d_in && d_in <= MAX_COLUMNS, "k columns of a row");
         assert!(rows.mask >> (8 * rows.key_bytes - 1) == 0 || rows.key_bytes == 4, "keys of 16 bits use 15 of them");
         let wide = rows.key_bytes == 4;
         assert!(wide || rows.key_bytes == 2, "keys have 16 or 32 bits");
@@ -277,7 +277,7 @@ impl Queue {
         assert!(n_rows * d_in * bytes_of(dtype) <= weights.len, "all rows are there");
         assert!(n_rows * rank <= b.len && rank * d_in <= a.len, "both factors are there");
         let (x, y) = ((d_in as u32).div_ceil(TILE), (n_rows as u32).div_ceil(TILE));
-        assert!(y <= MOST_GRID_Y, "at most {} rows at once", MOST_GRID_Y * TILE);
+        assert!(y <= MAX_GRID_Y, "at most {} rows at once", MAX_GRID_Y * TILE);
         let name = ["low_rank_bf16", "low_rank_f16", "low_rank_f32"][type_code(dtype) as usize];
         let (n_rows, d_in, rank) = (small(n_rows), small(d_in), small(rank));
         let args = &mut [memory(weights), memory(b), memory(a), Arg::F32(scale), n_rows, d_in, rank, memory(counts)];

@@ -12,7 +12,7 @@ use crate::{gpu::GpuError, tensor::Dtype};
 /// Bytes of shared memory for the sums of a block.
 const ROOM: u32 = 8 * 8;
 /// The most blocks in the first dimension of a grid.
-const MOST_BLOCKS: usize = (1 << 31) - 1;
+const MAX_BLOCKS: usize = (1 << 31) - 1;
 
 /// Heads of an attention layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -287,7 +287,7 @@ impl Queue {
 }
 
 fn blocks(n: usize) -> u32 {
-    assert!(n <= MOST_BLOCKS, "at most {MOST_BLOCKS} blocks");
+    assert!(n <= MAX_BLOCKS, "at most {MAX_BLOCKS} blocks");
     n as u32
 }
 

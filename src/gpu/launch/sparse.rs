@@ -14,12 +14,12 @@ const STAGED: u32 = 16 * 2048;
 /// Blocks that keep every GPU busy; slices of tokens are made until there are as many.
 const MANY_BLOCKS: usize = 768;
 /// The fewest tokens of a slice.
-const LEAST_SLICE: usize = 32;
+const MIN_SLICE: usize = 32;
 /// The most slices.
-const MOST_SLICES: usize = 128;
+const MAX_SLICES: usize = 128;
 /// Values of a sum of squares, at least, and the most sums.
 const VALUES: usize = 4096;
-const MOST_SUMS: usize = 64;
+const MAX_SUMS: usize = 64;
 
 /// Chosen entries of a matrix `[d_out, d_in]`.
 #[derive(Clone, Copy)]
@@ -183,7 +183,7 @@ impl Queue {
 
     /// How many sums [`Self::sum_of_squares`] leaves for `n` values.
     pub fn n_sums(n: usize) -> usize {
-        n.div_ceil(VALUES).clamp(1, MOST_SUMS)
+        n.div_ceil(VALUES).clamp(1, MAX_SUMS)
     }
 
     /// The sums from `sums[at]` on, as many as [`Self::n_sums`] says, add up to the sum of the squares of the first `n` values, in float64.
@@ -210,7 +210,7 @@ impl Queue {
 /// Slices that the tokens are cut into, and tokens of each: by shapes alone, so that every GPU adds in the same order.
 fn slices(n: usize, nnz: usize) -> (usize, usize) {
     let n_blocks = nnz.div_ceil(ENTRIES).max(1);
-    let wanted = MANY_BLOCKS.div_ceil(n_blocks).min(n.div_ceil(LEAST_SLICE)).clamp(1, MOST_SLICES);
+    let wanted = MANY_BLOCKS.div_ceil(n_blocks).min(n.div_ceil(MIN_SLICE)).clamp(1, MAX_SLICES);
     // Whole groups of tokens, so that only the last slice has an end within one.
     let slice = n.div_ceil(wanted).max(1).next_multiple_of(8);
     (n.div_ceil(slice).max(1), slice)

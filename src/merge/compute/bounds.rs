@@ -10,7 +10,7 @@ use crate::{
     checkpoint::{CheckpointError, Context},
     merge::{
         factors::read_f32,
-        plan::{Does, Product, Target},
+        plan::{Does, MergeTarget, Product},
         plausible::{can_overflow, needs_originals},
     },
 };
@@ -40,7 +40,7 @@ impl Bound {
 }
 
 /// The bound of one target. Reads its terms once. Memory: factors of about a window.
-pub(in crate::merge) fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Result<Bound, CheckpointError> {
+pub(in crate::merge) fn bound_of(ctx: &Context<'_>, target: &MergeTarget<'_>) -> Result<Bound, CheckpointError> {
     let dtype = target.tensor.info.dtype;
     let mut bound = Bound::default();
     // What a weight may become by being replaced or brought to a magnitude.
@@ -61,7 +61,7 @@ pub(in crate::merge) fn bound_of(ctx: &Context<'_>, target: &Target<'_>) -> Resu
                 }
             }
             Does::Sparse { adapter, target } => {
-                bound.raise(source, Target::largest_delta(term.source, adapter, target));
+                bound.raise(source, MergeTarget::largest_delta(term.source, adapter, target));
             }
             Does::Bias { shard, info, scale } => {
                 let delta = largest_of(&read_f32(shard, info, 0..target.n_rows)?);

@@ -9,7 +9,7 @@ use crate::{
     merge::{
         MergeError,
         factors::read_f32,
-        plan::{Magnitude, Product, Target},
+        plan::{Magnitude, MergeTarget, Product},
     },
     tensor::with_float,
 };
@@ -20,7 +20,7 @@ use crate::{
 /// the factors, and a few blocks per thread.
 pub(super) fn column_factors(
     ctx: &Context<'_>,
-    target: &Target<'_>,
+    target: &MergeTarget<'_>,
     (product, magnitude): (&Product<'_>, &Magnitude<'_>),
     originals: &ReadRows<'_>,
 ) -> Result<Vec<f32>, MergeError> {

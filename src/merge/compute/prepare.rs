@@ -10,7 +10,7 @@ use crate::{
     checkpoint::Context,
     merge::{
         MergeError,
-        plan::{Does, Target},
+        plan::{Does, MergeTarget},
     },
 };
 
@@ -24,7 +24,7 @@ const RUN: u64 = 1 << 16;
 /// A failure to read, a norm that is zero or no number.
 pub(in crate::merge) fn prepare<'t>(
     ctx: &Context<'_>,
-    target: &'t Target<'t>,
+    target: &'t MergeTarget<'t>,
     originals: &ReadRows<'_>,
 ) -> Result<Prepared<'t>, MergeError> {
     let (mut factors, mut scattered) = (BTreeMap::new(), BTreeMap::new());

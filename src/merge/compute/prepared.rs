@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use crate::merge::{MergeError, plan::Target};
+use crate::merge::{MergeError, plan::MergeTarget};
 
 /// Reads the originals of a run of a target's rows.
 pub(in crate::merge) type ReadRows<'r> = dyn Fn(&Range<u64>) -> Result<Vec<u8>, MergeError> + Sync + 'r;
 
 /// A target whose rows can be computed, in any order.
 pub(in crate::merge) struct Prepared<'t> {
-    pub(in crate::merge) target: &'t Target<'t>,
+    pub(in crate::merge) target: &'t MergeTarget<'t>,
     /// By the term's index: what brings the columns to their magnitudes.
     pub(super) factors: BTreeMap<usize, Vec<f32>>,
     /// By the term's index: sparse deltas whose rows are the tensor's columns.

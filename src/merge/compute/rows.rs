@@ -13,7 +13,7 @@ use crate::{
     merge::{
         MergeError,
         factors::read_f32,
-        plan::{Does, Magnitude, Product, Target, Term},
+        plan::{Does, Magnitude, MergeTarget, Product, Term},
     },
     tensor::{Accumulator, Dtype, Float, with_float},
 };
@@ -34,7 +34,7 @@ pub(in crate::merge) fn row_blocks(
 }
 
 /// Bytes of memory that [`merge_rows`] takes at most beside `bytes`.
-pub(in crate::merge) fn merge_cost(ctx: &Context<'_>, target: &Target<'_>, rows: &Range<u64>) -> u64 {
+pub(in crate::merge) fn merge_cost(ctx: &Context<'_>, target: &MergeTarget<'_>, rows: &Range<u64>) -> u64 {
     let n_elements = (rows.end - rows.start) * target.n_columns;
     // Sums; and, where more than one product may meet, wider values and flags, twice where adapters are computed apart.
     let element_bytes = match target.is_simple() {
@@ -51,7 +51,7 @@ pub(in crate::merge) fn merge_cost(ctx: &Context<'_>, target: &Target<'_>, rows:
 }
 
 /// Whether an adapter's change has to be computed by itself before it is added to those of others.
-fn has_contributions(target: &Target<'_>) -> bool {
+fn has_contributions(target: &MergeTarget<'_>) -> bool {
     target.n_sources() > 1 && target.terms.iter().any(|term| term.magnitude().is_some())
 }
 
@@ -84,7 +84,7 @@ pub(in crate::merge) fn merge_rows(
 fn merge_products(
     ctx: &Context<'_>,
     computer: &Computer<'_>,
-    target: &Target<'_>,
+    target: &MergeTarget<'_>,
     rows: &Range<u64>,
     bytes: &mut [u8],
 ) -> Result<PatchCounts, MergeError> {
@@ -114,7 +114,7 @@ pub(in crate::merge) struct Computer<'a> {
 }
 
 /// How many second factors are held: threads that finish a tensor, and threads that begin the next.
-const MOST_HELD: usize = 2;
+const MAX_HELD: usize = 2;
 
 impl<'a> Computer<'a> {
     /// For targets that stay where they are.
@@ -150,7 +150,7 @@ impl<'a> Computer<'a> {
         if let Some((_, v)) = held.iter().find(|(of, _)| *of == place) {
             return Ok(Arc::clone(v));
         }
-        if held.len() == MOST_HELD {
+        if held.len() == MAX_HELD {
             held.remove(0);
         }
         let v = Arc::new(product.v.read(0..product.rank, 0..n_columns)?);
@@ -189,7 +189,7 @@ const REPLACED: u8 = 4;
 
 /// Rows in the accumulator's type.
 pub(super) struct Block<'t, 'a, T: Float> {
-    target: &'t Target<'a>,
+    target: &'t MergeTarget<'a>,
     rows: Range<u64>,
     values: Vec<T::Acc>,
     flags: Vec<u8>,
@@ -197,7 +197,7 @@ pub(super) struct Block<'t, 'a, T: Float> {
 
 impl<'t, 'a, T: Float> Block<'t, 'a, T> {
     /// The originals.
-    pub(super) fn new(target: &'t Target<'a>, rows: Range<u64>, bytes: &[u8]) -> Self {
+    pub(super) fn new(target: &'t MergeTarget<'a>, rows: Range<u64>, bytes: &[u8]) -> Self {
         let values: Vec<T::Acc> = bytes.chunks_exact(T::BYTES).map(|e| T::from_le(e).widen()).collect();
         let flags = vec![0; values.len()];
         Self { target, rows, values, flags }
@@ -443,7 +443,7 @@ pub(super) fn factor_of(
     magnitude: f32,
     squares: f64,
     place: impl Fn() -> String,
-    target: &Target<'_>,
+    target: &MergeTarget<'_>,
 ) -> Result<f32, MergeError> {
     let norm = squares.sqrt() as f32;
     let factor = magnitude / norm;

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Records larger than this are refused: a hundred bytes for each of a million tensors.
-const MOST_BYTES: u64 = 256 << 20;
+const MAX_BYTES: u64 = 256 << 20;
 /// Version 2 also says which way round weights were read, and what keys were renamed to.
 const NEWEST_VERSION: u32 = 2;
 
@@ -99,7 +99,7 @@ impl LowRankRecord {
 /// # Errors
 /// [`MergeError::BadLedger`] where the record is not what was written.
 pub(super) fn open(state: &StateFolder) -> Result<Option<Ledger>, MergeError> {
-    let Some(bytes) = state.folder().read(StateFolder::LOW_RANK, MOST_BYTES)? else { return Ok(None) };
+    let Some(bytes) = state.folder().read(StateFolder::LOW_RANK, MAX_BYTES)? else { return Ok(None) };
     let path = state.path().join(StateFolder::LOW_RANK);
     let bad = |what: String| MergeError::BadLedger { path: path.clone(), what };
     let record = LowRankRecord::parse(&bytes).map_err(bad)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::term::{Does, Target, Term};
+use super::term::{Does, MergeTarget, Term};
 use crate::{
     backend::replace_values,
     checkpoint::{Checkpoint, Context, Printable, Shard, TensorInfo},
@@ -31,7 +31,7 @@ pub(in crate::merge) type AddedTensors<'a> = BTreeMap<String, Added<'a>>;
 
 impl<'a> Added<'a> {
     /// The tensor that a target is, where one adapter holds it in full.
-    pub(in crate::merge) fn of_full(target: &Target<'a>) -> Option<Self> {
+    pub(in crate::merge) fn of_full(target: &MergeTarget<'a>) -> Option<Self> {
         let [Term { source, does: Does::Full { shard, info } }] = target.terms[..] else { return None };
         let tensor = target.tensor;
         let (dtype, shard_index) = (tensor.info.dtype, tensor.shard_index);

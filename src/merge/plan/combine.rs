@@ -2,7 +2,7 @@
 
 use std::{collections::btree_map::Entry, ops::Range};
 
-use super::{Does, Target, Targets};
+use super::{Does, MergeTarget, Targets};
 use crate::{adapter::AdapterId, checkpoint::Printable, weights::Columns};
 
 /// The targets of `some` and `others`, whose adapters are different ones.
@@ -31,7 +31,7 @@ pub(in crate::merge) fn combine<'a>(some: Targets<'a>, others: Targets<'a>) -> R
 }
 
 /// Fails where the terms of a target cannot be added up.
-fn check(target: &Target<'_>) -> Result<(), String> {
+fn check(target: &MergeTarget<'_>) -> Result<(), String> {
     refuse_shared_rows(target)?;
     let has_full = target.terms.iter().any(|term| matches!(term.does, Does::Full { .. }));
     if has_full && target.n_sources() > 1 {
@@ -47,7 +47,7 @@ fn check(target: &Target<'_>) -> Result<(), String> {
 }
 
 /// A row that one adapter replaces may have nothing else on it.
-fn refuse_shared_rows(target: &Target<'_>) -> Result<(), String> {
+fn refuse_shared_rows(target: &MergeTarget<'_>) -> Result<(), String> {
     for (index, term) in target.terms.iter().enumerate() {
         let Does::Rows(replaced) = &term.does else { continue };
         for (_, other) in target.terms.iter().enumerate().filter(|(at, _)| *at != index) {
@@ -67,7 +67,7 @@ fn refuse_shared_rows(target: &Target<'_>) -> Result<(), String> {
 }
 
 /// Of one adapter, no two modules may lie on the same weights.
-fn refuse_overlaps(target: &Target<'_>) -> Result<(), String> {
+fn refuse_overlaps(target: &MergeTarget<'_>) -> Result<(), String> {
     let mut parts: Vec<(AdapterId, Range<u64>, Columns)> = Vec::new();
     for term in &target.terms {
         match &term.does {

@@ -1,4 +1,4 @@
-//! From adapters and a checkpoint to what becomes of each stored tensor: [`Target`]s with their [`Term`]s.
+//! From adapters and a checkpoint to what becomes of each stored tensor: [`MergeTarget`]s with their [`Term`]s.
 //!
 //! The planner finds the place of everything that an adapter holds, once, when the adapter is merged; the ledger records it
 //! (`ledger::term`), and undoing reads it from there. [`combine`] brings the targets of several adapters together.
@@ -16,17 +16,17 @@ pub(super) use added::{Added, AddedTensors, added_of_shard, resolve_added, same_
 pub(super) use combine::combine;
 pub(super) use planner::same_bytes;
 pub(super) use recorded::{record, resolve};
-pub(super) use term::{Does, Magnitude, Product, ReplacedRows, Target, Term};
+pub(super) use term::{Does, Magnitude, MergeTarget, Product, ReplacedRows, Term};
 
 use self::planner::{IsOriginal, Planner};
 use super::{AdapterReading, MergeError, source::Source};
 use crate::weights::WeightMap;
 
 /// Tensors that adapters change, by name.
-pub(super) type Targets<'a> = BTreeMap<&'a str, Target<'a>>;
+pub(super) type Targets<'a> = BTreeMap<&'a str, MergeTarget<'a>>;
 
 /// What adapters do to a checkpoint.
-pub(super) struct Plan<'a> {
+pub(super) struct MergePlan<'a> {
     pub(super) targets: Targets<'a>,
     pub(super) added: AddedTensors<'a>,
     /// What had to be decided on the way, in words.
@@ -43,10 +43,10 @@ pub(super) fn plan<'a>(
     sources: impl Iterator<Item = &'a Source>,
     reading: &AdapterReading,
     is_original: &IsOriginal<'_, 'a>,
-) -> Result<Plan<'a>, MergeError> {
+) -> Result<MergePlan<'a>, MergeError> {
     let mut planner = Planner::new(map, reading, is_original);
     for source in sources {
         planner.add(source)?;
     }
-    Ok(Plan { targets: planner.targets, added: planner.added, notes: planner.notes })
+    Ok(MergePlan { targets: planner.targets, added: planner.added, notes: planner.notes })
 }

@@ -1,4 +1,4 @@
-//! From adapters and a checkpoint to a [`Plan`].
+//! From adapters and a checkpoint to a [`MergePlan`].
 
 use std::{
     borrow::Cow,
@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     added::{Added, AddedTensors},
-    term::{Does, Magnitude, Product, ReplacedRows, Target, Term},
+    term::{Does, Magnitude, MergeTarget, Product, ReplacedRows, Term},
 };
 use crate::{
     adapter::Adapter,
@@ -31,7 +31,7 @@ pub(super) struct Planner<'m, 'a> {
     pub(super) reading: &'m AdapterReading,
     pub(super) is_original: &'m IsOriginal<'m, 'a>,
     /// By the tensor's name.
-    pub(super) targets: BTreeMap<&'a str, Target<'a>>,
+    pub(super) targets: BTreeMap<&'a str, MergeTarget<'a>>,
     pub(super) added: AddedTensors<'a>,
     pub(super) notes: Vec<String>,
     /// Of the current adapter.
@@ -84,7 +84,7 @@ impl<'m, 'a> Planner<'m, 'a> {
     }
 
     /// The target of a tensor, as a matrix of `n_columns` columns.
-    fn target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Target<'a>, String> {
+    fn target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut MergeTarget<'a>, String> {
         if let Some(weight) = tensor.coded() {
             return Err(weight.refusal());
         }
@@ -93,7 +93,7 @@ impl<'m, 'a> Planner<'m, 'a> {
             return Err(format!("the base has shape {:?}, rows of {n_columns} are needed", tensor.info.shape));
         }
         let n_rows = n_elements / n_columns;
-        let new = || Target { tensor, n_rows, n_columns, terms: Vec::new() };
+        let new = || MergeTarget { tensor, n_rows, n_columns, terms: Vec::new() };
         let target = self.targets.entry(&tensor.info.name).or_insert_with(new);
         if target.n_columns != n_columns {
             return Err("two adapters read it as different matrices".to_owned());
@@ -102,7 +102,7 @@ impl<'m, 'a> Planner<'m, 'a> {
     }
 
     /// The same for what changes whole tensors.
-    fn whole_target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut Target<'a>, String> {
+    fn whole_target(&mut self, tensor: TensorRef<'a>, n_columns: u64) -> Result<&mut MergeTarget<'a>, String> {
         let dtype = tensor.info.dtype;
         if tensor.coded().is_none() && !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
             let why = match dtype {

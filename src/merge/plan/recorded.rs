@@ -1,6 +1,6 @@
 //! Terms as a ledger records them: which tensors of the adapter's file go where, so that undoing derives nothing again.
 
-use super::{Does, Magnitude, Product, ReplacedRows, Target, Term};
+use super::{Does, Magnitude, MergeTarget, Product, ReplacedRows, Term};
 use crate::{
     checkpoint::{Shard, TensorInfo, TensorRef},
     merge::{
@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A term of a target; `adapter` is the index of its source.
-pub(in crate::merge) fn record(target: &Target<'_>, term: &Term<'_>, adapter: usize) -> RecordedTerm {
+pub(in crate::merge) fn record(target: &MergeTarget<'_>, term: &Term<'_>, adapter: usize) -> RecordedTerm {
     let matrix = |matrix: &Matrix<'_>| {
         RecordedMatrix(matrix.info.name.clone(), matrix.start, matrix.row_stride, matrix.column_stride)
     };
@@ -58,12 +58,12 @@ pub(in crate::merge) fn resolve<'a>(
     n_columns: u64,
     recorded: &[RecordedTerm],
     sources: &'a [Source],
-) -> Result<Target<'a>, String> {
+) -> Result<MergeTarget<'a>, String> {
     let n_elements = tensor.info.n_elements();
     if n_columns == 0 || n_elements == 0 || !n_elements.is_multiple_of(n_columns) {
         return Err(format!("shape {:?} has no rows of {n_columns}", tensor.info.shape));
     }
-    let mut target = Target { tensor, n_rows: n_elements / n_columns, n_columns, terms: Vec::new() };
+    let mut target = MergeTarget { tensor, n_rows: n_elements / n_columns, n_columns, terms: Vec::new() };
     for RecordedTerm(adapter, does) in recorded {
         let source = sources.get(*adapter).ok_or("it names an adapter that is not there")?;
         let does = resolve_one(&target, does, source)?;
@@ -75,7 +75,11 @@ pub(in crate::merge) fn resolve<'a>(
     Ok(target)
 }
 
-fn resolve_one<'a>(target: &Target<'a>, recorded: &RecordedChange, source: &'a Source) -> Result<Does<'a>, String> {
+fn resolve_one<'a>(
+    target: &MergeTarget<'a>,
+    recorded: &RecordedChange,
+    source: &'a Source,
+) -> Result<Does<'a>, String> {
     let (shape, dtype) = (&target.tensor.info.shape, target.tensor.info.dtype);
     let of_adapter = |name: &str, n: u64| -> Result<(&'a Shard, &'a TensorInfo), String> {
         let found = source.kept_shard().and_then(|shard| Some((shard, shard.header().tensor(name)?)));

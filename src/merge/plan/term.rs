@@ -16,7 +16,7 @@ use crate::{
 
 /// A stored tensor that adapters change, and how.
 #[derive(Clone, Debug)]
-pub(in crate::merge) struct Target<'a> {
+pub(in crate::merge) struct MergeTarget<'a> {
     pub(in crate::merge) tensor: TensorRef<'a>,
     /// The tensor as a matrix.
     pub(in crate::merge) n_rows: u64,
@@ -112,7 +112,7 @@ impl Term<'_> {
     }
 }
 
-impl<'a> Target<'a> {
+impl<'a> MergeTarget<'a> {
     pub(in crate::merge) fn name(&self) -> &'a str {
         &self.tensor.info.name
     }

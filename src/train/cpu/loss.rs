@@ -6,13 +6,13 @@ use super::{attention::exponentials, weight::CpuWeight};
 use crate::backend::{Mat, MatMut, Threads, matmul};
 
 /// The most logits that are there at once: 64 MiB, or one token's.
-const MOST_LOGITS: usize = 16 << 20;
+const MAX_LOGITS: usize = 16 << 20;
 /// Tokens whose logits are there at once, at most: beyond, widening the head again costs nothing beside the product.
-const MOST_TOKENS: usize = 512;
+const MAX_TOKENS: usize = 512;
 
 /// Tokens whose logits are there at once.
 fn tokens_at_once(n_vocab: usize) -> usize {
-    (MOST_LOGITS / n_vocab).clamp(1, MOST_TOKENS)
+    (MAX_LOGITS / n_vocab).clamp(1, MAX_TOKENS)
 }
 
 /// Logits that are there at once, of so many tokens.

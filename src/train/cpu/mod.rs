@@ -19,7 +19,7 @@ pub use weight::CpuWeight;
 use super::{
     DeviceError,
     config::{Heads, ModelConfig},
-    device::{AdamW, Deltas, Device, Done, Spans},
+    device::{AdamW, Deltas, Device, DeviceResult, Spans},
 };
 use crate::tensor::Dtype;
 
@@ -37,11 +37,11 @@ impl CpuDevice {
     }
 
     /// Bytes that operations take beside a model's buffers: widened rows, where weights are narrow, and the logits of up to
-    /// `most_supervised` tokens.
-    pub fn scratch_bytes(config: &ModelConfig, most_supervised: usize, is_narrow: bool) -> u64 {
+    /// `max_supervised` tokens.
+    pub fn scratch_bytes(config: &ModelConfig, max_supervised: usize, is_narrow: bool) -> u64 {
         let largest = config.n_vocab.max(2 * config.d_ff).max(config.heads.d_qkv()) * config.d_model;
-        let widened = if is_narrow { largest.min(weight::MOST_WIDENED) } else { 0 };
-        (widened + loss::n_logits(config.n_vocab, most_supervised)) as u64 * 4
+        let widened = if is_narrow { largest.min(weight::MAX_WIDENED) } else { 0 };
+        (widened + loss::n_logits(config.n_vocab, max_supervised)) as u64 * 4
     }
 }
 
@@ -67,33 +67,33 @@ impl Device for CpuDevice {
     fn weight(&self, dtype: Dtype, d_out: usize, d_in: usize) -> Result<CpuWeight, DeviceError> {
         CpuWeight::zeros(dtype, d_out, d_in)
     }
-    fn write_rows(&self, weight: &mut CpuWeight, first_row: usize, bytes: &[u8]) -> Done {
+    fn write_rows(&self, weight: &mut CpuWeight, first_row: usize, bytes: &[u8]) -> DeviceResult {
         weight.write_rows(first_row, bytes);
         Ok(())
     }
-    fn write(&self, from: &[f32], to: &mut Vec<f32>) -> Done {
+    fn write(&self, from: &[f32], to: &mut Vec<f32>) -> DeviceResult {
         to[..from.len()].copy_from_slice(from);
         Ok(())
     }
     fn read(&self, from: &Vec<f32>, n: usize) -> Result<Vec<f32>, DeviceError> {
         Ok(from[..n].to_vec())
     }
-    fn write_act(&self, from: &[f32], to: &mut Vec<f32>) -> Done {
+    fn write_act(&self, from: &[f32], to: &mut Vec<f32>) -> DeviceResult {
         self.write(from, to)
     }
     fn read_act(&self, from: &Vec<f32>, n: usize) -> Result<Vec<f32>, DeviceError> {
         self.read(from, n)
     }
-    fn copy(&self, from: &Vec<f32>, from_at: usize, to: &mut Vec<f32>, to_at: usize, n: usize) -> Done {
+    fn copy(&self, from: &Vec<f32>, from_at: usize, to: &mut Vec<f32>, to_at: usize, n: usize) -> DeviceResult {
         to[to_at..to_at + n].copy_from_slice(&from[from_at..from_at + n]);
         Ok(())
     }
-    fn clear(&self, values: &mut Vec<f32>) -> Done {
+    fn clear(&self, values: &mut Vec<f32>) -> DeviceResult {
         values.fill(0.0);
         Ok(())
     }
 
-    fn embed(&self, ids: &Vec<u32>, n: usize, table: &CpuWeight, x: &mut Vec<f32>) -> Done {
+    fn embed(&self, ids: &Vec<u32>, n: usize, table: &CpuWeight, x: &mut Vec<f32>) -> DeviceResult {
         table.take_rows(&ids[..n], x);
         Ok(())
     }
@@ -106,7 +106,7 @@ impl Device for CpuDevice {
         bias: Option<&Vec<f32>>,
         adds: bool,
         y: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         let beta = match bias {
             None => f32::from(u8::from(adds)),
             Some(bias) => {
@@ -118,12 +118,12 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn linear_back(&self, dy: &Vec<f32>, n: usize, w: &CpuWeight, dx: &mut Vec<f32>) -> Done {
+    fn linear_back(&self, dy: &Vec<f32>, n: usize, w: &CpuWeight, dx: &mut Vec<f32>) -> DeviceResult {
         w.transposed_times(dy, n, dx, &mut self.widened.lock().expect("nobody panics with the lock"));
         Ok(())
     }
 
-    fn rms_norm(&self, x: &Vec<f32>, n: usize, gain: &Vec<f32>, d: usize, eps: f32, y: &mut Vec<f32>) -> Done {
+    fn rms_norm(&self, x: &Vec<f32>, n: usize, gain: &Vec<f32>, d: usize, eps: f32, y: &mut Vec<f32>) -> DeviceResult {
         rows::rms_norm(&x[..n * d], gain, eps, &mut y[..n * d]);
         Ok(())
     }
@@ -137,7 +137,7 @@ impl Device for CpuDevice {
         d: usize,
         eps: f32,
         dx: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         rows::rms_norm_back(&dy[..n * d], &x[..n * d], gain, eps, &mut dx[..n * d]);
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Device for CpuDevice {
         q_gain: &Vec<f32>,
         k_gain: &Vec<f32>,
         eps: f32,
-    ) -> Done {
+    ) -> DeviceResult {
         rows::head_norm(&mut qkv[..n * heads.d_qkv()], heads, [q_gain, k_gain], eps);
         Ok(())
     }
@@ -164,7 +164,7 @@ impl Device for CpuDevice {
         q_gain: &Vec<f32>,
         k_gain: &Vec<f32>,
         eps: f32,
-    ) -> Done {
+    ) -> DeviceResult {
         let d = n * heads.d_qkv();
         rows::head_norm_back(&mut dqkv[..d], &raw[..d], heads, [q_gain, k_gain], eps);
         Ok(())
@@ -178,7 +178,7 @@ impl Device for CpuDevice {
         heads: Heads,
         frequencies: &Vec<f32>,
         inverse: bool,
-    ) -> Done {
+    ) -> DeviceResult {
         rows::rope(&mut qkv[..n * heads.d_qkv()], &positions[..n], heads, frequencies, inverse);
         Ok(())
     }
@@ -190,7 +190,7 @@ impl Device for CpuDevice {
         heads: Heads,
         out: &mut Vec<f32>,
         lse: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         attention::forward(qkv, &spans.starts, heads, out, lse);
         Ok(())
     }
@@ -204,7 +204,7 @@ impl Device for CpuDevice {
         spans: &Spans<Self>,
         heads: Heads,
         dqkv: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         attention::backward(dout, qkv, out, lse, &spans.starts, heads, dqkv);
         Ok(())
     }
@@ -218,29 +218,44 @@ impl Device for CpuDevice {
         cache: &mut Vec<f32>,
         capacity: usize,
         out: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         attention::cached(qkv, &spans.starts, past, heads, cache, capacity, out);
         Ok(())
     }
 
-    fn swiglu(&self, gate_up: &Vec<f32>, n: usize, d_ff: usize, h: &mut Vec<f32>) -> Done {
+    fn swiglu(&self, gate_up: &Vec<f32>, n: usize, d_ff: usize, h: &mut Vec<f32>) -> DeviceResult {
         rows::swiglu(&gate_up[..n * 2 * d_ff], d_ff, &mut h[..n * d_ff]);
         Ok(())
     }
 
-    fn swiglu_back(&self, dh: &Vec<f32>, gate_up: &Vec<f32>, n: usize, d_ff: usize, d_gate_up: &mut Vec<f32>) -> Done {
+    fn swiglu_back(
+        &self,
+        dh: &Vec<f32>,
+        gate_up: &Vec<f32>,
+        n: usize,
+        d_ff: usize,
+        d_gate_up: &mut Vec<f32>,
+    ) -> DeviceResult {
         rows::swiglu_back(&dh[..n * d_ff], &gate_up[..n * 2 * d_ff], d_ff, &mut d_gate_up[..n * 2 * d_ff]);
         Ok(())
     }
 
-    fn take_rows(&self, x: &Vec<f32>, rows: &Vec<u32>, n_rows: usize, d: usize, y: &mut Vec<f32>) -> Done {
+    fn take_rows(&self, x: &Vec<f32>, rows: &Vec<u32>, n_rows: usize, d: usize, y: &mut Vec<f32>) -> DeviceResult {
         for (&row, y) in rows[..n_rows].iter().zip(y.chunks_exact_mut(d)) {
             y.copy_from_slice(&x[row as usize * d..][..d]);
         }
         Ok(())
     }
 
-    fn put_rows(&self, y: &Vec<f32>, rows: &Vec<u32>, n_rows: usize, d: usize, n: usize, x: &mut Vec<f32>) -> Done {
+    fn put_rows(
+        &self,
+        y: &Vec<f32>,
+        rows: &Vec<u32>,
+        n_rows: usize,
+        d: usize,
+        n: usize,
+        x: &mut Vec<f32>,
+    ) -> DeviceResult {
         x[..n * d].fill(0.0);
         for (&row, y) in rows[..n_rows].iter().zip(y.chunks_exact(d)) {
             x[row as usize * d..][..d].copy_from_slice(y);
@@ -256,7 +271,7 @@ impl Device for CpuDevice {
         labels: &Vec<u32>,
         grad_scale: Option<f32>,
         losses: &mut Vec<f32>,
-    ) -> Done {
+    ) -> DeviceResult {
         let widened = &mut self.widened.lock().expect("nobody panics with the lock");
         let x = &mut x[..n_rows * head.d_in()];
         loss::cross_entropy(x, head, &labels[..n_rows], grad_scale, &mut losses[..n_rows], widened);
@@ -275,22 +290,22 @@ impl Device for CpuDevice {
         n: usize,
         (d_out, d_in): (usize, usize),
         deltas: &mut Deltas<Self>,
-    ) -> Done {
+    ) -> DeviceResult {
         sparse::gather_dot(&dy[..n * d_out], &x[..n * d_in], n, &deltas.offsets, &deltas.columns, &mut deltas.grad);
         Ok(())
     }
 
-    fn bias_grad(&self, dy: &Vec<f32>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> Done {
+    fn bias_grad(&self, dy: &Vec<f32>, n: usize, d_out: usize, deltas: &mut Deltas<Self>) -> DeviceResult {
         sparse::sum_tokens(&dy[..n * d_out], d_out, &deltas.offsets, &mut deltas.grad);
         Ok(())
     }
 
-    fn patch(&self, w: &mut CpuWeight, deltas: &Deltas<Self>) -> Done {
+    fn patch(&self, w: &mut CpuWeight, deltas: &Deltas<Self>) -> DeviceResult {
         w.patch(&deltas.offsets, &deltas.columns, &deltas.originals, &deltas.theta);
         Ok(())
     }
 
-    fn patch_bias(&self, bias: &mut Vec<f32>, deltas: &Deltas<Self>) -> Done {
+    fn patch_bias(&self, bias: &mut Vec<f32>, deltas: &Deltas<Self>) -> DeviceResult {
         deltas.originals.patched(&deltas.offsets, &deltas.theta, bias);
         Ok(())
     }
@@ -299,7 +314,7 @@ impl Device for CpuDevice {
         Ok(of.iter().map(|(values, n)| sparse::sum_of_squares(&values[..*n])).collect())
     }
 
-    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> Done {
+    fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> DeviceResult {
         let Deltas { theta, grad, mean, variance, .. } = deltas;
         sparse::adamw(theta, grad, mean, variance, step);
         Ok(())

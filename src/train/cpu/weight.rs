@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// The most elements that are widened at once: 32 MiB.
-pub(super) const MOST_WIDENED: usize = 8 << 20;
+pub(super) const MAX_WIDENED: usize = 8 << 20;
 /// Elements that one thread widens at a time.
 const PIECE: usize = 1 << 14;
 
@@ -79,7 +79,7 @@ impl CpuWeight {
 
     /// Rows cut into blocks that can be widened at once.
     pub(super) fn blocks(&self) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
-        let (d_out, n_rows) = (self.d_out, (MOST_WIDENED / self.d_in).max(1));
+        let (d_out, n_rows) = (self.d_out, (MAX_WIDENED / self.d_in).max(1));
         (0..d_out).step_by(n_rows).map(move |first| first..(first + n_rows).min(d_out))
     }
 
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn blocks_cover_all_rows() {
-        let weight = CpuWeight::zeros(Dtype::BF16, 3, MOST_WIDENED).unwrap();
+        let weight = CpuWeight::zeros(Dtype::BF16, 3, MAX_WIDENED).unwrap();
         assert_eq!(weight.blocks().collect::<Vec<_>>(), [0..1, 1..2, 2..3]);
         let small = CpuWeight::zeros(Dtype::F16, 5, 4).unwrap();
         assert!(small.blocks().eq(std::iter::once(0..5)));
@@ -184,14 +184,14 @@ mod tests {
     #[test]
     fn a_product_in_blocks_is_the_product() {
         // Rows so long that each is a block of its own: [1, 0, …] and [0, 2, …].
-        let mut weight = CpuWeight::zeros(Dtype::F32, 2, MOST_WIDENED).unwrap();
+        let mut weight = CpuWeight::zeros(Dtype::F32, 2, MAX_WIDENED).unwrap();
         weight.write_rows(0, &1f32.to_le_bytes());
         let mut second = vec![0; 4];
         second.extend(2f32.to_le_bytes());
         weight.write_rows(1, &second);
-        let mut x = vec![0.0; MOST_WIDENED];
+        let mut x = vec![0.0; MAX_WIDENED];
         (x[0], x[1]) = (3.0, 5.0);
-        let (mut y, mut dx, mut room) = ([0.0; 2], vec![0.0; MOST_WIDENED], Vec::new());
+        let (mut y, mut dx, mut room) = ([0.0; 2], vec![0.0; MAX_WIDENED], Vec::new());
         weight.times(&x, 1, 0.0, &mut y, &mut room);
         assert_eq!(y, [3.0, 10.0]);
         weight.transposed_times(&[1.0, 10.0], 1, &mut dx, &mut room);

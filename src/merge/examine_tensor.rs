@@ -40,7 +40,7 @@ pub(super) struct BlockFindings {
 }
 
 /// A touched tensor, ready to be looked at.
-pub(super) struct Look<'c> {
+pub(super) struct TensorExamination<'c> {
     pub(super) touched: &'c Touched<'c>,
     change: &'c Change<'c>,
     /// Of a tensor that is worked on as a whole and stays touched.
@@ -50,7 +50,7 @@ pub(super) struct Look<'c> {
     pub(super) keep: Option<KeptOriginals>,
 }
 
-impl<'c> Look<'c> {
+impl<'c> TensorExamination<'c> {
     /// Reads what has to be known of the whole tensor before any of its rows.
     pub(super) fn new(
         ctx: &Context<'_>,
