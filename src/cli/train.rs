@@ -368,6 +368,7 @@ struct Start {
     memory: MemoryEstimate,
     n_steps: u64,
     tokens_per_step: f64,
+    #[serde(rename = "most_tokens")]
     max_tokens: usize,
 }
 
