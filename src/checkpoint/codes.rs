@@ -28,13 +28,14 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{
-    CheckpointError, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, index::index_names, model::config_beside,
+    CheckpointError, CodedLayout, Index, Layout, Shard, TensorInfo, TensorRef, folder_of, index::index_names,
+    model::config_beside,
 };
 use crate::tensor::Dtype;
 
 /// How the name of a stored tensor follows from that of the weight it is a part of.
 #[derive(Clone, Copy)]
-enum Part {
+pub(super) enum Part {
     /// The weight's own name, and this behind it.
     Behind(&'static str),
     /// The module's name, where the weight is `M.weight`, and this behind it.
@@ -94,7 +95,7 @@ const COMFYUI_MARKER: &str = "scaled_fp8";
 
 impl Part {
     /// The stored name of this part of a weight, where it can have one.
-    fn of(self, weight: &str) -> Option<String> {
+    pub(super) fn of(self, weight: &str) -> Option<String> {
         match self {
             Self::Behind(suffix) => Some(format!("{weight}{suffix}")),
             Self::Beside(suffix) => Some(format!("{}{suffix}", weight.strip_suffix(".weight")?)),
@@ -162,6 +163,8 @@ pub struct Codes {
     weights: Vec<CodedWeight>,
     /// The weights in the order of their names read backwards; made when a name is first looked up by its end.
     by_end: OnceLock<Vec<usize>>,
+    /// By weight, how it is decoded; resolved when it is first asked for.
+    layouts: Vec<OnceLock<Box<CodedLayout>>>,
 }
 
 /// Tensor names and types, by which quantized weights are recognised.
@@ -179,7 +182,7 @@ struct Names<'a> {
 impl Codes {
     /// Those of plain tensors.
     pub(super) const fn none() -> Self {
-        Self { weights: Vec::new(), by_end: OnceLock::new() }
+        Self { weights: Vec::new(), by_end: OnceLock::new(), layouts: Vec::new() }
     }
 
     /// The coded weights among the tensors of `shards`; `config` is `config.json`.
@@ -228,6 +231,25 @@ impl Codes {
     pub fn of_weight(&self, name: &str) -> Option<&CodedWeight> {
         let at = self.weights.binary_search_by(|weight| weight.name.as_str().cmp(name)).ok()?;
         Some(&self.weights[at])
+    }
+
+    /// How `weight`, one of these, is decoded; `resolve` finds it out the first time.
+    ///
+    /// # Errors
+    /// Those of `resolve`.
+    pub(super) fn layout_or(
+        &self,
+        weight: &CodedWeight,
+        resolve: impl FnOnce() -> Result<CodedLayout, CheckpointError>,
+    ) -> Result<&CodedLayout, CheckpointError> {
+        let at =
+            self.weights.binary_search_by(|other| other.name.cmp(&weight.name)).expect("a weight of this checkpoint");
+        let slot = &self.layouts[at];
+        if slot.get().is_none() {
+            // Another thread may have been faster; both found the same.
+            let _same = slot.set(Box::new(resolve()?));
+        }
+        Ok(slot.get().expect("it was just set"))
     }
 
     /// The coded weight whose name ends with `name`, or the other way round: adapters and checkpoints begin names differently.
@@ -340,7 +362,8 @@ impl Names<'_> {
                 add_part(&mut found, name, Cow::Borrowed("codes in another file of the model"), at);
             }
         }
-        Codes { weights: found.into_values().collect(), by_end: OnceLock::new() }
+        let layouts = found.iter().map(|_| OnceLock::new()).collect();
+        Codes { weights: found.into_values().collect(), by_end: OnceLock::new(), layouts }
     }
 
     /// The weight in another file of the model that these scales belong to.

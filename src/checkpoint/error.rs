@@ -110,6 +110,18 @@ pub enum CheckpointError {
         /// How it is stored.
         layout: String,
     },
+    /// The stored tensors of a quantized weight cannot be decoded.
+    #[error("{}: \"{}\" is stored as {layout} and cannot be decoded: {why}", Printable::path(.path), Printable(.weight))]
+    Layout {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The weight as the model names it.
+        weight: String,
+        /// How it is stored.
+        layout: String,
+        /// Which stored tensor does not fit, or what is not supported.
+        why: String,
+    },
     /// A change in place was interrupted: the weights may be a mixture of two states.
     #[error("{}: a change was interrupted and waits for `recover`", Printable::path(.path))]
     Interrupted {
@@ -164,6 +176,11 @@ impl CheckpointError {
     pub(crate) fn coded(path: &Path, weight: &CodedWeight) -> Self {
         Self::Coded { path: path.to_owned(), weight: weight.name.clone(), layout: weight.layout.to_string() }
     }
+    /// A quantized weight without a layout.
+    pub(crate) fn layout(path: &Path, weight: &CodedWeight, why: String) -> Self {
+        let (path, layout) = (path.to_owned(), weight.layout.to_string());
+        Self::Layout { path, weight: weight.name.clone(), layout, why }
+    }
     /// The first of several weights that are stored as codes, and how many more there are; nothing where there are none.
     pub(crate) fn coded_weights<'a>(
         path: &Path,
@@ -204,6 +221,7 @@ impl Failure for CheckpointError {
             | Self::OutputIsInput { .. }
             | Self::ForeignEntries { .. }
             | Self::Coded { .. }
+            | Self::Layout { .. }
             | Self::Refused { .. }
             | Self::MemoryLimit { .. } => ErrorKind::Refused,
             Self::Interrupted { .. } => ErrorKind::Interrupted,
@@ -222,6 +240,7 @@ impl Failure for CheckpointError {
             | Self::OutputIsInput { path, .. }
             | Self::ForeignEntries { path, .. }
             | Self::Coded { path, .. }
+            | Self::Layout { path, .. }
             | Self::Committed { path, .. }
             | Self::Interrupted { path }
             | Self::Refused { path, .. }

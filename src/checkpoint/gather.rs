@@ -124,7 +124,7 @@ impl Piece<'_> {
         let (start, end) = (first * self.element_bytes, (last + 1) * self.element_bytes);
         let TensorRef { shard, info, .. } = self.tensor;
         let window;
-        let bytes: &[u8] = if end - start <= SMALL_PIECE {
+        let bytes: &[u8] = if end - start <= SMALL_PIECE && self.tensor.layout().is_none() {
             window = Window::owned(Vec::new());
             self.buffer.resize((end - start) as usize, 0);
             shard.read_at(&mut self.buffer, shard.file_range(info).start + start)?;

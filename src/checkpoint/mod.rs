@@ -25,6 +25,7 @@ mod index;
 mod inside;
 mod json;
 mod json_text;
+mod layouts;
 mod lock;
 mod markup;
 mod mmap;
@@ -62,6 +63,7 @@ pub use inside::{append_to_file, create_folders, create_new_file, give_name, ope
 pub use json::read_whole;
 pub(crate) use json::{malformed, open_regular};
 pub(crate) use json_text::{string_at, with_string, without_string};
+pub use layouts::CodedLayout;
 pub use lock::{CheckpointLock, in_place_hazards};
 pub use markup::{markdown_code, markdown_text, shell_word, yaml_string};
 pub use mmap::Window;

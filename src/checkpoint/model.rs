@@ -3,13 +3,15 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use super::{
-    CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Printable, Shard, TensorInfo, Window,
-    folder_of,
+    CheckpointError, CodedLayout, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Printable, Shard,
+    TensorInfo, Window, folder_of,
     index::{Bounds, WrongTotal, index_names, open_shards},
     json::{malformed, read_whole},
+    layouts::{QuantizationConfig, Resolver},
     probe, state_folder,
 };
 use crate::tensor::RowLayout;
@@ -40,6 +42,8 @@ pub struct Checkpoint {
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
     codes: Codes,
+    /// What its configs say about quantization; read when a quantized weight is first decoded.
+    quantization: OnceLock<QuantizationConfig>,
     /// The index file's name, of a sharded checkpoint.
     index_name: Option<String>,
     wrong_total: Option<WrongTotal>,
@@ -59,6 +63,15 @@ pub struct TensorRef<'a> {
     /// Name, type, shape and place.
     pub info: &'a TensorInfo,
     codes: &'a Codes,
+    /// Of a quantized weight that is read as numbers: how.
+    decoded: Option<Decoded<'a>>,
+}
+
+/// What decodes a weight.
+#[derive(Clone, Copy, Debug)]
+struct Decoded<'a> {
+    layout: &'a CodedLayout,
+    shards: &'a [Shard],
 }
 
 /// The coded weights of a file that has none.
@@ -67,12 +80,31 @@ static NO_CODES: Codes = Codes::none();
 impl<'a> TensorRef<'a> {
     /// A tensor of plain numbers in a file that is no checkpoint's shard.
     pub fn of_file(shard: &'a Shard, info: &'a TensorInfo) -> Self {
-        Self { shard, shard_index: 0, info, codes: &NO_CODES }
+        Self { shard, shard_index: 0, info, codes: &NO_CODES, decoded: None }
     }
 
     /// The bytes `range` of the tensor, in bytes from its start.
     pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
-        self.shard.window(ctx, self.info, range)
+        match self.decoded {
+            Some(Decoded { layout, shards }) => layout.window(ctx, shards, range),
+            None => self.shard.window(ctx, self.info, range),
+        }
+    }
+
+    /// How the weight is stored, where it is quantized and read as numbers.
+    pub fn layout(&self) -> Option<&'a CodedLayout> {
+        self.decoded.map(|decoded| decoded.layout)
+    }
+
+    /// The stored tensors behind it: itself, or the codes and scales of a quantized weight.
+    pub fn stored(&self) -> impl Iterator<Item = (&'a Shard, &'a TensorInfo)> + use<'a> {
+        let own = self.decoded.is_none().then_some((self.shard, self.info));
+        own.into_iter().chain(self.decoded.into_iter().flat_map(|it| it.layout.stored(it.shards)))
+    }
+
+    /// Bytes of the stored tensors.
+    pub fn stored_bytes(&self) -> u64 {
+        self.decoded.map_or(self.info.n_bytes(), |it| it.layout.stored_bytes(it.shards))
     }
 
     /// The same, read into memory of the caller's own and proven to be there still.
@@ -111,6 +143,9 @@ impl<'a> TensorRef<'a> {
 
     /// The coded weight that this tensor is a part of: codes, scales or the like.
     pub fn coded(&self) -> Option<&'a CodedWeight> {
+        if self.decoded.is_some() {
+            return None;
+        }
         self.codes.of_tensor(&self.info.name)
     }
 
@@ -222,6 +257,7 @@ impl Checkpoint {
             tensors,
             config,
             codes,
+            quantization: OnceLock::new(),
             index_name: None,
             wrong_total: None,
             merged_in_index: None,
@@ -257,8 +293,13 @@ impl Checkpoint {
 
     /// The tensor of this name.
     pub fn tensor(&self, name: &str) -> Option<TensorRef<'_>> {
+        Some(self.at(self.place(name)?))
+    }
+
+    /// Shard and position in its header of the tensor of this name.
+    fn place(&self, name: &str) -> Option<(u32, u32)> {
         let found = self.tensors.binary_search_by(|&at| self.at(at).info.name.as_str().cmp(name)).ok()?;
-        Some(self.at(self.tensors[found]))
+        Some(self.tensors[found])
     }
 
     /// The tensor at this place among all, in the order of [`Self::tensors`].
@@ -268,7 +309,13 @@ impl Checkpoint {
 
     fn at(&self, (s, t): (u32, u32)) -> TensorRef<'_> {
         let shard = &self.shards[s as usize];
-        TensorRef { shard, shard_index: s as usize, info: &shard.header().tensors()[t as usize], codes: &self.codes }
+        TensorRef {
+            shard,
+            shard_index: s as usize,
+            info: &shard.header().tensors()[t as usize],
+            codes: &self.codes,
+            decoded: None,
+        }
     }
 
     /// The tensor of this name, to be used as numbers.
@@ -297,6 +344,60 @@ impl Checkpoint {
     /// [`CheckpointError::Coded`] names the first, and how many there are.
     pub fn refuse_coded<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<(), CheckpointError> {
         CheckpointError::coded_weights(&self.root, names.filter_map(|name| self.codes.find(name)))
+    }
+
+    /// A quantized weight as a tensor of float32 numbers `[.., d_out, d_in]`, which are decoded as they are read. Resolves its layout
+    /// the first time, from headers and config.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Layout`] where its stored tensors do not fit one another or their layout is not known; a failure to read.
+    pub fn decoded(&self, weight: &CodedWeight) -> Result<TensorRef<'_>, CheckpointError> {
+        let layout = self.codes.layout_or(weight, || {
+            let resolver = Resolver {
+                shards: &self.shards,
+                find: &|name| self.place(name),
+                config: self.quantization()?,
+                root: &self.root,
+            };
+            resolver.resolve(weight)
+        })?;
+        let (shard_index, shard) = layout.first_shard(&self.shards);
+        let decoded = Some(Decoded { layout, shards: &self.shards });
+        Ok(TensorRef { shard, shard_index, info: layout.info(), codes: &self.codes, decoded })
+    }
+
+    /// The weight of this name as numbers: a plain tensor, or a quantized weight, decoded as it is read. `None` where there is no such
+    /// weight; scales and the like are none.
+    ///
+    /// # Errors
+    /// As [`Self::decoded`].
+    pub fn weight(&self, name: &str) -> Result<Option<TensorRef<'_>>, CheckpointError> {
+        match self.codes.of_weight(name) {
+            Some(weight) => self.decoded(weight).map(Some),
+            None => Ok(self.tensor(name).filter(|tensor| tensor.coded().is_none())),
+        }
+    }
+
+    /// All weights as numbers, by name: plain tensors, and quantized weights as [`Self::decoded`] has them.
+    ///
+    /// # Errors
+    /// As [`Self::decoded`], for the first weight that cannot be decoded.
+    pub fn weights(&self) -> Result<Vec<TensorRef<'_>>, CheckpointError> {
+        let plain = self.tensors().filter(|tensor| tensor.coded().is_none()).map(Ok);
+        let decoded = self.codes.weights().iter().map(|weight| self.decoded(weight));
+        let mut weights = plain.chain(decoded).collect::<Result<Vec<_>, _>>()?;
+        weights.sort_unstable_by(|a, b| a.info.name.cmp(&b.info.name));
+        Ok(weights)
+    }
+
+    fn quantization(&self) -> Result<&QuantizationConfig, CheckpointError> {
+        if self.quantization.get().is_none() {
+            let is_file = self.layout == Layout::File;
+            let folder = if is_file { folder_of(&self.root) } else { &self.root };
+            let config = if is_file { config_beside(&self.root)? } else { self.config.clone() };
+            let _same = self.quantization.set(QuantizationConfig::read(folder, &config)?);
+        }
+        Ok(self.quantization.get().expect("it was just set"))
     }
 
     /// The weights that are stored as codes.

@@ -38,7 +38,10 @@ impl RowScan<'_> {
     /// Bytes of memory that one row takes when it is read.
     pub fn read_bytes(&self) -> u64 {
         // Of a transposed tensor a strip is read for each stored row, an element for each row.
-        self.row_bytes() + if self.layout.transposed { self.row_bytes() / self.layout.d_in.max(1) } else { 0 }
+        let strip = if self.layout.transposed { self.row_bytes() / self.layout.d_in.max(1) } else { 0 };
+        // Of a quantized weight codes and scales are read beside what they are decoded to.
+        let codes = self.tensor.layout().map_or(0, |_| self.tensor.stored_bytes().div_ceil(self.layout.n_rows()));
+        self.row_bytes() + strip + codes
     }
 
     /// What a span takes with its rows, where `held` is held beside them.
@@ -199,8 +202,9 @@ where
 ///
 /// Disks are fastest with several large requests waiting: on a virtual disk 1.2 GB/s with one of 8 MiB, 1.7 with four, 1.9
 /// with eight.
-pub fn n_readers(ctx: &Context<'_>, tensors: &[TensorRef<'_>]) -> usize {
-    readers_for(ctx, tensors.iter().map(|tensor| (tensor.shard, tensor.info)))
+pub fn n_readers<'a>(ctx: &Context<'_>, tensors: &[TensorRef<'a>]) -> usize {
+    let stored = |tensor: &TensorRef<'a>| tensor.stored().next().expect("a weight is stored somewhere");
+    readers_for(ctx, tensors.iter().map(stored))
 }
 
 /// Bytes of memory that a window of `n_bytes` takes at most.

@@ -42,6 +42,16 @@ impl Pattern {
         }
     }
 
+    /// The same for a quantized weight, before its layout is known; the name of its codes means it too.
+    fn matches_quantized(&self, map: &WeightMap<'_>, weight: &CodedWeight) -> bool {
+        match self {
+            Self::AllLinear => map.is_linear(&weight.name),
+            Self::Of(pattern) => {
+                pattern.names(&weight.name) || matches!(pattern, TargetPattern::Name(wanted) if weight.holds(wanted))
+            }
+        }
+    }
+
     /// Whether the pattern is this very name, so that nothing else can be meant.
     fn is_exact(&self, name: &str) -> bool {
         matches!(self, Self::Of(pattern) if pattern.is_exact(name))
@@ -93,7 +103,7 @@ pub(super) fn select_named<'a>(
 ) -> Result<Selection<'a>, MaskError> {
     let mut selection = Selection::default();
     for (name, &is_transposed) in names {
-        let tensor = checkpoint.tensor(name).ok_or_else(|| MaskError::NoMatch {
+        let tensor = checkpoint.weight(name)?.ok_or_else(|| MaskError::NoMatch {
             path: checkpoint.root().to_owned(),
             patterns: vec![name.clone()],
             kinds: kinds(checkpoint),
@@ -118,16 +128,22 @@ pub(crate) fn select_rows<'a>(
     let given = if patterns.is_empty() { &defaults } else { patterns };
     let parsed = given.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let parsed_transposed = transposed.iter().map(|text| Pattern::parse(text)).collect::<Result<Vec<_>, _>>()?;
-    refuse_codes(map, &parsed)?;
     let mut n_selected = vec![0usize; parsed.len()];
     let mut n_transposed = vec![0usize; parsed_transposed.len()];
     let mut selection = Selection::default();
-    for tensor in checkpoint.tensors() {
-        // Scales, zero points and the like are no weights.
-        if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(map, &tensor)) {
-            continue;
+    // Scales, zero points and the like are no weights.
+    let plain = checkpoint.tensors().filter(|tensor| tensor.coded().is_none());
+    let mut tensors: Vec<TensorRef<'a>> =
+        plain.filter(|tensor| parsed.iter().any(|pattern| pattern.matches(map, tensor))).collect();
+    for weight in checkpoint.codes().weights() {
+        if parsed.iter().any(|pattern| pattern.matches_quantized(map, weight)) {
+            tensors.push(checkpoint.decoded(weight)?);
         }
-        let is_told = parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
+    }
+    tensors.sort_unstable_by(|a, b| a.info.name.cmp(&b.info.name));
+    for tensor in tensors {
+        let is_told =
+            tensor.layout().is_none() && parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
         let is_matrix = tensor.info.shape.len() > 1 && is_float(tensor.info.dtype);
         if is_told && map.is_told_out_in(&tensor.info.name) {
             let name = Printable(&tensor.info.name);
@@ -143,9 +159,14 @@ pub(crate) fn select_rows<'a>(
             }
             Err(error) => return Err(error),
         }
+        let weight = tensor.layout().and_then(|_| checkpoint.codes().of_weight(&tensor.info.name));
         let count = |patterns: &[Pattern], counts: &mut [usize]| {
             for (pattern, n) in patterns.iter().zip(counts) {
-                *n += usize::from(pattern.matches(map, &tensor));
+                let matches = match weight {
+                    Some(weight) => pattern.matches_quantized(map, weight),
+                    None => pattern.matches(map, &tensor),
+                };
+                *n += usize::from(matches);
             }
         };
         count(&parsed, &mut n_selected);
@@ -167,6 +188,10 @@ pub(crate) fn select_rows<'a>(
 
 /// Whether a weight is stored as `[d_in, d_out]`.
 fn is_stored_transposed(map: &WeightMap<'_>, tensor: TensorRef<'_>) -> Result<bool, MaskError> {
+    // A layout decodes to `[.., d_out, d_in]`.
+    if tensor.layout().is_some() {
+        return Ok(false);
+    }
     match map.axes(tensor) {
         Ok((axes, _)) => Ok(axes == Axes::InOut),
         Err(kind) => {
@@ -174,22 +199,6 @@ fn is_stored_transposed(map: &WeightMap<'_>, tensor: TensorRef<'_>) -> Result<bo
             Err(MaskError::Axes { path, tensor, kind })
         }
     }
-}
-
-/// Fails where a pattern names a weight that is stored as codes, or a stored tensor of one: nothing is left out in silence.
-fn refuse_codes(map: &WeightMap<'_>, patterns: &[Pattern]) -> Result<(), MaskError> {
-    let named = |weight: &&CodedWeight| {
-        let is_named = |pattern: &Pattern| match pattern {
-            Pattern::AllLinear => map.is_linear(&weight.name),
-            Pattern::Of(pattern) => {
-                pattern.names(&weight.name) || matches!(pattern, TargetPattern::Name(wanted) if weight.holds(wanted))
-            }
-        };
-        patterns.iter().any(is_named)
-    };
-    let checkpoint = map.checkpoint();
-    let coded = checkpoint.codes().weights().iter().filter(named);
-    Ok(CheckpointError::coded_weights(checkpoint.root(), coded)?)
 }
 
 fn rows_of<'a>(tensor: TensorRef<'a>, transposed: bool, read: Read<'a>) -> Result<RowScan<'a>, MaskError> {

@@ -4,12 +4,14 @@
 //! neurons. [`Float`] says what each element type can do (order by magnitude, widen, round), [`RowLayout`] how a stored
 //! tensor is read as rows, [`RowBlock`] borrows a run of rows, and [`RowColumns`] lists chosen columns row by row.
 
+mod codes;
 mod float;
 mod float8;
 mod layout;
 mod names;
 mod rows;
 
+pub use codes::{CodeType, bits_at, e8m0};
 pub use float::{Accumulator, Float, is_float, widened, with_float};
 pub use float8::{F8E4M3, F8E5M2};
 pub use layout::RowLayout;
