@@ -1,5 +1,5 @@
 //! Codes are not values: checkpoints of every quantized format are named for what they are, and nobody takes their codes, or their
-//! scales, for numbers. What only compares or carries bytes goes on.
+//! scales, for numbers. Commands that read weights read the decoded ones.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -11,41 +11,41 @@ use std::{
 };
 
 use neuroada_ckpt::{
-    AdapterNotes, Answers, Checkpoint, CheckpointError, Context, Dtype, ErrorKind, Existing, Failure, RowColumns,
-    WeightMap,
+    AdapterNotes, Answers, Checkpoint, CheckpointError, Context, Dtype, ErrorKind, Existing, Failure, MaskFile,
+    RowColumns, WeightMap,
     internals::{
         adapter::AdapterWriter,
-        checkpoint::TensorFileWriter,
+        checkpoint::{CodedLayout, TensorFileWriter},
         mask::{BaseInfo, Recipe, select_targets},
     },
 };
 
-/// Formats and words of their layouts; the coded weights that each has.
-const MODELS: [(&str, &str, usize); 24] = [
-    ("awq-gemm", "AWQ integers", 3),
-    ("bnb-int8", "bitsandbytes int8", 7),
-    ("bnb-nf4", "bitsandbytes NF4", 7),
-    ("bnb-nf4-nested", "bitsandbytes NF4", 7),
-    ("ct-float-block", "FP8 with scales", 3),
-    ("ct-float-channel", "FP8 with scales", 3),
-    ("ct-float-tensor", "FP8 with scales", 3),
-    ("ct-int4-asym-g32", "packed integers (compressed-tensors)", 3),
-    ("ct-int4-g128", "packed integers (compressed-tensors)", 4),
-    ("ct-int4-g32", "packed integers (compressed-tensors)", 5),
-    ("ct-int8", "INT8 (compressed-tensors)", 3),
-    ("ct-mxfp4", "MXFP4 or MXFP6 (compressed-tensors)", 3),
-    ("ct-mxfp8", "FP8 with scales", 2),
-    ("ct-nvfp4", "NVFP4 (compressed-tensors)", 3),
-    ("deepseek-v4-fp4-experts", "packed FP4 (DeepSeek-V4)", 5),
-    ("fp8-block", "FP8 with scales", 5),
-    ("fp8-block-ue8m0-in-e8m0", "FP8 with scales", 5),
-    ("fp8-block-ue8m0-in-f32", "FP8 with scales", 5),
-    ("fp8-tensor", "FP8 with scales", 2),
-    ("gpt-oss-mxfp4", "MXFP4 (gpt-oss)", 2),
-    ("gptq-v1", "GPTQ integers", 3),
-    ("gptq-v1-sym-actorder", "GPTQ integers", 3),
-    ("modelopt-fp8", "FP8 with scales", 3),
-    ("modelopt-nvfp4", "NVFP4 (ModelOpt)", 4),
+/// Formats; words for their codes; the coded weights that each has; the layouts of those.
+const MODELS: [(&str, &str, usize, &[&str]); 24] = [
+    ("awq-gemm", "AWQ integers", 3, &["awq-int4"]),
+    ("bnb-int8", "bitsandbytes int8", 7, &["bnb-int8"]),
+    ("bnb-nf4", "bitsandbytes NF4", 7, &["bnb-nf4"]),
+    ("bnb-nf4-nested", "bitsandbytes NF4", 7, &["bnb-nf4"]),
+    ("ct-float-block", "FP8 with scales", 3, &["fp8-block"]),
+    ("ct-float-channel", "FP8 with scales", 3, &["fp8-channel"]),
+    ("ct-float-tensor", "FP8 with scales", 3, &["fp8-tensor"]),
+    ("ct-int4-asym-g32", "packed integers (compressed-tensors)", 3, &["ct-int4"]),
+    ("ct-int4-g128", "packed integers (compressed-tensors)", 4, &["ct-int4", "ct-int6"]),
+    ("ct-int4-g32", "packed integers (compressed-tensors)", 5, &["ct-int4"]),
+    ("ct-int8", "INT8 (compressed-tensors)", 3, &["int8"]),
+    ("ct-mxfp4", "MXFP4 or MXFP6 (compressed-tensors)", 3, &["mxfp4"]),
+    ("ct-mxfp8", "FP8 with scales", 2, &["mxfp8"]),
+    ("ct-nvfp4", "NVFP4 (compressed-tensors)", 3, &["nvfp4"]),
+    ("deepseek-v4-fp4-experts", "packed FP4 (DeepSeek-V4)", 5, &["fp8-block", "mxfp4"]),
+    ("fp8-block", "FP8 with scales", 5, &["fp8-block"]),
+    ("fp8-block-ue8m0-in-e8m0", "FP8 with scales", 5, &["fp8-block"]),
+    ("fp8-block-ue8m0-in-f32", "FP8 with scales", 5, &["fp8-block"]),
+    ("fp8-tensor", "FP8 with scales", 2, &["fp8-tensor"]),
+    ("gpt-oss-mxfp4", "MXFP4 (gpt-oss)", 2, &["mxfp4"]),
+    ("gptq-v1", "GPTQ integers", 3, &["gptq-int4"]),
+    ("gptq-v1-sym-actorder", "GPTQ integers", 3, &["gptq-int4"]),
+    ("modelopt-fp8", "FP8 with scales", 3, &["fp8-tensor"]),
+    ("modelopt-nvfp4", "NVFP4 (ModelOpt)", 4, &["nvfp4"]),
 ];
 
 fn model(name: &str) -> PathBuf {
@@ -77,12 +77,12 @@ fn write_adapter(path: &Path, tensor: &str, dtype: Dtype, shape: &[u64], stored:
 
 #[test]
 fn every_format_is_named_for_what_it_is() {
-    for (name, layout, n) in MODELS {
+    for (name, words, n, layouts) in MODELS {
         let checkpoint = Checkpoint::open(&model(name)).unwrap();
         let weights = checkpoint.codes().weights();
         let names: Vec<&str> = weights.iter().map(|weight| weight.name.as_str()).collect();
         assert_eq!(weights.len(), n, "{name}: {names:?}");
-        assert!(weights.iter().any(|weight| weight.layout.starts_with(layout)), "{name}: {weights:?}");
+        assert!(weights.iter().any(|weight| weight.layout.starts_with(words)), "{name}: {weights:?}");
         for weight in weights {
             assert!(!weight.name.ends_with("_packed") && !weight.name.ends_with("_blocks"), "{name}: {weight:?}");
         }
@@ -93,42 +93,57 @@ fn every_format_is_named_for_what_it_is() {
             assert!(is_plain, "{name}: {} {:?} {:?} is no number", info.name, info.dtype, info.shape);
         }
         let (code, page, _) = run(&["inspect", text(&model(name))]);
-        assert!(code == Some(0) && page.contains(layout) && page.contains("quantized"), "{name}: {page}");
+        assert!(code == Some(0) && page.contains(layouts[0]) && page.contains("quantized"), "{name}: {page}");
         let (_, json, _) = run(&["inspect", text(&model(name)), "--json"]);
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-        let counted: u64 =
-            json["quantized"].as_array().unwrap().iter().map(|of| of["n_weights"].as_u64().unwrap()).sum();
+        let quantized = json["quantized"].as_array().unwrap();
+        let counted: u64 = quantized.iter().map(|of| of["n_weights"].as_u64().unwrap()).sum();
         assert_eq!(counted, n as u64, "{name}");
+        let named: Vec<&str> = quantized.iter().map(|of| of["layout"].as_str().unwrap()).collect();
+        assert_eq!(named, layouts, "{name}");
+        // Weights are counted, not codes.
+        let n_plain = checkpoint.tensors().filter(|tensor| tensor.coded().is_none()).count();
+        assert_eq!(json["n_tensors"].as_u64(), Some((n_plain + n) as u64), "{name}");
+        assert_eq!(json["n_parameters"].as_u64(), Some(checkpoint.n_parameters()), "{name}");
     }
 }
 
 #[test]
-fn codes_are_never_chosen_and_plain_weights_beside_them_are() {
+fn masks_choose_among_decoded_weights_and_never_among_scales() {
     let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("mask.safetensors");
-    for (name, layout, _) in MODELS {
+    let (out, adapter) = (dir.path().join("mask.safetensors"), dir.path().join("adapter.safetensors"));
+    for (name, ..) in MODELS {
         let path = model(name);
         let checkpoint = Checkpoint::open(&path).unwrap();
         let map = WeightMap::new(&checkpoint, Answers::default()).unwrap();
-        for pattern in ["all-linear", "*", checkpoint.codes().weights()[0].name.as_str()] {
-            let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", pattern, "-o", text(&out)]);
-            assert_eq!(code, Some(4), "{name}: {pattern}: {said}");
-            assert!(said.contains("is stored as") && said.contains("codes are not numbers"), "{name}: {said}");
-        }
-        let (_, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", "all-linear", "-o", text(&out)]);
-        assert!(said.contains(layout) || name.starts_with("deepseek"), "{name}: {said}");
-        // Scales are no weights, even where they are named.
-        for tensor in checkpoint.tensors().filter(|tensor| tensor.coded().is_some()) {
-            let named = [tensor.info.name.clone()];
-            assert!(select_targets(&map, &named, &[]).is_err(), "{name}: {}", tensor.info.name);
-        }
-        let plain = ["embed_tokens", "embed"]
-            .into_iter()
-            .find(|pattern| select_targets(&map, &[(*pattern).to_owned()], &[]).is_ok());
-        let plain = plain.unwrap_or_else(|| panic!("{name} has an embedding"));
-        let (code, _, said) = run(&["mask", text(&path), "--k", "1", "--targets", plain, "-o", text(&out)]);
+        let (code, _, said) =
+            run(&["mask", text(&path), "--k", "1", "--hash", "--targets", "all-linear", "-o", text(&out)]);
         assert_eq!(code, Some(0), "{name}: {said}");
-        fs::remove_file(&out).unwrap();
+        let mask = MaskFile::open(&out).unwrap();
+        let weights: Vec<&str> = checkpoint.codes().weights().iter().map(|weight| weight.name.as_str()).collect();
+        for weight in weights {
+            let target = mask.target(weight).unwrap_or_else(|| panic!("{name}: {weight} was not chosen from"));
+            let decoded = checkpoint.weight(weight).unwrap().unwrap();
+            assert_eq!(target.quantized.as_deref(), decoded.layout().map(CodedLayout::name), "{name}: {weight}");
+            assert_eq!((target.dtype, &target.shape), (Dtype::F32, &decoded.info.shape), "{name}: {weight}");
+        }
+        // An adapter on it knows its base by the decoded numbers and by the layout.
+        let (code, _, said) = run(&["init", text(&path), "--mask", text(&out), "-o", text(&adapter)]);
+        assert_eq!(code, Some(0), "{name}: {said}");
+        let (code, page, said) = run(&["inspect", text(&adapter), "--tensors", "--json"]);
+        assert!(code == Some(0) && page.contains("\"quantized\""), "{name}: {said}");
+        let (code, _, said) =
+            run(&["pack", text(&adapter), "--base", text(&path), "-o", text(&dir.path().join("packed"))]);
+        assert_eq!(code, Some(0), "{name}: {said}");
+        for file in ["mask.safetensors", "adapter.safetensors", "packed"] {
+            fs::remove_file(dir.path().join(file)).unwrap();
+        }
+        // Scales are no weights, even where they are named.
+        for weight in checkpoint.codes().weights() {
+            for tensor in weight.tensors().iter().filter(|tensor| **tensor != weight.name).skip(1) {
+                assert!(select_targets(&map, std::slice::from_ref(tensor), &[]).is_err(), "{name}: {tensor}");
+            }
+        }
     }
 }
 
@@ -184,13 +199,13 @@ fn low_rank_products_are_never_added_to_codes() {
 }
 
 #[test]
-fn what_only_compares_or_carries_bytes_goes_on() {
+fn differences_of_codes_are_compared_carried_and_extracted() {
     let dir = tempfile::tempdir().unwrap();
     for (name, ..) in MODELS {
         let path = model(name);
         let (code, page, said) = run(&["diff", text(&path), text(&path)]);
         assert!(code == Some(0) && page.contains("equal"), "{name}: {said}");
-        // One changed code: a difference without a size.
+        // One changed code: one number, or none where it is another code for the same.
         let copy = dir.path().join(name);
         fs::create_dir(&copy).unwrap();
         for entry in fs::read_dir(&path).unwrap() {
@@ -201,7 +216,8 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         let weight = &checkpoint.codes().weights()[0];
         let codes = checkpoint.tensor(&weight.tensors()[0]).unwrap();
         let (file, at) = (codes.shard.path().to_owned(), codes.shard.file_range(codes.info).start as usize);
-        let changed_name = codes.info.name.clone();
+        let changed_name = weight.name.clone();
+        let checkpoint_shape = checkpoint.decoded(weight).unwrap().info.shape.clone();
         drop(checkpoint);
         let mut bytes = fs::read(&file).unwrap();
         bytes[at] ^= 1;
@@ -210,7 +226,8 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         let changed = &json["changed"][0];
         assert!(code == Some(1) && changed["tensor"] == changed_name.as_str(), "{name}: {json}");
-        assert!(changed["change_norm"].is_null() && changed["largest_change"].is_null(), "{name}: {changed}");
+        assert!(changed["n_changed"].as_u64() <= Some(1) && changed["change_norm"].is_number(), "{name}: {changed}");
+        assert_eq!(changed["shape"][0], checkpoint_shape[0], "{name}: {changed}");
         // The same delta as inference servers get it, and back.
         let (sync, again) = (dir.path().join("weight_v000001"), dir.path().join(format!("{name}-again")));
         let base = text(&path);
@@ -220,9 +237,15 @@ fn what_only_compares_or_carries_bytes_goes_on() {
         assert_eq!(code, Some(0), "{name}: {said}");
         assert_eq!(run(&["diff", text(&copy), text(&again)]).0, Some(0), "{name}");
         fs::remove_dir_all(&sync).unwrap();
-        // Codes that changed are no delta to extract.
-        let (code, _, said) = run(&["extract", base, text(&copy), "-o", text(&dir.path().join("e.safetensors"))]);
-        assert!(matches!(code, Some(3 | 4)) && said.contains("codes are not numbers"), "{name}: {code:?} {said}");
+        // What changed is a delta of the decoded number.
+        let delta = dir.path().join("e.safetensors");
+        let (code, _, said) = run(&["extract", base, text(&copy), "-o", text(&delta)]);
+        if changed["n_changed"] == 1 {
+            assert_eq!(code, Some(0), "{name}: {said}");
+            fs::remove_file(&delta).unwrap();
+        } else {
+            assert!(code == Some(4) && said.contains("same"), "{name}: {code:?} {said}");
+        }
     }
 }
 
@@ -423,7 +446,8 @@ fn no_command_takes_the_codes_of_its_base_for_numbers() {
         let name = if arguments[0] == "sync" { "weight_v000001" } else { "out" };
         let out = out.with_file_name(name);
         let (code, _, said) = run(&[arguments, &["-o", text(&out)]].concat());
-        assert!(code == Some(4) && said.contains("codes are not numbers"), "{arguments:?}: {code:?} {said}");
+        let is_named = said.contains("codes are not numbers") || said.contains("its scales are missing");
+        assert!(code == Some(4) && is_named, "{arguments:?}: {code:?} {said}");
         assert!(!out.exists(), "{arguments:?}");
     }
 }

@@ -6,7 +6,7 @@ use ndarray::ArrayView2;
 
 use super::{AdapterError, AdapterNotes, AdapterWriter};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, gather_rows},
+    checkpoint::{Checkpoint, CheckpointError, CodedLayout, Context, Existing, gather_rows},
     mask::{BaseInfo, Recipe},
     tensor::{Dtype, RowColumns},
 };
@@ -59,7 +59,7 @@ impl<'a> AdapterBuilder<'a> {
         values: ArrayView2<'_, f32>,
     ) -> Result<(), AdapterError> {
         let bad = |what: String| CheckpointError::bad_tensor(self.base.root(), name, what);
-        let tensor = self.base.tensor(name).ok_or_else(|| bad("the base has no such tensor".to_owned()))?;
+        let tensor = self.base.weight(name)?.ok_or_else(|| bad("the base has no such tensor".to_owned()))?;
         let layout = tensor.rows(false)?;
         let k = columns.ncols() as u64;
         if columns.dim() != values.dim() || columns.nrows() as u64 != layout.n_rows() || k == 0 || k > layout.d_in {
@@ -82,6 +82,7 @@ impl<'a> AdapterBuilder<'a> {
         let values: Vec<f32> = values.iter().copied().collect();
         let base_values = gather_rows(ctx, tensor, layout, 0, &rows)?;
         self.writer.begin_target(name, tensor.info.dtype, &tensor.info.shape, false, Some(k))?;
+        self.writer.quantized_as(tensor.layout().map(CodedLayout::name));
         self.writer.push_rows(&rows, &values, &base_values)?;
         self.writer.end_target(None);
         Ok(())

@@ -357,7 +357,7 @@ impl Adapter {
     /// # Errors
     /// A column or value that may not be, naming tensor and row.
     pub fn id(&self, ctx: &Context<'_>) -> Result<AdapterId, AdapterError> {
-        let mut hasher = IdHasher::new(self.scale);
+        let mut hasher = IdHasher::new(self.scale, self.targets());
         let mut largest = Vec::with_capacity(self.targets().len());
         for target in self.targets() {
             let mut rows = RowHasher::default();

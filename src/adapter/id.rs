@@ -3,11 +3,12 @@
 //! The id is the BLAKE3 of these bytes, all integers little-endian:
 //!
 //! ```text
-//! "neuroada-ckpt adapter id v1\n"
+//! "neuroada-ckpt adapter id v1\n"         or v2, where some target has a layout
 //! scale                                   f64
 //! for each target, ascending by the bytes of its name:
 //!     length of the name, name            u64, bytes
 //!     length of the base's dtype, dtype   u64, bytes as headers spell it, such as BF16
+//!     v2: length of the layout, layout    u64, bytes, such as fp8-block; empty where the weight is plain
 //!     rank, shape                         u64, u64 each
 //!     transposed                          u8, 0 or 1
 //!     anchor                              32 bytes
@@ -27,7 +28,7 @@ use crate::{
     tensor::{Dtype, RowColumns, dtype_name},
 };
 
-const DOMAIN: &[u8] = b"neuroada-ckpt adapter id v1\n";
+const DOMAINS: [&[u8]; 2] = [b"neuroada-ckpt adapter id v1\n", b"neuroada-ckpt adapter id v2\n"];
 
 /// The content id of an adapter; ids are ordered by their bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,34 +62,42 @@ impl FromStr for AdapterId {
 }
 
 /// Computes an id, target after target in ascending order of name.
-pub(super) struct IdHasher(blake3::Hasher);
+pub(super) struct IdHasher {
+    hasher: blake3::Hasher,
+    has_layouts: bool,
+}
 
 impl IdHasher {
-    pub(super) fn new(scale: f64) -> Self {
+    /// The id of an adapter of this scale and with these targets.
+    pub(super) fn new(scale: f64, targets: &[TargetInfo]) -> Self {
+        let has_layouts = targets.iter().any(|target| target.quantized.is_some());
         let mut hasher = blake3::Hasher::new();
-        hasher.update(DOMAIN).update(&scale.to_le_bytes());
-        Self(hasher)
+        hasher.update(DOMAINS[usize::from(has_layouts)]).update(&scale.to_le_bytes());
+        Self { hasher, has_layouts }
     }
 
     /// Adds a target whose rows were all hashed.
     pub(super) fn target(&mut self, info: &TargetInfo, values: Dtype, rows: &RowHasher) {
         let mut sized = |bytes: &[u8]| {
-            self.0.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+            self.hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
         };
         sized(info.name.as_bytes());
         sized(dtype_name(info.dtype).as_bytes());
-        self.0.update(&(info.shape.len() as u64).to_le_bytes());
-        for size in &info.shape {
-            self.0.update(&size.to_le_bytes());
+        if self.has_layouts {
+            sized(info.quantized.as_deref().unwrap_or_default().as_bytes());
         }
-        self.0.update(&[u8::from(info.transposed)]).update(info.anchor.as_bytes());
+        self.hasher.update(&(info.shape.len() as u64).to_le_bytes());
+        for size in &info.shape {
+            self.hasher.update(&size.to_le_bytes());
+        }
+        self.hasher.update(&[u8::from(info.transposed)]).update(info.anchor.as_bytes());
         let values = dtype_name(values);
-        self.0.update(&(values.len() as u64).to_le_bytes()).update(values.as_bytes());
-        self.0.update(rows.positions.finalize().as_bytes()).update(rows.values.finalize().as_bytes());
+        self.hasher.update(&(values.len() as u64).to_le_bytes()).update(values.as_bytes());
+        self.hasher.update(rows.positions.finalize().as_bytes()).update(rows.values.finalize().as_bytes());
     }
 
     pub(super) fn finish(self) -> AdapterId {
-        AdapterId(*self.0.finalize().as_bytes())
+        AdapterId(*self.hasher.finalize().as_bytes())
     }
 }
 

@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::{AdapterError, AdapterNotes, AdapterWriter};
 use crate::{
     checkpoint::{
-        Checkpoint, CheckpointError, Context, Existing, Printable, Shard, TensorInfo, TensorRef, gather_rows,
+        Checkpoint, CheckpointError, CodedLayout, Context, Existing, Printable, Shard, TensorInfo, TensorRef,
+        gather_rows,
     },
     mask::{BaseInfo, MaskFile, TargetInfo},
     tensor::{Dtype, RowColumns, dtype_name, is_float, widened},
@@ -84,6 +85,7 @@ pub fn init_adapter(
     ctx.observer.begin("starting", mask.nnz());
     for (target, &tensor) in mask.targets().iter().zip(&tensors) {
         writer.begin_target(&target.name, target.dtype, &target.shape, target.transposed, target.uniform_k)?;
+        writer.quantized_as(target.quantized.as_deref());
         let mut first = 0;
         for range in mask.row_ranges(ctx, target, RUN)? {
             ctx.check()?;
@@ -119,21 +121,22 @@ pub fn init_adapter(
 
 /// The base's tensors, by target.
 fn match_base<'a>(base: &'a Checkpoint, mask: &MaskFile) -> Result<Vec<TensorRef<'a>>, AdapterError> {
-    base.refuse_coded(mask.targets().iter().map(|target| target.name.as_str()))?;
     let mut problems = Vec::new();
     let mut tensors = Vec::new();
     for target in mask.targets() {
         let name = Printable(&target.name);
-        match base.numbers(&target.name) {
-            Err(what) => problems.push(format!("\"{name}\": {what}")),
-            Ok(tensor) if (tensor.info.dtype, &tensor.info.shape) != (target.dtype, &target.shape) => {
-                let (made_for, found) = (dtype_name(target.dtype), dtype_name(tensor.info.dtype));
+        match (target.find_in(base)?, base.weight(&target.name)?) {
+            (Some(tensor), _) => tensors.push(tensor),
+            (None, None) => problems.push(format!("\"{name}\": the base has no such tensor")),
+            (None, Some(tensor)) => {
+                let stored = |dtype, layout: Option<&str>| layout.map_or_else(|| dtype_name(dtype), str::to_owned);
+                let made_for = stored(target.dtype, target.quantized.as_deref());
+                let found = stored(tensor.info.dtype, tensor.layout().map(CodedLayout::name));
                 let (shape, found_shape) = (&target.shape, &tensor.info.shape);
                 problems.push(format!(
                     "\"{name}\": the mask was made for {made_for} {shape:?}, the base has {found} {found_shape:?}"
                 ));
             }
-            Ok(tensor) => tensors.push(tensor),
         }
     }
     if problems.is_empty() {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     checkpoint::{CheckpointError, Context, Existing},
-    mask::{BaseInfo, FORMAT_VERSION, Recipe, SparseWriter},
+    mask::{BaseInfo, Recipe, SparseWriter},
     tensor::{Dtype, RowColumns},
 };
 
@@ -71,6 +71,15 @@ impl AdapterWriter {
         name.clone_into(&mut self.target);
         self.n_rows = 0;
         Ok(self.file.begin_target(name, dtype, shape, transposed, uniform_k)?)
+    }
+
+    /// Says how the base stores the open target, a quantized weight, before its first rows come: by its layout's name, such as
+    /// `fp8-block`. Type and shape are then those of what it is decoded to.
+    ///
+    /// # Panics
+    /// Where no target is open, or rows came.
+    pub fn quantized_as(&mut self, layout: Option<&str>) {
+        self.file.quantized_as(layout);
     }
 
     /// Appends rows to the open target: one value per column, rounded to the adapter's type, and the base's bytes at the
@@ -146,7 +155,7 @@ impl AdapterWriter {
         let (recipe, base) = (recipe.clone(), base.clone());
         let AdapterNotes { license, description, author, training } = notes.clone();
         Ok(self.file.finish(ctx, |targets| {
-            let (kind, version) = (KIND.to_owned(), FORMAT_VERSION);
+            let (kind, version) = (KIND.to_owned(), targets.version());
             let document =
                 AdapterDocument { kind, version, scale, recipe, base, targets, license, description, author, training };
             serde_json::to_string(&document)

@@ -140,9 +140,9 @@ impl CodedWeight {
         [named(0, forms), named(N_FORMS, others)].concat()
     }
 
-    /// Whether the stored tensor of this name is a part of it.
-    pub fn holds(&self, tensor: &str) -> bool {
-        owners(tensor).any(|(at, name)| name == self.name && self.has_part(at))
+    /// Whether the stored tensor of this name holds its codes.
+    pub fn has_codes(&self, tensor: &str) -> bool {
+        owners(tensor).any(|(at, name)| at < N_FORMS && name == self.name && self.has_part(at))
     }
 
     fn has_part(&self, at: usize) -> bool {
@@ -152,7 +152,7 @@ impl CodedWeight {
     /// Why it cannot be used, as words for a list of problems.
     pub fn refusal(&self) -> String {
         let layout = &self.layout;
-        format!("it is stored as {layout}; codes are not numbers; use the 16-bit checkpoint that it was made from")
+        format!("it is stored as {layout}; codes are not numbers, and nothing can be added to them yet")
     }
 }
 

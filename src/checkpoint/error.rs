@@ -98,7 +98,7 @@ pub enum CheckpointError {
     },
     /// A weight is stored as codes, which are no numbers by themselves.
     #[error(
-        "{}: \"{}\" is stored as {layout}; codes are not numbers, and this layout is not supported yet",
+        "{}: \"{}\" is stored as {layout}; codes are not numbers, and nothing can be added to them yet",
         Printable::path(.path),
         Printable(.weight)
     )]
@@ -257,7 +257,7 @@ impl Failure for CheckpointError {
             }
             Self::ForeignEntries { .. } => "move them away, or choose another place for the output",
             Self::Coded { .. } => {
-                "use the 16-bit checkpoint that it was made from; its plain weights can be named by --targets"
+                "use the 16-bit checkpoint that it was made from, or the one that `neuroada-ckpt cast --dtype bf16` makes of it"
             }
             Self::Interrupted { path } => return Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
             _ => return None,

@@ -11,7 +11,7 @@ use super::{
     TensorInfo, Window, folder_of,
     index::{Bounds, WrongTotal, index_names, open_shards},
     json::{malformed, read_whole},
-    layouts::{QuantizationConfig, Resolver},
+    layouts::{NegativeZero, QuantizationConfig, Resolver},
     probe, state_folder,
 };
 use crate::tensor::RowLayout;
@@ -86,8 +86,19 @@ impl<'a> TensorRef<'a> {
     /// The bytes `range` of the tensor, in bytes from its start.
     pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
         match self.decoded {
-            Some(Decoded { layout, shards }) => layout.window(ctx, shards, range),
+            Some(Decoded { layout, shards }) => layout.window(ctx, shards, range, NegativeZero::Positive),
             None => self.shard.window(ctx, self.info, range),
+        }
+    }
+
+    /// The same as [`Self::window`]; of a quantized weight -0 stays -0, where else it is read as +0.
+    ///
+    /// # Errors
+    /// As [`Self::window`].
+    pub fn signed_window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
+        match self.decoded {
+            Some(Decoded { layout, shards }) => layout.window(ctx, shards, range, NegativeZero::Kept),
+            None => self.window(ctx, range),
         }
     }
 
@@ -378,14 +389,22 @@ impl Checkpoint {
         }
     }
 
-    /// All weights as numbers, by name: plain tensors, and quantized weights as [`Self::decoded`] has them.
+    /// All weights, by name: plain tensors, and quantized weights as [`Self::decoded`] has them; of those that cannot be decoded, the stored
+    /// tensors.
     ///
     /// # Errors
-    /// As [`Self::decoded`], for the first weight that cannot be decoded.
+    /// A failure to read what decoding needs.
     pub fn weights(&self) -> Result<Vec<TensorRef<'_>>, CheckpointError> {
-        let plain = self.tensors().filter(|tensor| tensor.coded().is_none()).map(Ok);
-        let decoded = self.codes.weights().iter().map(|weight| self.decoded(weight));
-        let mut weights = plain.chain(decoded).collect::<Result<Vec<_>, _>>()?;
+        let mut weights: Vec<_> = self.tensors().filter(|tensor| tensor.coded().is_none()).collect();
+        for weight in self.codes.weights() {
+            match self.decoded(weight) {
+                Ok(tensor) => weights.push(tensor),
+                Err(CheckpointError::Layout { .. }) => {
+                    weights.extend(weight.tensors().iter().filter_map(|name| self.tensor(name)));
+                }
+                Err(other) => return Err(other),
+            }
+        }
         weights.sort_unstable_by(|a, b| a.info.name.cmp(&b.info.name));
         Ok(weights)
     }
@@ -405,9 +424,18 @@ impl Checkpoint {
         &self.codes
     }
 
-    /// Elements of all tensors: the parameters of the model as it is stored.
+    /// Parameters of the model: elements of all tensors, of quantized weights those that they are decoded to. Of a quantized weight that
+    /// cannot be decoded its stored elements are counted.
     pub fn n_parameters(&self) -> u64 {
-        self.tensors().map(|tensor| tensor.info.n_elements()).sum()
+        let plain = self.tensors().filter(|tensor| tensor.coded().is_none()).map(|tensor| tensor.info.n_elements());
+        let quantized = self.codes.weights().iter().map(|weight| match self.decoded(weight) {
+            Ok(tensor) => tensor.info.n_elements(),
+            Err(_) => {
+                let stored = weight.tensors().into_iter().filter_map(|name| self.tensor(&name));
+                stored.map(|tensor| tensor.info.n_elements()).next().unwrap_or(0)
+            }
+        });
+        plain.chain(quantized).sum()
     }
     /// Bytes of all files.
     pub fn n_bytes(&self) -> u64 {

@@ -206,6 +206,7 @@ impl Combination<'_> {
         let uniform_k = member(target.members[0]).uniform_k.filter(|_| target.is_alike);
         if let Some(writer) = &mut self.writer {
             writer.begin_target(&info.name, info.dtype, &info.shape, info.transposed, uniform_k)?;
+            writer.quantized_as(info.quantized.as_deref());
         }
         let (ctx, inputs, ids, options, cuts) = (self.ctx, self.inputs, self.ids, self.options, &self.cuts);
         let pieces: Vec<_> = target.pieces.iter().cloned().enumerate().collect();
@@ -232,8 +233,7 @@ impl Combination<'_> {
                     })
                     .collect();
                 let mut of_piece = combine_rows(inputs, target, &parts, options.method, &dice, rows.start);
-                if let Some(tensor) = options.base.and_then(|base| base.tensor(&info.name)) {
-                    tensor.numbers()?;
+                if let Some(tensor) = options.base.map(|base| info.find_in(base)).transpose()?.flatten() {
                     of_piece.base_values = gather_rows(ctx, tensor, info.layout, rows.start, &of_piece.columns)?;
                 }
                 ctx.observer.advance(parts.iter().map(|part| part.values.len() as u64).sum());

@@ -273,13 +273,10 @@ fn survey_rows(
     });
     let is_alike = parts.windows(2).all(|pair| pair[0].columns == pair[1].columns);
     let at_base = |columns: &RowColumns| -> Result<Vec<u8>, CombineError> {
-        match base.and_then(|base| base.tensor(&target.info.name)) {
-            Some(tensor) if (tensor.info.dtype, &tensor.info.shape) == (target.info.dtype, &target.info.shape) => {
-                tensor.numbers()?;
-                Ok(gather_rows(ctx, tensor, target.info.layout, rows.start, columns)?)
-            }
-            // What is missing is told when all anchors are compared.
-            _ => Ok(Vec::new()),
+        match base.map(|base| target.info.find_in(base)).transpose()?.flatten() {
+            Some(tensor) => Ok(gather_rows(ctx, tensor, target.info.layout, rows.start, columns)?),
+            // A missing weight is reported when all anchors are compared.
+            None => Ok(Vec::new()),
         }
     };
     let anchored = parts.iter().map(|part| at_base(&part.columns)).collect::<Result<_, _>>()?;

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, Context, TensorRef, n_readers, read_and_map_ordered, window_cost},
-    tensor::{Accumulator, Dtype, Float, dtype_name, with_float},
+    tensor::{Accumulator, Dtype, Float, dtype_name, is_float, widened, with_float},
     weights::{Answers, Pairing, WeightMap},
 };
 
@@ -28,13 +28,14 @@ pub struct RetypedTensor {
     pub shape_b: Vec<u64>,
 }
 
-/// A tensor whose bytes differ.
+/// A tensor whose bytes differ, or a quantized weight whose stored tensors or layouts do. Elements of quantized weights are the numbers
+/// that they are decoded to.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct ChangedTensor {
     /// The tensor's name.
     pub tensor: String,
-    /// The element type.
+    /// The element type, or the layout of a quantized weight; where both sides differ, `A -> B`.
     pub dtype: String,
     /// The shape.
     pub shape: Vec<u64>,
@@ -78,9 +79,10 @@ pub struct CheckpointDiff {
     pub bytes_compared: u64,
 }
 
-/// Compares two checkpoints tensor by tensor, however each is cut into shards.
+/// Compares two checkpoints tensor by tensor, however each is cut into shards. A quantized weight is one tensor of the numbers that it is
+/// decoded to, and is compared with the same weight in any other layout or type.
 ///
-/// Reads both once. Memory: a few windows per thread.
+/// Reads both once, and quantized weights whose stored tensors differ once more. Memory: a few windows per thread.
 ///
 /// ```
 /// use neuroada_ckpt::{Checkpoint, Context, diff_checkpoints};
@@ -93,60 +95,35 @@ pub struct CheckpointDiff {
 /// # Errors
 /// [`DiffError`] where a file cannot be read or changed meanwhile; checkpoints that differ are a report.
 pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Result<CheckpointDiff, DiffError> {
-    let found = WeightMap::new(a, Answers::default())?.pairs(&WeightMap::new(b, Answers::default())?);
+    let found = WeightMap::new(a, Answers::default())?.pairs(&WeightMap::new(b, Answers::default())?)?;
     let names = |tensors: &[TensorRef<'_>]| tensors.iter().map(|tensor| tensor.info.name.clone()).collect();
     let (removed, added): (Vec<String>, Vec<String>) = (names(&found.only_a), names(&found.only_b));
     let (mut pairs, mut retyped) = (Vec::new(), Vec::new());
-    for Pairing { a: tensor, b: other } in found.both.into_iter().chain(found.copies_b) {
-        if tensor.info.is_like(other.info) {
-            pairs.push((tensor, other));
-        } else {
-            retyped.push(RetypedTensor {
-                tensor: tensor.info.name.clone(),
-                dtype_a: dtype_name(tensor.info.dtype),
-                shape_a: tensor.info.shape.clone(),
-                dtype_b: dtype_name(other.info.dtype),
-                shape_b: other.info.shape.clone(),
-            });
+    for pairing in found.both.into_iter().chain(found.copies_b) {
+        match Pair::of(pairing) {
+            Some(pair) => pairs.push(pair),
+            None => {
+                let Pairing { a, b } = pairing;
+                retyped.push(RetypedTensor {
+                    tensor: a.info.name.clone(),
+                    dtype_a: stored_as(a),
+                    shape_a: a.info.shape.clone(),
+                    dtype_b: stored_as(b),
+                    shape_b: b.info.shape.clone(),
+                });
+            }
         }
     }
-    let n_bytes = pairs.iter().map(|(tensor, _)| tensor.info.n_bytes()).sum();
-    ctx.observer.begin("comparing", n_bytes);
     let mut found = vec![Changes::default(); pairs.len()];
-    let windows = pairs.iter().enumerate().flat_map(|(i, (tensor, _))| {
-        let (n_bytes, step) = (tensor.info.n_bytes(), step(ctx, tensor.info.dtype));
-        (0..n_bytes).step_by(step as usize).map(move |start| (i, start..n_bytes.min(start + step)))
-    });
-    let both: Vec<TensorRef<'_>> = pairs.iter().flat_map(|&(a, b)| [a, b]).collect();
-    read_and_map_ordered(
-        ctx,
-        windows,
-        |(_, range)| 2 * window_cost(range.end - range.start),
-        n_readers(ctx, &both),
-        |(i, range)| {
-            let (a, b) = pairs[*i];
-            Ok((a.window(ctx, range.clone())?, b.window(ctx, range.clone())?))
-        },
-        |(i, range), (bytes_a, bytes_b)| {
-            let (a, b) = pairs[*i];
-            let changes = compare(a.info.dtype, &bytes_a, &bytes_b);
-            a.shard.confirm(&bytes_a)?;
-            b.shard.confirm(&bytes_b)?;
-            ctx.observer.advance(range.end - range.start);
-            Ok::<_, DiffError>(changes)
-        },
-        |(i, _), pieces| {
-            pieces.iter().for_each(|piece| found[i].add(piece));
-            Ok(())
-        },
-    )?;
+    let n_bytes = compare_bytes(ctx, &mut pairs, &mut found)?;
+    compare_values(ctx, &pairs, &mut found)?;
     a.unchanged()?;
     b.unchanged()?;
     let changed: Vec<ChangedTensor> = pairs
         .iter()
         .zip(&found)
-        .filter(|(_, changes)| changes.n_changed > 0)
-        .map(|((tensor, _), changes)| changed_tensor(*tensor, changes))
+        .filter(|(pair, _)| pair.differs)
+        .map(|(pair, changes)| changed_tensor(pair, changes))
         .collect();
     Ok(CheckpointDiff {
         equal: changed.is_empty() && removed.is_empty() && added.is_empty() && retyped.is_empty(),
@@ -156,9 +133,146 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
         n_same: (pairs.len() - changed.len()) as u64,
         n_changed_elements: changed.iter().map(|tensor| tensor.n_changed).sum(),
         changed,
-        n_elements: pairs.iter().map(|(tensor, _)| tensor.info.n_elements()).sum(),
+        n_elements: pairs.iter().map(|pair| pair.a.info.n_elements()).sum(),
         bytes_compared: n_bytes,
     })
+}
+
+/// The same weight in both.
+struct Pair<'a, 'b> {
+    a: TensorRef<'a>,
+    b: TensorRef<'b>,
+    /// Whether either is quantized, so that numbers are compared and not bytes.
+    is_quantized: bool,
+    /// Whether bytes of stored tensors differ, or the layouts do.
+    differs: bool,
+}
+
+impl<'a, 'b> Pair<'a, 'b> {
+    /// Where they can be compared: plain tensors of one type and shape, or weights of one shape of which one is quantized.
+    fn of(Pairing { a, b }: Pairing<'a, 'b>) -> Option<Self> {
+        let is_quantized = a.layout().is_some() || b.layout().is_some();
+        let fits = if is_quantized {
+            let are_floats = is_float(a.info.dtype) && is_float(b.info.dtype);
+            are_floats && a.info.shape == b.info.shape
+        } else {
+            a.info.is_like(b.info)
+        };
+        fits.then(|| Self { a, b, is_quantized, differs: is_quantized && !have_equal_layouts(a, b) })
+    }
+
+    /// The stored tensors to be compared byte by byte; none where the layouts differ.
+    fn stored(&self) -> Vec<(TensorRef<'a>, TensorRef<'b>)> {
+        if !self.is_quantized {
+            return vec![(self.a, self.b)];
+        }
+        if self.differs {
+            return Vec::new();
+        }
+        let stored = self.a.stored().zip(self.b.stored());
+        stored.map(|((a, x), (b, y))| (TensorRef::of_file(a, x), TensorRef::of_file(b, y))).collect()
+    }
+}
+
+/// Whether both are stored in the same layout, each stored tensor like its counterpart.
+fn have_equal_layouts(a: TensorRef<'_>, b: TensorRef<'_>) -> bool {
+    let name = |tensor: TensorRef<'_>| tensor.layout().map(|layout| layout.name().to_owned());
+    let are_like = a.stored().zip(b.stored()).all(|((_, x), (_, y))| x.is_like(y));
+    name(a) == name(b) && a.stored().count() == b.stored().count() && are_like
+}
+
+/// Compares plain tensors, and the stored tensors of quantized weights; returns the bytes compared, of each side.
+fn compare_bytes(ctx: &Context<'_>, pairs: &mut [Pair<'_, '_>], found: &mut [Changes]) -> Result<u64, DiffError> {
+    let stored: Vec<_> =
+        pairs.iter().enumerate().flat_map(|(i, pair)| pair.stored().into_iter().map(move |(a, b)| (i, a, b))).collect();
+    let n_bytes = stored.iter().map(|(_, a, _)| a.info.n_bytes()).sum();
+    ctx.observer.begin("comparing", n_bytes);
+    let windows = stored.iter().flat_map(|&(i, a, b)| {
+        let (n_bytes, step) = (a.info.n_bytes(), step(ctx, a.info.dtype));
+        (0..n_bytes).step_by(step as usize).map(move |start| (i, a, b, start..n_bytes.min(start + step)))
+    });
+    let both: Vec<TensorRef<'_>> = stored.iter().flat_map(|&(_, a, b)| [a, b]).collect();
+    read_and_map_ordered(
+        ctx,
+        windows,
+        |(.., range)| 2 * window_cost(range.end - range.start),
+        n_readers(ctx, &both),
+        |(_, a, b, range)| Ok((a.window(ctx, range.clone())?, b.window(ctx, range.clone())?)),
+        |(_, a, b, range), (bytes_a, bytes_b)| {
+            let changes = compare(a.info.dtype, &bytes_a, &bytes_b);
+            a.shard.confirm(&bytes_a)?;
+            b.shard.confirm(&bytes_b)?;
+            ctx.observer.advance(range.end - range.start);
+            Ok::<_, DiffError>(changes)
+        },
+        |(i, ..), pieces| {
+            pairs[i].differs |= !pieces.is_empty();
+            if !pairs[i].is_quantized {
+                pieces.iter().for_each(|piece| found[i].add(piece));
+            }
+            Ok(())
+        },
+    )?;
+    Ok(n_bytes)
+}
+
+/// Compares the numbers of quantized weights whose stored tensors differ.
+fn compare_values(ctx: &Context<'_>, pairs: &[Pair<'_, '_>], found: &mut [Changes]) -> Result<(), DiffError> {
+    let differing = || pairs.iter().enumerate().filter(|(_, pair)| pair.is_quantized && pair.differs);
+    let n_elements: u64 = differing().map(|(_, pair)| pair.a.info.n_elements()).sum();
+    if n_elements == 0 {
+        return Ok(());
+    }
+    ctx.observer.begin("comparing values", n_elements);
+    let step = (ctx.window_bytes() / 4 / PIECE as u64).max(1) * PIECE as u64;
+    let runs = differing().flat_map(|(i, pair)| {
+        let n = pair.a.info.n_elements();
+        (0..n).step_by(step as usize).map(move |start| (i, start..n.min(start + step)))
+    });
+    read_and_map_ordered(
+        ctx,
+        runs,
+        // Numbers, and the codes and scales behind them.
+        |(_, run)| 2 * window_cost((run.end - run.start) * 16),
+        0,
+        |(i, run)| {
+            let read = |tensor: TensorRef<'_>| {
+                let width = tensor.info.dtype.bitsize() as u64 / 8;
+                let window = tensor.window(ctx, run.start * width..run.end * width)?;
+                let numbers = widened(tensor.info.dtype, &window);
+                tensor.shard.confirm(&window)?;
+                Ok::<_, DiffError>(numbers)
+            };
+            Ok((read(pairs[*i].a)?, read(pairs[*i].b)?))
+        },
+        |(_, run), (a, b)| {
+            ctx.observer.advance(run.end - run.start);
+            Ok::<_, DiffError>(
+                a.chunks(PIECE).zip(b.chunks(PIECE)).map(|(a, b)| compare_numbers(a, b)).collect::<Vec<_>>(),
+            )
+        },
+        |(i, _), pieces| {
+            pieces.iter().for_each(|piece| found[i].add(piece));
+            Ok(())
+        },
+    )
+}
+
+fn compare_numbers(a: &[f32], b: &[f32]) -> Changes {
+    let mut changes = Changes::default();
+    for (&a, &b) in a.iter().zip(b) {
+        // A NaN on both sides is no change.
+        if a != b && !(a.is_nan() && b.is_nan()) {
+            changes.n_changed += 1;
+            changes.change(f64::from(a), f64::from(b));
+        }
+    }
+    changes
+}
+
+/// The type of a plain tensor, or the layout of a quantized weight.
+fn stored_as(tensor: TensorRef<'_>) -> String {
+    tensor.layout().map_or_else(|| dtype_name(tensor.info.dtype), |layout| layout.name().to_owned())
 }
 
 /// Bytes of one window: whole pieces.
@@ -182,6 +296,16 @@ struct Changes {
 }
 
 impl Changes {
+    /// Counts how far an element changed.
+    fn change(&mut self, a: f64, b: f64) {
+        if a.is_finite() && b.is_finite() {
+            self.sums.pair(a, b);
+            self.change_squares += (b - a) * (b - a);
+        } else {
+            self.n_not_finite += 1;
+        }
+    }
+
     fn add(&mut self, next: &Self) {
         self.n_changed += next.n_changed;
         self.n_not_finite += next.n_not_finite;
@@ -212,14 +336,7 @@ fn compare_floats<T: Float>(a: &[u8], b: &[u8]) -> Changes {
             continue;
         }
         changes.n_changed += 1;
-        let (a, b) = (T::from_le(a), T::from_le(b));
-        if a.is_finite() && b.is_finite() {
-            let (a, b) = (a.widen().to_f64(), b.widen().to_f64());
-            changes.sums.pair(a, b);
-            changes.change_squares += (b - a) * (b - a);
-        } else {
-            changes.n_not_finite += 1;
-        }
+        changes.change(T::from_le(a).widen().to_f64(), T::from_le(b).widen().to_f64());
     }
     changes
 }
@@ -230,14 +347,15 @@ fn compare_bits(dtype: Dtype, a: &[u8], b: &[u8]) -> Changes {
     Changes { n_changed, ..Changes::default() }
 }
 
-fn changed_tensor(tensor: TensorRef<'_>, changes: &Changes) -> ChangedTensor {
-    let info = tensor.info;
-    // Differences of codes are none of the weights.
-    let is_number = crate::tensor::is_float(info.dtype) && tensor.numbers().is_ok();
+fn changed_tensor(pair: &Pair<'_, '_>, changes: &Changes) -> ChangedTensor {
+    let info = pair.a.info;
+    let (from, to) = (stored_as(pair.a), stored_as(pair.b));
+    // Codes and scales of a weight that could not be decoded are no numbers.
+    let is_number = is_float(info.dtype) && pair.a.numbers().is_ok();
     let of_floats = |x: f64| is_number.then_some(x);
     ChangedTensor {
         tensor: info.name.clone(),
-        dtype: dtype_name(info.dtype),
+        dtype: if from == to { from } else { format!("{from} -> {to}") },
         shape: info.shape.clone(),
         n_elements: info.n_elements(),
         n_changed: changes.n_changed,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::Range};
 
 use super::{ExtractError, ExtractOptions};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Context, Printable, RowScan, TensorRef, window_cost},
+    checkpoint::{Checkpoint, CheckpointError, CodedLayout, Context, Printable, RowScan, TensorRef, window_cost},
     mask::{MaskError, ROW_BYTES, Read, select_rows},
     tensor::dtype_name,
     weights::{Answers, Pairing, WeightMap},
@@ -63,16 +63,20 @@ pub(super) fn pairs<'a>(
     let answers = Answers { axes: options.axes.clone(), ..Answers::default() };
     let map = WeightMap::new(base, answers)?;
     map.check_axes(std::iter::empty()).map_err(MaskError::Usage)?;
-    let found = map.pairs(&WeightMap::new(tuned, Answers::default())?);
+    let found = map.pairs(&WeightMap::new(tuned, Answers::default())?)?;
     let mut problems = Vec::new();
     problems.extend(found.only_a.iter().map(|a| format!("\"{}\" was removed", Printable(&a.info.name))));
     let mut matched = Vec::new();
     for Pairing { a, b } in found.both {
-        if b.info.is_like(a.info) {
+        let layouts = [a, b].map(|tensor| tensor.layout().map(CodedLayout::name));
+        if b.info.is_like(a.info) && layouts[0] == layouts[1] {
             matched.push((a, b));
             continue;
         }
-        let [from, to] = [a, b].map(|tensor| dtype_name(tensor.info.dtype));
+        let stored = |tensor: TensorRef<'_>, layout: Option<&str>| {
+            layout.map_or_else(|| dtype_name(tensor.info.dtype), str::to_owned)
+        };
+        let (from, to) = (stored(a, layouts[0]), stored(b, layouts[1]));
         let name = Printable(&a.info.name);
         problems.push(format!("\"{name}\": {from} {:?} became {to} {:?}", a.info.shape, b.info.shape));
     }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     adapter::{Adapter, AdapterNotes, AdapterWriter},
     backend::{ScaledDeltas, merged_values},
-    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Printable, for_each_ordered},
+    checkpoint::{Checkpoint, CheckpointError, CodedLayout, Context, Existing, Printable, for_each_ordered},
     mask::{BaseInfo, POSITION_BYTES, Recipe},
     tensor::{Dtype, dtype_name, projection_kind},
     weights::KindAxes,
@@ -262,6 +262,7 @@ impl Extraction<'_> {
             let (info, dtype) = (pair.base.info, self.values_dtype(survey));
             writer.store_as(dtype);
             writer.begin_target(&info.name, info.dtype, &info.shape, a.layout.transposed, survey.uniform_k())?;
+            writer.quantized_as(pair.base.layout().map(CodedLayout::name));
             // What is made of a run may take 16 bytes for each element.
             let n_bytes = ctx.window_bytes() / 16 * (info.dtype.bitsize() as u64 / 8);
             for_each_ordered(

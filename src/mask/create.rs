@@ -17,7 +17,8 @@ use super::{
 use crate::{
     backend::{CutRows, KeySpace, cut_rows, gather},
     checkpoint::{
-        Checkpoint, CheckpointError, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef, scan_rows_keeping,
+        Checkpoint, CheckpointError, CodedLayout, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef,
+        scan_rows_keeping,
     },
     tensor::{RowBlock, RowColumns, projection_kind},
     weights::{Answers, TargetPattern, WeightMap},
@@ -350,18 +351,20 @@ impl MaskRun<'_> {
         if span.first_row == 0 {
             let info = tensor.info;
             writer.begin_target(&info.name, info.dtype, &info.shape, layout.transposed, uniform_k)?;
+            writer.quantized_as(tensor.layout().map(CodedLayout::name));
             *progress = Progress::default();
         }
         writer.push_rows(&chosen.columns, &chosen.base_values)?;
-        if let Some(window) = window.filter(|_| !layout.transposed) {
+        let is_as_stored = !layout.transposed && tensor.layout().is_none();
+        if let Some(window) = window.filter(|_| is_as_stored) {
             progress.whole.update(window.block().bytes());
         }
         if span.first_row + span.n_rows as u64 == layout.n_rows() {
-            let whole = match (self.options.hash, layout.transposed) {
+            let whole = match (self.options.hash, is_as_stored) {
                 (false, _) => None,
-                (true, false) => Some(progress.whole.finalize()),
-                // Rows did not come in the order they are stored.
-                (true, true) => Some(whole_tensor(self.ctx, tensor)?),
+                (true, true) => Some(progress.whole.finalize()),
+                // Rows did not come as they are stored.
+                (true, false) => Some(whole_tensor(self.ctx, tensor)?),
             };
             writer.end_target(whole);
         }
@@ -489,13 +492,16 @@ fn share_out(n: u64, sizes: &[u64]) -> Vec<u64> {
     shares
 }
 
-/// The BLAKE3 of all of a tensor's bytes.
+/// The BLAKE3 of all of a weight's stored bytes; of a quantized one, codes and then scales.
 fn whole_tensor(ctx: &Context<'_>, tensor: TensorRef<'_>) -> Result<blake3::Hash, CheckpointError> {
     let mut hasher = blake3::Hasher::new();
-    for start in (0..tensor.info.n_bytes()).step_by(ctx.window_bytes() as usize) {
-        ctx.check()?;
-        let end = tensor.info.n_bytes().min(start + ctx.window_bytes());
-        hasher.update(&tensor.window(ctx, start..end)?);
+    for (shard, info) in tensor.stored() {
+        for start in (0..info.n_bytes()).step_by(ctx.window_bytes() as usize) {
+            ctx.check()?;
+            let window = shard.window(ctx, info, start..info.n_bytes().min(start + ctx.window_bytes()))?;
+            hasher.update(&window);
+            shard.confirm(&window)?;
+        }
     }
     Ok(hasher.finalize())
 }

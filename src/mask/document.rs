@@ -5,8 +5,9 @@
 //!  "targets": {"model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": [64, 32], "anchor": "<64 hex digits>"}}}
 //! ```
 //!
-//! A target may also have `"blake3"` (of the whole tensor) and `"transposed": true`. Unknown fields are refused: what
-//! this version does not know it would drop in silence. Documents are bounded before they are parsed.
+//! A target may also have `"blake3"` (of the whole tensor), `"transposed": true`, and from version 2 on `"layout"`: how a quantized weight
+//! is stored, whose `dtype` is then F32, what it is decoded to. Unknown fields are refused: what this version does not know it would
+//! drop in silence. Documents are bounded before they are parsed.
 
 use std::{collections::BTreeMap, fmt, path::Path};
 
@@ -20,8 +21,8 @@ use serde::{
     de::{self, MapAccess, SeqAccess, Visitor},
 };
 
-/// The format version that this program writes, and the newest it reads.
-pub const FORMAT_VERSION: u64 = 1;
+/// The newest format version that this program reads. It writes version 1 where no target has a layout.
+const FORMAT_VERSION: u64 = 2;
 /// Documents larger than this are refused: twice that of an adapter for every expert of the largest published model.
 const MAX_DOCUMENT_BYTES: usize = 32 << 20;
 /// Shapes longer than this are refused while parsing.
@@ -111,11 +112,20 @@ pub(crate) struct TargetEntry {
     pub blake3: Option<blake3::Hash>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub transposed: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
 }
 
 /// All targets, sorted by name, each name once.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TargetEntries(pub Vec<(String, TargetEntry)>);
+
+impl TargetEntries {
+    /// The oldest format version that can say all of this.
+    pub fn version(&self) -> u64 {
+        if self.0.iter().any(|(_, entry)| entry.layout.is_some()) { 2 } else { 1 }
+    }
+}
 
 impl Serialize for TargetEntries {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -283,7 +293,7 @@ pub(crate) fn parse_header<'a, T: Deserialize<'a>>(
         return Err(wrong(article(&head.kind)));
     }
     match head.version {
-        FORMAT_VERSION => Ok(parse(path, json)?),
+        1..=FORMAT_VERSION => Ok(parse(path, json)?),
         0 => Err(malformed(path, &"version 0 does not exist").into()),
         version => Err(MaskError::NewerVersion { path: path.to_owned(), version, known: FORMAT_VERSION }),
     }

@@ -4,7 +4,7 @@ use std::{ops::Range, path::Path};
 
 use super::{
     BaseInfo, MaskError, POSITION_BYTES, ROW_BYTES, Recipe, SparseFile, SparseWriter, TargetInfo,
-    document::{FORMAT_VERSION, MaskDocument, parse_document},
+    document::{MaskDocument, parse_document},
 };
 use crate::{
     checkpoint::{Context, Existing, Shard},
@@ -130,6 +130,15 @@ impl MaskWriter {
         Ok(self.0.begin_target(name, dtype, shape, transposed, uniform_k)?)
     }
 
+    /// Says how the base stores the open target, a quantized weight, before its first rows come: by its layout's name, such as
+    /// `fp8-block`. Type and shape are then those of what it is decoded to.
+    ///
+    /// # Panics
+    /// Where no target is open, or rows came.
+    pub fn quantized_as(&mut self, layout: Option<&str>) {
+        self.0.quantized_as(layout);
+    }
+
     /// Appends rows to the open target. `base_values` are the base's bytes at their columns, in the same order.
     ///
     /// # Panics
@@ -158,7 +167,7 @@ impl MaskWriter {
         let (recipe, base) = (recipe.clone(), base.clone());
         Ok(self.0.finish(ctx, |targets| {
             let kind = KIND.to_owned();
-            serde_json::to_string(&MaskDocument { kind, version: FORMAT_VERSION, recipe, base, targets })
+            serde_json::to_string(&MaskDocument { kind, version: targets.version(), recipe, base, targets })
         })?)
     }
 }

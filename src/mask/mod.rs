@@ -31,7 +31,7 @@ pub use targets::{LLAMA_PROJECTIONS, Selection, SkippedTensor, select_targets};
 
 pub use crate::backend::ScoreKind;
 
-pub(crate) use document::{FORMAT_VERSION, TargetEntries, parse_document, parse_header};
+pub(crate) use document::{TargetEntries, parse_document, parse_header};
 pub(crate) use sparse::{POSITION_BYTES, Part, ROW_BYTES, SparseFile, check_targets};
 pub(crate) use sparse_writer::SparseWriter;
 pub(crate) use targets::{Read, select_rows};

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, ops::Range, path::Path};
 
 use super::document::{TargetEntries, TargetEntry};
 use crate::{
-    checkpoint::{CheckpointError, Context, Header, Printable, Shard, TensorInfo},
+    checkpoint::{Checkpoint, CheckpointError, CodedLayout, Context, Header, Printable, Shard, TensorInfo, TensorRef},
     tensor::{Dtype, RowColumns, RowLayout, dtype_name},
 };
 
@@ -31,13 +31,16 @@ pub struct TargetInfo {
     pub dtype: Dtype,
     /// The base's shape, as stored.
     pub shape: Vec<u64>,
+    /// How the base stores a quantized weight, such as `fp8-block`; `dtype` and `shape` are then those of what it is decoded to.
+    pub quantized: Option<String>,
     /// Whether the base stores each matrix as `[d_in, d_out]`.
     pub transposed: bool,
     /// The base as rows.
     pub layout: RowLayout,
-    /// BLAKE3 over the base's bytes, as stored, at the chosen positions, rows ascending and columns ascending in a row.
+    /// BLAKE3 over the base's bytes, as stored, at the chosen positions, rows ascending and columns ascending in a row. Of a quantized
+    /// weight the bytes are those of the decoded float32 numbers, -0 as +0.
     pub anchor: blake3::Hash,
-    /// BLAKE3 over all of the base's bytes, where that was asked for.
+    /// BLAKE3 over all of the base's bytes, where that was asked for; of a quantized weight, codes and then scales.
     pub blake3: Option<blake3::Hash>,
     /// Chosen positions in all.
     pub nnz: u64,
@@ -46,6 +49,17 @@ pub struct TargetInfo {
 }
 
 impl TargetInfo {
+    /// The weight of `base` that this is a target of: of this name, type, shape and layout.
+    ///
+    /// # Errors
+    /// A quantized weight that cannot be decoded; a failure to read.
+    pub fn find_in<'b>(&self, base: &'b Checkpoint) -> Result<Option<TensorRef<'b>>, CheckpointError> {
+        Ok(base.weight(&self.name)?.filter(|tensor| {
+            let layout = tensor.layout().map(CodedLayout::name);
+            (tensor.info.dtype, &tensor.info.shape, layout) == (self.dtype, &self.shape, self.quantized.as_deref())
+        }))
+    }
+
     /// The most positions that `n_rows` of its rows can have, judged by the header.
     pub(crate) fn max_positions(&self, n_rows: u64) -> u64 {
         n_rows.saturating_mul(self.uniform_k.unwrap_or(self.layout.d_in)).min(self.nnz)
@@ -338,7 +352,7 @@ fn check_target(
     entry: TargetEntry,
     with_values: bool,
 ) -> Result<TargetInfo, (String, String)> {
-    let TargetEntry { dtype, shape, anchor, blake3, transposed } = entry;
+    let TargetEntry { dtype, shape, anchor, blake3, transposed, layout: quantized } = entry;
     let layout = match RowLayout::of(dtype, &shape, transposed) {
         Ok(layout) => layout,
         Err(what) => return Err((name, format!("as a target: {what}"))),
@@ -396,5 +410,5 @@ fn check_target(
         }
     }
     let nnz = columns.n_elements();
-    Ok(TargetInfo { name, dtype, shape, transposed, layout, anchor, blake3, nnz, uniform_k })
+    Ok(TargetInfo { name, dtype, shape, quantized, transposed, layout, anchor, blake3, nnz, uniform_k })
 }

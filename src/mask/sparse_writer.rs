@@ -27,6 +27,7 @@ struct OpenTarget {
     name: String,
     dtype: Dtype,
     shape: Vec<u64>,
+    quantized: Option<String>,
     layout: RowLayout,
     uniform_k: Option<u64>,
     columns: TensorId,
@@ -80,6 +81,7 @@ impl SparseWriter {
             name: name.to_owned(),
             dtype,
             shape: shape.to_vec(),
+            quantized: None,
             layout,
             uniform_k,
             columns,
@@ -93,6 +95,13 @@ impl SparseWriter {
             self.push_offsets(&[0])?;
         }
         Ok(())
+    }
+
+    /// Says how the base stores the open target, a quantized weight, before its first rows come.
+    pub fn quantized_as(&mut self, layout: Option<&str>) {
+        let target = self.open.as_mut().expect("a target is open");
+        assert_eq!(target.n_rows, 0, "a layout comes before the rows");
+        target.quantized = layout.map(str::to_owned);
     }
 
     /// Appends rows; `values` is empty for masks.
@@ -162,7 +171,7 @@ impl SparseWriter {
     /// Closes the open target, whose anchor is known.
     pub fn end_target_anchored(&mut self, anchor: blake3::Hash, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
         let target = self.open.take().expect("a target is open");
-        let OpenTarget { name, dtype, shape, layout, nnz, .. } = target;
+        let OpenTarget { name, dtype, shape, quantized, layout, nnz, .. } = target;
         assert_eq!(target.n_rows, layout.n_rows(), "all rows of \"{name}\" came");
         let listed = match target.uniform_k {
             Some(k) => vec![layout.n_rows(), k],
@@ -175,7 +184,8 @@ impl SparseWriter {
         if let Some(id) = target.values {
             self.file.finish_tensor(id, listed);
         }
-        let entry = TargetEntry { dtype, shape, anchor, blake3: whole, transposed: layout.transposed };
+        let entry =
+            TargetEntry { dtype, shape, anchor, blake3: whole, transposed: layout.transposed, layout: quantized };
         self.entries.push((name, entry));
         (nnz, anchor)
     }
@@ -201,8 +211,8 @@ impl SparseWriter {
             }
             self.file.finish_tensor(id, info.shape.clone());
         }
-        let TargetInfo { name, dtype, shape, transposed, anchor, blake3, .. } = target.clone();
-        self.entries.push((name, TargetEntry { dtype, shape, anchor, blake3, transposed }));
+        let TargetInfo { name, dtype, shape, quantized: layout, transposed, anchor, blake3, .. } = target.clone();
+        self.entries.push((name, TargetEntry { dtype, shape, anchor, blake3, transposed, layout }));
         Ok(())
     }
 

@@ -47,7 +47,8 @@ impl Pattern {
         match self {
             Self::AllLinear => map.is_linear(&weight.name),
             Self::Of(pattern) => {
-                pattern.names(&weight.name) || matches!(pattern, TargetPattern::Name(wanted) if weight.holds(wanted))
+                pattern.names(&weight.name)
+                    || matches!(pattern, TargetPattern::Name(wanted) if weight.has_codes(wanted))
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::WeightMap;
-use crate::checkpoint::TensorRef;
+use crate::checkpoint::{CheckpointError, TensorRef};
 
 /// A tensor of one checkpoint and the one of another that holds the same weight.
 #[derive(Clone, Copy, Debug)]
@@ -28,14 +28,20 @@ pub struct Pairs<'a, 'b> {
 }
 
 impl<'a> WeightMap<'a> {
-    /// Pairs the tensors of this checkpoint with those of another: by name, else by what the name means. A copy of a tied weight that
-    /// only the first stores is paired with the second's one tensor.
-    pub fn pairs<'b>(&self, other: &WeightMap<'b>) -> Pairs<'a, 'b> {
+    /// Pairs the weights of this checkpoint with those of another: by name, else by what the name means. A copy of a tied weight that
+    /// only the first stores is paired with the second's one tensor. A quantized weight is one tensor of the numbers that it is decoded
+    /// to; where it cannot be decoded, its stored tensors are paired like any others.
+    ///
+    /// # Errors
+    /// A failure to read what decoding needs.
+    pub fn pairs<'b>(&self, other: &WeightMap<'b>) -> Result<Pairs<'a, 'b>, CheckpointError> {
+        let (all_a, all_b) = (self.checkpoint.weights()?, other.checkpoint.weights()?);
         let mut pairs = Pairs::default();
         let mut taken: BTreeSet<&str> = BTreeSet::new();
         let mut rest = Vec::new();
-        for a in self.checkpoint.tensors() {
-            match other.checkpoint.tensor(&a.info.name) {
+        for &a in &all_a {
+            let found = all_b.binary_search_by(|b| b.info.name.cmp(&a.info.name));
+            match found.ok().map(|at| all_b[at]) {
                 Some(b) => {
                     taken.insert(&b.info.name);
                     pairs.both.push(Pairing { a, b });
@@ -57,7 +63,7 @@ impl<'a> WeightMap<'a> {
                 _ => pairs.only_a.push(a),
             }
         }
-        for b in other.checkpoint.tensors().filter(|b| !taken.contains(b.info.name.as_str())) {
+        for b in all_b.into_iter().filter(|b| !taken.contains(b.info.name.as_str())) {
             let same = |a: TensorRef<'a>| a.info.is_like(b.info);
             match self.tie(&b.info.name).and_then(|_| self.find(&b.info.name, same).ok()) {
                 Some(found) => pairs.copies_b.push(Pairing { a: found.tensor, b }),
@@ -65,6 +71,6 @@ impl<'a> WeightMap<'a> {
             }
         }
         pairs.both.sort_by(|x, y| x.a.info.name.cmp(&y.a.info.name));
-        pairs
+        Ok(pairs)
     }
 }

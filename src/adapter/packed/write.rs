@@ -25,7 +25,7 @@ use crate::{
         Checkpoint, CheckpointError, Context, DOCUMENT_KEY, Existing, TensorFileWriter, for_each_ordered, gather_cost,
         gather_rows, tensor_file_header,
     },
-    mask::{FORMAT_VERSION, Part, TargetInfo},
+    mask::{Part, TargetInfo},
     tensor::{Dtype, RowColumns},
 };
 
@@ -213,7 +213,7 @@ pub fn pack_adapter(
     }
     let document = PackedDocument {
         kind: KIND.to_owned(),
-        version: FORMAT_VERSION,
+        version: if adapter.targets().iter().any(|target| target.quantized.is_some()) { 2 } else { 1 },
         id: survey.ids.1.to_string(),
         adapter_bytes,
         columns,
@@ -372,7 +372,8 @@ impl Survey {
         let choice = options.values;
         // Kept values merge into what they merged into.
         let base = options.base.filter(|_| choice != ValuesChoice::Keep);
-        let (mut source_id, mut id) = (IdHasher::new(adapter.scale()), IdHasher::new(adapter.scale()));
+        let new_id = || IdHasher::new(adapter.scale(), adapter.targets());
+        let (mut source_id, mut id) = (new_id(), new_id());
         let mut sums = Sums { merged: base.map(|_| Differences::default()), ..Sums::default() };
         ctx.observer.begin("surveying", adapter.nnz());
         let mut hashers = TargetHashers::default();
@@ -450,12 +451,9 @@ fn survey_block(
     let merged = match base {
         None => None,
         Some(base) => {
-            let tensor = base
-                .tensor(&target.name)
-                .filter(|tensor| (tensor.info.dtype, &tensor.info.shape) == (target.dtype, &target.shape));
-            let tensor = tensor
+            let tensor = target
+                .find_in(base)?
                 .ok_or_else(|| AdapterError::other_base("it", adapter.path(), &target.name, adapter.base(), base))?;
-            tensor.numbers()?;
             let originals = gather_rows(ctx, tensor, target.layout, rows.start, &columns)?;
             let merge = |values: &[f32]| {
                 let layer = ScaledDeltas { columns: &columns, values, scale: adapter.scale() };

@@ -111,15 +111,29 @@ struct Source<'a> {
     shards: &'a [Shard],
 }
 
+/// What becomes of -0, for which formats have codes of their own that tools exchange with those of +0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum NegativeZero {
+    /// It becomes +0: equal numbers have equal bytes.
+    Positive,
+    /// It stays, as the formats' own libraries leave it.
+    Kept,
+}
+
 /// Takes decoded numbers in their order.
-struct Sink(Vec<u8>);
+struct Sink {
+    bytes: Vec<u8>,
+    negative_zero: NegativeZero,
+}
 
 impl Sink {
     fn push(&mut self, numbers: &[f32]) {
-        let at = self.0.len();
-        self.0.resize(at + 4 * numbers.len(), 0);
-        for (le, number) in self.0[at..].chunks_exact_mut(4).zip(numbers) {
-            le.copy_from_slice(&number.to_le_bytes());
+        let at = self.bytes.len();
+        self.bytes.resize(at + 4 * numbers.len(), 0);
+        // -0 + 0 is +0, and -0 + -0 is -0; nothing else changes.
+        let zero = if self.negative_zero == NegativeZero::Kept { -0.0 } else { 0.0 };
+        for (le, number) in self.bytes[at..].chunks_exact_mut(4).zip(numbers) {
+            le.copy_from_slice(&(number + zero).to_le_bytes());
         }
     }
 }
@@ -165,10 +179,12 @@ impl CodedLayout {
         ctx: &Context<'_>,
         shards: &[Shard],
         range: Range<u64>,
+        negative_zero: NegativeZero,
     ) -> Result<Window, CheckpointError> {
         assert!(range.start <= range.end && range.end <= self.info.n_bytes(), "a window lies inside its weight");
         assert!(range.start.is_multiple_of(4) && range.end.is_multiple_of(4), "a window holds whole numbers");
-        let mut sink = Sink(Vec::with_capacity((range.end - range.start) as usize));
+        let bytes = Vec::with_capacity((range.end - range.start) as usize);
+        let mut sink = Sink { bytes, negative_zero };
         let elements = range.start / 4..range.end / 4;
         if !elements.is_empty() {
             let source = Source { ctx, shards };
@@ -178,7 +194,7 @@ impl CodedLayout {
                 Family::Flat(codes) => codes.decode(source, elements, &mut sink)?,
             }
         }
-        Ok(Window::owned(sink.0))
+        Ok(Window::owned(sink.bytes))
     }
 }
 

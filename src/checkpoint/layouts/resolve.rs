@@ -219,7 +219,8 @@ impl<'a> Resolver<'a> {
         };
         let layout = matrix(codes)?;
         let grid = Grid::new(scales.stored, scales.info, &layout, self.block_for(scales, &layout))?;
-        let name = match (grid.is_single(), grid.is_by_rows(), grid.group()) {
+        let is_single = grid.is_single() && self.config.block().is_none();
+        let name = match (is_single, grid.is_by_rows(), grid.group()) {
             (true, ..) => "fp8-tensor",
             (_, true, _) => "fp8-channel",
             (.., Some(32)) if grid.dtype() == ScaleType::E8M0 => "mxfp8",

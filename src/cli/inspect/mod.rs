@@ -23,7 +23,9 @@ use super::{
 };
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorRef, probe, read_whole},
+    checkpoint::{
+        Checkpoint, CheckpointError, DOCUMENT_KEY, Layout, Printable, TensorInfo, TensorRef, probe, read_whole,
+    },
     mask::{FileKind, MaskFile},
     merge::{ActiveAdapter, LedgerSummary, MergeError, NamedAdapter, ledger_summary, named_adapters},
     tensor::{dtype_name, projection_kind},
@@ -154,13 +156,18 @@ struct DtypeCount {
     count: Count,
 }
 
-/// Weights that are stored as codes in one layout.
+/// Quantized weights of one layout.
 #[derive(Serialize)]
 struct QuantizedCount {
     layout: String,
     n_weights: u64,
+    /// What they are decoded to.
+    n_parameters: u64,
     /// The first of them, by name.
     example: String,
+    /// Why they cannot be decoded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
 }
 
 /// Tensors of one kind, type and shape.
@@ -232,7 +239,8 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> Cli
         (Kind::Checkpoint, None) => named_adapters(&checkpoint),
         _ => Vec::new(),
     };
-    let chosen = || checkpoint.tensors().filter(|tensor| filter.is_none_or(|f| f.is_match(&tensor.info.name)));
+    let weights = checkpoint.weights()?;
+    let chosen = || weights.iter().copied().filter(|tensor| filter.is_none_or(|f| f.is_match(&tensor.info.name)));
     let total = Count::of(chosen());
     Ok(InspectReport {
         kind,
@@ -249,7 +257,7 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> Cli
         n_bytes: checkpoint.n_bytes(),
         dtypes: count_dtypes(chosen()),
         kinds: count_kinds(chosen()),
-        quantized: count_quantized(&checkpoint),
+        quantized: count_quantized(&checkpoint)?,
         weights: if kind == Kind::Checkpoint { WeightFacts::of(&checkpoint)? } else { WeightFacts::default() },
         shards: shard_facts(&checkpoint),
         peft,
@@ -298,7 +306,7 @@ impl Count {
         self.n_tensors += 1;
         // Sizes of a file fit 64 bits, and so do their sums over shards that exist.
         self.n_parameters = self.n_parameters.saturating_add(tensor.info.n_elements());
-        self.n_bytes += tensor.info.n_bytes();
+        self.n_bytes += tensor.stored_bytes();
     }
 }
 
@@ -306,12 +314,12 @@ impl TensorFacts {
     fn of(tensor: TensorRef<'_>) -> Self {
         Self {
             name: tensor.info.name.clone(),
-            dtype: dtype_name(tensor.info.dtype),
+            dtype: stored_as(tensor),
             shape: tensor.info.shape.clone(),
             n_parameters: tensor.info.n_elements(),
-            n_bytes: tensor.info.n_bytes(),
+            n_bytes: tensor.stored_bytes(),
             shard: tensor.shard.file_name(),
-            offset: tensor.shard.file_range(tensor.info).start,
+            offset: tensor.stored().next().map_or(0, |(shard, info)| shard.file_range(info).start),
         }
     }
 }
@@ -320,7 +328,7 @@ impl TensorFacts {
 fn count_dtypes<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<DtypeCount> {
     let mut counts: BTreeMap<String, Count> = BTreeMap::new();
     for tensor in tensors {
-        counts.entry(dtype_name(tensor.info.dtype)).or_default().add(&tensor);
+        counts.entry(stored_as(tensor)).or_default().add(&tensor);
     }
     let mut counts: Vec<_> = counts.into_iter().map(|(dtype, count)| DtypeCount { dtype, count }).collect();
     counts.sort_by_key(|dtype| std::cmp::Reverse(dtype.count.n_bytes));
@@ -331,8 +339,8 @@ fn count_dtypes<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<DtypeCo
 fn count_kinds<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<KindCount> {
     let mut counts: BTreeMap<(&str, String, &[u64]), Count> = BTreeMap::new();
     for tensor in tensors {
-        let key = (projection_kind(&tensor.info.name), dtype_name(tensor.info.dtype), &tensor.info.shape[..]);
-        counts.entry(key).or_default().add(&tensor);
+        let TensorInfo { name, shape, .. } = tensor.info;
+        counts.entry((projection_kind(name), stored_as(tensor), &shape[..])).or_default().add(&tensor);
     }
     let kind_count = |((kind, dtype, shape), count): ((&str, _, &[u64]), _)| KindCount {
         kind: kind.to_owned(),
@@ -345,16 +353,30 @@ fn count_kinds<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<KindCoun
     counts
 }
 
-/// By layout, its weights by name.
-fn count_quantized(checkpoint: &Checkpoint) -> Vec<QuantizedCount> {
-    let mut counts: BTreeMap<&str, QuantizedCount> = BTreeMap::new();
+/// The type of a plain tensor, or the layout of a quantized weight.
+fn stored_as(tensor: TensorRef<'_>) -> String {
+    tensor.layout().map_or_else(|| dtype_name(tensor.info.dtype), |layout| layout.name().to_owned())
+}
+
+/// By layout, the weights by name. Of weights that cannot be decoded, why.
+fn count_quantized(checkpoint: &Checkpoint) -> CliResult<Vec<QuantizedCount>> {
+    let mut counts: BTreeMap<String, QuantizedCount> = BTreeMap::new();
     for weight in checkpoint.codes().weights() {
-        // Where exactly the scales are differs from weight to weight.
-        let layout = weight.layout.split(" in \"").next().unwrap_or_default();
-        let new = || QuantizedCount { layout: layout.to_owned(), n_weights: 0, example: weight.name.clone() };
-        counts.entry(layout).or_insert_with(new).n_weights += 1;
+        let (layout, n_parameters, problem) = match checkpoint.decoded(weight) {
+            Ok(tensor) => (stored_as(tensor), tensor.info.n_elements(), None),
+            // Where exactly the scales are differs from weight to weight.
+            Err(CheckpointError::Layout { layout, why, .. }) => {
+                (layout.split(" in \"").next().unwrap_or_default().to_owned(), 0, Some(why))
+            }
+            Err(other) => return Err(other.into()),
+        };
+        let example = weight.name.clone();
+        let new = || QuantizedCount { layout: layout.clone(), n_weights: 0, n_parameters: 0, example, problem };
+        let count = counts.entry(layout.clone()).or_insert_with(new);
+        count.n_weights += 1;
+        count.n_parameters += n_parameters;
     }
-    counts.into_values().collect()
+    Ok(counts.into_values().collect())
 }
 
 fn shard_facts(checkpoint: &Checkpoint) -> Vec<ShardFacts> {
@@ -382,9 +404,17 @@ fn write_page(report: &InspectReport, page: &mut Page) {
         None => facts.extend([("tensors", count(report.n_tensors)), ("parameters", count(report.n_parameters))]),
     }
     facts.push(("size", bytes(report.n_bytes)));
-    for QuantizedCount { layout, n_weights, example } in &report.quantized {
-        let example = Printable(example);
-        facts.push(("quantized", format!("{} weights as {layout}, such as {example}", count(*n_weights))));
+    for QuantizedCount { layout, n_weights, example, problem, .. } in &report.quantized {
+        let (n_weights, example) = (count(*n_weights), Printable(example));
+        facts.push((
+            "quantized",
+            match problem {
+                None => format!("{n_weights} weights as {layout}, such as {example}"),
+                Some(why) => {
+                    format!("{n_weights} weights as {layout}, such as {example}, cannot be decoded: {}", Printable(why))
+                }
+            },
+        ));
     }
     facts.extend(report.weights.facts());
     if let Some(peft) = &report.peft {

@@ -68,6 +68,9 @@ struct TargetFacts {
     name: String,
     dtype: String,
     shape: Vec<u64>,
+    /// How the base stores a quantized weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantized: Option<String>,
     transposed: bool,
     k: Option<u64>,
     nnz: u64,
@@ -104,7 +107,8 @@ impl SparseFacts {
         let chosen = || targets.iter().filter(|target| filter.is_none_or(|filter| filter.is_match(&target.name)));
         let mut kinds: BTreeMap<_, SparseKind> = BTreeMap::new();
         for target in chosen() {
-            let (dtype, k) = (dtype_name(target.dtype), target.uniform_k);
+            let dtype = target.quantized.clone().unwrap_or_else(|| dtype_name(target.dtype));
+            let k = target.uniform_k;
             let of = if target.shape.len() == 1 && target.name.ends_with(".bias") { ".bias" } else { "" };
             let kind = format!("{}{of}", projection_kind(&target.name));
             let values_dtype = values_dtype(target);
@@ -212,6 +216,7 @@ impl TargetFacts {
             name: target.name.clone(),
             dtype: dtype_name(target.dtype),
             shape: target.shape.clone(),
+            quantized: target.quantized.clone(),
             transposed: target.layout.transposed,
             k: target.uniform_k,
             nnz: target.nnz,
