@@ -15,6 +15,7 @@
 //! | [`create_mask`], [`join_masks`] | chooses connections |
 //! | [`init_adapter`], [`AdapterBuilder`] | starts an adapter, or writes one that was trained elsewhere |
 //! | [`extract()`], [`combine()`], [`convert()`] | makes adapters of checkpoints, of adapters, of other tools' adapters |
+//! | [`cast()`] | writes a checkpoint in another type or in other shards; decodes quantized ones |
 //! | [`merge()`], [`unmerge`], [`verify`], [`recover`] | adds adapters to a checkpoint, takes them out, proves it |
 //! | [`diff_checkpoints`], [`diff_adapters`], [`diff_masks`] | compares by value |
 //! | [`pack_adapter`] | makes an adapter as small as it gets |
@@ -67,7 +68,7 @@
 // The floors of the crate. Imports go down this list, never up:
 //
 // - cli: the command line
-// - merge, diff, extract, combine, convert, sync and train: what users ask for; they do not import one another
+// - merge, diff, extract, combine, convert, cast, sync and train: what users ask for; they do not import one another
 // - data: training data, from rows to packed batches
 // - adapter: compact sparse files
 // - mask: policy, which weights
@@ -80,6 +81,7 @@
 // gpu is a guest beside them: it implements traits of backend and train, and nothing but cli imports it. guide is documentation alone.
 mod adapter;
 mod backend;
+mod cast;
 mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -107,6 +109,7 @@ pub use adapter::{
     Adapter, AdapterBuilder, AdapterError, AdapterId, AdapterNotes, ColumnsChoice, ConvertReport, InitOptions,
     InitReport, PackOptions, PackReport, ValuesChoice, init_adapter, pack_adapter,
 };
+pub use cast::{CastError, CastOptions, CastReport, cast};
 pub use checkpoint::{Checkpoint, CheckpointError, Context, Existing, Io, Observer, TensorInfo, TensorRef};
 pub use combine::{CombineError, CombineInput, CombineOptions, CombineReport, Method, combine};
 pub use convert::{ConvertError, convert};

@@ -102,6 +102,36 @@ impl<'a> TensorRef<'a> {
         }
     }
 
+    /// Columns of one matrix of a stack, row after row, as float32 numbers `[d_out, columns]`; -0 stays -0.
+    ///
+    /// Memory: the result, or where it is not all columns, a row more.
+    ///
+    /// # Errors
+    /// As [`Self::window`].
+    ///
+    /// # Panics
+    /// Where the weight is not quantized, or has no such columns.
+    pub fn signed_columns(
+        &self,
+        ctx: &Context<'_>,
+        stack: u64,
+        columns: std::ops::Range<u64>,
+    ) -> Result<Window, CheckpointError> {
+        assert!(self.decoded.is_some(), "columns of a quantized weight");
+        let [.., d_out, d_in] = self.info.shape[..] else { panic!("a quantized weight is a matrix or a stack") };
+        assert!(columns.start < columns.end && columns.end <= d_in, "columns lie inside the rows");
+        let row = |row: u64| (stack * d_out + row) * d_in;
+        if columns == (0..d_in) {
+            return self.signed_window(ctx, 4 * row(0)..4 * row(d_out));
+        }
+        let mut bytes = Vec::with_capacity((d_out * (columns.end - columns.start) * 4) as usize);
+        for i in 0..d_out {
+            let range = 4 * (row(i) + columns.start)..4 * (row(i) + columns.end);
+            bytes.extend_from_slice(&self.signed_window(ctx, range)?);
+        }
+        Ok(Window::owned(bytes))
+    }
+
     /// How the weight is stored, where it is quantized and read as numbers.
     pub fn layout(&self) -> Option<&'a CodedLayout> {
         self.decoded.map(|decoded| decoded.layout)

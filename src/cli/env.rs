@@ -75,7 +75,7 @@ enum IoChoice {
 }
 
 /// Reads a size such as `256M`; units are powers of 1024, with or without `B` or `iB`.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let shift = match unit.trim_start().to_ascii_lowercase().as_str() {

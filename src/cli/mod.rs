@@ -9,6 +9,7 @@
 
 mod about;
 mod card;
+mod cast;
 mod combine;
 mod completions;
 mod convert;
@@ -92,6 +93,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Convert(convert::ConvertArgs),
     Sync(sync::SyncArgs),
+    Cast(cast::CastArgs),
     Merge(merge::MergeArgs),
     Unmerge(unmerge::UnmergeArgs),
     Verify(verify::VerifyArgs),
@@ -117,6 +119,7 @@ fn run_command(command: Command, env: &Env) -> CliResult<Answer> {
         Command::Eval(args) => eval::run(args, env),
         Command::Convert(args) => convert::run(args, env),
         Command::Sync(args) => sync::run(args, env),
+        Command::Cast(args) => cast::run(args, env),
         Command::Merge(args) => merge::run(args, env),
         Command::Unmerge(args) => unmerge::run(args, env),
         Command::Verify(args) => verify::run(args, env),

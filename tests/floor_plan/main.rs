@@ -34,6 +34,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("extract", BELOW_COMMANDS),
     ("combine", BELOW_COMMANDS),
     ("convert", BELOW_COMMANDS),
+    ("cast", BELOW_COMMANDS),
     ("sync", BELOW_COMMANDS),
     ("train", &["error", "tensor", "checkpoint", "backend", "weights", "mask", "adapter", "data"]),
     // A guest: it does what the floors below let an accelerator do, and none of them knows it.
@@ -56,6 +57,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "extract",
             "combine",
             "convert",
+            "cast",
             "sync",
             "train",
         ],

@@ -36,6 +36,8 @@ pub struct CodedLayout {
     /// The stored tensors: codes, then scales, in the order in which a whole weight is hashed.
     stored: Vec<Stored>,
     family: Family,
+    /// Whether the model holds each matrix as `[d_in, d_out]`.
+    is_transposed_in_memory: bool,
 }
 
 #[derive(Debug)]
@@ -147,6 +149,11 @@ impl CodedLayout {
     /// A stable name of the layout, such as `fp8-block` or `gptq-int4`, for files and reports.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the model holds each matrix as `[d_in, d_out]` once it is decoded (experts of gpt-oss), so that a plain checkpoint stores it so.
+    pub fn is_transposed_in_memory(&self) -> bool {
+        self.is_transposed_in_memory
     }
 
     /// The stored tensors of the weight: codes, then scales.

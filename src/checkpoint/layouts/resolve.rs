@@ -91,7 +91,8 @@ impl<'a> Resolver<'a> {
         let layout = self.resolve_any(weight).and_then(|resolved| {
             let Resolved { name, shape, stored, family } = resolved;
             let (info, _) = decoded_info(&weight.name, shape)?;
-            Ok(CodedLayout { info, name, stored, family })
+            let is_transposed_in_memory = self.part(weight, Behind("_blocks")).is_some();
+            Ok(CodedLayout { info, name, stored, family, is_transposed_in_memory })
         });
         layout.map_err(|failed| match failed {
             Failed::Error(error) => error,
