@@ -307,11 +307,18 @@ impl<'a> Resolver<'a> {
         let shape = widened(codes, 2, 1)?;
         let layout = matrix_of(&shape)?;
         let grid = Grid::new(scales.stored, scales.info, &layout, None)?;
-        let name = match grid.dtype() {
-            ScaleType::E8M0 => "mxfp4",
-            ScaleType::E4M3 => "nvfp4",
+        let (name, group) = match grid.dtype() {
+            ScaleType::E8M0 => ("mxfp4", 32),
+            ScaleType::E4M3 => ("nvfp4", 16),
             _ => return why(format!("4-bit floats with scales {} are not supported", scales.named())),
         };
+        if grid.group() != Some(group) && !(grid.is_by_rows() && layout.d_in == group) {
+            return why(format!(
+                "{} does not hold a scale for each {group} elements of {}",
+                scales.named(),
+                codes.named()
+            ));
+        }
         let plain = RowCodes::plain(layout, grid, codes.stored);
         let family = RowCodes { code_type: CodeType::E2M1, row_bytes: layout.d_in / 2, global, ..plain };
         Ok(Resolved { name: name.to_owned(), shape, stored, family: Family::Rows(family) })
