@@ -105,6 +105,50 @@ fn plain_checkpoints_are_cast_and_cut_into_other_shards() {
     assert!(report.dry_run && report.n_shards as usize == again.shards().len());
 }
 
+/// Stops when a pass has come so far.
+struct StopAt(std::sync::atomic::AtomicU64, u64);
+
+impl neuroada_ckpt::Observer for StopAt {
+    fn advance(&self, n: u64) {
+        self.0.fetch_add(n, std::sync::atomic::Ordering::Relaxed);
+    }
+    fn is_cancelled(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Relaxed) > self.1
+    }
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_where_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, output) = (folder.path().join("whole"), folder.path().join("out"));
+    let base = Checkpoint::open(&fixtures().join("tiny-llama")).unwrap();
+    let options = CastOptions { max_shard_bytes: Some(60_000), resume: true, ..to(Dtype::F32) };
+    cast(&Context::default(), &base, &options, Some((&whole, Existing::Keep))).unwrap();
+    let stop = StopAt(0.into(), 250_000);
+    let ctx = Context { observer: &stop, ..Context::default() };
+    let error = cast(&ctx, &base, &options, Some((&output, Existing::Keep))).unwrap_err();
+    assert!(error.to_string().contains("stopped") && !output.exists(), "{error}");
+    let partial = folder.path().join(".out.neuroada-partial");
+    let finished = || {
+        fs::read_dir(&partial)
+            .unwrap()
+            .filter(|entry| entry.as_ref().unwrap().file_name().to_str().unwrap().ends_with(".safetensors"))
+    };
+    assert!(finished().count() > 0, "shards are kept");
+    // One of them is damaged: it is written anew.
+    let damaged = finished().next().unwrap().unwrap().path();
+    let mut bytes = fs::read(&damaged).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    let report = cast(&Context::default(), &base, &options, Some((&output, Existing::Keep))).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("it was written anew")), "{:?}", report.notes);
+    for entry in fs::read_dir(&whole).unwrap() {
+        let name = entry.unwrap().file_name();
+        assert!(fs::read(whole.join(&name)).unwrap() == fs::read(output.join(&name)).unwrap(), "{name:?}");
+    }
+    assert_eq!(fs::read_dir(&whole).unwrap().count(), fs::read_dir(&output).unwrap().count());
+}
+
 #[test]
 fn a_number_too_large_for_the_new_type_is_named() {
     let folder = tempfile::tempdir().unwrap();

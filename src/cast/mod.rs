@@ -18,8 +18,8 @@ pub use error::CastError;
 use self::plan::{Plan, Shard};
 use crate::{
     checkpoint::{
-        AtomicDir, AtomicFile, Checkpoint, Context, Existing, Layout, LeftOut, check_free_space, copy_side_files,
-        folder_of,
+        AtomicDir, AtomicFile, Checkpoint, Context, Existing, Layout, LeftOut, Resume, check_free_space,
+        copy_side_files, folder_of, give_name,
     },
     tensor::Dtype,
 };
@@ -35,6 +35,9 @@ pub struct CastOptions {
     pub allow_overflow: bool,
     /// Whether files beside the shards come along that contradict the new weights, such as other copies of the old ones.
     pub keep_other_files: bool,
+    /// Whether a run that is cut short leaves its finished shards, and a later one with the same request proves them and goes on. Of
+    /// folders only.
+    pub resume: bool,
 }
 
 /// What was cast.
@@ -110,11 +113,31 @@ fn write_folder(
     (path, existing): (&Path, Existing),
     report: &mut CastReport,
 ) -> Result<(), CastError> {
-    let output = AtomicDir::create(path, existing)?;
+    let output = match options.resume {
+        true => AtomicDir::create_resumable(path, existing, &plan.text(base))?,
+        false => AtomicDir::create(path, existing)?,
+    };
     check_free_space(folder_of(path), plan.n_bytes())?;
+    let names: Vec<String> = plan.shards.iter().map(|shard| shard.name.clone()).collect();
+    let resume = match options.resume {
+        true => Some(Resume::begin(ctx, output.path(), &plan.text(base), &names)?),
+        false => None,
+    };
     ctx.observer.begin("casting", plan.n_data_bytes());
     for shard in &plan.shards {
-        report.n_overflowed += write::shard(ctx, shard, &output.path().join(&shard.name), options)?;
+        if resume.as_ref().is_some_and(|resume| resume.has(&shard.name)) {
+            continue;
+        }
+        let path = output.path().join(&shard.name);
+        let part = path.with_extension("part");
+        report.n_overflowed += write::shard(ctx, shard, &part, options)?;
+        if let Some(resume) = &resume {
+            resume.record_file(ctx, &shard.name, &part)?;
+        }
+        give_name(&part, &path)?;
+    }
+    if let Some(resume) = resume {
+        report.notes.extend(resume.finish(&names)?);
     }
     report.left_out = copy_side_files(ctx, base, output.path(), options.keep_other_files)?;
     texts::write(base, plan, output.path(), report)?;

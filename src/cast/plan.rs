@@ -94,6 +94,18 @@ impl<'a> Plan<'a> {
         self.shards.iter().map(|shard| shard.header.file_bytes()).sum()
     }
 
+    /// What the output will be: a later run goes on with what an earlier one left only where this is the same.
+    pub(super) fn text(&self, base: &Checkpoint) -> String {
+        let mut text = format!("cast v1\n{:?} {}\n", self.options.dtype, self.options.allow_overflow);
+        for shard in base.shards() {
+            text += &format!("{} {}\n", shard.file_name(), shard.stamp());
+        }
+        for shard in &self.shards {
+            text += &format!("{} {}\n", shard.name, blake3::hash(&shard.header_json).to_hex());
+        }
+        text
+    }
+
     /// Bytes of all tensors.
     pub(super) fn n_data_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.header.file_bytes() - shard.header.data_start()).sum()

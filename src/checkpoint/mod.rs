@@ -10,6 +10,7 @@
 //! without following links ([`OwnFolder`]). Whether something is there is asked in [`probe`] alone.
 
 mod atomic_file;
+pub(crate) mod checksummed;
 mod codes;
 mod context;
 mod copy;
@@ -36,6 +37,7 @@ mod own_folder;
 mod pipeline;
 pub mod probe;
 mod raw_header;
+mod resume;
 mod rewrite;
 mod scan;
 mod scatter;
@@ -74,6 +76,7 @@ pub use output_dir::{AtomicDir, WorkFolder};
 pub use own_folder::OwnFolder;
 pub use pipeline::{for_each_ordered, read_and_map_ordered};
 pub use probe::{EntryKind, FileId};
+pub(crate) use resume::{Piece, Resume};
 pub use rewrite::{rewrite_shard, windows};
 pub use scan::{Held, RowScan, RowSpan, RowWindow, n_readers, scan_rows, scan_rows_keeping, window_cost};
 pub use scatter::{Destination, Patcher};

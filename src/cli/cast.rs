@@ -40,6 +40,9 @@ pub(super) struct CastArgs {
     /// Also copy files that contradict the new weights, such as other copies of the old ones
     #[arg(long)]
     keep_other_files: bool,
+    /// Keep finished shards when the command is stopped, and go on with those that an earlier run left
+    #[arg(long)]
+    resume: bool,
     /// Replace an existing output
     #[arg(long)]
     force: bool,
@@ -66,6 +69,7 @@ pub(super) fn run(args: CastArgs, env: &Env) -> CliResult<Answer> {
         max_shard_bytes: args.max_shard_size,
         allow_overflow: args.allow_overflow,
         keep_other_files: args.keep_other_files,
+        resume: args.resume,
     };
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let output = args.output.as_deref().filter(|_| !args.dry_run).map(|path| (path, existing));

@@ -8,11 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::{
     MergeError,
     change::Change,
-    checksummed,
     model_card::{CardAdapter, CardFacts, model_card},
     stack::Stack,
 };
-use crate::checkpoint::{Checkpoint, Layout, OwnFolder, StateFolder, write_own};
+use crate::checkpoint::{Checkpoint, Layout, OwnFolder, StateFolder, checksummed, write_own};
 
 /// The card's file name.
 pub(super) const CARD_NAME: &str = "README.md";

@@ -4,8 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{MergeError, checksummed};
-use crate::checkpoint::{StateFolder, write_own};
+use super::MergeError;
+use crate::checkpoint::{StateFolder, checksummed, write_own};
 
 /// Journals larger than this are refused.
 const MAX_BYTES: u64 = 4096;

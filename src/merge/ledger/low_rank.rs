@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kept, KeptHashes, Ledger, LedgerAdapter, LedgerDocument, LedgerTarget};
 use crate::{
-    checkpoint::{Shard, StateFolder},
-    merge::{AdapterReading, MergeError, checksummed},
+    checkpoint::{Shard, StateFolder, checksummed},
+    merge::{AdapterReading, MergeError},
 };
 
 /// Records larger than this are refused: a hundred bytes for each of a million tensors.

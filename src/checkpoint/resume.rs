@@ -1,21 +1,18 @@
-//! Going on after a merge that was cut short: shards that an earlier run finished are proven before this one takes them over.
+//! Resuming a run that was cut short: shards that it finished are proven before the next run takes them over.
 //!
-//! Beside each finished shard `NAME` lies its record, `.NAME.record`: two lines of text ([`checksummed`]). The document names the plan (see [`super::out_of_place`]), the shard's bytes, and the BLAKE3 of each run
-//! of them, taken while they were written. The order on disk is: the shard's bytes under a temporary name, its record, its name; each
+//! Beside each finished shard `NAME` lies its record, `.NAME.record`: two lines of text ([`checksummed`]). The document names the plan,
+//! which says what the output will be, the shard's bytes, and the BLAKE3 of each run of them, taken while they were written. The order on disk is: the shard's bytes under a temporary name, its record, its name; each
 //! durable before the next. Whatever a kill or a power loss leaves is therefore a shard with its record, or something that is removed.
 
 use std::{collections::BTreeSet, fs::File, ops::Range, os::unix::fs::FileExt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::{MergeError, checksummed};
-use crate::{
-    checkpoint::{
-        AtomicDir, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
-        for_each_ordered, windows, write_atomic,
-    },
-    error::{ErrorKind, Failure},
+use super::{
+    AtomicDir, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, checksummed, for_each_ordered,
+    windows, write_atomic,
 };
+use crate::error::{ErrorKind, Failure};
 
 /// Records larger than this are not read; a piece takes about 90 bytes.
 const MAX_RECORD_BYTES: u64 = 256 << 20;
@@ -24,10 +21,10 @@ const READ_BYTES: u64 = 1 << 20;
 
 /// A run of a shard's bytes: where it ends, and its BLAKE3.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub(super) struct Piece(u64, String);
+pub(crate) struct Piece(u64, String);
 
 impl Piece {
-    pub(super) fn new(end: u64, hash: blake3::Hash) -> Self {
+    pub(crate) fn new(end: u64, hash: blake3::Hash) -> Self {
         Self(end, hash.to_hex().to_string())
     }
 }
@@ -60,7 +57,7 @@ impl ShardRecord {
 }
 
 /// An output folder that an earlier run may have begun.
-pub(super) struct Resume {
+pub(crate) struct Resume {
     folder: OwnFolder,
     plan: String,
     /// Names of shards that were taken over.
@@ -74,24 +71,26 @@ impl Resume {
     ///
     /// # Errors
     /// What cannot be read or removed.
-    pub(super) fn begin(
+    pub(crate) fn begin(
         ctx: &Context<'_>,
         root: &Path,
         plan: &str,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self, MergeError> {
+        shards: &[String],
+    ) -> Result<Self, CheckpointError> {
         let plan = blake3::hash(plan.as_bytes()).to_hex().to_string();
         let mut resume = Self { folder: OwnFolder::at(root)?, plan, proven: BTreeSet::new(), notes: Vec::new() };
-        let mut left: Vec<&Shard> = Vec::new();
-        for shard in checkpoint.shards() {
-            if resume.folder.has(&shard.file_name())? {
-                left.push(shard);
+        let mut left = Vec::new();
+        let mut n_bytes = 0;
+        for name in shards {
+            let Some(kind) = resume.folder.kind_of(name)? else { continue };
+            if kind == EntryKind::File {
+                n_bytes += resume.folder.open_file(name)?.map_or(0, |(_, meta)| meta.len());
             }
+            left.push(name.clone());
         }
-        ctx.observer.begin("proving finished shards", left.iter().map(|shard| shard.file_bytes()).sum());
-        for shard in left {
-            let name = shard.file_name();
-            match resume.prove(ctx, shard)? {
+        ctx.observer.begin("proving finished shards", n_bytes);
+        for name in left {
+            match resume.prove(ctx, &name)? {
                 Ok(()) => _ = resume.proven.insert(name),
                 Err(what) => {
                     let name = Printable(&name);
@@ -104,23 +103,19 @@ impl Resume {
     }
 
     /// Whether an earlier run finished this shard.
-    pub(super) fn has(&self, shard: &Shard) -> bool {
-        self.proven.contains(&shard.file_name())
+    pub(crate) fn has(&self, shard: &str) -> bool {
+        self.proven.contains(shard)
     }
 
     /// Records a shard, durably, before it gets its name.
-    pub(super) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), MergeError> {
+    pub(crate) fn record(&self, name: &str, pieces: Vec<Piece>) -> Result<(), CheckpointError> {
         let n_bytes = pieces.last().map_or(0, |piece| piece.0);
         let record = ShardRecord { version: 1, plan: self.plan.clone(), n_bytes, pieces };
-        Ok(write_atomic(
-            &self.folder.path().join(record_name(name)),
-            Existing::Replace,
-            &checksummed::to_bytes(&record),
-        )?)
+        write_atomic(&self.folder.path().join(record_name(name)), Existing::Replace, &checksummed::to_bytes(&record))
     }
 
     /// The same for a shard whose bytes are those of the finished file at `path`.
-    pub(super) fn record_file(&self, ctx: &Context<'_>, name: &str, path: &Path) -> Result<(), MergeError> {
+    pub(crate) fn record_file(&self, ctx: &Context<'_>, name: &str, path: &Path) -> Result<(), CheckpointError> {
         let io = |e| CheckpointError::io("read", path, e);
         let file = File::open(path).map_err(io)?;
         let n_bytes = file.metadata().map_err(io)?.len();
@@ -132,29 +127,28 @@ impl Resume {
             |range| hash_range(ctx, &file, path, range),
             |range, hash| {
                 pieces.push(Piece::new(range.end, hash));
-                Ok::<_, MergeError>(())
+                Ok::<_, CheckpointError>(())
             },
         )?;
         self.record(name, pieces)
     }
 
     /// Removes all records: what is in the folder now becomes a checkpoint. Returns what there is to tell.
-    pub(super) fn finish(self, checkpoint: &Checkpoint) -> Result<Vec<String>, MergeError> {
-        for shard in checkpoint.shards() {
-            self.folder.remove(&record_name(&shard.file_name()))?;
+    pub(crate) fn finish(self, shards: &[String]) -> Result<Vec<String>, CheckpointError> {
+        for name in shards {
+            self.folder.remove(&record_name(name))?;
         }
         Ok(self.notes)
     }
 
     /// Proves that a shard is what its record says; else what is wrong.
-    fn prove(&self, ctx: &Context<'_>, shard: &Shard) -> Result<Result<(), &'static str>, MergeError> {
-        let name = shard.file_name();
-        let path = self.folder.path().join(&name);
-        if self.folder.kind_of(&name)? != Some(EntryKind::File) {
+    fn prove(&self, ctx: &Context<'_>, name: &str) -> Result<Result<(), &'static str>, CheckpointError> {
+        let path = self.folder.path().join(name);
+        if self.folder.kind_of(name)? != Some(EntryKind::File) {
             return Ok(Err("is not a regular file"));
         }
-        let Some((file, meta)) = self.folder.open_file(&name)? else { return Ok(Err("is gone")) };
-        let record = match self.folder.read(&record_name(&name), MAX_RECORD_BYTES) {
+        let Some((file, meta)) = self.folder.open_file(name)? else { return Ok(Err("is gone")) };
+        let record = match self.folder.read(&record_name(name), MAX_RECORD_BYTES) {
             Ok(None) => return Ok(Err("has no record")),
             Err(e) if matches!(e.kind(), ErrorKind::BadInput | ErrorKind::Refused) => None,
             read => read?.and_then(|bytes| ShardRecord::parse(&bytes)),
@@ -174,13 +168,13 @@ impl Resume {
             |(range, hash)| Ok(hash_range(ctx, &file, &path, range)?.to_hex().as_str() == *hash),
             |_, equal| {
                 is_same &= equal;
-                Ok::<_, MergeError>(())
+                Ok::<_, CheckpointError>(())
             },
         )?;
         Ok(if is_same { Ok(()) } else { Err("does not have the recorded bytes") })
     }
 
-    fn remove_unproven(&self) -> Result<(), MergeError> {
+    fn remove_unproven(&self) -> Result<(), CheckpointError> {
         let mut kept: BTreeSet<String> = self.proven.iter().map(|name| record_name(name)).collect();
         kept.extend(self.proven.iter().cloned());
         kept.insert(AtomicDir::PLAN_FILE.to_owned());
@@ -205,7 +199,12 @@ fn record_name(shard: &str) -> String {
 }
 
 /// The BLAKE3 of a run of a file.
-fn hash_range(ctx: &Context<'_>, file: &File, path: &Path, range: &Range<u64>) -> Result<blake3::Hash, MergeError> {
+fn hash_range(
+    ctx: &Context<'_>,
+    file: &File,
+    path: &Path,
+    range: &Range<u64>,
+) -> Result<blake3::Hash, CheckpointError> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; READ_BYTES.min(range.end - range.start) as usize];
     let mut at = range.start;
