@@ -109,7 +109,7 @@ fn generation_takes_the_likeliest_token_each_time() {
     // A token that ends the first sequence early, and the others perhaps not.
     for stop in [vec![], vec![free[0][2]]] {
         for max_tokens in [1, 100] {
-            let options = GenerateOptions { most_new: 6, stop: stop.clone(), max_tokens };
+            let options = GenerateOptions { max_new_tokens: 6, stop: stop.clone(), max_tokens };
             let written = generate(&ctx, &device, &model, &prompts, &options).unwrap();
             for (written, prompt) in written.iter().zip(&prompts) {
                 assert_eq!(*written, plainly(prompt, &stop));
@@ -347,5 +347,5 @@ fn targets_outside_of_layers_and_other_models_are_refused() {
     let deep = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 16000000"));
     assert!(deep.ends_with("`num_hidden_layers` is 16000000, the checkpoint has 30 tensors"), "{deep}");
     let short = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2"));
-    assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": no part of such a model"), "{short}");
+    assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": not a tensor of this architecture"), "{short}");
 }

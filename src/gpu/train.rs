@@ -15,7 +15,7 @@ use crate::{
     checkpoint::{Checkpoint, Printable},
     tensor::{Accumulator, Dtype, Float, dtype_name, widened, with_float},
     train::{
-        AdamNumbers, AdamW, Deltas, Device, DeviceError, DeviceResult, EMBEDDING, MemoryEstimate, ModelConfig, RunSize,
+        AdamScalars, AdamW, Deltas, Device, DeviceError, DeviceResult, EMBEDDING, MemoryEstimate, ModelConfig, RunSize,
         Spans, TrainError, config::Heads,
     },
 };
@@ -299,7 +299,7 @@ impl Device for CudaDevice {
         Ok(self.blas.times_transposed(x, 0, self.factor(w), n, adds, y)?)
     }
 
-    fn linear_back(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> DeviceResult {
+    fn linear_backward(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> DeviceResult {
         Ok(self.blas.times(dy, self.factor(w), n, dx, 0)?)
     }
 
@@ -315,7 +315,7 @@ impl Device for CudaDevice {
         Ok(self.queue.rms_norm(self.matrix(x, d), n, gain, eps, y)?)
     }
 
-    fn rms_norm_back(
+    fn rms_norm_backward(
         &self,
         dy: &DeviceVec<u8>,
         x: &DeviceVec<u8>,
@@ -325,7 +325,7 @@ impl Device for CudaDevice {
         eps: f32,
         dx: &mut DeviceVec<u8>,
     ) -> DeviceResult {
-        Ok(self.queue.rms_norm_back(dy, self.matrix(x, d), n, gain, eps, dx)?)
+        Ok(self.queue.rms_norm_backward(dy, self.matrix(x, d), n, gain, eps, dx)?)
     }
 
     fn head_norm(
@@ -340,7 +340,7 @@ impl Device for CudaDevice {
         Ok(self.queue.head_norm(qkv, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
-    fn head_norm_back(
+    fn head_norm_backward(
         &self,
         dqkv: &mut DeviceVec<u8>,
         raw: &DeviceVec<u8>,
@@ -350,7 +350,7 @@ impl Device for CudaDevice {
         k_gain: &DeviceVec<f32>,
         eps: f32,
     ) -> DeviceResult {
-        Ok(self.queue.head_norm_back(dqkv, raw, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
+        Ok(self.queue.head_norm_backward(dqkv, raw, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
     fn rope(
@@ -376,7 +376,7 @@ impl Device for CudaDevice {
         Ok(self.queue.attention(&self.attending(spans, heads), qkv, out, lse)?)
     }
 
-    fn attention_back(
+    fn attention_backward(
         &self,
         dout: &DeviceVec<u8>,
         qkv: &DeviceVec<u8>,
@@ -388,7 +388,7 @@ impl Device for CudaDevice {
     ) -> DeviceResult {
         let delta = &mut self.scratch.borrow_mut().delta;
         self.grow(delta, spans.n_tokens() * heads.n_q, "the gradient of attention")?;
-        Ok(self.queue.attention_back(&self.attending(spans, heads), dout, qkv, out, lse, delta, dqkv)?)
+        Ok(self.queue.attention_backward(&self.attending(spans, heads), dout, qkv, out, lse, delta, dqkv)?)
     }
 
     fn attention_cached(
@@ -410,7 +410,7 @@ impl Device for CudaDevice {
         Ok(self.queue.swiglu(gate_up, self.dtype, n, d_ff, h)?)
     }
 
-    fn swiglu_back(
+    fn swiglu_backward(
         &self,
         dh: &DeviceVec<u8>,
         gate_up: &DeviceVec<u8>,
@@ -418,7 +418,7 @@ impl Device for CudaDevice {
         d_ff: usize,
         d_gate_up: &mut DeviceVec<u8>,
     ) -> DeviceResult {
-        Ok(self.queue.swiglu_back(dh, gate_up, self.dtype, n, d_ff, d_gate_up)?)
+        Ok(self.queue.swiglu_backward(dh, gate_up, self.dtype, n, d_ff, d_gate_up)?)
     }
 
     fn take_rows(
@@ -554,8 +554,18 @@ impl Device for CudaDevice {
 
     fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> DeviceResult {
         let Deltas { theta, grad, mean, variance, nnz, .. } = deltas;
-        let AdamNumbers { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step.numbers();
-        let numbers = [grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps];
+        let AdamScalars {
+            grad_scale,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            decay,
+            step_size,
+            bias_correction2_sqrt,
+            eps,
+        } = step.scalars();
+        let numbers =
+            [grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps];
         Ok(self.queue.adamw(theta, grad, [mean, variance], *nnz, numbers)?)
     }
 }

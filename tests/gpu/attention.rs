@@ -193,7 +193,7 @@ fn run(queue: &Queue, sample: &Sample, is_plain: bool) -> Made {
     let (mut lse, mut delta) = (queue.upload_all(&nans, "lse").unwrap(), queue.upload_all(&nans, "delta").unwrap());
     let dout = queue.upload_all(&dout, "dout").unwrap();
     queue.attention(&of, &device.qkv, &mut out, &mut lse).unwrap();
-    queue.attention_back(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
+    queue.attention_backward(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
     Made {
         out: queue.download_all(&out).unwrap(),
         lse: queue.download_all(&lse).unwrap(),
@@ -373,7 +373,7 @@ fn starts_that_make_no_sense_touch_nothing_outside() {
             let [mut lse, mut delta] = [(); 2].map(|()| queue.upload_all(&[0.0_f32; 18], "sums").unwrap());
             queue.attention(&of, &device.qkv, &mut out, &mut lse).unwrap();
             let dout = unwritten(&queue, 9 * 128 * 2);
-            queue.attention_back(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
+            queue.attention_backward(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
             queue.wait().unwrap();
         }
     }

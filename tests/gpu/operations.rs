@@ -127,8 +127,8 @@ fn products() {
             results.push((what, device.read_act(&y, n * d_out).unwrap()));
         }
         let mut dx = act(device, &numbers(dtype, n * d_in, 6));
-        device.linear_back(&dy, n, &w, &mut dx).unwrap();
-        results.push(("linear_back", device.read_act(&dx, n * d_in).unwrap()));
+        device.linear_backward(&dy, n, &w, &mut dx).unwrap();
+        results.push(("linear_backward", device.read_act(&dx, n * d_in).unwrap()));
         results
     });
 }
@@ -145,8 +145,8 @@ fn norms() {
             device.rms_norm(&x, n, &gain, d, 1e-5, &mut y).unwrap();
             results.push(("rms_norm", device.read_act(&y, n * d).unwrap()));
             let mut dx = act(device, &numbers(dtype, n * d, 4));
-            device.rms_norm_back(&dy, &x, n, &gain, d, 1e-5, &mut dx).unwrap();
-            results.push(("rms_norm_back", device.read_act(&dx, n * d).unwrap()));
+            device.rms_norm_backward(&dy, &x, n, &gain, d, 1e-5, &mut dx).unwrap();
+            results.push(("rms_norm_backward", device.read_act(&dx, n * d).unwrap()));
         }
         for heads in [Heads { n_q: 4, n_kv: 2, d_head: 6 }, Heads { n_q: 3, n_kv: 1, d_head: 80 }] {
             let (n, width) = (5, heads.d_qkv());
@@ -156,8 +156,8 @@ fn norms() {
             device.head_norm(&mut qkv, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
             results.push(("head_norm", device.read_act(&qkv, n * width).unwrap()));
             let mut dqkv = act(device, &numbers(dtype, n * width, 8));
-            device.head_norm_back(&mut dqkv, &raw, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
-            results.push(("head_norm_back", device.read_act(&dqkv, n * width).unwrap()));
+            device.head_norm_backward(&mut dqkv, &raw, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
+            results.push(("head_norm_backward", device.read_act(&dqkv, n * width).unwrap()));
             let frequencies: Vec<f32> = (0..heads.d_head / 2).map(|i| 0.3f32.powi(i as i32)).collect();
             let (frequencies, positions) = (on_device(device, &frequencies), device.ids(&[0, 1, 2, 900, 4]).unwrap());
             for inverse in [false, true] {
@@ -180,9 +180,9 @@ fn swiglu() {
             let dh = act(device, &numbers(dtype, n * d_ff, 2));
             let (mut h, mut d_gate_up) = (device.act(n * d_ff).unwrap(), device.act(n * 2 * d_ff).unwrap());
             device.swiglu(&gate_up, n, d_ff, &mut h).unwrap();
-            device.swiglu_back(&dh, &gate_up, n, d_ff, &mut d_gate_up).unwrap();
+            device.swiglu_backward(&dh, &gate_up, n, d_ff, &mut d_gate_up).unwrap();
             results.push(("swiglu", device.read_act(&h, n * d_ff).unwrap()));
-            results.push(("swiglu_back", device.read_act(&d_gate_up, n * 2 * d_ff).unwrap()));
+            results.push(("swiglu_backward", device.read_act(&d_gate_up, n * 2 * d_ff).unwrap()));
         }
         results
     });
@@ -326,8 +326,8 @@ fn attention() {
             results.push(("denominators", device.read(&lse, n * heads.n_q).unwrap()));
             let dout = act(device, &numbers(dtype, n * heads.d_q(), 2));
             let mut dqkv = device.act(n * width).unwrap();
-            device.attention_back(&dout, &qkv, &out, &lse, &spans, heads, &mut dqkv).unwrap();
-            results.push(("attention_back", device.read_act(&dqkv, n * width).unwrap()));
+            device.attention_backward(&dout, &qkv, &out, &lse, &spans, heads, &mut dqkv).unwrap();
+            results.push(("attention_backward", device.read_act(&dqkv, n * width).unwrap()));
 
             // Two sequences go on, the second from nothing.
             let (capacity, past) = (9, [4, 0]);

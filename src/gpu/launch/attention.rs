@@ -171,7 +171,7 @@ impl Queue {
     /// The gradient by `qkv`, given that by `out`: shapes of [`Self::attention`], whose `out` and `lse` these are. `delta` is for use
     /// within, `[n, n_q]`, of any value.
     #[expect(clippy::too_many_arguments, reason = "what the way there left, and what the way back gives")]
-    pub fn attention_back(
+    pub fn attention_backward(
         &self,
         of: &Attention<'_>,
         dout: &DeviceVec<u8>,

@@ -89,7 +89,7 @@ impl Queue {
     }
 
     /// Adds the gradient by `x` of [`Self::rms_norm`] to `dx`, given that by `y`.
-    pub fn rms_norm_back(
+    pub fn rms_norm_backward(
         &self,
         dy: &DeviceVec<u8>,
         x: Matrix<'_>,
@@ -125,7 +125,7 @@ impl Queue {
 
     /// Turns the gradient by what [`Self::head_norm`] gave into that by what it was given, `raw`, in place.
     #[expect(clippy::too_many_arguments, reason = "as many as the kernel has")]
-    pub fn head_norm_back(
+    pub fn head_norm_backward(
         &self,
         dqkv: &mut DeviceVec<u8>,
         raw: &DeviceVec<u8>,
@@ -183,7 +183,7 @@ impl Queue {
     }
 
     /// The gradient by `gate_up` of [`Self::swiglu`], given that by `h`.
-    pub fn swiglu_back(
+    pub fn swiglu_backward(
         &self,
         dh: &DeviceVec<u8>,
         gate_up: &DeviceVec<u8>,
