@@ -113,7 +113,7 @@ fn links_lead_into_the_folder_or_its_caches_blobs_only() {
     fs::create_dir(&folder).unwrap();
     symlink(&outside, folder.join("model.safetensors")).unwrap();
     let error = Checkpoint::open(&folder).unwrap_err();
-    assert!(error.to_string().contains("is a link out of the folder"), "{error}");
+    assert!(error.to_string().contains("is a link that leads out of the folder"), "{error}");
 
     let repository = dir.path().join("models--a--b");
     let (blobs, snapshot) = (repository.join("blobs"), repository.join("snapshots/123"));

@@ -108,7 +108,7 @@ fn refusals_of_init() {
     --- stdout
     --- stderr
     error: m.safetensors: the output is an input: m.safetensors
-    hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
+    hint: choose another output path; with --in-place, merge and unmerge change the checkpoint itself
     ");
     assert_snapshot!(workspace.run("init [FIXTURES]/accepted/odd-header.safetensors --mask m.safetensors -o a"), @r#"
     exit: 3

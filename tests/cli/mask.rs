@@ -79,8 +79,8 @@ fn budgets_scopes_and_targets() {
     would be trainable  34.7 % of the model's 126,272 parameters
     --- stderr
     note: 6 targets have rows shorter than 70: all of each row was chosen
-    note: skipped "model.layers.0.input_layernorm.weight": shape [64] is no matrix and no stack of matrices
-    note: skipped "model.layers.0.post_attention_layernorm.weight": shape [64] is no matrix and no stack of matrices
+    note: skipped "model.layers.0.input_layernorm.weight": shape [64] is neither a matrix nor a stack of matrices
+    note: skipped "model.layers.0.post_attention_layernorm.weight": shape [64] is neither a matrix nor a stack of matrices
     "#);
     assert_eq!(workspace.files(), [""; 0]);
 }
@@ -145,7 +145,7 @@ fn refusals_of_mask() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors: tensor "model.norm.weight": shape [64] is no matrix and no stack of matrices
+    error: [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors: tensor "model.norm.weight": shape [64] is neither a matrix nor a stack of matrices
     "#);
     assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --score snip -o m")), @r"
     exit: 2
