@@ -241,8 +241,10 @@ fn vectors_take_part_whole() {
     // Nothing is chosen among one element, and what is not finite is refused as in a matrix.
     let (report, _) = there_and_back(&a, &b, &ExtractOptions { k: Some(1), ..all() }).unwrap();
     let left_out: Vec<_> = report.left_out.iter().map(|left| left.why.as_str()).collect();
-    let expected =
-        ["shape [3] is neither a matrix nor a stack of matrices", "shape [2] is neither a matrix nor a stack of matrices"];
+    let expected = [
+        "shape [3] is neither a matrix nor a stack of matrices",
+        "shape [2] is neither a matrix nor a stack of matrices",
+    ];
     assert_eq!((report.total.n_deltas, &left_out[..]), (1, &expected[..]));
     let error = there_and_back(&a, &file("c.safetensors", f32::INFINITY), &all()).unwrap_err().to_string();
     assert!(error.contains("\"norm\": 2 changed elements are NaN or infinite, the first in row 0"), "{error}");

@@ -1,4 +1,4 @@
-//! Which tensors take part.
+//! Selects the tensors that take part.
 
 use std::collections::BTreeMap;
 
@@ -11,13 +11,13 @@ use crate::{
     weights::{ALL_LINEAR, Axes, TargetPattern, WeightMap},
 };
 
-/// The seven projections of a Llama layer: what takes part where nothing else is asked for.
+/// The seven projections of a Llama layer: the default targets.
 pub const LLAMA_PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// A way to name tensors.
+/// A way to select tensors.
 ///
-/// - `all-linear`: every matrix or stack of matrices of floats but embeddings, output heads and norms
-/// - else a [`TargetPattern`]
+/// - `all-linear`: every matrix or stack of matrices of floats, except embeddings, output heads and norms
+/// - anything else: a [`TargetPattern`]
 #[derive(Debug)]
 enum Pattern {
     AllLinear,
@@ -42,38 +42,38 @@ impl Pattern {
         }
     }
 
-    /// Whether the pattern is this very name, so that nothing else can be meant.
+    /// Whether the pattern is exactly this name, so that it cannot mean anything else.
     fn is_exact(&self, name: &str) -> bool {
         matches!(self, Self::Of(pattern) if pattern.is_exact(name))
     }
 }
 
-/// A tensor that a pattern named but that cannot take part.
+/// A tensor that matches a pattern but cannot be masked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct SkippedTensor {
     /// The tensor's name.
     pub tensor: String,
-    /// Why it was left out.
+    /// The reason.
     pub why: String,
 }
 
 /// The tensors that take part.
 #[derive(Debug, Default)]
 pub struct Selection<'a> {
-    /// By name.
+    /// Sorted by name.
     pub targets: Vec<RowScan<'a>>,
-    /// What patterns named besides, and why it cannot take part.
+    /// Other tensors that match a pattern, and why they cannot be masked.
     pub skipped: Vec<SkippedTensor>,
 }
 
-/// Selects the tensors that `patterns` name. Which way round each is stored the map says; those that `transposed` name are
-/// `[d_in, d_out]` in any case.
+/// Selects the tensors that match `patterns`. The weight map determines the orientation of each; those that match
+/// `transposed` are always read as `[d_in, d_out]`.
 ///
-/// With no pattern, [`LLAMA_PROJECTIONS`].
+/// Without patterns, selects [`LLAMA_PROJECTIONS`].
 ///
 /// # Errors
-/// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, where none was given); a tensor that was
-/// named in full and is no matrix of floats; [`MaskError::Axes`] for a weight of which nothing tells how it is stored; weights that
+/// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, if none was given); a fully named
+/// tensor that is not a matrix of floats; [`MaskError::Axes`] for a weight whose orientation is unknown; weights that
 /// are stored as codes.
 pub fn select_targets<'a>(
     map: &WeightMap<'a>,
@@ -86,7 +86,7 @@ pub fn select_targets<'a>(
 /// Selects exactly the tensors of these names, each with whether it is read as `[d_in, d_out]`.
 ///
 /// # Errors
-/// A name that no tensor has, or one that is no matrix of floats.
+/// A name without a tensor, or a tensor that is not a matrix of floats.
 pub(super) fn select_named<'a>(
     checkpoint: &'a Checkpoint,
     names: &BTreeMap<String, bool>,
@@ -103,10 +103,10 @@ pub(super) fn select_named<'a>(
     Ok(selection)
 }
 
-/// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] where vectors take part.
+/// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] if vectors may take part.
 pub(crate) type Read<'a> = fn(&TensorRef<'a>, bool) -> Result<RowLayout, CheckpointError>;
 
-/// The same, where more can be read as rows.
+/// As [`select_targets`], with a function that reads tensors as rows.
 pub(crate) fn select_rows<'a>(
     map: &WeightMap<'a>,
     patterns: &[String],
@@ -123,7 +123,7 @@ pub(crate) fn select_rows<'a>(
     let mut n_transposed = vec![0usize; parsed_transposed.len()];
     let mut selection = Selection::default();
     for tensor in checkpoint.tensors() {
-        // Scales, zero points and the like are no weights.
+        // Scales, zero points and similar tensors are not weights.
         if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(map, &tensor)) {
             continue;
         }
@@ -176,7 +176,8 @@ fn is_stored_transposed(map: &WeightMap<'_>, tensor: TensorRef<'_>) -> Result<bo
     }
 }
 
-/// Fails where a pattern names a weight that is stored as codes, or a stored tensor of one: nothing is left out in silence.
+/// Fails if a pattern matches a weight that is stored as codes, or one of its stored tensors: nothing may be skipped
+/// silently.
 fn refuse_codes(map: &WeightMap<'_>, patterns: &[Pattern]) -> Result<(), MaskError> {
     let named = |weight: &&CodedWeight| {
         let is_named = |pattern: &Pattern| match pattern {
@@ -197,7 +198,7 @@ fn rows_of<'a>(tensor: TensorRef<'a>, transposed: bool, read: Read<'a>) -> Resul
     Ok(RowScan { tensor, layout })
 }
 
-/// One line for each kind of tensor that the checkpoint has.
+/// One line per kind of tensor in the checkpoint.
 fn kinds(checkpoint: &Checkpoint) -> Vec<String> {
     let mut kinds: BTreeMap<(&str, String), u64> = BTreeMap::new();
     for tensor in checkpoint.tensors() {
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_are_names_ends_of_modules_globs_and_all_linear() {
+    fn patterns_are_names_module_suffixes_globs_and_all_linear() {
         let (_folder, found) = checkpoint(&[
             ("lm_head.weight", Dtype::BF16, &[4, 2]),
             ("model.embed_tokens.weight", Dtype::BF16, &[4, 2]),
@@ -267,7 +268,7 @@ mod tests {
         let error = select(&found, &["q_proj", "v_proj"]).unwrap_err();
         assert!(error.contains("\"v_proj\"") && error.contains("gate_up_proj: 1 tensor of BF16 [3, 4, 2]"), "{error}");
         let error = select(&found, &["model.layers.0.input_layernorm.weight"]).unwrap_err();
-        assert!(error.contains("shape [2] is no matrix"), "{error}");
+        assert!(error.contains("shape [2] is neither a matrix"), "{error}");
         assert!(select(&found, &["a[b"]).unwrap_err().contains("pattern \"a[b\""));
     }
 

@@ -73,7 +73,7 @@ fn refusals_of_init() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama-adapter.safetensors: this is an adapter; a mask is needed
+    error: [FIXTURES]/tiny-llama-adapter.safetensors: this is an adapter; expected a mask
     ");
     assert_snapshot!(workspace.run(&format!("{INIT} --values [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors -o a")), @r#"
     exit: 3
