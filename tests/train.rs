@@ -121,7 +121,7 @@ fn generation_takes_the_likeliest_token_each_time() {
 
 // --- whole runs
 
-impl Told {
+impl Recorder {
     /// Everything except the timings.
     fn timeless(&self) -> (Vec<StepRecord>, Vec<(u64, f64)>) {
         let steps = self.steps.borrow().iter().map(|&record| StepRecord { seconds: 0.0, ..record }).collect();
@@ -132,10 +132,10 @@ impl Told {
 #[test]
 fn a_run_matches_the_losses_and_deltas_of_the_published_bypass() {
     let world = World::new(|folder| model(folder, "llama").0, 2);
-    let (report, told) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
+    let (report, recorded) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
     assert_eq!(report.unwrap().n_steps, 60);
     let expected = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
-    let steps = told.steps.borrow();
+    let steps = recorded.steps.borrow();
     let (losses, rates) = (numbers(&expected, "losses"), numbers(&expected, "learning_rates"));
     for (record, (loss, rate)) in steps.iter().zip(losses.iter().zip(&rates)) {
         // Rounding errors grow over 60 steps; 3e-6 was measured.
@@ -161,10 +161,10 @@ fn trained_weights_equal_merged_weights() {
         }
         world.eval = Some(eval);
         let options = TrainOptions { max_steps: Some(12), eval_every: Some(5), ..reference_options() };
-        let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+        let (report, recorded) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
         let report = report.unwrap();
         assert!(report.eval_loss < report.first_eval_loss, "{report:?}");
-        assert_eq!(told.evals.borrow().iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 5, 10, 12]);
+        assert_eq!(recorded.evals.borrow().iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 5, 10, 12]);
 
         let merged = world.path("merged");
         let input = MergeInput { adapter: world.path("a.safetensors"), scale: None };
@@ -211,19 +211,19 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
     // 15 batches per epoch are 4 steps, the last of 3 batches.
     assert_eq!(whole.n_steps, 8);
 
-    let told = Told::default();
+    let recorded = Recorder::default();
     let mut n_stops = 0;
     let report = loop {
         let stop = StopAfter(AtomicU64::new(7 + n_stops));
         let stopping = Context { observer: &stop, ..ctx };
         let part = if n_stops > 4 { &ctx } else { &stopping };
         let (result, told_part) = world.run(part, "parts.safetensors", &options, |job| job.resume = n_stops > 0);
-        told.steps.borrow_mut().extend(told_part.steps.borrow().iter());
-        told.evals.borrow_mut().extend(told_part.evals.borrow().iter());
+        recorded.steps.borrow_mut().extend(told_part.steps.borrow().iter());
+        recorded.evals.borrow_mut().extend(told_part.evals.borrow().iter());
         match result {
             Ok(report) => break report,
             Err(TrainError::Stopped { step }) => {
-                assert_eq!(step, told.steps.borrow().last().map_or(0, |record| record.step));
+                assert_eq!(step, recorded.steps.borrow().last().map_or(0, |record| record.step));
                 assert!(world.path("parts.state.safetensors").exists());
                 n_stops += 1;
             }
@@ -231,7 +231,7 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
         }
     };
     assert!(n_stops >= 4, "it was stopped {n_stops} times");
-    assert_eq!(told.timeless(), told_whole.timeless());
+    assert_eq!(recorded.timeless(), told_whole.timeless());
     assert_eq!(report, whole);
     let bytes = |name: &str| fs::read(world.path(name)).unwrap();
     assert_eq!(bytes("parts.safetensors"), bytes("whole.safetensors"));
@@ -270,8 +270,8 @@ fn every_number_of_threads_trains_the_same_bytes() {
         let name = format!("{n_threads}.safetensors");
         let layer_checkpoints = n_threads == 5;
         let options = TrainOptions { layer_checkpoints, ..options.clone() };
-        let (report, told) = pool.install(|| world.run(&Context::default(), &name, &options, |_| {}));
-        seen.push((report.unwrap().id, told.timeless()));
+        let (report, recorded) = pool.install(|| world.run(&Context::default(), &name, &options, |_| {}));
+        seen.push((report.unwrap().id, recorded.timeless()));
     }
     assert!(seen[0] == seen[1] && seen[0] == seen[2], "threads and layer checkpoints do not change the result");
 }
@@ -312,9 +312,9 @@ fn early_stopping_keeps_the_best_deltas() {
     }
     world.eval = Some(eval);
     let options = TrainOptions { eval_every: Some(2), patience: Some(3), learning_rate: 0.1, ..reference_options() };
-    let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+    let (report, recorded) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
     let report = report.unwrap();
-    let evals = told.evals.borrow();
+    let evals = recorded.evals.borrow();
     let best = evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
     assert!(report.stopped_early && report.n_steps == best.step + 6, "{report:?}");
     assert_eq!((report.best_step, report.eval_loss), (best.step, Some(best.eval_loss)));

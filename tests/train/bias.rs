@@ -157,7 +157,7 @@ fn a_resumed_run_with_biases_equals_an_uninterrupted_one() {
     let (whole, told_whole) = world.run(&ctx, "whole.safetensors", &options, |_| {});
     let stop = StopAfter(AtomicU64::new(7));
     let stopping = Context { observer: &stop, ..ctx };
-    let (stopped, told) = world.run(&stopping, "parts.safetensors", &options, |_| {});
+    let (stopped, recorded) = world.run(&stopping, "parts.safetensors", &options, |_| {});
     let stopped = stopped.unwrap_err();
     assert!(matches!(stopped, TrainError::Stopped { step: 7 }), "{stopped}");
     let other = TrainOptions { train_bias: false, ..options.clone() };
@@ -166,9 +166,9 @@ fn a_resumed_run_with_biases_equals_an_uninterrupted_one() {
     // On a different number of threads.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
     let (parts, told_rest) = pool.install(|| world.run(&ctx, "parts.safetensors", &options, |job| job.resume = true));
-    told.steps.borrow_mut().extend(told_rest.steps.borrow().iter());
-    told.evals.borrow_mut().extend(told_rest.evals.borrow().iter());
-    assert_eq!(told.timeless(), told_whole.timeless());
+    recorded.steps.borrow_mut().extend(told_rest.steps.borrow().iter());
+    recorded.evals.borrow_mut().extend(told_rest.evals.borrow().iter());
+    assert_eq!(recorded.timeless(), told_whole.timeless());
     assert_eq!(parts.unwrap(), whole.unwrap());
     let bytes = |name: &str| fs::read(world.path(name)).unwrap();
     assert_eq!(bytes("parts.safetensors"), bytes("whole.safetensors"));
