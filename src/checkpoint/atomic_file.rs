@@ -108,7 +108,7 @@ impl AtomicFile {
             };
             let meta = file.metadata().map_err(|e| CheckpointError::io("create", target, e))?;
             if EntryKind::of(meta.file_type()) != EntryKind::File {
-                return Err(refused(target, &temp, "is no regular file"));
+                return Err(refused(target, &temp, "is not a regular file"));
             }
             match try_lock(&file) {
                 LockAttempt::Locked => {}

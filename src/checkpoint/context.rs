@@ -48,7 +48,7 @@ impl Observer for Silent {}
 
 /// The settings of a long command.
 ///
-/// Threads are those of the current rayon pool.
+/// Work runs on the threads of the current rayon pool.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
     /// The limit on resident memory in bytes, including mapped pages and I/O buffers; 1 GiB by default.

@@ -92,9 +92,9 @@ fn refuse_inputs(target: &Path, folder: &Path, found: Option<FileId>) -> Result<
     }
     let Some((conflict, input)) = in_use::conflict(found, &above)? else { return Ok(()) };
     let what = match conflict {
-        Conflict::Is => "the output is an input",
-        Conflict::Holds => "the output would replace a folder that contains an input",
-        Conflict::LiesIn => "the output would lie inside an input",
+        Conflict::Same => "the output is an input",
+        Conflict::Contains => "the output would replace a folder that contains an input",
+        Conflict::Inside => "the output would lie inside an input",
     };
     Err(CheckpointError::OutputIsInput { path: target.to_owned(), what, input })
 }

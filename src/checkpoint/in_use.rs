@@ -73,7 +73,7 @@ impl InUse {
 
     fn insert(path: &Path, real: Option<PathBuf>, meta: &Metadata) -> Self {
         let input = Input { path: path.to_owned(), real, id: FileId::of(meta), is_folder: is_folder(meta) };
-        let mut registry = REGISTRY.lock().expect("no thread panics holding the lock");
+        let mut registry = REGISTRY.lock().expect("no thread panics while holding the lock");
         let key = registry.next;
         registry.next += 1;
         registry.inputs.insert(key, input);
@@ -101,11 +101,11 @@ fn real(path: &Path) -> Result<PathBuf, CheckpointError> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Conflict {
     /// The output is the input.
-    Is,
+    Same,
     /// The output is a folder that contains the input.
-    Holds,
+    Contains,
     /// The output lies inside the input, a folder.
-    LiesIn,
+    Inside,
 }
 
 /// The first input that an output conflicts with. `target` is the output if it exists; `above` are the folders on its
@@ -115,16 +115,16 @@ pub(super) fn conflict(
     above: &[FileId],
 ) -> Result<Option<(Conflict, PathBuf)>, CheckpointError> {
     let inputs: Vec<Input> = {
-        let registry = REGISTRY.lock().expect("no thread panics holding the lock");
+        let registry = REGISTRY.lock().expect("no thread panics while holding the lock");
         registry.inputs.values().cloned().collect()
     };
     let mut known = HashMap::new();
     for input in inputs {
         if target == Some(input.id) {
-            return Ok(Some((Conflict::Is, input.path)));
+            return Ok(Some((Conflict::Same, input.path)));
         }
         if input.is_folder && above.contains(&input.id) {
-            return Ok(Some((Conflict::LiesIn, input.path)));
+            return Ok(Some((Conflict::Inside, input.path)));
         }
         let Some(target) = target else { continue };
         for folder in input.real.iter().flat_map(|real| real.ancestors().skip(1)) {
@@ -138,7 +138,7 @@ pub(super) fn conflict(
                 }
             };
             if id == Some(target) {
-                return Ok(Some((Conflict::Holds, input.path)));
+                return Ok(Some((Conflict::Contains, input.path)));
             }
         }
     }

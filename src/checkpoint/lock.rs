@@ -176,7 +176,7 @@ pub fn in_place_hazards(checkpoint: &Checkpoint) -> Result<Vec<String>, Checkpoi
     let in_cache =
         names.windows(2).any(|pair| pair[0].starts_with("models--") && (pair[1] == "snapshots" || pair[1] == "blobs"));
     if in_cache {
-        hazards.push("it lies in a Hugging Face cache, which other programs share".to_owned());
+        hazards.push("it is in a Hugging Face cache, which other programs share".to_owned());
     }
     Ok(hazards)
 }

@@ -108,8 +108,8 @@ pub(super) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
     (0..SAMPLES).map(|i| i * (n_pages - 1) / (SAMPLES - 1)).all(|page| {
         let mut is_resident = 0u8;
         // SAFETY: the page belongs to the map, and the answer for one page is one byte.
-        let told = unsafe { libc::mincore((first + page * page_bytes) as *mut _, 1, &mut is_resident) };
-        told != 0 || is_resident & 1 == 1
+        let status = unsafe { libc::mincore((first + page * page_bytes) as *mut _, 1, &mut is_resident) };
+        status != 0 || is_resident & 1 == 1
     })
 }
 

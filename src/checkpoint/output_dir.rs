@@ -77,7 +77,7 @@ impl AtomicDir {
     /// Creates the new file `name` in the folder.
     /// [`CheckpointError::Io`], also if it exists.
     /// # Errors
-    /// [`CheckpointError::Io`], also where it exists.
+    /// [`CheckpointError::Io`], also if it exists.
     pub fn create_file(&self, name: &str) -> Result<File, CheckpointError> {
         super::create_new_file(&self.path().join(name))
     }
@@ -87,7 +87,7 @@ impl AtomicDir {
     ///
     /// # Errors
     /// [`CheckpointError::ForeignEntries`] lists the other entries.
-    /// [`CheckpointError::ForeignEntries`] lists what else is there.
+    /// [`CheckpointError::ForeignEntries`] lists the other entries.
     pub fn check_replaced(&self, planned: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
         match probe::is_present(&self.target)? {
             true => refuse_foreign(&self.target, &self.target, planned),
@@ -135,7 +135,7 @@ impl AtomicDir {
                 Ok(()) => self.partial.folder.remove_all(),
                 Err(e) => Err(self.put_aside().err().unwrap_or(e)),
             };
-            let what = "remove what it replaced, now under a temporary name beside";
+            let what = "remove the replaced folder, now under a temporary name next to";
             removed.map_err(|e| e.after_commit(&self.target, what))?;
         }
         Ok(())
@@ -158,7 +158,7 @@ impl AtomicDir {
             return Err(e);
         }
         rename(&aside, self.path())
-            .map_err(|e| e.after_commit(&self.target, "remove what it replaced, now under another name beside"))
+            .map_err(|e| e.after_commit(&self.target, "remove the replaced folder, now under another name next to"))
     }
 
     /// Moves the old folder, to which others have added files, to a name that no run cleans up.

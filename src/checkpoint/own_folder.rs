@@ -37,7 +37,7 @@ impl OwnFolder {
     /// The folder at `path`, whose parent may be reached through links.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`] where the parent cannot be opened.
+    /// [`CheckpointError::Io`] if the parent cannot be opened.
     pub fn at(path: &Path) -> Result<Self, CheckpointError> {
         let parent = folder_of(path);
         let above = File::open(parent).map_err(|e| CheckpointError::io("open", parent, e))?;
@@ -57,7 +57,7 @@ impl OwnFolder {
         &self.path
     }
 
-    /// A descriptor of the folder; `None` where it does not exist.
+    /// A descriptor of the folder; `None` if it does not exist.
     ///
     /// # Errors
     /// [`CheckpointError::Refused`] if it, or a folder on the path to it, is a link or not a folder.

@@ -190,7 +190,7 @@ where
             state = match task {
                 // Looking for the next item may have found the end.
                 Task::Nothing if state.has_ended && state.n_sunk == state.n_taken => state,
-                Task::Nothing => self.changed.wait(state).expect("no thread panics holding the lock"),
+                Task::Nothing => self.changed.wait(state).expect("no thread panics while holding the lock"),
                 task => {
                     drop(state);
                     ctx.check()?;
@@ -207,7 +207,7 @@ where
         while !state.is_stopped {
             match self.next_to_map(&mut state) {
                 Task::Nothing if state.has_ended && state.n_read_ahead == 0 => break,
-                Task::Nothing => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+                Task::Nothing => state = self.changed.wait(state).expect("no thread panics while holding the lock"),
                 task => {
                     drop(state);
                     self.do_map(task, read, map);
@@ -224,7 +224,7 @@ where
         let mut state = self.lock();
         while !state.is_stopped && !state.has_ended {
             if state.n_read_ahead >= self.n_readers + rayon::current_num_threads() {
-                state = self.changed.wait(state).expect("no thread panics holding the lock");
+                state = self.changed.wait(state).expect("no thread panics while holding the lock");
                 continue;
             }
             match self.take(&mut state) {
@@ -237,7 +237,7 @@ where
                     self.changed.notify_all();
                 }
                 None if state.has_ended => self.changed.notify_all(),
-                None => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+                None => state = self.changed.wait(state).expect("no thread panics while holding the lock"),
             }
         }
         drop(state);
@@ -306,7 +306,7 @@ where
     }
 
     fn lock(&self) -> MutexGuard<'_, State<I, W, R, E>> {
-        self.state.lock().expect("no thread panics holding the lock")
+        self.state.lock().expect("no thread panics while holding the lock")
     }
 }
 

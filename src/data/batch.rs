@@ -330,8 +330,8 @@ mod tests {
         let lengths: Vec<usize> = (0..1000).map(|i| 20 + i * 37 % 180).collect();
         let dataset = dataset(&lengths);
         let batches = Batches::shuffled(&dataset, BatchLimits { max_tokens: 2048, max_examples: NONE }, 3, 1);
-        let least = dataset.n_tokens().div_ceil(2048) as usize;
-        assert!(batches.len() <= least + 1, "{} batches where {least} would suffice", batches.len());
+        let minimum = dataset.n_tokens().div_ceil(2048) as usize;
+        assert!(batches.len() <= minimum + 1, "{} batches where {minimum} would suffice", batches.len());
     }
 
     #[test]

@@ -206,7 +206,7 @@ fn an_ambiguous_weight_names_the_field() {
         assert_eq!(message, format!("rows: line 1: field \"messages\": {expected}"));
     }
     let row = TALK.replacen("\"role\":\"user\"", "\"role\":\"user\",\"train\":true", 1);
-    let message = workspace.shown(&row, &options()).expect_err("not what is learned");
+    let message = workspace.shown(&row, &options()).expect_err("not supervised");
     assert!(
         message.starts_with("rows: line 1: field \"messages\": message 0: train: it includes a message"),
         "{message}"
@@ -255,7 +255,7 @@ fn a_template_that_rewrites_earlier_turns_is_refused() {
         "chat_template.jinja",
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content[:1] }};{% endfor %}",
     );
-    let message = workspace.shown(TALK, &options()).expect_err("cannot be told");
+    let message = workspace.shown(TALK, &options()).expect_err("cannot be located");
     assert!(
         message.starts_with("rows: line 1: field \"messages\": the template changes the turns before message"),
         "{message}"

@@ -136,9 +136,9 @@ mod tests {
     #[test]
     fn every_location_has_a_name() {
         let found = places(&names(), |_| None);
-        let told: Vec<_> = found.iter().map(|place| place.name.as_str()).collect();
+        let names: Vec<_> = found.iter().map(|place| place.name.as_str()).collect();
         assert_eq!(
-            told,
+            names,
             ["NEUROADA_CUDA_LIB (not set)", "the loader's path", "$CUDA_HOME/lib64", "/usr/local/cuda/lib64"]
         );
     }

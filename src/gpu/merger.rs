@@ -22,7 +22,7 @@ pub struct GpuMerger {
     /// Lanes that are not in use.
     free: Mutex<Vec<LowRank>>,
     n_made: AtomicUsize,
-    most_made: AtomicUsize,
+    max_lanes: AtomicUsize,
     n_merged: AtomicU64,
     n_left: AtomicU64,
 }
@@ -43,7 +43,7 @@ impl GpuMerger {
             device_bytes: device_bytes / n_lanes.max(1) as u64,
             free: Mutex::new(Vec::new()),
             n_made: AtomicUsize::new(0),
-            most_made: AtomicUsize::new(n_lanes.max(1)),
+            max_lanes: AtomicUsize::new(n_lanes.max(1)),
             n_merged,
             n_left,
         }
@@ -54,7 +54,7 @@ impl GpuMerger {
         if let Some(lane) = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             return Ok(Some(lane));
         }
-        if self.n_made.fetch_add(1, Ordering::Relaxed) >= self.most_made.load(Ordering::Relaxed) {
+        if self.n_made.fetch_add(1, Ordering::Relaxed) >= self.max_lanes.load(Ordering::Relaxed) {
             self.n_made.fetch_sub(1, Ordering::Relaxed);
             return Ok(None);
         }
@@ -84,7 +84,7 @@ impl GpuMerger {
             Err(GpuError::OutOfMemory { .. }) => {
                 drop(lane);
                 let n_left = self.n_made.fetch_sub(1, Ordering::Relaxed) - 1;
-                self.most_made.fetch_min(n_left, Ordering::Relaxed);
+                self.max_lanes.fetch_min(n_left, Ordering::Relaxed);
                 Ok(None)
             }
             Err(error) => Err(error),

@@ -205,7 +205,7 @@ impl RowRanker {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Lanes> {
-        self.lanes.lock().expect("no thread panics holding the lock")
+        self.lanes.lock().expect("no thread panics while holding the lock")
     }
 
     fn acquire_lane(&self) -> Result<Lane, GpuError> {
@@ -227,7 +227,7 @@ impl RowRanker {
                 lanes = self.lock();
                 continue;
             }
-            lanes = self.returned.wait(lanes).expect("no thread panics holding the lock");
+            lanes = self.returned.wait(lanes).expect("no thread panics while holding the lock");
         }
     }
 

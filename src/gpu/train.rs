@@ -131,8 +131,8 @@ impl CudaDevice {
         let logits = at_once(config.n_vocab).min(run.max_supervised) * config.n_vocab;
         // Those of the largest matrix, as if the entries were spread evenly over all matrices.
         let k = run.n_entries.div_ceil(config.n_rows().max(1) as u64) as usize;
-        let most_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
-        let partial = Queue::gather_scratch_len(run.max_tokens, most_entries);
+        let max_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
+        let partial = Queue::gather_scratch_len(run.max_tokens, max_entries);
         let delta = run.max_tokens * config.heads.n_q;
         let acts = logits * dtype.bitsize() / 8;
         (logits.max(partial) * 4 + acts + delta * 4) as u64 + Blas::MAX_SCRATCH
@@ -460,13 +460,13 @@ impl Device for CudaDevice {
     ) -> DeviceResult {
         let Scratch { numbers: logits, acts, .. } = &mut *self.scratch.borrow_mut();
         let n_vocab = head.d_out;
-        let most = at_once(n_vocab).min(n_rows);
-        self.grow(logits, most * n_vocab, "logits")?;
+        let max_rows = at_once(n_vocab).min(n_rows);
+        self.grow(logits, max_rows * n_vocab, "logits")?;
         if grad_scale.is_some() {
-            self.grow(acts, most * n_vocab * self.act_size(), "the gradient of the logits")?;
+            self.grow(acts, max_rows * n_vocab * self.act_size(), "the gradient of the logits")?;
         }
-        for first in (0..n_rows).step_by(most.max(1)) {
-            let n = most.min(n_rows - first);
+        for first in (0..n_rows).step_by(max_rows.max(1)) {
+            let n = max_rows.min(n_rows - first);
             self.blas.times_transposed_f32(x, first, self.factor(head), n, logits)?;
             let gradient = grad_scale.is_some().then_some((&mut *acts, self.dtype));
             let scale = grad_scale.unwrap_or(0.0);
@@ -480,12 +480,12 @@ impl Device for CudaDevice {
 
     fn argmax(&self, x: &DeviceVec<u8>, n_rows: usize, head: &CudaWeight) -> Result<Vec<u32>, DeviceError> {
         let logits = &mut self.scratch.borrow_mut().numbers;
-        let most = at_once(head.d_out).min(n_rows);
-        self.grow(logits, most * head.d_out, "logits")?;
-        let mut on_device = self.queue.alloc(most, "tokens")?;
+        let max_rows = at_once(head.d_out).min(n_rows);
+        self.grow(logits, max_rows * head.d_out, "logits")?;
+        let mut on_device = self.queue.alloc(max_rows, "tokens")?;
         let mut tokens = Vec::with_capacity(n_rows);
-        for first in (0..n_rows).step_by(most.max(1)) {
-            let n = most.min(n_rows - first);
+        for first in (0..n_rows).step_by(max_rows.max(1)) {
+            let n = max_rows.min(n_rows - first);
             self.blas.times_transposed_f32(x, first, self.factor(head), n, logits)?;
             self.queue.argmax_rows(logits, n, head.d_out, &mut on_device)?;
             tokens.extend(self.queue.download_first(&on_device, n)?);
@@ -508,10 +508,10 @@ impl Device for CudaDevice {
             self.grow(scratch, Queue::gather_scratch_len(n, *nnz), "the gradient of deltas")?;
             return Ok(self.queue.gather_dot((dy, x, self.dtype), n, of, grad, scratch)?);
         }
-        let most = (MAX_DENSE / 4 / d_in).clamp(1, d_out);
-        self.grow(scratch, most * d_in, "the gradient of deltas")?;
-        for first in (0..d_out).step_by(most) {
-            let n_rows = most.min(d_out - first);
+        let max_rows = (MAX_DENSE / 4 / d_in).clamp(1, d_out);
+        self.grow(scratch, max_rows * d_in, "the gradient of deltas")?;
+        for first in (0..d_out).step_by(max_rows) {
+            let n_rows = max_rows.min(d_out - first);
             self.blas.outer((dy, d_out, first..first + n_rows), (x, d_in), self.dtype, n, scratch)?;
             self.queue.take_entries(scratch, (first, n_rows), of, grad)?;
         }

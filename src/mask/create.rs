@@ -302,7 +302,7 @@ impl MaskRun<'_> {
         let scans: Vec<RowScan<'_>> = targets.iter().map(|&target| sources[target].scan).collect();
         let competing: Vec<&Source<'_>> = targets.iter().map(|&target| &sources[target]).collect();
         let Cut { key, mut n_ties } = find_cut(ctx, &competing, space, n)?;
-        let most_ties = n_ties;
+        let max_ties = n_ties;
         let mut progress = Progress::default();
         let held = |target: usize| {
             let source = &sources[targets[target]];
@@ -321,7 +321,7 @@ impl MaskRun<'_> {
                 let mut is_tie = Vec::new();
                 source.for_each_run(ctx, space, span, block, |run, scored| {
                     rows.skip_to(run.start);
-                    let CutRows { columns, is_tie: ties } = cut_rows(scored, key, most_ties)?;
+                    let CutRows { columns, is_tie: ties } = cut_rows(scored, key, max_ties)?;
                     (0..columns.n_rows()).for_each(|row| rows.columns.push_row(columns.row(row)));
                     is_tie.extend(ties);
                     Ok(())

@@ -127,13 +127,13 @@ pub(crate) fn select_rows<'a>(
         if tensor.coded().is_some() || !parsed.iter().any(|pattern| pattern.matches(map, &tensor)) {
             continue;
         }
-        let is_told = parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
+        let is_declared = parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
         let is_matrix = tensor.info.shape.len() > 1 && is_float(tensor.info.dtype);
-        if is_told && map.is_told_out_in(&tensor.info.name) {
+        if is_declared && map.is_told_out_in(&tensor.info.name) {
             let name = Printable(&tensor.info.name);
             return Err(MaskError::Usage(format!("\"{name}\": --transposed and --axes contradict each other")));
         }
-        let is_transposed = is_told || (is_matrix && is_stored_transposed(map, tensor)?);
+        let is_transposed = is_declared || (is_matrix && is_stored_transposed(map, tensor)?);
         match rows_of(tensor, is_transposed, read) {
             Ok(scan) => selection.targets.push(scan),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),

@@ -31,7 +31,7 @@ pub fn biases<'b>(base: &'b Checkpoint, mask: &MaskFile) -> Result<Vec<TensorRef
     Ok(found)
 }
 
-/// The name of the bias beside a weight.
+/// The name of the bias that belongs to a weight.
 pub(super) fn bias_of(weight: &str) -> String {
     format!("{}.bias", module_of(weight))
 }

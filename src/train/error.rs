@@ -62,7 +62,7 @@ pub enum TrainError {
     Architecture {
         /// The checkpoint.
         path: PathBuf,
-        /// Its `model_type`, empty where it has none.
+        /// Its `model_type`; empty if it has none.
         found: String,
     },
     /// A configuration that is incomplete, or has values that the passes do not support.

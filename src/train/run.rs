@@ -433,7 +433,7 @@ impl<D: Device> Run<'_, D> {
         write_adapter(ctx, *device, model, job, &notes)?;
         let state = job.beside("state.safetensors");
         // The adapter is complete at this point.
-        remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the state that led to"))?;
+        remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the training state of"))?;
         let (adapter, id) = Adapter::read_back(ctx, job.output)?;
         Ok(TrainReport {
             id: id.to_string(),

@@ -94,7 +94,7 @@ fn check_all(queue: &Queue, blas: &Blas) {
                 assert!(is_near(got, sum + before, all + before.abs(), d_in, dtype), "{what} {adds} {at}: {got} {sum}");
             }
             let end = n * d_out * size_of(dtype);
-            assert!(after[end..] == y.bytes[end..], "{what}: what lies behind is not touched");
+            assert!(after[end..] == y.bytes[end..], "{what}: the rest of the buffer is unchanged");
         }
 
         let mut logits = queue.alloc::<f32>(n * d_out, "logits").unwrap();

@@ -172,7 +172,7 @@ impl Queue {
 
     /// The gradient with respect to `qkv`, given `dout`; shapes as in [`Self::attention`], which wrote `out` and
     /// `lse`. `delta` is scratch memory, `[n, n_q]`, with arbitrary content.
-    #[expect(clippy::too_many_arguments, reason = "what the way there left, and what the way back gives")]
+    #[expect(clippy::too_many_arguments, reason = "the results of the forward pass, and the gradients")]
     pub fn attention_backward(
         &self,
         of: &Attention<'_>,

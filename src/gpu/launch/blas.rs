@@ -133,7 +133,7 @@ struct Description {
 impl Drop for Description {
     fn drop(&mut self) {
         // SAFETY: created by the matching function, and destroyed once; calls read descriptors before they return.
-        let _nobody = unsafe { (self.destroy)(self.at) };
+        let _ignored = unsafe { (self.destroy)(self.at) };
     }
 }
 
@@ -160,10 +160,10 @@ impl Blas {
     pub fn new(queue: &Queue) -> Result<Self, GpuError> {
         let library = cublaslt()?;
         let queue = Queue { gpu: queue.gpu.clone(), stream: queue.stream.clone() };
-        let [mut n_bytes, least] = WORKSPACE_BYTES;
+        let [mut n_bytes, min_bytes] = WORKSPACE_BYTES;
         let workspace = loop {
             match queue.alloc(n_bytes, "scratch memory of matrix products") {
-                Err(GpuError::OutOfMemory { .. }) if n_bytes > least => n_bytes /= 2,
+                Err(GpuError::OutOfMemory { .. }) if n_bytes > min_bytes => n_bytes /= 2,
                 Err(GpuError::OutOfMemory { .. }) => break queue.alloc(0, "nothing")?,
                 done => break done?,
             }
@@ -467,7 +467,7 @@ impl Drop for Blas {
         if !state.handle.is_null() {
             // SAFETY: created in `new`, destroyed once, with none of its work in flight and bound to its device.
             let destroyed = unsafe { (self.library.functions.destroy)(state.handle) };
-            let _nobody = (waited, destroyed);
+            let _ignored = (waited, destroyed);
         }
     }
 }

@@ -73,8 +73,8 @@ fn examine_devices(found: &mut Detection) -> Result<(), String> {
         let facts = driver::device_facts(ordinal).map_err(|code| format!("cannot query GPU {ordinal}: {code}"))?;
         let (name, capability, n_bytes) = facts;
         let problem = (capability < MIN_CAPABILITY).then(|| {
-            let ((major, minor), (least, _)) = (capability, MIN_CAPABILITY);
-            format!("compute capability {major}.{minor}; expected {least}.0 (Ampere) or newer")
+            let ((major, minor), (min_major, _)) = (capability, MIN_CAPABILITY);
+            format!("compute capability {major}.{minor}; expected {min_major}.0 (Ampere) or newer")
         });
         found.devices.push(DeviceInfo { ordinal, name, capability, n_bytes, problem });
     }

@@ -106,11 +106,11 @@ impl Gpu {
 
     /// The last kernel that was started, or an empty name.
     pub(in crate::gpu) fn last_kernel(&self) -> &'static str {
-        *self.inner.kernel.lock().expect("no thread panics holding the lock")
+        *self.inner.kernel.lock().expect("no thread panics while holding the lock")
     }
 
     pub(super) fn record_kernel(&self, kernel: &'static str) {
-        *self.inner.kernel.lock().expect("no thread panics holding the lock") = kernel;
+        *self.inner.kernel.lock().expect("no thread panics while holding the lock") = kernel;
     }
 
     /// Binds this thread's calls to the device.
@@ -119,11 +119,11 @@ impl Gpu {
     }
 
     pub(super) fn function(&self, file: &'static str, name: &'static str) -> Result<CudaFunction, GpuError> {
-        let mut functions = self.inner.functions.lock().expect("no thread panics holding the lock");
+        let mut functions = self.inner.functions.lock().expect("no thread panics while holding the lock");
         if let Some(function) = functions.get(name) {
             return Ok(function.clone());
         }
-        let mut modules = self.inner.modules.lock().expect("no thread panics holding the lock");
+        let mut modules = self.inner.modules.lock().expect("no thread panics while holding the lock");
         let module = match modules.get(file) {
             Some(module) => Arc::clone(module),
             None => {

@@ -54,7 +54,7 @@ impl<T> Drop for DeviceVec<T> {
             // SAFETY: allocated in `Queue::alloc`, freed once, and all work on it goes through the stream that was
             // just waited for (after a sticky error, the driver does no more work).
             let freed = unsafe { result::free_sync(self.at) };
-            let _nobody = (waited, freed);
+            let _ignored = (waited, freed);
         }
     }
 }
@@ -113,7 +113,7 @@ impl Drop for Pinned {
         let waited = self.wait();
         // SAFETY: allocated in `Queue::pinned`, freed once, with no copy in flight.
         let freed = unsafe { result::free_host(self.at.cast()) };
-        let _nobody = (waited, freed);
+        let _ignored = (waited, freed);
     }
 }
 

@@ -115,12 +115,12 @@ impl Device for CpuDevice {
                 1.0
             }
         };
-        w.times(x, n, beta, y, &mut self.widened.lock().expect("nobody panics with the lock"));
+        w.times(x, n, beta, y, &mut self.widened.lock().expect("no thread panics while holding the lock"));
         Ok(())
     }
 
     fn linear_backward(&self, dy: &Vec<f32>, n: usize, w: &CpuWeight, dx: &mut Vec<f32>) -> DeviceResult {
-        w.transposed_times(dy, n, dx, &mut self.widened.lock().expect("nobody panics with the lock"));
+        w.transposed_times(dy, n, dx, &mut self.widened.lock().expect("no thread panics while holding the lock"));
         Ok(())
     }
 
@@ -273,14 +273,14 @@ impl Device for CpuDevice {
         grad_scale: Option<f32>,
         losses: &mut Vec<f32>,
     ) -> DeviceResult {
-        let widened = &mut self.widened.lock().expect("nobody panics with the lock");
+        let widened = &mut self.widened.lock().expect("no thread panics while holding the lock");
         let x = &mut x[..n_rows * head.d_in()];
         loss::cross_entropy(x, head, &labels[..n_rows], grad_scale, &mut losses[..n_rows], widened);
         Ok(())
     }
 
     fn argmax(&self, x: &Vec<f32>, n_rows: usize, head: &CpuWeight) -> Result<Vec<u32>, DeviceError> {
-        let widened = &mut self.widened.lock().expect("nobody panics with the lock");
+        let widened = &mut self.widened.lock().expect("no thread panics while holding the lock");
         Ok(loss::argmax(&x[..n_rows * head.d_in()], head, widened))
     }
 

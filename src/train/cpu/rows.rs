@@ -137,7 +137,7 @@ pub(super) fn rope(qkv: &mut [f32], positions: &[u32], heads: Heads, frequencies
 
 /// `e^x` within 2 units in the last place, in a form that the compiler vectorizes; it saturates at -87 and 88.
 ///
-/// Source: the reduction by multiples of `ln 2` and the polynomial are those of Cephes' `expf`.
+/// Source: the reduction by multiples of `ln 2` and the polynomial come from Cephes' `expf`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
