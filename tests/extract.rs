@@ -195,10 +195,10 @@ fn what_no_delta_can_do_is_refused_all_at_once() {
     let words = error.to_string();
     let lines: Vec<_> = words.lines().skip(1).map(str::trim).collect();
     let expected = [
-        "\"box\": changed, and shape [1, 1, 1, 2] is no vector, no matrix and no stack of matrices",
+        "\"box\": changed, and shape [1, 1, 1, 2] is neither a vector, a matrix nor a stack of matrices",
         "\"cancelled\": no F32 delta gives 1 of its elements exactly, the first in row 1, column 1, from 1e0 to 1.000000013351432e-10",
         "\"dense\": 75.000 % of 4 elements would get a delta, at most 50.000 % may",
-        "\"ids\": changed, and elements are I64; F64, F32, F16, BF16, F8_E4M3 or F8_E5M2 are needed",
+        "\"ids\": changed, and elements are I64, expected F64, F32, F16, BF16, F8_E4M3 or F8_E5M2",
         "\"nan\": 1 changed elements are NaN or infinite, the first in row 1",
         "\"signed\": no F32 delta gives 1 of its elements exactly, the first in row 0, column 1, from 0e0 to -0e0",
     ];
@@ -241,8 +241,10 @@ fn vectors_take_part_whole() {
     // Nothing is chosen among one element, and what is not finite is refused as in a matrix.
     let (report, _) = there_and_back(&a, &b, &ExtractOptions { k: Some(1), ..all() }).unwrap();
     let left_out: Vec<_> = report.left_out.iter().map(|left| left.why.as_str()).collect();
-    let expected =
-        ["shape [3] is no matrix and no stack of matrices", "shape [2] is no matrix and no stack of matrices"];
+    let expected = [
+        "shape [3] is neither a matrix nor a stack of matrices",
+        "shape [2] is neither a matrix nor a stack of matrices",
+    ];
     assert_eq!((report.total.n_deltas, &left_out[..]), (1, &expected[..]));
     let error = there_and_back(&a, &file("c.safetensors", f32::INFINITY), &all()).unwrap_err().to_string();
     assert!(error.contains("\"norm\": 2 changed elements are NaN or infinite, the first in row 0"), "{error}");

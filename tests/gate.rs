@@ -1,5 +1,5 @@
-//! The gate for outputs over random trees of inputs, outputs and links: whatever is refused changes nothing at all, and whatever is
-//! written changes nothing but the output.
+//! The gate for outputs on random trees of inputs, outputs and links: a refused output changes nothing at all, and a
+//! written one changes nothing but the output.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -17,7 +17,7 @@ use neuroada_ckpt::{
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-/// What has a name: a file's bytes, a link's target, or what else it is.
+/// A directory entry: a file's bytes, a link's target, or another kind.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Entry {
     File(Vec<u8>),
@@ -26,7 +26,7 @@ enum Entry {
     Fifo,
 }
 
-/// Everything below a folder; links are not followed.
+/// Everything in a folder; links are not followed.
 fn tree(folder: &Path) -> BTreeMap<PathBuf, Entry> {
     let (mut found, mut waiting) = (BTreeMap::new(), vec![folder.to_owned()]);
     while let Some(folder) = waiting.pop() {
@@ -49,10 +49,10 @@ fn tree(folder: &Path) -> BTreeMap<PathBuf, Entry> {
     found
 }
 
-/// How one entry of a random tree is made: what it is, in which of the folders so far, and what it leads to.
+/// The seed of one entry of a random tree: its kind, the index of its parent folder, and its target.
 type Seed = (u8, usize, usize);
 
-/// Makes the tree; returns its folders and all its names.
+/// Creates the tree; returns its folders and all its names.
 fn plant(root: &Path, seeds: &[Seed]) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let (mut folders, mut names) = (vec![root.to_owned()], Vec::new());
     for (i, &(kind, folder, other)) in seeds.iter().enumerate() {
@@ -65,13 +65,13 @@ fn plant(root: &Path, seeds: &[Seed]) -> (Vec<PathBuf>, Vec<PathBuf>) {
             }
             2..=4 => fs::write(&path, format!("file {i}")).unwrap(),
             5 => symlink(&known, &path).unwrap(),
-            // To a neighbour, to itself, or to nothing.
+            // To a neighbor, to itself, or to nothing.
             6 => symlink(format!("n{}", other % (i + 2)), &path).unwrap(),
             7 if fs::hard_link(&known, &path).is_ok() => {}
             7 => fs::write(&path, format!("file {i}")).unwrap(),
             _ => mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap(),
         }
-        // A link to a folder is a way into it.
+        // A link to a folder is also a path into it.
         if kind % 9 == 5 && fs::metadata(&path).is_ok_and(|meta| meta.is_dir()) {
             folders.push(path.clone());
         }
@@ -80,7 +80,7 @@ fn plant(root: &Path, seeds: &[Seed]) -> (Vec<PathBuf>, Vec<PathBuf>) {
     (folders, names)
 }
 
-/// Writes an output; whoever gets there is past the gate.
+/// Writes an output if the gate allows it.
 fn write(how: u8, target: &Path, existing: Existing) -> Result<(), CheckpointError> {
     match how % 3 {
         0 => write_atomic(target, existing, b"new"),
@@ -97,7 +97,7 @@ fn write(how: u8, target: &Path, existing: Existing) -> Result<(), CheckpointErr
     }
 }
 
-/// `path` with its folder resolved; none where that is not there.
+/// `path` with its folder resolved; `None` if the folder does not exist.
 fn resolved(path: &Path) -> Option<PathBuf> {
     let path: PathBuf = path.components().collect();
     let name = match path.components().next_back()? {
@@ -107,7 +107,7 @@ fn resolved(path: &Path) -> Option<PathBuf> {
     Some(fs::canonicalize(path.parent()?).ok()?.join(name))
 }
 
-/// What an input leads to, bytes and all.
+/// The content of an input, including bytes.
 fn content(input: &Path) -> Option<BTreeMap<PathBuf, Entry>> {
     let real = fs::canonicalize(input).ok()?;
     if fs::metadata(&real).ok()?.is_dir() {
@@ -128,7 +128,7 @@ proptest! {
         (workspace, name, spelling) in (any::<usize>(), any::<usize>(), any::<u8>()),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        // One folder more above, for `..`.
+        // One more folder above, for `..`.
         let root = fs::canonicalize(dir.path()).unwrap();
         let planted = root.join("planted");
         fs::create_dir(&planted).unwrap();
@@ -151,22 +151,22 @@ proptest! {
         let after = tree(&root);
         let read_after: Vec<_> = inputs.iter().map(|input| content(input)).collect();
 
-        // A link that leads nowhere is no input, and may lead somewhere now.
+        // A dangling link is not an input, and may point to something now.
         let is_same = read_before.iter().zip(&read_after).all(|(before, after)| before.is_none() || before == after);
         prop_assert!(is_same, "an input changed: {target:?} {existing:?}");
         match written {
             Err(error) => {
-                prop_assert!(before == after, "{target:?} was refused ({error}), and something changed");
+                prop_assert!(before == after, "{target:?} was refused ({error}), but something changed");
                 prop_assert!(matches!(error.kind(), ErrorKind::Refused | ErrorKind::Io), "{error}");
             }
             Ok(()) => {
-                let output = resolved(&target).expect("what was written has a place");
+                let output = resolved(&target).expect("a written output has a path");
                 let is_output = |path: &Path| path.starts_with(&output);
                 let others = |tree: &BTreeMap<PathBuf, Entry>| {
                     tree.iter().filter(|(path, _)| !is_output(path)).map(|(p, e)| (p.clone(), e.clone())).collect::<Vec<_>>()
                 };
-                prop_assert!(others(&before) == others(&after), "{target:?}: something beside the output changed");
-                prop_assert!(replaces || !before.contains_key(&output), "{target:?} existed, and was to be kept");
+                prop_assert!(others(&before) == others(&after), "{target:?}: something other than the output changed");
+                prop_assert!(replaces || !before.contains_key(&output), "{target:?} existed, but had to be kept");
                 let new = Entry::File(b"new".to_vec());
                 match how % 3 {
                     1 => {
@@ -176,7 +176,7 @@ proptest! {
                     }
                     _ => prop_assert_eq!(&after[&output], &new),
                 }
-                // Links, fifos and foreign files never gave way.
+                // Links, fifos and files of others are never replaced.
                 match before.get(&output) {
                     None => {}
                     Some(Entry::File(_)) => prop_assert!(how % 3 != 1),

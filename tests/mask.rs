@@ -1,4 +1,4 @@
-//! Masks against the results of other implementations, against brute force, and against their own laws.
+//! Masks compared with other implementations and brute force, and their invariants.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -19,7 +19,7 @@ use neuroada_ckpt::{
 };
 use proptest::prelude::*;
 
-/// A tensor for a checkpoint made here.
+/// A tensor of a generated checkpoint.
 struct Tensor {
     name: String,
     dtype: Dtype,
@@ -46,7 +46,7 @@ fn encode(dtype: Dtype, v: f32) -> Vec<u8> {
     }
 }
 
-/// The number that is stored for `v`.
+/// The stored value of `v`.
 fn rounded(dtype: Dtype, v: f32) -> f32 {
     match dtype {
         Dtype::F8_E4M3 => F8E4M3::from_f32(v).to_f32(),
@@ -66,7 +66,7 @@ fn write(path: &Path, tensors: &[Tensor]) {
     writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
 }
 
-/// Chosen columns by target and row.
+/// Chosen columns per target and row.
 type Columns = BTreeMap<String, Vec<Vec<u32>>>;
 
 struct Made {
@@ -117,7 +117,7 @@ fn masks_equal_those_of_torch() {
 }
 
 #[test]
-fn threads_blocks_and_reading_do_not_show() {
+fn threads_blocks_and_io_mode_do_not_change_the_mask() {
     for scope in [Scope::Row, Scope::Tensor, Scope::Global] {
         let options = MaskOptions { scope, hash: true, ..all(20) };
         let expected = make(&Context::default(), &reference().join("weights.safetensors"), &options).bytes;
@@ -132,7 +132,7 @@ fn threads_blocks_and_reading_do_not_show() {
     }
 }
 
-/// Row top-k by sorting: greater score first, then the smaller column.
+/// Row top-k by sorting: larger score first, then the smaller column.
 fn by_sorting(scores: &[f64], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
@@ -208,7 +208,7 @@ fn scores_from_files_equal_their_formulas() {
 }
 
 #[test]
-fn transposed_and_stacked_tensors_choose_like_plain_ones() {
+fn transposed_and_stacked_tensors_give_the_same_choice_as_plain_ones() {
     let dir = tempfile::tempdir().unwrap();
     let [plain, other] = ["plain", "other"].map(|name| dir.path().join(format!("{name}.safetensors")));
     let (e, d_out, d_in) = (3usize, 11usize, 19usize);
@@ -274,7 +274,7 @@ fn a_nan_is_named() {
     }
 }
 
-/// A checkpoint of a shape, its data a hole: headers only.
+/// A checkpoint with a sparse file as data: only headers are written.
 fn sparse_checkpoint(path: &Path, tensors: &[(String, Vec<u64>)]) {
     let (mut header, mut at) = (serde_json::Map::new(), 0u64);
     for (name, shape) in tensors {
@@ -288,7 +288,7 @@ fn sparse_checkpoint(path: &Path, tensors: &[(String, Vec<u64>)]) {
 }
 
 #[test]
-fn the_share_of_llama_3_8b_is_that_of_the_paper() {
+fn the_trainable_share_of_llama_3_8b_matches_the_paper() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("llama-3-8b.safetensors");
     let mut tensors = vec![
@@ -324,7 +324,7 @@ fn the_share_of_llama_3_8b_is_that_of_the_paper() {
     assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
 }
 
-/// All entries of all tensors, best first: score, then tensor, row, column.
+/// The best `n` entries of all tensors: by score, then tensor, row, column.
 fn best(tensors: &[(&str, Vec<f32>, usize)], n: usize) -> Columns {
     let mut entries = Vec::new();
     for (name, values, d_in) in tensors {

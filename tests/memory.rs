@@ -1,4 +1,4 @@
-//! Commands stay within `--max-memory`, as the system counts it: mapped pages, buffers and all.
+//! Commands stay within `--max-memory`, as measured by the system: mapped pages, buffers and everything else.
 
 #![allow(clippy::unwrap_used, reason = "all of this is a test")]
 
@@ -10,10 +10,10 @@ use std::{
 };
 
 const MIB: u64 = 1 << 20;
-/// What a command may take above its limit, headers apart.
+/// The allowed memory above the limit, without headers.
 const SLACK: u64 = 32 * MIB;
 
-/// A checkpoint of BF16 matrices that are zero, as a file with a hole: no data is written.
+/// A checkpoint of zero BF16 matrices, as a sparse file: no data is written.
 fn zeros(folder: &Path, matrices: &[(&str, u64, u64)]) -> PathBuf {
     fs::create_dir(folder).unwrap();
     let (mut at, mut entries) = (0, Vec::new());
@@ -33,7 +33,7 @@ fn zeros(folder: &Path, matrices: &[(&str, u64, u64)]) -> PathBuf {
     folder.to_owned()
 }
 
-/// Runs a command on two threads; returns its exit code, its stderr and, where it told, the most memory it had.
+/// Runs a command on two threads; returns its exit code, its stderr and, if reported, its peak memory.
 fn run(limit: &str, io: &str, args: &[&str]) -> (Option<i32>, String, Option<u64>) {
     let output = Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt"))
         .args(args)
@@ -49,7 +49,7 @@ fn run(limit: &str, io: &str, args: &[&str]) -> (Option<i32>, String, Option<u64
 fn run_within(limit_mib: u64, io: &str, args: &[&str]) {
     let (code, stderr, peak) = run(&format!("{limit_mib}M"), io, args);
     assert_eq!(code, Some(0), "{args:?} {io}: {stderr}");
-    let peak = peak.expect("-v tells the peak");
+    let peak = peak.expect("-v reports the peak");
     assert!(peak <= limit_mib * MIB + SLACK, "{} at --max-memory {limit_mib}M, --io {io}: {} MiB", args[0], peak / MIB);
 }
 
@@ -114,7 +114,7 @@ fn very_long_rows_stay_within_the_limit() {
 }
 
 #[test]
-fn a_limit_too_small_for_a_row_is_refused_with_the_one_that_is_needed() {
+fn a_limit_too_small_for_a_row_reports_the_required_one() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let base = zeros(&dir.path().join("base"), &LONG_ROWS);
     let out = dir.path().join("out");
@@ -122,9 +122,10 @@ fn a_limit_too_small_for_a_row_is_refused_with_the_one_that_is_needed() {
     let args = ["mask", base, "--targets", "*", "--k", "1", "-o", out_text];
     let (code, stderr, _) = run("16M", "auto", &args);
     assert_eq!(code, Some(4), "{stderr}");
-    assert!(stderr.contains("a memory limit of 16777216 bytes is too small for this work"), "{stderr}");
+    assert!(stderr.contains("a memory limit of 16777216 bytes is too small for this operation"), "{stderr}");
     assert!(!out.exists(), "nothing was written");
-    let needed = stderr.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect("it names a number");
+    let needed =
+        stderr.split("at least ").nth(1).and_then(|rest| rest.split(' ').next()).expect("the message has a number");
     let (code, stderr, _) = run(&format!("{needed}M"), "auto", &args);
-    assert_eq!(code, Some(0), "with what it asked for: {stderr}");
+    assert_eq!(code, Some(0), "with the required limit: {stderr}");
 }

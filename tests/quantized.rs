@@ -364,7 +364,7 @@ fn a_plain_weight_is_not_taken_for_codes_of_a_longer_name() {
         ],
     );
     let checkpoint = Checkpoint::open(&base).unwrap();
-    let ends = |name| checkpoint.codes().find_by_end(name).map(|weight| weight.name.as_str());
+    let ends = |name| checkpoint.codes().find_by_suffix(name).map(|weight| weight.name.as_str());
     assert_eq!(ends("head.weight"), Some("mtp.head.weight"));
     assert_eq!(ends("model.mtp.head.weight"), Some("mtp.head.weight"));
     assert_eq!(ends("ahead.weight"), None);

@@ -1,4 +1,4 @@
-//! Files that must be refused, each with words that name it, in bounded memory.
+//! Files that must be refused, with a message that names them, in bounded memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -35,20 +35,24 @@ fn cases() -> Vec<Case> {
 }
 
 /// Fails with all cases whose message lacks a fragment.
-fn check(prefix: &str, wanted: bool, open: impl Fn(&Path) -> Result<(), (ErrorKind, String)>) -> usize {
+fn check(prefix: &str, expected: bool, open: impl Fn(&Path) -> Result<(), (ErrorKind, String)>) -> usize {
     let (mut wrong, mut n) = (Vec::new(), 0);
-    for case in cases().into_iter().filter(|case| case.path.starts_with(prefix) == wanted) {
+    for case in cases().into_iter().filter(|case| case.path.starts_with(prefix) == expected) {
         n += 1;
         match open(&fixtures().join("rejected").join(&case.path)) {
             Ok(()) => wrong.push(format!("{}: accepted", case.path)),
-            Err((kind, said)) => {
-                let lower = said.to_lowercase();
+            Err((kind, message)) => {
+                let lower = message.to_lowercase();
                 let missing: Vec<_> =
                     case.fragments.iter().filter(|part| !lower.contains(&part.to_lowercase())).collect();
                 if !missing.is_empty() || kind != ErrorKind::BadInput {
-                    wrong.push(format!("{}: {kind:?}: {said}\n    lacks {missing:?}", case.path));
+                    wrong.push(format!("{}: {kind:?}: {message}\n    lacks {missing:?}", case.path));
                 }
-                assert!(!said.chars().any(|c| c.is_control() && c != '\n'), "{}: a control byte gets out", case.path);
+                assert!(
+                    !message.chars().any(|c| c.is_control() && c != '\n'),
+                    "{}: a control byte gets out",
+                    case.path
+                );
             }
         }
     }
@@ -57,7 +61,7 @@ fn check(prefix: &str, wanted: bool, open: impl Fn(&Path) -> Result<(), (ErrorKi
 }
 
 #[test]
-fn every_broken_checkpoint_is_refused_in_its_own_words() {
+fn every_broken_checkpoint_is_refused_with_its_message() {
     let n = check("adapter/", false, |path| {
         Checkpoint::open(path).map(|_| ()).map_err(|e: CheckpointError| (e.kind(), e.to_string()))
     });
@@ -65,7 +69,7 @@ fn every_broken_checkpoint_is_refused_in_its_own_words() {
 }
 
 #[test]
-fn every_broken_adapter_is_refused_in_its_own_words() {
+fn every_broken_adapter_is_refused_with_its_message() {
     let n = check("adapter/", true, |path| {
         let read = Adapter::open(path).and_then(|adapter| adapter.id(&Context::default()));
         read.map(|_| ()).map_err(|e: AdapterError| (e.kind(), e.to_string()))
@@ -74,7 +78,7 @@ fn every_broken_adapter_is_refused_in_its_own_words() {
 }
 
 #[test]
-fn an_odd_header_gives_what_its_aligned_twin_gives() {
+fn an_odd_header_gives_the_same_as_an_aligned_one() {
     let open = |name: &str| Checkpoint::open(&fixtures().join("accepted").join(name)).unwrap();
     let (odd, aligned) = (open("odd-header.safetensors"), open("aligned-header.safetensors"));
     let ctx = Context::default();
@@ -88,7 +92,7 @@ fn an_odd_header_gives_what_its_aligned_twin_gives() {
 }
 
 #[test]
-fn a_download_cut_short_anywhere_says_so() {
+fn a_truncated_download_is_reported() {
     let whole = fs::read(fixtures().join("tiny-llama/model-00002-of-00003.safetensors")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.safetensors");
@@ -99,13 +103,13 @@ fn a_download_cut_short_anywhere_says_so() {
         fs::write(&path, &whole[..len]).unwrap();
         let error = Checkpoint::open(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadInput);
-        let said = error.to_string();
-        assert!(said.contains("incomplete") || said.contains("too short"), "{len}: {said}");
+        let message = error.to_string();
+        assert!(message.contains("incomplete") || message.contains("too short"), "{len}: {message}");
     }
 }
 
 #[test]
-fn links_lead_into_the_folder_or_its_caches_blobs_only() {
+fn links_may_lead_only_into_the_folder_or_its_cache_s_blobs() {
     let dir = tempfile::tempdir().unwrap();
     let outside = dir.path().join("outside.safetensors");
     fs::copy(fixtures().join("tiny-llama/model-00001-of-00003.safetensors"), &outside).unwrap();
@@ -113,7 +117,7 @@ fn links_lead_into_the_folder_or_its_caches_blobs_only() {
     fs::create_dir(&folder).unwrap();
     symlink(&outside, folder.join("model.safetensors")).unwrap();
     let error = Checkpoint::open(&folder).unwrap_err();
-    assert!(error.to_string().contains("is a link out of the folder"), "{error}");
+    assert!(error.to_string().contains("is a link that leads out of the folder"), "{error}");
 
     let repository = dir.path().join("models--a--b");
     let (blobs, snapshot) = (repository.join("blobs"), repository.join("snapshots/123"));
@@ -124,17 +128,17 @@ fn links_lead_into_the_folder_or_its_caches_blobs_only() {
     assert!(Checkpoint::open(&snapshot).unwrap().tensors().len() > 0);
 }
 
-/// Opens the file named in the environment and prints what came of it and the most memory that was resident.
+/// Opens the file named in the environment and prints the result and the peak resident memory.
 #[test]
 fn child_that_opens_a_hostile_file() {
     let Ok(path) = std::env::var("HOSTILE_FILE") else { return };
-    let said = Checkpoint::open(path.as_ref()).map(|_| ()).map_err(|e| e.to_string());
+    let message = Checkpoint::open(path.as_ref()).map(|_| ()).map_err(|e| e.to_string());
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0 kB").trim().to_owned();
-    println!("said {:?}\npeak {peak}", said.map_err(|e| e.chars().take(300).collect::<String>()));
+    println!("said {:?}\npeak {peak}", message.map_err(|e| e.chars().take(300).collect::<String>()));
 }
 
-/// What opening a file says, in a process of its own that stays within three times the file or 300 MB.
+/// The message from opening a file, in a separate process that stays within three times the file size or 300 MB.
 fn said_of(path: &Path) -> String {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child_that_opens_a_hostile_file", "--nocapture"])
@@ -178,8 +182,8 @@ fn headers_of_a_hundred_megabytes_cost_no_more_than_three_times_that() {
     let last = format!(r#""z":{}}}"#, entry("[0]"));
 
     write_header(&path, "{", |i| format!(r#""{i}":{},"#, entry("[0]")), &last, FULL);
-    let said = said_of(&path);
-    assert!(said.contains("more than 1000000 tensors") || said.contains("bytes of memory"), "{said}");
+    let message = said_of(&path);
+    assert!(message.contains("more than 1000000 tensors") || message.contains("bytes of memory"), "{message}");
 
     write_header(
         &path,
@@ -188,19 +192,19 @@ fn headers_of_a_hundred_megabytes_cost_no_more_than_three_times_that() {
         r#"],"data_offsets":[0,1]}}"#,
         FULL,
     );
-    let said = said_of(&path);
-    assert!(said.contains("shape has more than 64 numbers"), "{said}");
+    let message = said_of(&path);
+    assert!(message.contains("shape has more than 64 numbers"), "{message}");
 
     let tail = format!("}},{last}");
     write_header(&path, r#"{"__metadata__":{"#, |i| format!(r#"{}"{i}":"""#, comma(i)), &tail, FULL);
-    let said = said_of(&path);
-    assert!(said.contains("bytes of memory") || said == "Ok(())", "{said}");
+    let message = said_of(&path);
+    assert!(message.contains("bytes of memory") || message == "Ok(())", "{message}");
 
     let long = "x".repeat(1 << 20);
     let tail = format!(r#"":{}}}"#, entry("[1]"));
     write_header(&path, "{\"", |i| if i == 0 { long.clone() } else { "y".repeat(FULL) }, &tail, 2 << 20);
-    let said = said_of(&path);
-    assert!(said.contains("xxx… (1048576 bytes)") && said.len() < 1000, "{said}");
+    let message = said_of(&path);
+    assert!(message.contains("xxx… (1048576 bytes)") && message.len() < 1000, "{message}");
 
     for depth in [200, 1_000_000] {
         write_header(&path, r#"{"a":"#, |i| if i == 0 { "[".repeat(depth) } else { "[".repeat(FULL) }, "", 8 << 20);
@@ -208,7 +212,7 @@ fn headers_of_a_hundred_megabytes_cost_no_more_than_three_times_that() {
     }
 }
 
-/// A checkpoint of `names` of `n` elements each, all of it a hole but for what is written.
+/// A checkpoint of `names` with `n` elements each, as a sparse file.
 fn sparse(path: &Path, n_tensors: u64, n_elements: u64) -> u64 {
     let entry = |i: u64| {
         let (begin, end) = (2 * i * n_elements, 2 * (i + 1) * n_elements);
@@ -229,7 +233,7 @@ fn offsets_past_2_to_the_40_and_tensors_past_2_to_the_32_are_right() {
     use std::os::unix::fs::FileExt;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.safetensors");
-    // 300 tensors of 2^33 elements: 4.7 TiB of holes, where the file system can.
+    // 300 tensors of 2^33 elements: a sparse file of 4.7 TiB, if the file system supports it.
     let n_elements = 1u64 << 33;
     let too_long = fs::File::create(&path).unwrap().set_len(1 << 43).is_err();
     if too_long {

@@ -1,4 +1,4 @@
-//! A source that shrinks or changes while it is read ends in an error, never in a signal and never in a result.
+//! A source that shrinks or changes while it is read gives an error, never a signal and never a result.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -14,7 +14,7 @@ use neuroada_ckpt::{
     internals::checkpoint::TensorFileWriter,
 };
 
-/// Does something to a file after the n-th block.
+/// Runs an action on a file after the n-th block.
 struct After<'a> {
     block: u64,
     seen: AtomicU64,
@@ -41,7 +41,7 @@ fn write(path: &Path) -> u64 {
 }
 
 #[test]
-fn a_mask_of_a_shrinking_file_is_no_mask() {
+fn a_mask_of_a_shrinking_file_is_not_written() {
     for io in [Io::Mapped, Io::Direct, Io::Read] {
         for block in [0, 3, 20] {
             let dir = tempfile::tempdir().unwrap();
@@ -73,7 +73,7 @@ fn a_window_that_loses_its_file_is_marked() {
     fs::File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
     // The pages are gone: without a handler, reading them would end this process.
     let sum: u64 = window.iter().map(|&byte| u64::from(byte)).sum();
-    assert_eq!(sum, 0, "zeros stand in for what is gone");
+    assert_eq!(sum, 0, "missing pages read as zeros");
     let error = tensor.shard.confirm(&window).unwrap_err();
     assert!(error.to_string().contains("shrank while being read"), "{error}");
     drop(window);
@@ -81,7 +81,7 @@ fn a_window_that_loses_its_file_is_marked() {
 }
 
 #[test]
-fn a_file_that_changes_while_it_is_compared_gives_no_answer() {
+fn a_file_that_changes_during_a_comparison_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let [a, b] = ["a", "b"].map(|name| dir.path().join(name));
     write(&a);

@@ -1,4 +1,4 @@
-//! What lies beside the shards of a checkpoint, and what of it comes into a new one.
+//! The files next to a checkpoint's shards, and which of them go into a new checkpoint.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -62,7 +62,7 @@ fn write_tensor(path: &Path, name: &str) {
     file.finish(&Context::default(), &Default::default()).unwrap();
 }
 
-/// Gives a checkpoint's folder all the files above.
+/// Adds all the files above to a checkpoint's folder.
 fn add_files(folder: &Path) {
     for path in KEPT.iter().copied().chain(LEFT_OUT.iter().map(|(path, _)| *path)) {
         let to = folder.join(path);
@@ -77,7 +77,7 @@ fn add_files(folder: &Path) {
     }
 }
 
-/// The files of a new checkpoint beside its shards and its ledger.
+/// The files of a new checkpoint, without its shards and its ledger.
 fn side_files(folder: &Path) -> Vec<String> {
     let names = whole_tree(folder).into_keys().map(|path| path.to_string_lossy().into_owned());
     let is_own = |name: &String| name.starts_with(".neuroada") || name.ends_with("-of-00002.safetensors");
@@ -110,13 +110,13 @@ fn files_that_contradict_new_weights_are_left_out_and_listed() {
 }
 
 #[test]
-fn no_new_checkpoint_holds_them() {
+fn no_new_checkpoint_contains_them() {
     let world = World::new();
     let base = world.copy_base("full");
     add_files(&base);
     let (ctx, merged, again) = (Context::default(), world.at("merged"), world.at("again"));
     merge::merge(&ctx, &base, &[world.input(0)], &MergeOptions::new_checkpoint(&merged)).unwrap();
-    // A card of its own, and the base's own when all is taken out.
+    // A new card after a merge, and the base's card after everything is unmerged.
     let with_card = || [&["README.md"], KEPT].concat();
     let sorted = |mut names: Vec<&'static str>| {
         names.sort_unstable();

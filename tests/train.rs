@@ -1,4 +1,4 @@
-//! The trainer against PyTorch and transformers, and its laws.
+//! The trainer compared with PyTorch and transformers, and its invariants.
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -30,17 +30,18 @@ mod training;
 use training::*;
 
 #[test]
-fn logits_loss_and_gradients_are_those_of_transformers() {
-    // Both sides compute in float32 and add up in another order: 3 layers of sums of 64 to 176 terms, each rounded to 6e-8. The
-    // worst gradients that were measured, of the largest of their tensor, lie a factor of 60 below the bound: llama and mistral 1.7e-6
-    // (queries and keys, where the gradient is the difference of shares); llama3 1.0e-6 (angles of its scaled frequencies are
-    // rounded alike); qwen2 1.3e-6 (biases add nothing to it); qwen3 1.2e-6 (two norms more, over 16 numbers each).
+fn logits_loss_and_gradients_match_transformers() {
+    // Both sides compute in float32 with sums in a different order: 3 layers with sums of 64 to 176 terms, each
+    // rounded to 6e-8. The largest measured gradient errors, relative to the largest gradient of the tensor, are 60
+    // times below the bound: llama and mistral 1.7e-6 (queries and keys, where the gradient is a difference of
+    // probabilities); llama3 1.0e-6 (the angles of its scaled frequencies round the same way); qwen2 1.3e-6 (biases
+    // add no error); qwen3 1.2e-6 (two more norms, over 16 numbers each).
     let device = CpuDevice::new();
     assert_like_transformers(&device, Keep::All, 1e-4);
     assert_like_transformers(&device, Keep::Inputs, 1e-4);
 }
 
-/// The loss of one example, after its first tokens, by the plain forward pass.
+/// The loss of one example after its first `n_prompt` tokens, by the plain forward pass.
 fn plain_loss(device: &CpuDevice, model: &Model<CpuDevice>, tokens: &[u32], n_prompt: usize) -> f64 {
     let label = |t: usize| if t + 1 < n_prompt { IGNORE } else { tokens.get(t + 1).copied().unwrap_or(IGNORE) };
     let labels: Vec<u32> = (0..tokens.len()).map(label).collect();
@@ -74,7 +75,7 @@ fn ranking_from_a_cache_equals_whole_passes() {
                 for (candidate, found) in question.candidates.iter().zip(ranked) {
                     let whole = [&question.prompt[..], candidate].concat();
                     let expected = -plain_loss(&device, &model, &whole, question.prompt.len());
-                    // The same sums in pieces of another shape.
+                    // The same sums, in pieces of another shape.
                     assert!((found - expected).abs() < 1e-5 * expected.abs(), "{name}: {found} not {expected}");
                 }
             }
@@ -106,10 +107,10 @@ fn generation_takes_the_likeliest_token_each_time() {
         tokens[prompt.len()..].to_vec()
     };
     let free: Vec<Vec<u32>> = prompts.iter().map(|prompt| plainly(prompt, &[])).collect();
-    // A token that ends the first sequence early, and the others perhaps not.
+    // A token that ends the first sequence early, but not necessarily the others.
     for stop in [vec![], vec![free[0][2]]] {
         for max_tokens in [1, 100] {
-            let options = GenerateOptions { most_new: 6, stop: stop.clone(), max_tokens };
+            let options = GenerateOptions { max_new_tokens: 6, stop: stop.clone(), max_tokens };
             let written = generate(&ctx, &device, &model, &prompts, &options).unwrap();
             for (written, prompt) in written.iter().zip(&prompts) {
                 assert_eq!(*written, plainly(prompt, &stop));
@@ -120,8 +121,8 @@ fn generation_takes_the_likeliest_token_each_time() {
 
 // --- whole runs
 
-impl Told {
-    /// All but what depends on the machine's speed.
+impl Recorder {
+    /// Everything except the timings.
     fn timeless(&self) -> (Vec<StepRecord>, Vec<(u64, f64)>) {
         let steps = self.steps.borrow().iter().map(|&record| StepRecord { seconds: 0.0, ..record }).collect();
         (steps, self.evals.borrow().iter().map(|record| (record.step, record.eval_loss)).collect())
@@ -129,15 +130,15 @@ impl Told {
 }
 
 #[test]
-fn a_run_has_the_losses_and_deltas_of_the_published_bypass() {
+fn a_run_matches_the_losses_and_deltas_of_the_published_bypass() {
     let world = World::new(|folder| model(folder, "llama").0, 2);
-    let (report, told) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
+    let (report, recorded) = world.run(&Context::default(), "a.safetensors", &reference_options(), |_| {});
     assert_eq!(report.unwrap().n_steps, 60);
     let expected = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
-    let steps = told.steps.borrow();
+    let steps = recorded.steps.borrow();
     let (losses, rates) = (numbers(&expected, "losses"), numbers(&expected, "learning_rates"));
     for (record, (loss, rate)) in steps.iter().zip(losses.iter().zip(&rates)) {
-        // Rounding grows over 60 steps; 3e-6 was measured.
+        // Rounding errors grow over 60 steps; 3e-6 was measured.
         assert!((record.loss / loss - 1.0).abs() < 1e-4, "step {}: {} not {loss}", record.step, record.loss);
         assert!((record.learning_rate - rate).abs() < 1e-15, "step {}: rate {}", record.step, record.learning_rate);
     }
@@ -145,13 +146,13 @@ fn a_run_has_the_losses_and_deltas_of_the_published_bypass() {
     for target in adapter.targets() {
         let rows = adapter.read_rows(&ctx, target, 0..target.layout.n_rows()).unwrap();
         let off = difference(&rows.values, &numbers(&expected, &format!("{}.values", target.name)));
-        // AdamW divides by the root of the mean square: small gradients lose digits.
+        // AdamW divides by the square root of the second moment: small gradients lose digits.
         assert!(off < 1e-3, "{}: values differ by {off}", target.name);
     }
 }
 
 #[test]
-fn what_is_trained_is_what_a_merge_writes() {
+fn trained_weights_equal_merged_weights() {
     for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
         let mut world = World::new(llama_as(dtype), 2);
         let mut eval = Dataset::new();
@@ -160,10 +161,10 @@ fn what_is_trained_is_what_a_merge_writes() {
         }
         world.eval = Some(eval);
         let options = TrainOptions { max_steps: Some(12), eval_every: Some(5), ..reference_options() };
-        let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+        let (report, recorded) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
         let report = report.unwrap();
         assert!(report.eval_loss < report.first_eval_loss, "{report:?}");
-        assert_eq!(told.evals.borrow().iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 5, 10, 12]);
+        assert_eq!(recorded.evals.borrow().iter().map(|eval| eval.step).collect::<Vec<_>>(), [0, 5, 10, 12]);
 
         let merged = world.path("merged");
         let input = MergeInput { adapter: world.path("a.safetensors"), scale: None };
@@ -178,7 +179,7 @@ fn what_is_trained_is_what_a_merge_writes() {
     }
 }
 
-/// Asks to stop after so many looks at the flag.
+/// Cancels after this many checks of the flag.
 struct StopAfter(AtomicU64);
 
 impl Observer for StopAfter {
@@ -188,7 +189,7 @@ impl Observer for StopAfter {
 }
 
 #[test]
-fn an_interrupted_run_goes_on_as_if_nothing_had_happened() {
+fn a_resumed_run_equals_an_uninterrupted_one() {
     let mut world = World::new(llama_as(Dtype::BF16), 1);
     let mut eval = Dataset::new();
     for example in world.data.iter().skip(230) {
@@ -207,22 +208,22 @@ fn an_interrupted_run_goes_on_as_if_nothing_had_happened() {
     let ctx = Context::default();
     let (whole, told_whole) = world.run(&ctx, "whole.safetensors", &options, |_| {});
     let whole = whole.unwrap();
-    // 15 batches an epoch are 4 steps, the last of 3.
+    // 15 batches per epoch are 4 steps, the last of 3 batches.
     assert_eq!(whole.n_steps, 8);
 
-    let told = Told::default();
+    let recorded = Recorder::default();
     let mut n_stops = 0;
     let report = loop {
         let stop = StopAfter(AtomicU64::new(7 + n_stops));
         let stopping = Context { observer: &stop, ..ctx };
         let part = if n_stops > 4 { &ctx } else { &stopping };
         let (result, told_part) = world.run(part, "parts.safetensors", &options, |job| job.resume = n_stops > 0);
-        told.steps.borrow_mut().extend(told_part.steps.borrow().iter());
-        told.evals.borrow_mut().extend(told_part.evals.borrow().iter());
+        recorded.steps.borrow_mut().extend(told_part.steps.borrow().iter());
+        recorded.evals.borrow_mut().extend(told_part.evals.borrow().iter());
         match result {
             Ok(report) => break report,
             Err(TrainError::Stopped { step }) => {
-                assert_eq!(step, told.steps.borrow().last().map_or(0, |record| record.step));
+                assert_eq!(step, recorded.steps.borrow().last().map_or(0, |record| record.step));
                 assert!(world.path("parts.state.safetensors").exists());
                 n_stops += 1;
             }
@@ -230,13 +231,13 @@ fn an_interrupted_run_goes_on_as_if_nothing_had_happened() {
         }
     };
     assert!(n_stops >= 4, "it was stopped {n_stops} times");
-    assert_eq!(told.timeless(), told_whole.timeless());
+    assert_eq!(recorded.timeless(), told_whole.timeless());
     assert_eq!(report, whole);
     let bytes = |name: &str| fs::read(world.path(name)).unwrap();
     assert_eq!(bytes("parts.safetensors"), bytes("whole.safetensors"));
     assert_eq!(bytes("parts.loss.svg"), bytes("whole.loss.svg"));
     assert_eq!(bytes("parts.log.jsonl").iter().filter(|&&byte| byte == b'\n').count(), 8 + 4);
-    assert!(!world.path("parts.state.safetensors").exists(), "a run that ended needs no state");
+    assert!(!world.path("parts.state.safetensors").exists(), "a finished run needs no state");
 }
 
 #[test]
@@ -255,7 +256,7 @@ fn the_state_of_another_run_is_refused() {
     assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
     assert!(error.to_string().ends_with("cannot be resumed: options.seed was 0, is 9"), "{error}");
     let error = again(&options, false).unwrap_err();
-    assert!(error.to_string().contains("the state of a run that did not end lies beside it"), "{error}");
+    assert!(error.to_string().contains("this is the state of an unfinished run"), "{error}");
     again(&options, true).unwrap();
 }
 
@@ -269,20 +270,20 @@ fn every_number_of_threads_trains_the_same_bytes() {
         let name = format!("{n_threads}.safetensors");
         let layer_checkpoints = n_threads == 5;
         let options = TrainOptions { layer_checkpoints, ..options.clone() };
-        let (report, told) = pool.install(|| world.run(&Context::default(), &name, &options, |_| {}));
-        seen.push((report.unwrap().id, told.timeless()));
+        let (report, recorded) = pool.install(|| world.run(&Context::default(), &name, &options, |_| {}));
+        seen.push((report.unwrap().id, recorded.timeless()));
     }
-    assert!(seen[0] == seen[1] && seen[0] == seen[2], "threads and layer checkpoints change nothing");
+    assert!(seen[0] == seen[1] && seen[0] == seen[2], "threads and layer checkpoints do not change the result");
 }
 
 #[test]
-fn a_loss_that_is_no_number_stops_the_run_and_is_named() {
+fn a_loss_that_is_not_finite_stops_the_run_and_names_the_tensor() {
     let world = World::new(
         |folder| {
             let base = llama_as(Dtype::F32)(folder);
             let tensor = base.tensor("model.layers.1.mlp.up_proj.weight").unwrap();
             let mut bytes = fs::read(tensor.shard.path()).unwrap();
-            // The last entry of the first row: no mask would choose it, were it a number.
+            // The last entry of the first row, which no mask would choose if it were a number.
             let at = tensor.shard.file_range(tensor.info).start as usize + 63 * 4;
             bytes[at..at + 4].copy_from_slice(&f32::MAX.to_le_bytes());
             let path = tensor.shard.path().to_owned();
@@ -305,15 +306,15 @@ fn a_loss_that_is_no_number_stops_the_run_and_is_named() {
 fn early_stopping_keeps_the_best_deltas() {
     let mut world = World::new(llama_as(Dtype::F32), 2);
     let mut eval = Dataset::new();
-    // What it is judged by has nothing to do with what it learns: it gets worse soon.
+    // The evaluation data is unrelated to the training data: the loss soon gets worse.
     for i in 0..8 {
         eval.push(&[5 + i, 300 - i, 7, 7, 7 + i], 1);
     }
     world.eval = Some(eval);
     let options = TrainOptions { eval_every: Some(2), patience: Some(3), learning_rate: 0.1, ..reference_options() };
-    let (report, told) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
+    let (report, recorded) = world.run(&Context::default(), "a.safetensors", &options, |_| {});
     let report = report.unwrap();
-    let evals = told.evals.borrow();
+    let evals = recorded.evals.borrow();
     let best = evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
     assert!(report.stopped_early && report.n_steps == best.step + 6, "{report:?}");
     assert_eq!((report.best_step, report.eval_loss), (best.step, Some(best.eval_loss)));
@@ -330,22 +331,22 @@ fn targets_outside_of_layers_and_other_models_are_refused() {
     let mut on_device = Model::load(&ctx, &device, &base).unwrap();
     let error = on_device.attach(&ctx, &device, &base, &MaskFile::open(&path).unwrap()).unwrap_err();
     assert!(
-        error.to_string().ends_with("\"lm_head.weight\": only projections inside of layers are trained"),
+        error.to_string().ends_with("\"lm_head.weight\": only projections inside layers can be trained"),
         "{error}"
     );
 
     let config = fs::read_to_string(base.root().join("config.json")).unwrap();
-    let said = |config: String| {
+    let message = |config: String| {
         fs::write(base.root().join("config.json"), config).unwrap();
         let base = Checkpoint::open(base.root()).unwrap();
         Model::load(&ctx, &device, &base).map(|_| ()).unwrap_err().to_string()
     };
-    let other = said(config.replace("\"llama\"", "\"gemma3\""));
+    let other = message(config.replace("\"llama\"", "\"gemma3\""));
     assert!(other.ends_with("model type `gemma3` cannot be trained; llama, mistral, qwen2, qwen3 can"), "{other}");
-    let narrow = said(config.replace("\"intermediate_size\": 176", "\"intermediate_size\": 170"));
-    assert!(narrow.contains("mlp.up_proj.weight\": shape [176, 64], the configuration says [170, 64]"), "{narrow}");
-    let deep = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 16000000"));
+    let narrow = message(config.replace("\"intermediate_size\": 176", "\"intermediate_size\": 170"));
+    assert!(narrow.contains("mlp.up_proj.weight\": shape [176, 64], the configuration requires [170, 64]"), "{narrow}");
+    let deep = message(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 16000000"));
     assert!(deep.ends_with("`num_hidden_layers` is 16000000, the checkpoint has 30 tensors"), "{deep}");
-    let short = said(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2"));
-    assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": no part of such a model"), "{short}");
+    let short = message(config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 2"));
+    assert!(short.contains("\"model.layers.2.mlp.down_proj.weight\": not a tensor of this architecture"), "{short}");
 }

@@ -1,10 +1,10 @@
-//! What can go wrong on a device that computes in place of the CPU.
+//! Errors of a device that computes instead of the CPU.
 
 use std::{error::Error, fmt};
 
 use crate::error::{ErrorKind, Failure};
 
-/// An accelerator failed; the error is the accelerator's own, in its own words.
+/// An error of the accelerator, with its own message.
 #[derive(Debug)]
 pub struct AcceleratorError {
     error: Box<dyn Error + Send + Sync>,
@@ -12,12 +12,12 @@ pub struct AcceleratorError {
 }
 
 impl AcceleratorError {
-    /// What went wrong.
+    /// Wraps an accelerator's error.
     pub fn new(error: impl Failure + Send + Sync + 'static) -> Self {
         Self { kind: error.kind(), error: Box::new(error) }
     }
 
-    /// The accelerator's error, where it is an `E`.
+    /// The accelerator's error, if it is an `E`.
     pub fn downcast_ref<E: Error + 'static>(&self) -> Option<&E> {
         self.error.downcast_ref()
     }

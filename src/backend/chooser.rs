@@ -1,13 +1,13 @@
-//! Which device chooses: the CPU, or an accelerator with the CPU for what it does not support.
+//! The device that chooses: the CPU, or an accelerator with the CPU for everything it does not support.
 
 use std::fmt;
 
 use super::{AcceleratorError, NotANumber, ScoredRows, topk_rows};
 
-/// Why nothing was chosen.
+/// Why choosing failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ChooseError {
-    /// A NaN has no rank.
+    /// A NaN cannot be ranked.
     #[error(transparent)]
     NotANumber(#[from] NotANumber),
     /// The accelerator failed.
@@ -15,30 +15,30 @@ pub enum ChooseError {
     Accelerator(#[from] AcceleratorError),
 }
 
-/// An accelerator that chooses the largest of each row.
+/// An accelerator that chooses the largest entries of each row.
 pub trait RowChooser: fmt::Debug + Send + Sync {
-    /// As [`topk_rows`], bit for bit; the CPU does what the accelerator does not support.
+    /// The same result as [`topk_rows`], bit for bit; runs on the CPU what the accelerator does not support.
     ///
     /// # Errors
-    /// [`NotANumber`] names the first row and column holding a NaN; the others are the accelerator's own.
+    /// [`NotANumber`] names the first row and column with a NaN; other errors are the accelerator's.
     fn topk_rows(&self, rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, ChooseError>;
 
-    /// What it did so far.
+    /// Counts of the rows so far.
     fn counts(&self) -> ChosenRows;
 }
 
-/// What a [`RowChooser`] did, in rows.
+/// Rows processed by a [`RowChooser`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChosenRows {
-    /// Chosen on the GPU.
+    /// Rows chosen on the GPU.
     pub on_gpu: u64,
-    /// Chosen on the CPU, because the GPU does not support their type, length or score.
+    /// Rows chosen on the CPU, because the GPU does not support their dtype, length or score.
     pub on_cpu: u64,
-    /// Of those on the GPU, chosen again on the CPU and found equal.
+    /// Rows chosen on the GPU that were chosen again on the CPU, with the same result.
     pub checked: u64,
 }
 
-/// Which device chooses the largest of each row. The result is the same, bit for bit.
+/// The device that chooses the largest entries of each row. The result is the same, bit for bit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Chooser<'a> {
     accelerator: Option<&'a dyn RowChooser>,
@@ -58,7 +58,7 @@ impl<'a> Chooser<'a> {
     /// As [`topk_rows`].
     ///
     /// # Errors
-    /// [`NotANumber`] names the first row and column holding a NaN; on an accelerator also what failed there.
+    /// [`NotANumber`] names the first row and column with a NaN; on an accelerator also its own errors.
     pub fn topk_rows(&self, rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, ChooseError> {
         match self.accelerator {
             Some(accelerator) => accelerator.topk_rows(rows, k),

@@ -1,22 +1,22 @@
-//! How far weights are from infinity: what a merge asks before it writes.
+//! The distance of weights from infinity, which a merge checks before it writes.
 
 use crate::tensor::{Accumulator, Dtype, Float, with_float};
 
-/// The sum of magnitudes of deltas below which no finite weight of type `dtype` can become infinite or NaN.
+/// The sum of delta magnitudes below which no finite weight of `dtype` can become infinite or NaN.
 ///
-/// A quarter of a unit in the last place at the type's largest finite number: half of what rounding takes to infinity, so
-/// that the roundings of intermediate sums do not matter.
+/// A quarter of a unit in the last place at the dtype's largest finite number. This is half of what rounds to
+/// infinity, so that rounding of intermediate sums does not matter.
 ///
 /// # Panics
-/// Where `dtype` is no float.
+/// If `dtype` is not a float.
 pub fn overflow_margin(dtype: Dtype) -> f64 {
     with_float!(dtype, T => (largest_below::<T>(0) - largest_below::<T>(1)) / 4.0, else unreachable!("targets are floats"))
 }
 
-/// The largest finite number of type `dtype`.
+/// The largest finite number of `dtype`.
 ///
 /// # Panics
-/// Where `dtype` is no float.
+/// If `dtype` is not a float.
 pub fn largest_finite(dtype: Dtype) -> f64 {
     with_float!(dtype, T => largest_below::<T>(0), else unreachable!("targets are floats"))
 }
@@ -28,10 +28,10 @@ fn largest_below<T: Float>(n: u64) -> f64 {
     number(largest - n).widen().to_f64()
 }
 
-/// The largest magnitude among finite elements of type `dtype`, 0 where there are none.
+/// The largest magnitude among finite elements of `dtype`; 0 if there are none.
 ///
 /// # Panics
-/// Where `dtype` is no float.
+/// If `dtype` is not a float.
 pub fn largest_magnitude(dtype: Dtype, elements: &[u8]) -> f64 {
     with_float!(dtype, T => {
         let keys = elements.chunks_exact(T::BYTES).map(T::from_le).filter(|x| x.is_finite());
@@ -42,7 +42,7 @@ pub fn largest_magnitude(dtype: Dtype, elements: &[u8]) -> f64 {
 /// Indices of elements that are finite in `before` and infinite or NaN in `after`.
 ///
 /// # Panics
-/// Where lengths differ, or `dtype` is no float.
+/// If the lengths differ, or `dtype` is not a float.
 pub fn overflows(dtype: Dtype, before: &[u8], after: &[u8]) -> Vec<usize> {
     assert_eq!(before.len(), after.len(), "the same elements before and after");
     with_float!(dtype, T => {
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn magnitudes_leave_out_what_is_not_finite() {
+    fn magnitudes_ignore_elements_that_are_not_finite() {
         let bytes = |values: &[f32]| values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect::<Vec<u8>>();
         assert_eq!(largest_magnitude(Dtype::F16, &bytes(&[1.0, -3.0, f32::INFINITY, f32::NAN])), 3.0);
         assert_eq!(largest_magnitude(Dtype::F16, &[]), 0.0);

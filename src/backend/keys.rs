@@ -1,10 +1,10 @@
-//! Integers that weights are ranked by.
+//! The integer keys by which weights are ranked.
 
 use crate::tensor::{Dtype, Float};
 
 /// An unsigned integer that holds keys.
 pub trait Key: Copy + Ord + Default + Send + Sync + 'static {
-    /// Its width.
+    /// Width in bits.
     const BITS: u32;
     /// The low bits of `bits`.
     fn from_u64(bits: u64) -> Self;
@@ -35,10 +35,10 @@ macro_rules! impl_key {
 }
 impl_key!(u8, u16, u32, u64);
 
-/// What keys mean. Only keys of one space can be compared with one another.
+/// The meaning of keys. Only keys of the same space can be compared.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum KeySpace {
-    /// The bits of the stored element without its sign, for elements of 8 or 16 bits.
+    /// The stored bits of the element without its sign, for elements of 8 or 16 bits.
     Stored(Dtype),
     /// The bits of a non-negative `f32`.
     F32,
@@ -49,20 +49,20 @@ pub enum KeySpace {
 }
 
 impl KeySpace {
-    /// The space of magnitudes of elements of a float type.
+    /// The space for magnitudes of elements of a float dtype.
     ///
     /// # Panics
-    /// Where the type is no float that can be scored.
+    /// If the dtype is not a float that can be scored.
     pub fn of_magnitudes(dtype: Dtype) -> Self {
         match dtype {
             Dtype::F64 => Self::F64,
             Dtype::F32 => Self::F32,
             Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3 | Dtype::F8_E5M2 => Self::Stored(dtype),
-            other => panic!("only floats are scored, not {other:?}"),
+            other => panic!("only floats can be scored, not {other:?}"),
         }
     }
 
-    /// Bits of a key.
+    /// Width of a key in bits.
     pub fn bits(self) -> u32 {
         match self {
             Self::Stored(dtype) => dtype.bitsize() as u32,
@@ -71,7 +71,7 @@ impl KeySpace {
         }
     }
 
-    /// The narrowest space that keys of both can be compared in: every one is exact, and keeps the order.
+    /// The narrowest space in which keys of both can be compared; the conversion is exact and keeps the order.
     pub fn common(self, other: Self) -> Self {
         match (self, other) {
             _ if self == other => self,
@@ -82,8 +82,8 @@ impl KeySpace {
     }
 }
 
-/// The magnitude of `w` as a key: the stored bits without the sign where the key is as wide as the element, else those of
-/// the widened number.
+/// The magnitude of `w` as a key: the stored bits without the sign if the key is as wide as the element, otherwise
+/// those of the widened number.
 #[inline(always)]
 pub(super) fn magnitude_key<T: Float, K: Key>(w: T) -> K {
     if K::BITS as usize == 8 * T::BYTES {
@@ -93,7 +93,7 @@ pub(super) fn magnitude_key<T: Float, K: Key>(w: T) -> K {
     }
 }
 
-/// The magnitude of a number as a key of 32 bits, for which it must be an `f32`, or of 64.
+/// The magnitude of a number as a key of 32 bits, for which it must be an `f32`, or of 64 bits.
 #[inline(always)]
 pub(super) fn score_key<K: Key>(score: f64) -> K {
     if K::BITS == 32 {
@@ -103,39 +103,39 @@ pub(super) fn score_key<K: Key>(score: f64) -> K {
     }
 }
 
-/// Sixteen bits of a key below a known beginning: a cut is found digit by digit.
+/// Sixteen bits of a key after a known prefix: a cut is found digit by digit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Digit {
-    /// Bits of the key below this digit.
+    /// Number of key bits below this digit.
     pub shift: u32,
-    /// The bits above this digit.
+    /// The key bits above this digit.
     pub prefix: u64,
 }
 
 impl Digit {
-    /// Bits of a digit.
+    /// Width of a digit in bits.
     pub const BITS: u32 = 16;
-    /// Values of a digit.
+    /// Number of values of a digit.
     pub const VALUES: usize = 1 << Self::BITS;
 
-    /// The first digit of keys of a space.
+    /// The first digit of the keys of a space.
     pub fn first(space: KeySpace) -> Self {
         Self { shift: space.bits().saturating_sub(Self::BITS), prefix: 0 }
     }
 
-    /// The digit's value in `key`, where the key begins with the prefix.
+    /// The digit's value in `key`, if the key begins with the prefix.
     #[inline(always)]
     pub fn of(self, key: u64) -> Option<usize> {
         let upper = key >> self.shift;
         (upper >> Self::BITS == self.prefix).then_some(upper as usize % Self::VALUES)
     }
 
-    /// The least key that begins with the prefix.
+    /// The smallest key that begins with the prefix.
     pub fn floor(self) -> u64 {
         self.prefix.checked_shl(self.shift + Self::BITS).unwrap_or(0)
     }
 
-    /// The key so far, once this digit is known to be `value`, and the digit below it.
+    /// The key up to this digit, if it is `value`, and the next lower digit.
     pub fn then(self, value: usize) -> (u64, Option<Self>) {
         let prefix = self.prefix << Self::BITS | value as u64;
         let below = self.shift.checked_sub(Self::BITS).map(|shift| Self { shift, prefix });
@@ -143,7 +143,7 @@ impl Digit {
     }
 }
 
-/// Runs an expression with `$k` standing for the integer type of a [`KeySpace`]'s keys.
+/// Evaluates an expression with `$k` as the integer type of a [`KeySpace`]'s keys.
 macro_rules! with_key {
     ($space:expr, $k:ident => $body:expr) => {
         match $space.bits() {
@@ -174,7 +174,7 @@ mod tests {
     use half::{bf16, f16};
 
     #[test]
-    fn types_meet_in_a_space_that_keeps_their_order() {
+    fn the_common_space_of_two_dtypes_keeps_their_order() {
         let bf = KeySpace::of_magnitudes(Dtype::BF16);
         assert_eq!(bf.common(bf), KeySpace::Stored(Dtype::BF16));
         assert_eq!(bf.common(KeySpace::of_magnitudes(Dtype::F16)), KeySpace::F32);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn digits_spell_a_key() {
+    fn digits_form_the_key() {
         let key = 0x0123_4567_89ab_cdef;
         let mut digit = Digit::first(KeySpace::F64);
         let mut spelled = 0;

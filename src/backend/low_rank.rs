@@ -1,25 +1,25 @@
-//! Low-rank products, and what a weight becomes with one.
+//! Low-rank products and their merge into weights.
 //!
-//! For each element the products are summed in `f32` over the rank, ascending from zero, with fused steps: `sum = u[i, t] * v[t, j]
-//! + sum`, rounded once. Then `weight + sum * scale`, two roundings, and one to the weight's type. Nothing of it depends on how
-//! the work is cut, and the device's kernels do the same steps. Another order of the sum, as matrix libraries choose it, moves it by
-//! a few units of `f32`'s last place.
+//! For each element the products are summed in `f32` over the rank, ascending from zero, with fused multiply-adds:
+//! `sum = u[i, t] * v[t, j] + sum`, rounded once. Then `weight + sum * scale`, with two roundings, and one rounding to
+//! the weight's dtype. The result does not depend on how the work is split, and the device's kernels use the same
+//! steps. A different order of the sum, as in matrix libraries, changes it by a few units in the last place of `f32`.
 
 use super::{PatchCounts, simd};
 use crate::tensor::{Accumulator, Dtype, Float, with_float};
 
-/// Columns that are summed for all rows before the next: their part of `v` stays in the nearest cache.
+/// Columns that are summed for all rows before the next ones: their part of `v` stays in the L1 cache.
 const STRIP: usize = 256;
-/// Rows that share what is loaded of `v`.
+/// Rows that share the loaded part of `v`.
 const ROWS: usize = 4;
 
-/// Adds the product of `u` (`[n_rows, rank]`) and `v` (`[rank, n_columns]`) to `sums` (`[n_rows, n_columns]`), one step of the rank
-/// after the other.
+/// Adds the product of `u` (`[n_rows, rank]`) and `v` (`[rank, n_columns]`) to `sums` (`[n_rows, n_columns]`), one
+/// step of the rank after another.
 ///
-/// Called with consecutive parts of the rank, it gives what one call with all of it gives.
+/// Calls with consecutive parts of the rank give the same result as one call with the whole rank.
 ///
 /// # Panics
-/// Where lengths disagree.
+/// If the lengths are inconsistent.
 pub fn add_low_rank(u: &[f32], v: &[f32], rank: usize, n_columns: usize, sums: &mut [f32]) {
     if rank == 0 || n_columns == 0 {
         return;
@@ -29,17 +29,17 @@ pub fn add_low_rank(u: &[f32], v: &[f32], rank: usize, n_columns: usize, sums: &
     simd::add_low_rank(u, v, rank, n_columns, sums);
 }
 
-/// `weights + sums * scale`, each rounded once to the weights' type, and what became of them; a weight that is a NaN keeps its
-/// bits. `weights` are little-endian elements of `dtype`, as many as `sums`.
+/// Replaces `weights` by `weights + sums * scale`, rounded once to their dtype, and counts the effects; a NaN weight
+/// keeps its bits. `weights` are little-endian elements of `dtype`, as many as `sums`.
 ///
 /// # Panics
-/// Where lengths disagree, or `dtype` is no float.
+/// If the lengths are inconsistent, or `dtype` is not a float.
 pub fn merge_sums(dtype: Dtype, weights: &mut [u8], sums: &[f32], scale: f32) -> PatchCounts {
     assert_eq!(weights.len() * 8, sums.len() * dtype.bitsize(), "one sum per weight");
     simd::merge_sums(dtype, weights, sums, scale)
 }
 
-/// The judge of [`add_low_rank`], `WIDTH` columns at a time.
+/// The reference implementation of [`add_low_rank`], `WIDTH` columns at a time.
 #[inline(always)]
 pub(super) fn add_products<const WIDTH: usize>(u: &[f32], v: &[f32], rank: usize, n_columns: usize, sums: &mut [f32]) {
     for strip in (0..n_columns).step_by(STRIP) {
@@ -81,7 +81,7 @@ fn add_tile<const WIDTH: usize>(u: &[f32], v: &[f32], rank: usize, n_columns: us
     }
 }
 
-/// The judge of [`merge_sums`].
+/// The reference implementation of [`merge_sums`].
 #[inline(always)]
 pub(super) fn merge_with_sums(dtype: Dtype, weights: &mut [u8], sums: &[f32], scale: f32) -> PatchCounts {
     with_float!(dtype, T => merge_as::<T>(weights, sums, scale), else unreachable!("weights are floats"))
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_the_same_bits_however_the_work_is_cut() {
+    fn sums_have_the_same_bits_however_the_work_is_split() {
         for (n_rows, rank, n_columns) in [(1, 1, 1), (3, 2, 15), (4, 5, 16), (5, 16, 33), (9, 7, 300), (8, 1, 257)] {
             let (u, v) = (numbers(n_rows * rank, 1), numbers(rank * n_columns, 2));
             let mut plain = vec![0.0f32; n_rows * n_columns];
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn every_type_is_merged_as_the_portable_loop_does() {
+    fn every_dtype_is_merged_as_by_the_portable_loop() {
         let sums = numbers(1500, 3);
         for dtype in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16] {
             let weights: Vec<u8> = (0..sums.len() * dtype.bitsize() / 8).map(|i| (i * 131 % 251) as u8).collect();

@@ -1,4 +1,5 @@
-//! Which device merges low-rank products: the CPU, or an accelerator with the CPU for what it does not support.
+//! The device that merges low-rank products: the CPU, or an accelerator with the CPU for everything it does not
+//! support.
 
 use std::{fmt, sync::Arc};
 
@@ -7,17 +8,18 @@ use crate::tensor::Dtype;
 
 /// An accelerator that merges low-rank products.
 pub trait LowRankMerger: fmt::Debug + Send + Sync {
-    /// Whether it merges into weights of this type.
-    fn takes(&self, dtype: Dtype) -> bool;
+    /// Whether it can merge into weights of this dtype.
+    fn supports(&self, dtype: Dtype) -> bool;
 
-    /// `weights + u v * scale`, as [`super::add_low_rank`] and [`super::merge_sums`] make it, bit for bit; `None` where the CPU has
-    /// to: nothing was changed then. `weights` are little-endian elements of `dtype`, `u` is `[n_rows, rank]`, `v` `[rank, n_columns]`.
+    /// Computes `weights + u v * scale`, bit for bit as [`super::add_low_rank`] and [`super::merge_sums`] do. Returns
+    /// `None`, with nothing changed, if the CPU must do it. `weights` are little-endian elements of `dtype`, `u` is
+    /// `[n_rows, rank]`, `v` `[rank, n_columns]`.
     ///
     /// # Errors
-    /// What failed on the accelerator.
+    /// Errors of the accelerator.
     ///
     /// # Panics
-    /// Where lengths disagree, or [`Self::takes`] says no to the type.
+    /// If the lengths are inconsistent, or [`Self::supports`] is false for the dtype.
     fn merge(
         &self,
         dtype: Dtype,
@@ -27,22 +29,22 @@ pub trait LowRankMerger: fmt::Debug + Send + Sync {
     ) -> Result<Option<PatchCounts>, AcceleratorError>;
 
     /// Counts weights that the CPU merged.
-    fn left(&self, n_weights: u64);
+    fn count_on_cpu(&self, n_weights: u64);
 
-    /// What it did so far.
+    /// Counts of the weights so far.
     fn counts(&self) -> MergedWeights;
 }
 
-/// What a [`LowRankMerger`] did, in weights.
+/// Weights processed by a [`LowRankMerger`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MergedWeights {
-    /// Merged on the GPU.
+    /// Weights merged on the GPU.
     pub on_gpu: u64,
-    /// Merged on the CPU, because the GPU does not support what is added to them, their type or their size.
+    /// Weights merged on the CPU, because the GPU does not support their delta, dtype or size.
     pub on_cpu: u64,
 }
 
-/// Which device merges. The result is the same, bit for bit.
+/// The device that merges. The result is the same, bit for bit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Merger<'a> {
     accelerator: Option<&'a dyn LowRankMerger>,
@@ -59,18 +61,18 @@ impl<'a> Merger<'a> {
         Self { accelerator: Some(accelerator) }
     }
 
-    /// Whether an accelerator merges into weights of this type.
-    pub fn takes(&self, dtype: Dtype) -> bool {
-        self.accelerator.is_some_and(|accelerator| accelerator.takes(dtype))
+    /// Whether an accelerator can merge into weights of this dtype.
+    pub fn supports(&self, dtype: Dtype) -> bool {
+        self.accelerator.is_some_and(|accelerator| accelerator.supports(dtype))
     }
 
-    /// As [`LowRankMerger::merge`]; `None` where there is no accelerator.
+    /// As [`LowRankMerger::merge`]; `None` if there is no accelerator.
     ///
     /// # Errors
-    /// What failed on the accelerator.
+    /// Errors of the accelerator.
     ///
     /// # Panics
-    /// Where lengths disagree, or [`Self::takes`] says no to the type.
+    /// If the lengths are inconsistent, or [`Self::supports`] is false for the dtype.
     pub fn merge(
         &self,
         dtype: Dtype,
@@ -82,9 +84,9 @@ impl<'a> Merger<'a> {
     }
 
     /// Counts weights that the CPU merged.
-    pub fn left(&self, n_weights: u64) {
+    pub fn count_on_cpu(&self, n_weights: u64) {
         if let Some(accelerator) = self.accelerator {
-            accelerator.left(n_weights);
+            accelerator.count_on_cpu(n_weights);
         }
     }
 }

@@ -1,11 +1,12 @@
-//! Hot loops over rows, each with a plain form that stays as the judge of every faster one.
+//! Hot loops over rows. Each has a plain reference implementation against which faster ones are tested.
 //!
-//! Nothing here knows files or checkpoints: rows come in as [`crate::tensor::RowBlock`]s and columns, results go out as values.
+//! Nothing here knows files or checkpoints: the input is [`crate::tensor::RowBlock`]s and columns, the output is
+//! values.
 //!
-//! [`ScoredRows`] turns every weight of a run of rows into an integer key, larger first; the functions below choose by key,
-//! and settle equal keys in favour of the lower column. Keys are integers so that every instruction set and thread count
-//! agrees. A [`Chooser`] does the same on an accelerator that is a [`RowChooser`], as a [`Merger`] does with
-//! low-rank products on a [`LowRankMerger`]. What is chosen becomes what a merge changes in `patch`.
+//! [`ScoredRows`] maps every weight of a run of rows to an integer key, larger first; the functions below choose by
+//! key, with ties going to the lower column. Keys are integers so that every instruction set and thread count agrees.
+//! A [`Chooser`] runs the same on an accelerator that is a [`RowChooser`]; a [`Merger`] runs low-rank products on a
+//! [`LowRankMerger`]. `patch` holds the merge arithmetic for sparse deltas.
 
 mod accelerator;
 mod chooser;
@@ -31,13 +32,13 @@ pub use score::{ColumnNorms, NotANumber, Score, ScoreKind, ScoredRows};
 #[cfg(feature = "train")]
 pub use simd::matmul::{Mat, MatMut, Threads, matmul};
 
-/// Chooses the `k` entries of largest key in each row.
+/// Chooses the `k` entries with the largest keys in each row.
 ///
-/// Returns columns, `[n_rows, min(k, d_in)]`, ascending within a row. Equal keys are settled in favour of the lower
-/// column, on every backend. Memory beside the result: `O(d_in)`.
+/// Returns columns, `[n_rows, min(k, d_in)]`, ascending within a row. Ties go to the lower column, on every backend.
+/// Extra memory: `O(d_in)`.
 ///
 /// # Errors
-/// [`NotANumber`] names the first row and column holding a NaN.
+/// [`NotANumber`] names the first row and column with a NaN.
 ///
 /// Source: NeuroAda, <https://arxiv.org/abs/2510.18940>.
 pub fn topk_rows(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, NotANumber> {
@@ -46,23 +47,23 @@ pub fn topk_rows(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, NotANumber
     })
 }
 
-/// The instruction set that the loops run on: `avx512`, `avx2`, `neon` or `portable`.
+/// The instruction set in use: `avx512`, `avx2`, `neon` or `portable`.
 pub fn instruction_set() -> &'static str {
     simd::name()
 }
 
-/// Counts the keys that begin like `digit` by their next 16 bits, into `counts` (`[Digit::VALUES]`, added to).
+/// Counts the keys with the prefix of `digit` by their next 16 bits, and adds to `counts` (`[Digit::VALUES]`).
 ///
 /// # Errors
-/// [`NotANumber`] names the first row and column holding a NaN.
+/// [`NotANumber`] names the first row and column with a NaN.
 pub fn count_keys(rows: &ScoredRows<'_>, digit: Digit, counts: &mut [u32]) -> Result<(), NotANumber> {
     keys::with_key!(rows.space(), K => portable::count_keys::<K>(rows, digit, counts))
 }
 
-/// The keys not below `bound`, row by row.
+/// The keys of at least `bound`, row by row.
 ///
 /// # Errors
-/// [`NotANumber`] names the first row and column holding a NaN.
+/// [`NotANumber`] names the first row and column with a NaN.
 pub fn keys_from(rows: &ScoredRows<'_>, bound: u64) -> Result<Vec<u64>, NotANumber> {
     keys::with_key!(rows.space(), K => match simd::columns_from::<K>(rows, bound) {
         Some(keyed) => Ok(keyed?.1.into_iter().map(u64::from).collect()),
@@ -70,34 +71,34 @@ pub fn keys_from(rows: &ScoredRows<'_>, bound: u64) -> Result<Vec<u64>, NotANumb
     })
 }
 
-/// Rows cut at a key.
+/// Entries of rows chosen by a cut key.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct CutRows {
-    /// What was chosen.
+    /// The chosen columns.
     pub columns: RowColumns,
     /// `[nnz]`: whether the entry's key equals the cut.
     pub is_tie: Vec<bool>,
 }
 
-/// Chooses all entries whose key is greater than `cut`, and of those equal to it the first `most_ties`, row by row.
+/// Chooses all entries whose key is greater than `cut`, and the first `max_ties` of those equal to it, row by row.
 ///
 /// # Errors
-/// [`NotANumber`] names the first row and column holding a NaN.
-pub fn cut_rows(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) -> Result<CutRows, NotANumber> {
+/// [`NotANumber`] names the first row and column with a NaN.
+pub fn cut_rows(rows: &ScoredRows<'_>, cut: u64, max_ties: u64) -> Result<CutRows, NotANumber> {
     keys::with_key!(rows.space(), K => match simd::columns_from::<K>(rows, cut) {
-        Some(keyed) => Ok(without_ties_past(keyed?, cut, most_ties)),
-        None => portable::cut_rows::<K>(rows, cut, most_ties),
+        Some(keyed) => Ok(without_ties_past(keyed?, cut, max_ties)),
+        None => portable::cut_rows::<K>(rows, cut, max_ties),
     })
 }
 
-/// Keeps the first `most_ties` of the entries whose key is `cut`.
-fn without_ties_past((columns, keys): simd::KeyedColumns, cut: u64, most_ties: u64) -> CutRows {
+/// Keeps the first `max_ties` of the entries whose key is `cut`.
+fn without_ties_past((columns, keys): simd::KeyedColumns, cut: u64, max_ties: u64) -> CutRows {
     let is_tie: Vec<bool> = keys.iter().map(|&key| u64::from(key) == cut).collect();
-    if is_tie.iter().filter(|&&is_tie| is_tie).count() as u64 <= most_ties {
+    if is_tie.iter().filter(|&&is_tie| is_tie).count() as u64 <= max_ties {
         return CutRows { columns, is_tie };
     }
     let mut kept = CutRows::default();
-    let mut ties_left = most_ties;
+    let mut ties_left = max_ties;
     let mut row_columns = Vec::new();
     for row in 0..columns.n_rows() {
         row_columns.clear();
@@ -114,10 +115,10 @@ fn without_ties_past((columns, keys): simd::KeyedColumns, cut: u64, most_ties: u
     kept
 }
 
-/// The elements of `rows` at `columns`, as stored, row after row: `nnz` elements.
+/// The elements of `rows` at `columns`, as stored, row by row: `nnz` elements.
 ///
 /// # Panics
-/// Where the two differ in rows, or a column lies outside of its row.
+/// If the numbers of rows differ, or a column is out of range.
 pub fn gather(rows: RowBlock<'_>, columns: &RowColumns) -> Vec<u8> {
     portable::gather(rows, columns)
 }

@@ -1,8 +1,9 @@
-//! Merge arithmetic: what a touched weight becomes.
+//! Merge arithmetic: the new value of a changed weight.
 //!
-//! `value = round(original + delta_1 * scale_1 + delta_2 * scale_2 + …)`: each product and each sum is rounded to float32
-//! (float64 for float64 weights), in the order of the layers, and the result once to the weight's type, nearest even. An
-//! original that is a NaN keeps its bits. The value depends on nothing else, so it can always be computed again.
+//! `value = round(original + delta_1 * scale_1 + delta_2 * scale_2 + …)`: each product and each sum is rounded to
+//! float32 (float64 for float64 weights), in the order of the adapters, and the result is rounded once to the weight's
+//! dtype, nearest even. A NaN original keeps its bits. The value depends on nothing else, so it can always be
+//! recomputed.
 
 use crate::tensor::{Accumulator, Dtype, Float, RowColumns, with_float};
 
@@ -13,20 +14,20 @@ pub struct ScaledDeltas<'a> {
     pub columns: &'a RowColumns,
     /// `[columns.nnz()]` deltas, in the columns' order.
     pub values: &'a [f32],
-    /// Every delta is multiplied by this.
+    /// Multiplied into every delta.
     pub scale: f64,
 }
 
-/// What became of the deltas of a run of rows.
+/// The effects of deltas on a run of rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PatchCounts {
-    /// Positions that a layer touches.
+    /// Positions with a delta.
     pub touched: u64,
-    /// Positions where some delta times its scale is not zero.
+    /// Positions where some scaled delta is not zero.
     pub nonzero: u64,
-    /// Of those, positions whose weight kept its bits: rounding swallowed the delta.
+    /// Those among them whose weight kept its bits: rounding absorbed the delta.
     pub absorbed: u64,
-    /// Positions whose weight got other bits.
+    /// Positions whose weight changed its bits.
     pub changed: u64,
     /// Positions where a finite weight became infinite or NaN.
     pub overflowed: u64,
@@ -46,7 +47,7 @@ impl PatchCounts {
 /// The columns that appear in any of `parts`, row by row.
 ///
 /// # Panics
-/// Where the parts differ in their number of rows, or there are none.
+/// If the parts differ in their number of rows, or there are none.
 pub fn union_columns(parts: &[&RowColumns]) -> RowColumns {
     let n_rows = parts.first().expect("a union of at least one part").n_rows();
     assert!(parts.iter().all(|part| part.n_rows() == n_rows), "parts cover the same rows");
@@ -67,10 +68,10 @@ pub fn union_columns(parts: &[&RowColumns]) -> RowColumns {
     union
 }
 
-/// The elements of `bytes` (one per column of `from`, `width` bytes each) that stand at the columns of `wanted`.
+/// The elements of `bytes` (one per column of `from`, `width` bytes each) at the columns of `wanted`.
 ///
 /// # Panics
-/// Where `wanted` has a column that `from` has not.
+/// If `wanted` has a column that `from` does not have.
 pub fn pick(from: &RowColumns, bytes: &[u8], width: usize, wanted: &RowColumns) -> Vec<u8> {
     assert_eq!(bytes.len(), from.nnz() * width, "one element per column");
     if from == wanted {
@@ -82,7 +83,8 @@ pub fn pick(from: &RowColumns, bytes: &[u8], width: usize, wanted: &RowColumns) 
         let columns = from.row(row);
         let mut at = 0;
         for &column in wanted.row(row) {
-            at += columns[at..].iter().position(|&c| c == column).expect("wanted columns are among those given");
+            at +=
+                columns[at..].iter().position(|&c| c == column).expect("wanted columns are a subset of the given ones");
             let element = (range.start + at) * width;
             picked.extend_from_slice(&bytes[element..element + width]);
         }
@@ -90,42 +92,42 @@ pub fn pick(from: &RowColumns, bytes: &[u8], width: usize, wanted: &RowColumns) 
     picked
 }
 
-/// The bytes of the merged weights at the columns of `touched`, and what became of the deltas.
+/// The bytes of the merged weights at the columns of `touched`, and the effects of the deltas.
 ///
-/// `originals` holds one little-endian element of `dtype` per column of `touched`, which is the union of the layers'
-/// columns or more (a position without a delta keeps its original). Memory: the result.
+/// `originals` holds one little-endian element of `dtype` per column of `touched`, which contains at least the union
+/// of the adapters' columns (a position without a delta keeps its original). Memory: the result.
 ///
 /// # Panics
-/// Where lengths disagree, or `dtype` is no float.
+/// If the lengths are inconsistent, or `dtype` is not a float.
 pub fn merged_values(
     dtype: Dtype,
-    layers: &[ScaledDeltas<'_>],
+    parts: &[ScaledDeltas<'_>],
     touched: &RowColumns,
     originals: &[u8],
 ) -> (Vec<u8>, PatchCounts) {
-    with_float!(dtype, T => merged::<T>(layers, touched, originals), else unreachable!("targets are floats"))
+    with_float!(dtype, T => merged::<T>(parts, touched, originals), else unreachable!("targets are floats"))
 }
 
-fn merged<T: Float>(layers: &[ScaledDeltas<'_>], touched: &RowColumns, originals: &[u8]) -> (Vec<u8>, PatchCounts) {
+fn merged<T: Float>(parts: &[ScaledDeltas<'_>], touched: &RowColumns, originals: &[u8]) -> (Vec<u8>, PatchCounts) {
     assert_eq!(originals.len(), touched.nnz() * T::BYTES, "one original per touched position");
     let zero = T::Acc::from_f64(0.0);
-    let scales: Vec<T::Acc> = layers.iter().map(|layer| T::Acc::from_f64(layer.scale)).collect();
+    let scales: Vec<T::Acc> = parts.iter().map(|part| T::Acc::from_f64(part.scale)).collect();
     let mut values = originals.to_vec();
     let mut counts = PatchCounts::default();
-    let mut cursors = vec![0usize; layers.len()];
+    let mut cursors = vec![0usize; parts.len()];
     for row in 0..touched.n_rows() {
-        for (cursor, layer) in cursors.iter_mut().zip(layers) {
-            *cursor = layer.columns.row_range(row).start;
+        for (cursor, part) in cursors.iter_mut().zip(parts) {
+            *cursor = part.columns.row_range(row).start;
         }
         for (&column, at) in touched.row(row).iter().zip(touched.row_range(row)) {
             let element = &mut values[at * T::BYTES..(at + 1) * T::BYTES];
             let original = T::from_le(element);
             let mut sum = original.widen();
             let (mut has_delta, mut is_nonzero) = (false, false);
-            for ((cursor, layer), &scale) in cursors.iter_mut().zip(layers).zip(&scales) {
-                let end = layer.columns.row_range(row).end;
-                if *cursor < end && layer.columns.columns()[*cursor] == column {
-                    let delta = T::Acc::from_f64(f64::from(layer.values[*cursor]));
+            for ((cursor, part), &scale) in cursors.iter_mut().zip(parts).zip(&scales) {
+                let end = part.columns.row_range(row).end;
+                if *cursor < end && part.columns.columns()[*cursor] == column {
+                    let delta = T::Acc::from_f64(f64::from(part.values[*cursor]));
                     sum = sum.add_scaled(delta, scale);
                     has_delta = true;
                     is_nonzero |= delta != zero && scale != zero;
@@ -153,10 +155,10 @@ fn merged<T: Float>(layers: &[ScaledDeltas<'_>], touched: &RowColumns, originals
     (values, counts)
 }
 
-/// Puts `values`, each rounded once to `dtype`, in the place of `elements`, and says what became of them.
+/// Replaces `elements` by `values`, each rounded once to `dtype`, and counts the effects.
 ///
 /// # Panics
-/// Where lengths disagree, or `dtype` is no float.
+/// If the lengths are inconsistent, or `dtype` is not a float.
 pub fn replace_values(dtype: Dtype, elements: &mut [u8], values: &[f32]) -> PatchCounts {
     with_float!(dtype, T => replace::<T>(elements, values), else unreachable!("targets are floats"))
 }
@@ -201,14 +203,14 @@ mod tests {
     }
 
     #[test]
-    fn deltas_add_up_in_the_order_of_layers_and_round_once() {
+    fn deltas_are_summed_in_order_and_rounded_once() {
         let (a, b) = (rows(&[&[0, 2]]), rows(&[&[2]]));
-        let layers = [
+        let parts = [
             ScaledDeltas { columns: &a, values: &[0.5, 1.0], scale: 2.0 },
             ScaledDeltas { columns: &b, values: &[0.25], scale: -1.0 },
         ];
         let touched = rows(&[&[0, 1, 2]]);
-        let (values, counts) = merged_values(Dtype::BF16, &layers, &touched, &bf16_bytes(&[1.0, 7.0, 1.0]));
+        let (values, counts) = merged_values(Dtype::BF16, &parts, &touched, &bf16_bytes(&[1.0, 7.0, 1.0]));
         assert_eq!(values, bf16_bytes(&[2.0, 7.0, 2.75]));
         assert_eq!(counts, PatchCounts { touched: 2, nonzero: 2, absorbed: 0, changed: 2, overflowed: 0 });
     }
@@ -216,9 +218,9 @@ mod tests {
     #[test]
     fn a_delta_below_half_a_unit_is_absorbed_and_counted() {
         let columns = rows(&[&[0, 1]]);
-        let layers = [ScaledDeltas { columns: &columns, values: &[0.001, 0.0], scale: 1.0 }];
-        let (values, counts) = merged_values(Dtype::BF16, &layers, &columns, &bf16_bytes(&[1.0, -0.0]));
-        // Adding zero to -0 gives +0, as every IEEE addition does.
+        let parts = [ScaledDeltas { columns: &columns, values: &[0.001, 0.0], scale: 1.0 }];
+        let (values, counts) = merged_values(Dtype::BF16, &parts, &columns, &bf16_bytes(&[1.0, -0.0]));
+        // Adding zero to -0 gives +0, as in every IEEE addition.
         assert_eq!(values, bf16_bytes(&[1.0, 0.0]));
         assert_eq!(counts, PatchCounts { touched: 2, nonzero: 1, absorbed: 1, changed: 1, overflowed: 0 });
     }
@@ -226,9 +228,9 @@ mod tests {
     #[test]
     fn a_nan_keeps_its_payload_and_overflow_is_counted() {
         let columns = rows(&[&[0, 1]]);
-        let layers = [ScaledDeltas { columns: &columns, values: &[1.0, 60000.0], scale: 1.0 }];
+        let parts = [ScaledDeltas { columns: &columns, values: &[1.0, 60000.0], scale: 1.0 }];
         let originals: Vec<u8> = [0xfe01u16, 0x7bff].iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let (values, counts) = merged_values(Dtype::F16, &layers, &columns, &originals);
+        let (values, counts) = merged_values(Dtype::F16, &parts, &columns, &originals);
         assert_eq!(values, [0x01, 0xfe, 0x00, 0x7c]);
         assert_eq!((counts.overflowed, counts.touched), (1, 2));
     }

@@ -1,9 +1,9 @@
-//! The plain loops that choose: judge of every faster one.
+//! The plain reference implementations of the loops that choose.
 
 use super::{CutRows, Digit, NotANumber, ScoredRows, keys::Key, score::Scratch};
 use crate::tensor::{RowBlock, RowColumns};
 
-/// Judge of [`super::topk_rows`].
+/// Reference implementation of [`super::topk_rows`].
 pub(super) fn topk_rows<K: Key>(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u32>, NotANumber> {
     let k = k.min(rows.weights().d_in());
     let mut columns = Vec::with_capacity(rows.weights().n_rows() * k);
@@ -12,7 +12,7 @@ pub(super) fn topk_rows<K: Key>(rows: &ScoredRows<'_>, k: usize) -> Result<Vec<u
     Ok(columns)
 }
 
-/// Judge of [`super::count_keys`].
+/// Reference implementation of [`super::count_keys`].
 pub(super) fn count_keys<K: Key>(rows: &ScoredRows<'_>, digit: Digit, counts: &mut [u32]) -> Result<(), NotANumber> {
     for_each_row::<K>(rows, |keys| {
         for key in keys {
@@ -23,19 +23,19 @@ pub(super) fn count_keys<K: Key>(rows: &ScoredRows<'_>, digit: Digit, counts: &m
     })
 }
 
-/// Judge of [`super::keys_from`].
+/// Reference implementation of [`super::keys_from`].
 pub(super) fn keys_from<K: Key>(rows: &ScoredRows<'_>, bound: u64) -> Result<Vec<u64>, NotANumber> {
     let mut found = Vec::new();
     for_each_row::<K>(rows, |keys| for_each_from(keys, K::from_u64(bound), |key, _| found.push(key.to_u64())))?;
     Ok(found)
 }
 
-/// Judge of [`super::cut_rows`].
-pub(super) fn cut_rows<K: Key>(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) -> Result<CutRows, NotANumber> {
+/// Reference implementation of [`super::cut_rows`].
+pub(super) fn cut_rows<K: Key>(rows: &ScoredRows<'_>, cut: u64, max_ties: u64) -> Result<CutRows, NotANumber> {
     let cut = K::from_u64(cut);
     let mut chosen = CutRows::default();
     let mut row_columns = Vec::new();
-    let mut ties_left = most_ties;
+    let mut ties_left = max_ties;
     for_each_row::<K>(rows, |keys| {
         row_columns.clear();
         for_each_from(keys, cut, |key, column| {
@@ -52,7 +52,7 @@ pub(super) fn cut_rows<K: Key>(rows: &ScoredRows<'_>, cut: u64, most_ties: u64) 
     Ok(chosen)
 }
 
-/// Judge of [`super::gather`].
+/// Reference implementation of [`super::gather`].
 pub(super) fn gather(rows: RowBlock<'_>, columns: &RowColumns) -> Vec<u8> {
     assert_eq!(rows.n_rows(), columns.n_rows(), "columns for each row");
     match rows.dtype().bitsize() / 8 {
@@ -83,9 +83,9 @@ fn for_each_row<K: Key>(rows: &ScoredRows<'_>, mut visit: impl FnMut(&[K])) -> R
     Ok(())
 }
 
-/// Visits the keys not below `bound`, in the order of their columns.
+/// Visits the keys of at least `bound`, in the order of their columns.
 fn for_each_from<K: Key>(keys: &[K], bound: K, mut visit: impl FnMut(K, u32)) {
-    // Most chunks hold none: their maximum tells, and compilers know how to take maxima in parallel.
+    // Most chunks contain none, which their maximum shows; compilers vectorize maxima.
     const CHUNK: usize = 64;
     for (i, chunk) in keys.chunks(CHUNK).enumerate() {
         if chunk.iter().fold(K::default(), |max, &key| max.max(key)) >= bound {
@@ -98,7 +98,7 @@ fn for_each_from<K: Key>(keys: &[K], bound: K, mut visit: impl FnMut(K, u32)) {
     }
 }
 
-/// Chooses the `k` largest keys of one row after the other.
+/// Chooses the `k` largest keys of one row at a time.
 struct TopK<K> {
     k: usize,
     lanes: Vec<K>,
@@ -111,7 +111,7 @@ impl<K: Key> TopK<K> {
         Self { k, lanes: Vec::new(), candidates: Vec::new(), candidate_keys: Vec::new() }
     }
 
-    /// Appends the columns of the `k` largest of `keys`, ascending; equal keys are settled in favour of the lower column.
+    /// Appends the columns of the `k` largest of `keys`, ascending; ties go to the lower column.
     fn choose(&mut self, keys: &[K], columns: &mut Vec<u32>) {
         if self.k == 0 {
             return;
@@ -139,9 +139,10 @@ impl<K: Key> TopK<K> {
         }));
     }
 
-    /// A key that at least `k` keys reach, close to the `k`-th largest where `k` is small beside the row.
+    /// A lower bound of the `k`-th largest key, reached by at least `k` keys and close to it if `k` is small compared
+    /// with the row.
     ///
-    /// The row is dealt out to a few lanes; `k` lanes' maxima are `k` different keys.
+    /// The row is distributed over a few times `k` lanes; the maxima of `k` lanes are `k` different keys.
     fn lower_bound(&mut self, keys: &[K]) -> K {
         let Self { k, lanes, .. } = self;
         if 8 * *k > keys.len() {
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_and_norms_count() {
+    fn gradients_and_norms_enter_the_score() {
         let weights = [1.0, -2.0, 3.0];
         let grad_bytes = bytes_of::<bf16>(&[-9.0, 4.0, 1.0]);
         let grads = RowBlock::new(&grad_bytes, Dtype::BF16, 1, 3);
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_value_without_a_rank_is_named() {
+    fn the_first_nan_is_named() {
         let refused = |score: Score<'_>, weights: &[f32]| {
             let bytes = bytes_of::<f32>(weights);
             let rows = RowBlock::new(&bytes, Dtype::F32, weights.len() / 2, 2);
@@ -241,16 +242,16 @@ mod tests {
     }
 
     #[test]
-    fn random_choice_is_even() {
+    fn random_choice_is_uniform() {
         const N: usize = 24_000;
         let chosen = top(Score::Random { seed: 1, first_row: 0 }, &vec![0.0; N * 8], 8, 2);
         let mut counts = [0; 8];
         chosen.iter().for_each(|&column| counts[column as usize] += 1);
-        // Each count has mean N / 4 and deviation below sqrt(N * 3 / 16) = 67: five of them.
+        // Each count has mean N / 4 and deviation below sqrt(N * 3 / 16) = 67; the bound is five deviations.
         assert!(counts.iter().all(|count| (N / 4 - 335..N / 4 + 335).contains(count)), "{counts:?}");
     }
 
-    /// What any top-k must equal: a whole sort of each row.
+    /// The expected result of any top-k: a full sort of each row.
     fn sorted_topk(keys: &[u64], k: usize) -> Vec<u32> {
         let mut order: Vec<u32> = (0..keys.len() as u32).collect();
         order.sort_by_key(|&column| std::cmp::Reverse(keys[column as usize]));
@@ -260,10 +261,10 @@ mod tests {
     }
 
     #[test]
-    fn awkward_sizes_of_every_type_equal_a_whole_sort() {
+    fn awkward_sizes_of_every_dtype_equal_a_full_sort() {
         for dtype in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8_E4M3, Dtype::F8_E5M2] {
             for d_in in [1usize, 7, 8, 9, 31, 32, 33, 4096, 4097] {
-                // A cheap sequence with repeats, which coarse types turn into many ties.
+                // A cheap sequence with repeats, which coarse dtypes round to many ties.
                 let values: Vec<f64> = (0..2 * d_in).map(|i| ((i * 7919) % 613) as f64 / 97.0 - 3.0).collect();
                 with_float!(dtype, T => {
                     let mut bytes = vec![0; values.len() * T::BYTES];
@@ -288,7 +289,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn rows_of_ties_equal_a_whole_sort(keys in prop::collection::vec(0u16..6, 1..700), k in 1usize..80) {
+        fn rows_of_ties_equal_a_full_sort(keys in prop::collection::vec(0u16..6, 1..700), k in 1usize..80) {
             let mut columns = Vec::new();
             TopK::new(k.min(keys.len())).choose(&keys, &mut columns);
             let wide: Vec<u64> = keys.iter().map(|&key| key.into()).collect();
@@ -322,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_of_scores_know_their_arithmetic() {
+    fn score_kinds_choose_their_arithmetic() {
         assert_eq!(ScoreKind::Gradient.key_space(Dtype::F64, Some(Dtype::BF16)), KeySpace::Stored(Dtype::BF16));
         assert_eq!(ScoreKind::Snip.key_space(Dtype::BF16, Some(Dtype::F64)), KeySpace::F64);
         assert_eq!(ScoreKind::Fisher.key_space(Dtype::F64, Some(Dtype::F16)), KeySpace::F32);

@@ -1,4 +1,4 @@
-//! What weights are ranked by.
+//! The scores by which weights are ranked.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ pub enum ScoreKind {
     /// `|w|`.
     #[default]
     Magnitude,
-    /// `|w|`, least first.
+    /// `|w|`, smallest first.
     Smallest,
     /// A random rank, from a seed.
     Random,
@@ -46,9 +46,9 @@ impl ScoreKind {
         matches!(self, Self::Gradient | Self::Snip | Self::Fisher)
     }
 
-    /// The space of its keys, for weights and gradients of these types.
+    /// The space of its keys, for weights and gradients of these dtypes.
     ///
-    /// Products are computed in `f32`, and in `f64` where weights or gradients are `f64`.
+    /// Products are computed in `f32`, or in `f64` if weights or gradients are `f64`.
     pub fn key_space(self, weights: Dtype, gradients: Option<Dtype>) -> KeySpace {
         let gradients = gradients.unwrap_or(weights);
         let product = |double: bool| if double { KeySpace::F64 } else { KeySpace::F32 };
@@ -63,19 +63,20 @@ impl ScoreKind {
     }
 }
 
-/// A score with what it needs beside the weights. Gradients are rows of the same shape, of any float type.
+/// A score with its inputs besides the weights. Gradients are rows of the same shape, of any float dtype.
 #[derive(Clone, Copy)]
 pub enum Score<'a> {
     /// See [`ScoreKind::Magnitude`].
     Magnitude,
     /// See [`ScoreKind::Smallest`].
     Smallest,
-    /// See [`ScoreKind::Random`]: the key of (row, column) is `mix(mix(seed + (first_row + row + 1) * G) + (column + 1) * G)`,
-    /// the outputs of SplitMix64 (`mix` and `G` are its own), so that it depends on nothing but the position.
+    /// See [`ScoreKind::Random`]: the key of (row, column) is
+    /// `mix(mix(seed + (first_row + row + 1) * G) + (column + 1) * G)`, with `mix` and `G` of SplitMix64, so that it
+    /// depends on the position alone.
     Random {
-        /// Differs between tensors.
+        /// The seed, different for each tensor.
         seed: u64,
-        /// Which row of the tensor the block begins with.
+        /// The row of the tensor at which the block begins.
         first_row: u64,
     },
     /// See [`ScoreKind::Gradient`].
@@ -88,30 +89,30 @@ pub enum Score<'a> {
     Fisher(RowBlock<'a>),
 }
 
-/// Norms of activations, one for each column, of one matrix or of several in a row.
+/// Activation norms, one per column, of one matrix or of several stacked ones.
 #[derive(Clone, Copy)]
 pub struct ColumnNorms<'a> {
-    /// `[n_matrices, d_in]`; finite and not negative.
+    /// `[n_matrices, d_in]`; finite and at least 0.
     pub norms: &'a [f64],
-    /// Which row of its matrix the block begins with.
+    /// The row of its matrix at which the block begins.
     pub first_row: u64,
-    /// Rows of one matrix.
+    /// Number of rows of one matrix.
     pub d_out: u64,
 }
 
-/// A value without a rank, and where.
+/// The position of a value that cannot be ranked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("row {row}, column {column}: the {what} is not a number")]
 pub struct NotANumber {
-    /// The first row with one.
+    /// The first row with a NaN.
     pub row: usize,
-    /// The first column of that row with one.
+    /// The first column with a NaN in that row.
     pub column: usize,
     /// `weight`, `gradient` or `score`.
     pub what: &'static str,
 }
 
-/// Rows and what they are ranked by.
+/// Rows with their score.
 #[derive(Clone, Copy)]
 pub struct ScoredRows<'a> {
     weights: RowBlock<'a>,
@@ -123,7 +124,7 @@ impl<'a> ScoredRows<'a> {
     /// Rows ranked by `score`, with keys in the score's own space.
     ///
     /// # Panics
-    /// Where the weights are no floats, or gradients or norms have another shape.
+    /// If the weights are not floats, or gradients or norms have another shape.
     pub fn new(weights: RowBlock<'a>, score: Score<'a>) -> Self {
         let (kind, gradients) = match score {
             Score::Magnitude => (ScoreKind::Magnitude, None),
@@ -134,13 +135,13 @@ impl<'a> ScoredRows<'a> {
             Score::Fisher(g) => (ScoreKind::Fisher, Some(g)),
             Score::Wanda(norms) => {
                 let last = (norms.first_row + weights.n_rows().saturating_sub(1) as u64) / norms.d_out;
-                assert!(norms.norms.len() as u64 >= (last + 1) * weights.d_in() as u64, "a norm for each column");
+                assert!(norms.norms.len() as u64 >= (last + 1) * weights.d_in() as u64, "one norm per column");
                 (ScoreKind::Wanda, None)
             }
         };
         if let Some(g) = gradients {
             let shape = |rows: &RowBlock<'_>| (rows.n_rows(), rows.d_in());
-            assert_eq!(shape(&g), shape(&weights), "one gradient for each weight");
+            assert_eq!(shape(&g), shape(&weights), "one gradient per weight");
         }
         let space = kind.key_space(weights.dtype(), gradients.map(|g| g.dtype()));
         Self { weights, score, space }
@@ -149,7 +150,7 @@ impl<'a> ScoredRows<'a> {
     /// The same with keys in a space shared with other tensors; see [`KeySpace::common`].
     ///
     /// # Panics
-    /// Where the score's keys do not fit in.
+    /// If the score's keys do not fit in the space.
     pub fn in_space(self, space: KeySpace) -> Self {
         assert_eq!(self.space.common(space), space, "keys only widen");
         Self { space, ..self }
@@ -164,7 +165,7 @@ impl<'a> ScoredRows<'a> {
         self.weights
     }
 
-    /// What they are ranked by.
+    /// The score.
     pub fn score(&self) -> Score<'a> {
         self.score
     }
@@ -172,7 +173,7 @@ impl<'a> ScoredRows<'a> {
     /// The run `rows` of these rows, with their scores.
     ///
     /// # Panics
-    /// Where there are fewer rows.
+    /// If the range is outside the rows.
     pub fn slice(&self, rows: std::ops::Range<usize>) -> Self {
         let start = rows.start as u64;
         let of = |gradients: RowBlock<'a>| gradients.slice(rows.clone());
@@ -187,7 +188,7 @@ impl<'a> ScoredRows<'a> {
         Self { weights: self.weights.slice(rows), score, ..*self }
     }
 
-    /// Writes the keys of one row, `[d_in]`; larger keys are chosen first. `K` is as wide as the space.
+    /// Writes the keys of one row, `[d_in]`; larger keys are chosen first. `K` has the width of the space.
     pub(super) fn keys<K: Key>(&self, row: usize, scratch: &mut Scratch, keys: &mut [K]) -> Result<(), NotANumber> {
         debug_assert_eq!(K::BITS, self.space.bits());
         let bytes = self.weights.row(row);
@@ -214,8 +215,8 @@ impl<'a> ScoredRows<'a> {
         if has_nan { Err(self.first_nan(row, scratch)) } else { Ok(()) }
     }
 
-    /// Where the stored weights are their own keys: the bits of an element that belong to its key, and the largest key of a
-    /// number.
+    /// If the stored weights are their own keys: the bits of an element that form its key, and the largest key that is
+    /// not NaN.
     pub(super) fn stored_keys(&self) -> Option<(u64, u64)> {
         let dtype = self.weights.dtype();
         let is_stored = matches!(self.score, Score::Magnitude) && self.space == KeySpace::of_magnitudes(dtype);
@@ -232,7 +233,7 @@ impl<'a> ScoredRows<'a> {
         }
     }
 
-    /// The two factors of a row's scores, widened: `|left * right|` is the score.
+    /// Writes the two factors of a row's scores, widened: the score is `|left * right|`.
     fn factors(&self, row: usize, scratch: &mut Scratch) {
         let Scratch { left, right } = scratch;
         match self.score {
@@ -258,7 +259,7 @@ impl<'a> ScoredRows<'a> {
         }
     }
 
-    /// Names the first NaN of a row known to have one.
+    /// The position of the first NaN of a row that contains one.
     #[cold]
     fn first_nan(&self, row: usize, scratch: &mut Scratch) -> NotANumber {
         let single = self.in_single();
@@ -279,18 +280,18 @@ impl<'a> ScoredRows<'a> {
             };
             Some(NotANumber { row, column, what })
         });
-        found.expect("a row said to hold a NaN holds one")
+        found.expect("a row reported to contain a NaN contains one")
     }
 }
 
-/// Room for a row's factors.
+/// Buffers for a row's factors.
 #[derive(Default)]
 pub(super) struct Scratch {
     left: Vec<f64>,
     right: Vec<f64>,
 }
 
-/// Writes magnitude keys; says whether an element is a NaN.
+/// Writes magnitude keys; returns whether an element is NaN.
 fn magnitudes<K: Key>(dtype: Dtype, bytes: &[u8], keys: &mut [K]) -> bool {
     with_float!(dtype, T => {
         let mut has_nan = false;
@@ -316,13 +317,13 @@ fn widen(rows: RowBlock<'_>, row: usize, wide: &mut Vec<f64>) {
     ), else unreachable!("only floats are scored"));
 }
 
-/// `left * right`, rounded once in the arithmetic of the score.
+/// `left * right`, rounded once to the precision of the score.
 #[inline(always)]
 fn product(left: f64, right: f64, single: bool) -> f64 {
     if single { f64::from(left as f32 * right as f32) } else { left * right }
 }
 
-/// Writes the keys of products; says whether one is a NaN.
+/// Writes the keys of products; returns whether one is NaN.
 fn products<K: Key>(left: &[f64], right: &[f64], single: bool, keys: &mut [K]) -> bool {
     let mut has_nan = false;
     for ((key, &left), &right) in keys.iter_mut().zip(left).zip(right) {
@@ -336,7 +337,7 @@ fn products<K: Key>(left: &[f64], right: &[f64], single: bool, keys: &mut [K]) -
 /// SplitMix64's increment.
 const G: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// SplitMix64's output function: every 64-bit integer maps to another one. Source: Steele, Lea, Flood, "Fast splittable
+/// SplitMix64's output function, a bijection of 64-bit integers. Source: Steele, Lea, Flood, "Fast splittable
 /// pseudorandom number generators", OOPSLA 2014.
 #[inline(always)]
 pub(crate) fn mix(z: u64) -> u64 {

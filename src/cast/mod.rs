@@ -19,7 +19,7 @@ use self::plan::{Plan, Shard};
 use crate::{
     checkpoint::{
         AtomicDir, AtomicFile, Checkpoint, Context, Existing, Layout, LeftOut, Resume, check_free_space,
-        copy_side_files, folder_of, give_name,
+        copy_side_files, folder_of, rename_into_place,
     },
     tensor::Dtype,
 };
@@ -134,7 +134,7 @@ fn write_folder(
         if let Some(resume) = &resume {
             resume.record_file(ctx, &shard.name, &part)?;
         }
-        give_name(&part, &path)?;
+        rename_into_place(&part, &path)?;
     }
     if let Some(resume) = resume {
         report.notes.extend(resume.finish(&names)?);

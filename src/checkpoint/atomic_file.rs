@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all.
+//! Files that are written atomically: they appear complete or not at all.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -24,20 +24,21 @@ use super::{
     own_folder::OwnFolder,
 };
 
-/// What to do where the output exists.
+/// What to do if the output exists.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Existing {
-    /// Leave it and fail.
+    /// Keep it and fail.
     #[default]
     Keep,
-    /// Put the new one in its place, in one step.
+    /// Replace it, atomically.
     Replace,
 }
 
-/// A file under a temporary name in the folder where it will appear; gone when dropped before [`AtomicFile::commit`].
+/// A file under a temporary name in the target's folder; removed if dropped before [`AtomicFile::commit`].
 ///
-/// The temporary name, `.NAME.neuroada-tmp`, is the same in every run, and locked: what a killed run left behind is used by the next
-/// run on the same output, and two runs cannot share it. The folder is opened once; nothing below it is reached through a link.
+/// The temporary name, `.NAME.neuroada-tmp`, is the same in every run and locked. The next run on the same output
+/// reuses what a killed run left, and two runs cannot share it. The folder is opened once; no link below it is
+/// followed.
 pub struct AtomicFile {
     target: PathBuf,
     existing: Existing,
@@ -45,18 +46,18 @@ pub struct AtomicFile {
     name: OsString,
     temp: OsString,
     file: File,
-    /// Whether a link may have the name, and is replaced.
+    /// Whether a link of this name may be replaced.
     replaces_link: bool,
-    /// Whether it is state of this program's own: a part of some work, never the end of it.
+    /// Whether this is the program's own state: part of a larger operation, never its last step.
     is_own: bool,
     committed: bool,
 }
 
 impl AtomicFile {
-    /// Begins a file that will appear at `target`.
+    /// Starts a file that will appear at `target`.
     ///
     /// # Errors
-    /// What [`check_output`] refuses, or another run that is writing it.
+    /// Everything that [`check_output`] refuses; another run that is writing the same output.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         check_output(target, OutputKind::File, existing)?;
         let folder = folder_of(target);
@@ -64,7 +65,7 @@ impl AtomicFile {
         Self::create_at(target, opened.into(), existing)
     }
 
-    /// Begins a file of this program's own state, which replaces what has its name.
+    /// Starts a file of this program's own state; it replaces an existing file of that name.
     pub(crate) fn create_own(folder: &OwnFolder, name: &str) -> Result<Self, CheckpointError> {
         let target = folder.path().join(name);
         let opened = folder.open_existing()?;
@@ -78,7 +79,7 @@ impl AtomicFile {
         }
     }
 
-    /// Begins a copy of the shard at `target` that takes the place of the link or the shared file there.
+    /// Starts a copy of the shard at `target` that will replace the link or shared file there.
     pub(super) fn create_unshared(target: &Path) -> Result<Self, CheckpointError> {
         let folder = folder_of(target);
         let opened = File::open(folder).map_err(|e| CheckpointError::io("open", folder, e))?;
@@ -93,11 +94,11 @@ impl AtomicFile {
         let io = |e: Errno| CheckpointError::io("create", target, e.into());
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         loop {
-            // The umask takes away what it must.
+            // The umask removes bits as usual.
             let mode = Mode::from_raw_mode(0o666);
             let (file, is_new) = match openat(&folder, &temp, flags | OFlags::CREATE | OFlags::EXCL, mode) {
                 Err(Errno::EXIST) => match openat(&folder, &temp, flags, Mode::empty()) {
-                    // Its owner has just finished.
+                    // The previous owner has just finished.
                     Err(Errno::NOENT) => continue,
                     Err(Errno::LOOP) => return Err(refused(target, &temp, "is a symbolic link")),
                     Err(Errno::ISDIR) => return Err(refused(target, &temp, "is a folder")),
@@ -107,27 +108,28 @@ impl AtomicFile {
             };
             let meta = file.metadata().map_err(|e| CheckpointError::io("create", target, e))?;
             if EntryKind::of(meta.file_type()) != EntryKind::File {
-                return Err(refused(target, &temp, "is no regular file"));
+                return Err(refused(target, &temp, "is not a regular file"));
             }
             match try_lock(&file) {
                 LockAttempt::Locked => {}
                 LockAttempt::Held => return Err(refused(target, &temp, "is being written by another run")),
-                // Without locks only a name that nobody had can be ours.
+                // Without locks, only a file that we created is certainly ours.
                 LockAttempt::Unsupported if is_new => {}
                 LockAttempt::Unsupported => {
-                    let what = "exists, and this file system cannot tell whether a run still writes it; remove it";
+                    let what = "exists, and this file system has no locks to tell whether a run is still writing it; remove it";
                     return Err(refused(target, &temp, what));
                 }
                 LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", target, e)),
             }
-            // Between opening and locking, its owner may have finished or given up.
+            // Between opening and locking, the previous owner may have finished or given up.
             match statat(&folder, &temp, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(found) if super::FileId::of(&meta).is(&found) => {}
                 Ok(_) | Err(Errno::NOENT) => continue,
                 Err(e) => return Err(io(e)),
             }
             if !is_new && meta.nlink() > 1 {
-                // Under its other name the file is somebody else's: this name goes, the file stays as it is.
+                // The file has another name, so it belongs to somebody else: remove this name and leave the file
+                // alone.
                 match unlinkat(&folder, &temp, AtFlags::empty()) {
                     Ok(()) | Err(Errno::NOENT) => continue,
                     Err(e) => return Err(io(e)),
@@ -149,23 +151,23 @@ impl AtomicFile {
         }
     }
 
-    /// The file under its temporary name.
+    /// The open file, still under its temporary name.
     pub fn file(&self) -> &File {
         &self.file
     }
-    /// Where the file will appear.
+    /// The path at which the file will appear.
     pub fn target(&self) -> &Path {
         &self.target
     }
 
-    /// Syncs the file, gives it its name in one step, and syncs the folder.
+    /// Syncs the file, renames it into place atomically, and syncs the folder.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] where it came to exist meanwhile and must be kept; [`CheckpointError::Committed`] where the
-    /// file has its name and the folder could not be synced.
+    /// [`CheckpointError::OutputExists`] if the target appeared in the meantime and must be kept;
+    /// [`CheckpointError::Committed`] if the file is in place but its folder could not be synced.
     pub fn commit(mut self) -> Result<(), CheckpointError> {
         self.file.sync_all().map_err(|e| CheckpointError::io("sync", &self.target, e))?;
-        self.give_name()?;
+        self.rename_into_place()?;
         self.committed = true;
         let synced = rustix::fs::fsync(&self.folder);
         synced.map_err(|e| match self.is_own {
@@ -174,7 +176,7 @@ impl AtomicFile {
         })
     }
 
-    /// Commits the file with `bytes` as all that is in it.
+    /// Commits the file with `bytes` as its whole content.
     fn commit_bytes(self, bytes: &[u8]) -> Result<(), CheckpointError> {
         self.file.write_all_at(bytes, 0).map_err(|e| CheckpointError::io("write", &self.target, e))?;
         self.commit()
@@ -184,7 +186,7 @@ impl AtomicFile {
         found == FileType::RegularFile || (self.replaces_link && found == FileType::Symlink)
     }
 
-    fn give_name(&self) -> Result<(), CheckpointError> {
+    fn rename_into_place(&self) -> Result<(), CheckpointError> {
         let (folder, temp, name) = (&self.folder, &self.temp, &self.name);
         let io = |e: Errno| match e {
             Errno::EXIST => CheckpointError::OutputExists { path: self.target.clone() },
@@ -198,16 +200,16 @@ impl AtomicFile {
                 }
                 Ok(_) => Err(CheckpointError::Refused {
                     path: self.target.clone(),
-                    what: "became something else than a regular file meanwhile".to_owned(),
+                    what: "is no longer a regular file".to_owned(),
                 }),
                 Err(e) => Err(io(e)),
             };
         }
         match renameat_with(folder, temp, folder, name, RenameFlags::NOREPLACE) {
-            // File systems without the flag.
+            // File systems that do not support the flag.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 rustix::fs::linkat(folder, temp, folder, name, AtFlags::empty()).map_err(io)?;
-                // Under its other name it would only be a leftover, which the next run clears.
+                // It also has another name; under this one it would be a leftover, which the next run removes.
                 let _leftover = unlinkat(folder, temp, AtFlags::empty());
                 Ok(())
             }
@@ -219,7 +221,7 @@ impl AtomicFile {
 impl Drop for AtomicFile {
     fn drop(&mut self) {
         if !self.committed {
-            // Nothing to be done about a failure here; the next run on this output uses what is left.
+            // A failure here cannot be handled; the next run on this output reuses the leftover.
             let _left_behind = unlinkat(&self.folder, &self.temp, AtFlags::empty());
         }
         unlock(&self.file);
@@ -231,7 +233,7 @@ fn refused(target: &Path, temp: &OsStr, what: &str) -> CheckpointError {
     CheckpointError::Refused { path: target.to_owned(), what }
 }
 
-/// The temporary name of an output called `name`, short enough for every file system.
+/// The temporary name for an output called `name`, short enough for every file system.
 pub(super) fn temporary_name(name: &OsStr, suffix: &str) -> OsString {
     const MAX_BYTES: usize = 200;
     let mut temp = OsString::from(".");
@@ -244,13 +246,13 @@ pub(super) fn temporary_name(name: &OsStr, suffix: &str) -> OsString {
     temp
 }
 
-/// Whether a folder of this name holds an output that is being written.
+/// Whether a folder of this name is an output being written.
 pub(super) fn is_temporary_folder(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     name.starts_with('.') && (name.ends_with(".neuroada-partial") || name.ends_with(".neuroada-work"))
 }
 
-/// Writes `bytes` as a file that appears whole or not at all.
+/// Writes `bytes` to a file atomically.
 ///
 /// # Errors
 /// As [`AtomicFile::create`] and [`AtomicFile::commit`].
@@ -258,7 +260,7 @@ pub fn write_atomic(target: &Path, existing: Existing, bytes: &[u8]) -> Result<(
     AtomicFile::create(target, existing)?.commit_bytes(bytes)
 }
 
-/// Writes `bytes` as a file of this program's own state, which replaces what has its name.
+/// Writes `bytes` to a file of this program's own state, replacing an existing file of that name.
 ///
 /// # Errors
 /// As [`AtomicFile::create_own`] and [`AtomicFile::commit`].
@@ -266,7 +268,7 @@ pub(crate) fn write_own(folder: &OwnFolder, name: &str, bytes: &[u8]) -> Result<
     AtomicFile::create_own(folder, name)?.commit_bytes(bytes)
 }
 
-/// Copies the file `source` to one of this program's own state, which replaces what has its name.
+/// Copies the file `source` into this program's own state, replacing an existing file of that name.
 ///
 /// # Errors
 /// As [`AtomicFile::create_own`] and [`AtomicFile::commit`], and a failure to read.
@@ -277,7 +279,7 @@ pub(crate) fn copy_own(source: &Path, folder: &OwnFolder, name: &str) -> Result<
     output.commit()
 }
 
-/// Makes renames in a folder last through a power loss.
+/// Syncs a folder, so that renames in it survive a power loss.
 ///
 /// # Errors
 /// [`CheckpointError::Io`].
@@ -292,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_killed_run_left_is_used_and_links_are_refused() {
+    fn leftovers_of_a_killed_run_are_reused_and_links_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out");
         fs::write(dir.path().join(".out.neuroada-tmp"), b"a longer leftover").unwrap();

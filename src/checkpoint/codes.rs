@@ -1,9 +1,10 @@
-//! Weights that are stored as codes: scaled 8-bit floats, packed integers and 4-bit floats.
+//! Quantized weights: scaled 8-bit floats, packed integers and 4-bit floats.
 //!
-//! Codes are not values: a weight is its codes times scales that lie in other tensors. Nobody who needs numbers may take codes, or
-//! scales, for them; which tensors are which is told here, from names, types and `config.json` alone. What lies where:
+//! Codes are not values: a weight is its codes times scales, and the scales are stored in other tensors. Code that
+//! needs numbers must never read codes or scales as values. This file classifies tensors by names, dtypes and
+//! `config.json` alone. The layouts:
 //!
-//! | layout | codes | beside them |
+//! | layout | codes | scales and other parts |
 //! | --- | --- | --- |
 //! | FP8 (DeepSeek, Qwen, ModelOpt, compressed-tensors, ComfyUI, Mistral) | `X` F8 | `X_scale_inv`, `X_scale`, `M.scale`, `M.scale_weight`, `M.qscale_weight` |
 //! | packed (compressed-tensors) | `M.weight_packed` | `M.weight_scale`, `M.weight_zero_point`, `M.weight_shape`, ... |
@@ -15,7 +16,7 @@
 //! | bitsandbytes | `M.weight` U8, I8 | `M.weight.absmax`, `M.weight.quant_map`, ..., `M.SCB` |
 //! | torchao | `M._weight_qdata` | `M._weight_scale`, `M._weight_zero_point` |
 //!
-//! 8-bit floats without any scale, in a model whose config knows of no quantization, are plain numbers.
+//! 8-bit floats without any scale are plain numbers if the config declares no quantization.
 
 use std::{
     borrow::Cow,
@@ -33,85 +34,87 @@ use super::{
 };
 use crate::tensor::Dtype;
 
-/// How the name of a stored tensor follows from that of the weight it is a part of.
+/// How the name of a stored tensor is derived from the name of its weight.
 #[derive(Clone, Copy)]
 pub(super) enum Part {
-    /// The weight's own name, and this behind it.
-    Behind(&'static str),
-    /// The module's name, where the weight is `M.weight`, and this behind it.
-    Beside(&'static str),
+    /// A suffix appended to the weight's name.
+    WeightSuffix(&'static str),
+    /// A suffix appended to the module's name, for weights called `M.weight`.
+    ModuleSuffix(&'static str),
 }
-use Part::{Behind, Beside};
+use Part::{ModuleSuffix, WeightSuffix};
 
-/// All parts that a weight may have; the first [`N_FORMS`] are codes.
+/// All parts that a weight may have; the first [`N_CODE_PARTS`] are codes.
 const PARTS: [Part; 37] = [
-    Behind(""),
-    Beside(".weight_packed"),
-    Beside(".qweight"),
-    Beside(TORCHAO_CODES),
-    Behind("_blocks"),
-    Behind("_scale"),
-    Behind("_scale_inv"),
-    Behind("_scale_2"),
-    Behind("_scales"),
-    Behind("_zero_point"),
-    Behind("_shape"),
-    Behind("_g_idx"),
-    Behind("_global_scale"),
-    Behind("_format"),
-    Behind(".absmax"),
-    Behind(".quant_map"),
-    Behind(".nested_absmax"),
-    Behind(".nested_quant_map"),
-    Behind(".quant_state.bitsandbytes__nf4"),
-    Behind(".quant_state.bitsandbytes__fp4"),
-    Beside(".SCB"),
-    Beside(".weight_format"),
-    Beside(".input_scale"),
-    Beside(".input_global_scale"),
-    Beside(".activation_scale"),
-    Beside(".pre_quant_scale"),
-    Beside(".scale_weight"),
-    Beside(".scale_input"),
-    Beside(".qscale_weight"),
-    Beside(".qscale_act"),
-    Beside(".qzeros"),
-    Beside(".scales"),
-    Beside(".g_idx"),
-    Beside("._weight_scale"),
-    Beside("._weight_zero_point"),
-    Beside(".comfy_quant"),
-    // DeepSeek-V4's; elsewhere a parameter of its own.
-    Beside(OWN_SCALE),
+    WeightSuffix(""),
+    ModuleSuffix(".weight_packed"),
+    ModuleSuffix(".qweight"),
+    ModuleSuffix(TORCHAO_CODES),
+    WeightSuffix("_blocks"),
+    WeightSuffix("_scale"),
+    WeightSuffix("_scale_inv"),
+    WeightSuffix("_scale_2"),
+    WeightSuffix("_scales"),
+    WeightSuffix("_zero_point"),
+    WeightSuffix("_shape"),
+    WeightSuffix("_g_idx"),
+    WeightSuffix("_global_scale"),
+    WeightSuffix("_format"),
+    WeightSuffix(".absmax"),
+    WeightSuffix(".quant_map"),
+    WeightSuffix(".nested_absmax"),
+    WeightSuffix(".nested_quant_map"),
+    WeightSuffix(".quant_state.bitsandbytes__nf4"),
+    WeightSuffix(".quant_state.bitsandbytes__fp4"),
+    ModuleSuffix(".SCB"),
+    ModuleSuffix(".weight_format"),
+    ModuleSuffix(".input_scale"),
+    ModuleSuffix(".input_global_scale"),
+    ModuleSuffix(".activation_scale"),
+    ModuleSuffix(".pre_quant_scale"),
+    ModuleSuffix(".scale_weight"),
+    ModuleSuffix(".scale_input"),
+    ModuleSuffix(".qscale_weight"),
+    ModuleSuffix(".qscale_act"),
+    ModuleSuffix(".qzeros"),
+    ModuleSuffix(".scales"),
+    ModuleSuffix(".g_idx"),
+    ModuleSuffix("._weight_scale"),
+    ModuleSuffix("._weight_zero_point"),
+    ModuleSuffix(".comfy_quant"),
+    // Used by DeepSeek-V4; in other models this is an ordinary parameter.
+    ModuleSuffix(OWN_SCALE),
 ];
-/// Parts that are codes.
-const N_FORMS: usize = 5;
+/// The number of parts that are codes.
+const N_CODE_PARTS: usize = 5;
 /// The codes of torchao.
 const TORCHAO_CODES: &str = "._weight_qdata";
-/// What is a scale beside codes only.
+/// A suffix that marks scales only if there are codes next to it.
 const OWN_SCALE: &str = ".scale";
-/// Marks a file of ComfyUI, whose 8-bit floats have scales.
+/// Marks a ComfyUI file, whose 8-bit floats have scales.
 const COMFYUI_MARKER: &str = "scaled_fp8";
 
 impl Part {
-    /// The stored name of this part of a weight, where it can have one.
+    /// The stored name of this part of `weight`, if it can have one.
     pub(super) fn of(self, weight: &str) -> Option<String> {
         match self {
-            Self::Behind(suffix) => Some(format!("{weight}{suffix}")),
-            Self::Beside(suffix) => Some(format!("{}{suffix}", weight.strip_suffix(".weight")?)),
+            Self::WeightSuffix(suffix) => Some(format!("{weight}{suffix}")),
+            Self::ModuleSuffix(suffix) => Some(format!("{}{suffix}", weight.strip_suffix(".weight")?)),
         }
     }
 
-    /// The weight that a stored tensor of this name would be this part of.
+    /// The weight whose part a tensor of this name would be.
     fn weight_of(self, tensor: &str) -> Option<Cow<'_, str>> {
         match self {
-            Self::Behind(suffix) => tensor.strip_suffix(suffix).map(Cow::Borrowed),
-            Self::Beside(suffix) => tensor.strip_suffix(suffix).map(|module| Cow::Owned(format!("{module}.weight"))),
+            Self::WeightSuffix(suffix) => tensor.strip_suffix(suffix).map(Cow::Borrowed),
+            Self::ModuleSuffix(suffix) => {
+                tensor.strip_suffix(suffix).map(|module| Cow::Owned(format!("{module}.weight")))
+            }
         }
     }
 }
 
-/// The weights that a stored tensor of this name may be a part of, with the part's place in [`PARTS`].
+/// The weights that a tensor of this name may be a part of, with the part's index in [`PARTS`].
 fn owners(tensor: &str) -> impl Iterator<Item = (usize, Cow<'_, str>)> {
     PARTS.iter().enumerate().filter_map(|(at, part)| Some((at, part.weight_of(tensor)?)))
 }
@@ -119,76 +122,77 @@ fn owners(tensor: &str) -> impl Iterator<Item = (usize, Cow<'_, str>)> {
 /// A weight that is stored as codes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CodedWeight {
-    /// Its name as the model knows it: `M.weight`, never `M.weight_packed`.
+    /// Its name in the model: `M.weight`, never `M.weight_packed`.
     pub name: String,
-    /// How its codes are to be read, for people.
+    /// The layout of its codes, as a human-readable name.
     pub layout: Cow<'static, str>,
-    /// One bit for each of [`PARTS`]: whether it is stored. Checkpoints have hundreds of thousands of weights.
+    /// One bit for each of [`PARTS`]: whether it is stored. Compact because checkpoints have hundreds of thousands of
+    /// weights.
     parts: u64,
 }
 
 impl CodedWeight {
-    /// The stored tensors behind it: codes first, where they are here, then scales and the like, sorted.
+    /// The stored tensors of the weight: codes first, if they are in this file, then scales and other parts, sorted.
     pub fn tensors(&self) -> Vec<String> {
-        let (forms, others) = PARTS.split_at(N_FORMS);
+        let (forms, others) = PARTS.split_at(N_CODE_PARTS);
         let named = |first: usize, parts: &[Part]| {
             let stored = parts.iter().enumerate().filter(|(at, _)| self.has_part(first + at));
             let mut names: Vec<String> = stored.filter_map(|(_, part)| part.of(&self.name)).collect();
             names.sort_unstable();
             names
         };
-        [named(0, forms), named(N_FORMS, others)].concat()
+        [named(0, forms), named(N_CODE_PARTS, others)].concat()
     }
 
     /// Whether the stored tensor of this name holds its codes.
     pub fn has_codes(&self, tensor: &str) -> bool {
-        owners(tensor).any(|(at, name)| at < N_FORMS && name == self.name && self.has_part(at))
+        owners(tensor).any(|(at, name)| at < N_CODE_PARTS && name == self.name && self.has_part(at))
     }
 
     fn has_part(&self, at: usize) -> bool {
         self.parts >> at & 1 == 1
     }
 
-    /// Why it cannot be used, as words for a list of problems.
+    /// Why it cannot be used, as text for a list of problems.
     pub fn refusal(&self) -> String {
         let layout = &self.layout;
         format!("it is stored as {layout}; codes are not numbers, and nothing can be added to them yet")
     }
 }
 
-/// The coded weights of a checkpoint; none of a plain one.
+/// The quantized weights of a checkpoint; empty for a plain one.
 #[derive(Debug, Default)]
 pub struct Codes {
-    /// By name.
+    /// Sorted by name.
     weights: Vec<CodedWeight>,
-    /// The weights in the order of their names read backwards; made when a name is first looked up by its end.
-    by_end: OnceLock<Vec<usize>>,
-    /// By weight, how it is decoded; resolved when it is first asked for.
+    /// Indices of the weights, sorted by reversed name; built at the first lookup by suffix.
+    by_suffix: OnceLock<Vec<usize>>,
+    /// The layout of each weight; resolved on first use.
     layouts: Vec<OnceLock<Box<CodedLayout>>>,
 }
 
-/// Tensor names and types, by which quantized weights are recognised.
+/// The tensor names and dtypes from which quantized weights are recognized.
 struct Names<'a> {
     infos: Vec<&'a TensorInfo>,
     stored: HashMap<&'a str, Dtype>,
-    /// Of the whole model, where one shard is opened by itself.
+    /// The index of the whole model, if one shard was opened by itself.
     index: Option<Index>,
-    /// `quant_method` of the config, or an empty string where it has a `quantization_config` without one.
+    /// `quant_method` of the config; empty if there is a `quantization_config` without one.
     method: Option<String>,
-    /// Whether ComfyUI's marker says that 8-bit floats have scales.
+    /// Whether ComfyUI's marker is present: 8-bit floats then have scales.
     has_marker: bool,
 }
 
 impl Codes {
-    /// Those of plain tensors.
+    /// The codes of a plain file: none.
     pub(super) const fn none() -> Self {
-        Self { weights: Vec::new(), by_end: OnceLock::new(), layouts: Vec::new() }
+        Self { weights: Vec::new(), by_suffix: OnceLock::new(), layouts: Vec::new() }
     }
 
-    /// The coded weights among the tensors of `shards`; `config` is `config.json`.
+    /// The quantized weights among the tensors of `shards`; `config` is `config.json`.
     ///
     /// # Errors
-    /// A single shard's index or config that cannot be read.
+    /// The index or config next to a single shard cannot be read.
     pub(super) fn of(
         root: &Path,
         layout: Layout,
@@ -197,7 +201,7 @@ impl Codes {
     ) -> Result<Self, CheckpointError> {
         let is_file = layout == Layout::File;
         let infos: Vec<&TensorInfo> = shards.iter().flat_map(|shard| shard.header().tensors()).collect();
-        // The codes of one shard's scales may lie in another, and the other way round.
+        // Codes and scales may be in different shards.
         let takes_part = |info: &&TensorInfo| may_be_codes(info.dtype) || (is_file && may_be_scales(&info.name));
         if !infos.iter().any(takes_part) {
             return Ok(Self::default());
@@ -214,12 +218,12 @@ impl Codes {
         Ok(Names { infos, stored, index, method, has_marker }.codes())
     }
 
-    /// All of them, by name.
+    /// All of them, sorted by name.
     pub fn weights(&self) -> &[CodedWeight] {
         &self.weights
     }
 
-    /// The weight that a stored tensor, codes or scales, belongs to.
+    /// The weight that a stored tensor belongs to, be it codes or scales.
     pub fn of_tensor(&self, tensor: &str) -> Option<&CodedWeight> {
         if self.weights.is_empty() {
             return None;
@@ -227,13 +231,13 @@ impl Codes {
         owners(tensor).find_map(|(at, name)| self.of_weight(&name).filter(|weight| weight.has_part(at)))
     }
 
-    /// The coded weight of this name.
+    /// The quantized weight of this name.
     pub fn of_weight(&self, name: &str) -> Option<&CodedWeight> {
         let at = self.weights.binary_search_by(|weight| weight.name.as_str().cmp(name)).ok()?;
         Some(&self.weights[at])
     }
 
-    /// How `weight`, one of these, is decoded; `resolve` finds it out the first time.
+    /// The layout of `weight`, one of these; `resolve` determines it on first use.
     ///
     /// # Errors
     /// Those of `resolve`.
@@ -246,45 +250,47 @@ impl Codes {
             self.weights.binary_search_by(|other| other.name.cmp(&weight.name)).expect("a weight of this checkpoint");
         let slot = &self.layouts[at];
         if slot.get().is_none() {
-            // Another thread may have been faster; both found the same.
+            // Another thread may have been faster, with the same result.
             let _same = slot.set(Box::new(resolve()?));
         }
         Ok(slot.get().expect("it was just set"))
     }
 
-    /// The coded weight whose name ends with `name`, or the other way round: adapters and checkpoints begin names differently.
-    pub fn find_by_end(&self, name: &str) -> Option<&CodedWeight> {
+    /// The quantized weight whose name ends with `name`, or is a suffix of it: adapters and checkpoints use different
+    /// name prefixes.
+    pub fn find_by_suffix(&self, name: &str) -> Option<&CodedWeight> {
         let mut ends = iter::successors(Some(name), |name| Some(name.split_once('.')?.1));
         ends.find_map(|end| self.of_weight(end)).or_else(|| self.find_longer(&format!(".{name}")))
     }
 
-    /// The coded weight that an adapter's `name` stands for: that of the tensor `found` for it, or where none was, by its end.
+    /// The quantized weight that an adapter's `name` refers to: that of the tensor `found` for it, or else the match
+    /// by suffix.
     pub fn find_for(&self, name: &str, found: Option<TensorRef<'_>>) -> Option<&CodedWeight> {
         match found {
             Some(tensor) => self.of_tensor(&tensor.info.name),
-            None => self.find_by_end(name),
+            None => self.find_by_suffix(name),
         }
     }
 
     /// The first weight whose name ends with `end`.
     fn find_longer(&self, end: &str) -> Option<&CodedWeight> {
         let backwards = |at: &usize| self.weights[*at].name.bytes().rev();
-        let by_end = self.by_end.get_or_init(|| {
+        let by_suffix = self.by_suffix.get_or_init(|| {
             let mut order: Vec<usize> = (0..self.weights.len()).collect();
             order.sort_by(|a, b| backwards(a).cmp(backwards(b)));
             order
         });
-        let first = by_end.partition_point(|at| backwards(at).lt(end.bytes().rev()));
-        by_end.get(first).map(|&at| &self.weights[at]).filter(|weight| weight.name.ends_with(end))
+        let first = by_suffix.partition_point(|at| backwards(at).lt(end.bytes().rev()));
+        by_suffix.get(first).map(|&at| &self.weights[at]).filter(|weight| weight.name.ends_with(end))
     }
 
-    /// The coded weight that a name stands for, be it the weight's or a stored tensor's.
+    /// The quantized weight of this name, which may be the weight's own or that of one of its stored tensors.
     pub fn find(&self, name: &str) -> Option<&CodedWeight> {
         self.of_weight(name).or_else(|| self.of_tensor(name))
     }
 }
 
-/// Whether tensors of this type can be codes.
+/// Whether tensors of this dtype can be codes.
 fn may_be_codes(dtype: Dtype) -> bool {
     !matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::BOOL | Dtype::C64)
 }
@@ -293,16 +299,16 @@ fn is_f8(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ)
 }
 
-/// Whether a tensor of this name can be the scales, or the like, of codes in another file.
+/// Whether a tensor of this name can be scales, or another part, of codes in another file.
 fn may_be_scales(name: &str) -> bool {
-    owners(name).any(|(at, _)| at >= N_FORMS)
+    owners(name).any(|(at, _)| at >= N_CODE_PARTS)
 }
 
 fn is_comfyui_marker(name: &str) -> bool {
     name.rsplit('.').next() == Some(COMFYUI_MARKER)
 }
 
-/// `quant_method` of a config; of multimodal models it may be that of the text model.
+/// `quant_method` of a config; multimodal models may have it in the text model's config.
 fn method_of(config: &Map<String, Value>) -> Option<String> {
     let of_text = config.get("text_config").and_then(|text| text.get("quantization_config"));
     let quantization = [config.get("quantization_config"), of_text].into_iter().flatten().find(|it| !it.is_null())?;
@@ -323,7 +329,7 @@ fn add_part(found: &mut Found, name: Cow<'_, str>, layout: Cow<'static, str>, at
 }
 
 impl Names<'_> {
-    /// Whether a tensor of this name is stored, here or in another shard of the model.
+    /// Whether a tensor of this name is stored in this shard or another shard of the model.
     fn has(&self, name: &str) -> bool {
         self.stored.contains_key(name) || self.index.as_ref().is_some_and(|index| index.contains(name))
     }
@@ -336,7 +342,7 @@ impl Names<'_> {
     fn codes(&self) -> Codes {
         let mut found = Found::new();
         let infos = || self.infos.iter().filter(|info| may_be_codes(info.dtype));
-        // Packed forms first: their scales may be 8-bit floats themselves.
+        // Packed codes first: their scales may be 8-bit floats themselves.
         for info in infos() {
             if let Some((at, name, layout)) = self.packed(&info.name, info.dtype) {
                 add_part(&mut found, name, Cow::Borrowed(layout), at);
@@ -352,7 +358,7 @@ impl Names<'_> {
         }
         for info in self.infos.iter().filter(|info| may_be_scales(&info.name)) {
             let mut is_lone = true;
-            for (at, name) in owners(&info.name).filter(|(at, _)| *at >= N_FORMS) {
+            for (at, name) in owners(&info.name).filter(|(at, _)| *at >= N_CODE_PARTS) {
                 if let Some(weight) = found.get_mut(&*name) {
                     weight.parts |= 1 << at;
                     is_lone = false;
@@ -363,67 +369,67 @@ impl Names<'_> {
             }
         }
         let layouts = found.iter().map(|_| OnceLock::new()).collect();
-        Codes { weights: found.into_values().collect(), by_end: OnceLock::new(), layouts }
+        Codes { weights: found.into_values().collect(), by_suffix: OnceLock::new(), layouts }
     }
 
     /// The weight in another file of the model that these scales belong to.
     fn weight_elsewhere<'n>(&self, tensor: &'n str) -> Option<(usize, Cow<'n, str>)> {
         self.index.as_ref()?;
         let is_coded = |(at, name): &(usize, Cow<'_, str>)| {
-            let forms = PARTS[..N_FORMS].iter().filter_map(|form| form.of(name));
-            // Other names can be those of parameters; a model that says it is quantized has none of these.
+            let forms = PARTS[..N_CODE_PARTS].iter().filter_map(|form| form.of(name));
+            // Other names may be ordinary parameters; a model that declares quantization has no such parameters.
             let is_certain = match PARTS[*at] {
-                Behind(suffix) => suffix.starts_with('.') || name.ends_with(".weight"),
-                Beside(suffix) => suffix != OWN_SCALE,
+                WeightSuffix(suffix) => suffix.starts_with('.') || name.ends_with(".weight"),
+                ModuleSuffix(suffix) => suffix != OWN_SCALE,
             };
-            *at >= N_FORMS
+            *at >= N_CODE_PARTS
                 && (is_certain || self.method.is_some())
                 && forms.into_iter().any(|it| self.is_elsewhere(&it))
         };
         owners(tensor).find(is_coded)
     }
 
-    /// The form, weight and layout of a tensor of packed codes.
+    /// The part, weight and layout of a tensor of packed codes.
     fn packed<'n>(&self, tensor: &'n str, dtype: Dtype) -> Option<(usize, Cow<'n, str>, &'static str)> {
         let method = self.method.as_deref().unwrap_or_default();
-        owners(tensor).take_while(|(at, _)| *at < N_FORMS).find_map(|(at, name)| {
+        owners(tensor).take_while(|(at, _)| *at < N_CODE_PARTS).find_map(|(at, name)| {
             let has = |part: Part| part.of(&name).is_some_and(|part| self.has(&part));
             let layout = match PARTS[at] {
-                Beside(TORCHAO_CODES) => "torchao codes",
+                ModuleSuffix(TORCHAO_CODES) => "torchao codes",
                 _ if is_f8(dtype) => return None,
-                Beside(".qweight") => match method {
+                ModuleSuffix(".qweight") => match method {
                     "gptq" => "GPTQ integers",
                     "awq" => "AWQ integers",
                     _ => "GPTQ or AWQ integers",
                 },
-                Beside(_) => match dtype {
-                    Dtype::U8 if has(Behind("_global_scale")) => "NVFP4 (compressed-tensors)",
+                ModuleSuffix(_) => match dtype {
+                    Dtype::U8 if has(WeightSuffix("_global_scale")) => "NVFP4 (compressed-tensors)",
                     Dtype::U8 => "MXFP4 or MXFP6 (compressed-tensors)",
                     _ => "packed integers (compressed-tensors)",
                 },
-                Behind("_blocks") if has(Behind("_scales")) => "MXFP4 (gpt-oss)",
-                Behind("") if name.ends_with(".weight") => self.packed_weight(dtype, has)?,
-                Behind(_) => return None,
+                WeightSuffix("_blocks") if has(WeightSuffix("_scales")) => "MXFP4 (gpt-oss)",
+                WeightSuffix("") if name.ends_with(".weight") => self.packed_weight(dtype, has)?,
+                WeightSuffix(_) => return None,
             };
             Some((at, name, layout))
         })
     }
 
-    /// The layout of a weight of codes that is stored under its own name.
+    /// The layout of codes that are stored under the weight's own name.
     fn packed_weight(&self, dtype: Dtype, has: impl Fn(Part) -> bool) -> Option<&'static str> {
         let is_int8 = dtype == Dtype::I8;
-        Some(if has(Behind(".absmax")) || has(Behind(".quant_map")) {
-            let is_fp4 = has(Behind(".quant_state.bitsandbytes__fp4"));
+        Some(if has(WeightSuffix(".absmax")) || has(WeightSuffix(".quant_map")) {
+            let is_fp4 = has(WeightSuffix(".quant_state.bitsandbytes__fp4"));
             if is_fp4 { "bitsandbytes FP4" } else { "bitsandbytes NF4" }
-        } else if has(Beside(".SCB")) {
+        } else if has(ModuleSuffix(".SCB")) {
             "bitsandbytes int8"
-        } else if has(Behind("_scale_2")) {
+        } else if has(WeightSuffix("_scale_2")) {
             "NVFP4 (ModelOpt)"
-        } else if has(Behind("_scale_inv")) && is_int8 {
+        } else if has(WeightSuffix("_scale_inv")) && is_int8 {
             "INT8 blocks"
-        } else if has(Behind("_scale")) {
+        } else if has(WeightSuffix("_scale")) {
             if is_int8 { "INT8 (compressed-tensors)" } else { "packed 4-bit codes (ModelOpt)" }
-        } else if has(Beside(OWN_SCALE)) {
+        } else if has(ModuleSuffix(OWN_SCALE)) {
             "packed FP4 (DeepSeek-V4)"
         } else if self.method.is_some() {
             "packed codes"
@@ -435,11 +441,11 @@ impl Names<'_> {
     /// The layout of 8-bit floats that have scales somewhere.
     fn scaled_f8(&self, tensor: &str) -> Option<Cow<'static, str>> {
         let scales = [
-            Behind("_scale_inv"),
-            Behind("_scale"),
-            Beside(OWN_SCALE),
-            Beside(".scale_weight"),
-            Beside(".qscale_weight"),
+            WeightSuffix("_scale_inv"),
+            WeightSuffix("_scale"),
+            ModuleSuffix(OWN_SCALE),
+            ModuleSuffix(".scale_weight"),
+            ModuleSuffix(".qscale_weight"),
         ];
         if let Some(scale) = scales.iter().filter_map(|scale| scale.of(tensor)).find(|scale| self.has(scale)) {
             return Some(format!("FP8 with scales in \"{scale}\"").into());

@@ -1,60 +1,61 @@
-//! What every long command is given: how much memory, how to read, whom to tell.
+//! Settings of every long command: memory limit, I/O mode, progress and cancellation.
 
 use super::CheckpointError;
 
-/// The smallest limit that is accepted, in bytes; a smaller one counts as this.
+/// The smallest memory limit, in bytes; smaller limits are raised to it.
 pub const MIN_MEMORY: u64 = 16 << 20;
 
 /// How tensor data is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Io {
-    /// What is in memory is mapped; the rest is read directly where the file system can, so that other programs' pages stay
-    /// in memory, else mapped.
+    /// Data in the page cache is mapped. The rest is read with direct I/O, so that other programs' pages stay cached;
+    /// it is mapped if the file system does not support that.
     #[default]
     Auto,
     /// Windows of the file are mapped.
     Mapped,
-    /// Windows of the file are read past the page cache, and mapped where the file system cannot.
+    /// Windows of the file are read with direct I/O, or mapped if the file system does not support it.
     Direct,
     /// Windows of the file are read through the page cache.
     Read,
 }
 
-/// Told what a long command does, and asked whether to go on.
+/// Receives the progress of a long command, and can cancel it.
 ///
-/// Called from many threads, often: implementations are quick.
+/// Called often and from many threads: implementations must be fast.
 pub trait Observer: Sync {
     /// A pass over `bytes` bytes begins.
     fn begin(&self, _what: &str, _bytes: u64) {}
-    /// A pass over `n` things begins, `unit` in the plural; told apart from bytes where that can be shown.
+    /// A pass over `n` items begins; `unit` is their plural. Separate from bytes for displays that show the
+    /// difference.
     fn begin_count(&self, what: &str, _unit: &'static str, n: u64) {
         self.begin(what, n);
     }
-    /// `bytes` more bytes of the pass are done, or things where it counts things.
+    /// `bytes` more bytes (or items) of the pass are done.
     fn advance(&self, _bytes: u64) {}
-    /// Whether the user asked to stop.
+    /// Whether the user has cancelled the command.
     fn is_cancelled(&self) -> bool {
         false
     }
 }
 
-/// Tells nobody and never stops.
+/// Reports nothing and never cancels.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 
 impl Observer for Silent {}
 
-/// What every long command is given.
+/// The settings of a long command.
 ///
-/// Threads are those of the current rayon pool.
+/// Work runs on the threads of the current rayon pool.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
-    /// Bytes of resident memory to stay within, mapped pages and I/O buffers counted; 1 GiB by default.
+    /// The limit on resident memory in bytes, including mapped pages and I/O buffers; 1 GiB by default.
     pub max_memory: u64,
     /// How tensor data is read.
     pub io: Io,
-    /// Told of progress, asked whether to stop.
+    /// Receives progress and can cancel.
     pub observer: &'a dyn Observer,
 }
 
@@ -65,30 +66,30 @@ impl Default for Context<'_> {
 }
 
 impl Context<'_> {
-    /// Fails where the user asked to stop; long loops ask once per block.
+    /// Fails if the user has cancelled; long loops check once per block.
     pub fn check(&self) -> Result<(), CheckpointError> {
         if self.observer.is_cancelled() { Err(CheckpointError::Cancelled) } else { Ok(()) }
     }
 
-    /// Bytes that everything on its way through one pass may take together: windows of files, scratch and results that wait.
+    /// The memory that one pass may use in total: file windows, scratch memory and queued results.
     ///
-    /// Half of [`Self::max_memory`]: the rest is for what a command keeps between its passes. The passes of this folder see to it:
-    /// each item has a cost in bytes, and none begins before there is room for it.
+    /// Half of [`Self::max_memory`]; the rest is for data that a command keeps between passes. The passes of this
+    /// folder enforce it: each item has a cost in bytes and starts only when there is room for it.
     pub fn pass_bytes(&self) -> u64 {
         self.max_memory.max(MIN_MEMORY) / 2
     }
 
-    /// Bytes of one window, small enough that each thread has several of them on their way within [`Self::pass_bytes`].
+    /// Bytes per window, small enough that each thread can have several in flight within [`Self::pass_bytes`].
     pub fn window_bytes(&self) -> u64 {
         let share = self.max_memory / 2 / (8 * rayon::current_num_threads() as u64);
-        // Whole pages, and so whole elements of every type.
+        // Whole pages, and therefore whole elements of every dtype.
         share.clamp(64 << 10, 8 << 20) & !0xfff
     }
 
-    /// Fails where an item of `cost` bytes can never have room.
+    /// Fails if an item of `cost` bytes can never fit.
     ///
     /// # Errors
-    /// [`CheckpointError::MemoryLimit`] with the limit that would do.
+    /// [`CheckpointError::MemoryLimit`] with the limit that would suffice.
     pub fn check_fits(&self, cost: u64) -> Result<(), CheckpointError> {
         if cost <= self.pass_bytes() {
             return Ok(());

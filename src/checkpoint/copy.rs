@@ -1,4 +1,4 @@
-//! Copies of whole files, by the cheapest means the file system has.
+//! Copies of whole files, by the cheapest means that the file system offers.
 
 use std::{
     fs::{self, File, Metadata},
@@ -14,32 +14,32 @@ use rustix::{
 
 use super::{AtomicFile, CheckpointError, Context, Shard};
 
-/// Bytes between two looks at whether the user asked to stop.
+/// Bytes copied between two checks for cancellation.
 const CHUNK_BYTES: usize = 8 << 20;
 
 /// How a file may be copied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum CopyMode {
-    /// Shared blocks where the file system can, else bytes.
+    /// A reflink if the file system supports it, otherwise a copy of the bytes.
     #[default]
     Auto,
-    /// A hard link where the file system can, else as [`CopyMode::Auto`]: both names show one file.
+    /// A hard link if the file system supports it, otherwise as [`CopyMode::Auto`]: both names refer to one file.
     Link,
 }
 
 /// How a file was copied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Copied {
-    /// Both files share their blocks until one is written.
+    /// A reflink: the files share blocks until one is written.
     Reflinked,
-    /// Both names show one file.
+    /// A hard link: both names refer to one file.
     Linked,
-    /// Byte by byte.
+    /// A copy of the bytes.
     Bytes,
 }
 
-/// Copies `source` to the new file `target`, with its mode, synced, where that costs no bytes: as blocks that both share, or
-/// with [`CopyMode::Link`] as another name of the same file.
+/// Creates `target` from `source`, with its mode, synced, if this needs no copying: as a reflink, or with
+/// [`CopyMode::Link`] as a hard link. Returns `None` if neither is possible.
 ///
 /// # Errors
 /// A failure to create or sync `target`.
@@ -58,9 +58,9 @@ pub fn share_file(source: &Path, target: &Path, mode: CopyMode) -> Result<Option
     Ok(Some(Copied::Reflinked))
 }
 
-/// Gives `source` the other name `target`, where the file system can.
+/// Creates the hard link `target` to `source`, if the file system supports it.
 fn link(source: &Path, target: &Path) -> Result<bool, CheckpointError> {
-    // The path may be a link itself: the file it leads to is what gets another name.
+    // The path may be a symbolic link: link the file it points to.
     let real = source.canonicalize().map_err(|e| CheckpointError::io("read", source, e))?;
     match fs::hard_link(&real, target) {
         Ok(()) => Ok(true),
@@ -71,10 +71,10 @@ fn link(source: &Path, target: &Path) -> Result<bool, CheckpointError> {
 
 /// Copies `source` to the new file `target`, with its mode, synced.
 ///
-/// Memory: one buffer of 8 MiB at most.
+/// Memory: one buffer of at most 8 MiB.
 ///
 /// # Errors
-/// A failure to read or write, or [`CheckpointError::Cancelled`]; `target` may then exist in part.
+/// A failure to read or write, or [`CheckpointError::Cancelled`]; a partial `target` may then exist.
 pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode) -> Result<Copied, CheckpointError> {
     let read_error = |e| CheckpointError::io("read", source, e);
     let from = File::open(source).map_err(read_error)?;
@@ -95,11 +95,11 @@ pub fn copy_file(ctx: &Context<'_>, source: &Path, target: &Path, mode: CopyMode
     Ok(copied)
 }
 
-/// Gives a shard that is a link, or has other names, a file of its own under its name: a copy, put in its place in one step. What else
-/// leads to the old file sees it unchanged.
+/// Replaces a shard that is a link, or has several names, by a copy of its own, atomically. Other names keep the old
+/// file unchanged.
 ///
 /// # Errors
-/// As [`copy_file`]; the shard is as it was.
+/// As [`copy_file`]; the shard is then unchanged.
 pub fn unshare(ctx: &Context<'_>, shard: &Shard) -> Result<(), CheckpointError> {
     let path = shard.path();
     let meta = shard.file().metadata().map_err(|e| CheckpointError::io("read", path, e))?;
@@ -113,19 +113,20 @@ pub fn unshare(ctx: &Context<'_>, shard: &Shard) -> Result<(), CheckpointError> 
     copy.commit()
 }
 
-/// The new file `target` with the mode that `meta` has.
+/// Creates the new file `target` with the mode of `meta`.
 pub(super) fn create_like(meta: &Metadata, target: &Path) -> Result<File, CheckpointError> {
     let mode = meta.mode() & 0o777;
     let mut options = File::options();
     let created = options.read(true).write(true).create_new(true).mode(mode).open(target);
     let file = created.map_err(|e| CheckpointError::io("create", target, e))?;
-    // The umask may have taken bits away that the source has.
+    // The umask may have removed bits that the source has.
     let set = file.set_permissions(fs::Permissions::from_mode(mode));
     set.map_err(|e| CheckpointError::io("write", target, e))?;
     Ok(file)
 }
 
-/// Takes the space that `file` needs: a full disk is met here, before hours of copying; where the file system cannot, as it fills.
+/// Reserves the space of `file`, so that a full disk is noticed before hours of copying. Without support of the file
+/// system, it is noticed while copying.
 pub(super) fn preallocate(file: &File, path: &Path, n_bytes: u64) -> Result<(), CheckpointError> {
     if n_bytes > 0
         && let Err(e @ (Errno::NOSPC | Errno::DQUOT)) = fallocate(file, FallocateFlags::empty(), 0, n_bytes)
@@ -135,7 +136,7 @@ pub(super) fn preallocate(file: &File, path: &Path, n_bytes: u64) -> Result<(), 
     Ok(())
 }
 
-/// Copies `n_bytes` bytes, inside the kernel where it can.
+/// Copies `n_bytes` bytes, inside the kernel if possible.
 fn copy_bytes(
     ctx: &Context<'_>,
     (from, source): (&File, &Path),
@@ -162,7 +163,7 @@ fn copy_bytes(
                 Err(Errno::NOSPC | Errno::DQUOT) => {
                     return Err(CheckpointError::io("write", target, io::ErrorKind::StorageFull.into()));
                 }
-                // Between file systems that cannot, or on kernels that do not.
+                // Not supported by these file systems or this kernel.
                 Err(_) => {
                     in_kernel = false;
                     continue;
@@ -183,12 +184,12 @@ fn copy_bytes(
     Ok(())
 }
 
-/// Fails where the file system that holds `folder` has less than `needed` bytes for us.
+/// Fails if the file system of `folder` has less than `needed` bytes available.
 ///
 /// # Errors
 /// [`CheckpointError::NoSpace`] with both numbers.
 pub fn check_free_space(folder: &Path, needed: u64) -> Result<(), CheckpointError> {
-    let stat = statvfs(folder).map_err(|e| CheckpointError::io("look at the free space of", folder, e.into()))?;
+    let stat = statvfs(folder).map_err(|e| CheckpointError::io("determine the free space of", folder, e.into()))?;
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
     if free < needed { Err(CheckpointError::NoSpace { path: folder.to_owned(), needed, free }) } else { Ok(()) }
 }
@@ -198,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_has_bytes_and_mode_and_is_never_written_over() {
+    fn a_copy_has_bytes_and_mode_and_never_overwrites() {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a"), dir.path().join("b"));
         let bytes: Vec<u8> = (0..CHUNK_BYTES + 12345).map(|i| (i * 7) as u8).collect();
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn space_is_told_in_numbers() {
+    fn missing_space_is_reported_in_bytes() {
         let error = check_free_space(Path::new("."), u64::MAX).unwrap_err().to_string();
         assert!(error.contains("needs 18446744073709551615 bytes, the file system has "), "{error}");
     }

@@ -1,7 +1,7 @@
-//! Reads past the page cache, into aligned buffers that are used again.
+//! Direct I/O: reads that bypass the page cache, into aligned, reusable buffers.
 //!
-//! What is not in memory comes from the disk faster this way than through the page cache, and what other programs have there
-//! stays there. Not every file system can; callers then read as usual.
+//! Data that is not cached arrives faster this way, and other programs' cached pages are not evicted. Not every file
+//! system supports it; callers then read normally.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,19 +14,19 @@ use std::{
 
 use rustix::fs::OFlags;
 
-/// Addresses, offsets and lengths of direct reads and writes are multiples of this, which suits every disk in use.
+/// Addresses, offsets and lengths of direct I/O are multiples of this, which suits every disk in use.
 pub(super) const ALIGNMENT: usize = 4096;
 
-/// The most bytes that a buffer takes beside those asked for: pages at both ends, and what aligns it.
+/// Maximum overhead of a buffer: partial pages at both ends, and the alignment.
 pub(crate) const SLACK: u64 = 3 * ALIGNMENT as u64;
 
-/// Buffers that nobody uses at the moment, the last used last; taking one again spares the system's clearing of fresh memory.
+/// Buffers that are not in use, most recently used last. Reusing one saves the system's clearing of fresh memory.
 ///
-/// Buffers in use and spare ones together never take much more than the most that was ever in use at once: a buffer is taken again for
-/// about its own size alone, and where none fits, as many bytes of spare ones are freed as are allocated.
+/// Used and spare buffers together never take much more than the peak in use: a buffer is reused only for about its
+/// own size, and if none fits, as many spare bytes are freed as are allocated.
 static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
-/// A buffer whose first byte lies on an [`ALIGNMENT`] boundary.
+/// A buffer whose first byte is aligned to [`ALIGNMENT`].
 pub(super) struct AlignedBuffer {
     memory: Vec<u8>,
     start: usize,
@@ -34,11 +34,11 @@ pub(super) struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// A buffer of `len` bytes of no meaning.
+    /// A buffer of `len` bytes with arbitrary content.
     pub(super) fn new(len: usize) -> Self {
         let memory = spare_buffer(len + ALIGNMENT).unwrap_or_else(|| vec![0; len + ALIGNMENT]);
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        assert!(start < ALIGNMENT, "bytes can be aligned");
+        assert!(start < ALIGNMENT, "any address can be aligned");
         Self { memory, start, len }
     }
 
@@ -62,7 +62,8 @@ impl Drop for AlignedBuffer {
     }
 }
 
-/// A spare buffer of at least `needed` bytes and at most an eighth more; where there is none, room is made for a fresh one.
+/// A spare buffer of at least `needed` bytes and at most an eighth more; if there is none, frees spare memory for a
+/// new one.
 fn spare_buffer(needed: usize) -> Option<Vec<u8>> {
     let mut spare = SPARE.lock().ok()?;
     let fits = |memory: &Vec<u8>| (needed..=needed + needed / 8).contains(&memory.len());
@@ -76,33 +77,33 @@ fn spare_buffer(needed: usize) -> Option<Vec<u8>> {
     None
 }
 
-/// Frees the buffers that nobody uses.
+/// Frees the spare buffers.
 pub(super) fn free_spare_buffers() {
     if let Ok(mut spare) = SPARE.lock() {
         spare.clear();
     }
 }
 
-/// Bytes of a file, so placed in memory that whole pages of the file are whole pages of memory.
+/// Bytes of a file in a buffer where whole pages of the file are whole pages of memory.
 pub(super) struct DirectBytes {
     buffer: AlignedBuffer,
     range: Range<usize>,
 }
 
 impl DirectBytes {
-    /// Room for `len` bytes from `offset` of a file, of no meaning yet.
+    /// A buffer for `len` bytes at `offset` of a file, with arbitrary content.
     pub(super) fn new(offset: u64, len: usize) -> Self {
         let skipped = (offset % ALIGNMENT as u64) as usize;
         let buffer = AlignedBuffer::new((skipped + len).next_multiple_of(ALIGNMENT));
         Self { buffer, range: skipped..skipped + len }
     }
 
-    /// The bytes, to be filled or changed.
+    /// The bytes, mutable.
     pub(super) fn as_mut(&mut self) -> &mut [u8] {
         &mut self.buffer.as_mut()[self.range.clone()]
     }
 
-    /// Which of them fill whole pages of the file.
+    /// The part that covers whole pages of the file.
     pub(super) fn whole_pages(&self) -> Range<usize> {
         let start = self.range.start.next_multiple_of(ALIGNMENT);
         let end = self.range.end - self.range.end % ALIGNMENT;
@@ -117,7 +118,7 @@ impl Deref for DirectBytes {
     }
 }
 
-/// Opens the file at `path` once more for direct reads; none where that cannot be, or where another file lies there now.
+/// Reopens the file at `path` for direct reads; `None` if this is not supported, or if another file is there now.
 pub(super) fn open(path: &Path, file: &File) -> Option<File> {
     open_as(File::options().read(true), path, file)
 }
@@ -127,7 +128,7 @@ pub(super) fn open_for_writing(path: &Path, file: &File) -> Option<File> {
     open_as(File::options().write(true), path, file)
 }
 
-/// The same for both.
+/// The same for reads and writes.
 pub(super) fn open_for_rewriting(path: &Path, file: &File) -> Option<File> {
     open_as(File::options().read(true).write(true), path, file)
 }
@@ -138,11 +139,11 @@ fn open_as(options: &mut OpenOptions, path: &Path, file: &File) -> Option<File> 
     ((meta.dev(), meta.ino()) == (same.dev(), same.ino())).then_some(direct)
 }
 
-/// Reads `len` bytes of `direct` from `offset`, of any alignment.
+/// Reads `len` bytes of `direct` at `offset`, of any alignment.
 ///
 /// # Errors
-/// [`io::ErrorKind::UnexpectedEof`] where the file is shorter, and what the system says, as
-/// [`io::ErrorKind::InvalidInput`] where this file cannot be read directly.
+/// [`io::ErrorKind::UnexpectedEof`] if the file is shorter; errors of the system, such as
+/// [`io::ErrorKind::InvalidInput`] if this file does not support direct reads.
 pub(super) fn read(direct: &File, offset: u64, len: usize) -> io::Result<DirectBytes> {
     let mut bytes = DirectBytes::new(offset, len);
     let (first, needed) = (offset - bytes.range.start as u64, bytes.range.end);
@@ -154,7 +155,7 @@ pub(super) fn read(direct: &File, offset: u64, len: usize) -> io::Result<DirectB
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
-        // What ends off a boundary is the end of the file.
+        // A read that ends off a boundary has reached the end of the file.
         if n_read % ALIGNMENT != 0 && n_read < needed {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -167,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_run_of_bytes_can_be_read() {
+    fn any_range_of_bytes_can_be_read() {
         let dir = tempfile::tempdir_in(".").unwrap();
         let path = dir.path().join("f");
         let bytes: Vec<u8> = (0..20_001).map(|i| (i * 31 % 251) as u8).collect();
@@ -179,7 +180,7 @@ mod tests {
         for range in [0..20_001, 0..1, 4095..4097, 4096..8192, 19_999..20_001, 123..123] {
             match read(&direct, range.start as u64, range.len()) {
                 Ok(read) => assert_eq!(*read, bytes[range]),
-                // This file system has no direct reads, and what to do without is tested where they are used.
+                // This file system has no direct I/O; the fallback is tested by its users.
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
                 Err(e) => panic!("{e}"),
             }

@@ -1,4 +1,4 @@
-//! What can go wrong with files, each error naming the file.
+//! Errors about files; each names the file.
 
 use std::{
     fmt, io,
@@ -8,7 +8,7 @@ use std::{
 use super::{CodedWeight, atomic_file::is_temporary_folder};
 use crate::error::{ErrorKind, Failure};
 
-/// What can go wrong while opening, reading or writing checkpoint files.
+/// Errors of opening, reading or writing checkpoint files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
@@ -19,10 +19,10 @@ pub enum CheckpointError {
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A file is not what its name promises.
+    /// A file is invalid.
     #[error("{}: {what}", Printable::path(.path))]
     BadFile {
         /// The file.
@@ -30,7 +30,7 @@ pub enum CheckpointError {
         /// What is wrong, found and expected.
         what: String,
     },
-    /// One tensor of a file is not what it should be.
+    /// One tensor of a file is invalid.
     #[error("{}: tensor \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
     BadTensor {
         /// The file.
@@ -40,17 +40,17 @@ pub enum CheckpointError {
         /// What is wrong, found and expected.
         what: String,
     },
-    /// Several things are wrong at once; all are listed.
+    /// Several problems, listed together.
     #[error("{}: {what}:{}", Printable::path(.path), indented_list(.problems))]
     Many {
         /// The file or directory.
         path: PathBuf,
-        /// What the list is about.
+        /// The subject of the list.
         what: String,
-        /// One line each.
+        /// One line per problem.
         problems: Vec<String>,
     },
-    /// A file changed under the reader's eyes.
+    /// A file changed while it was being read.
     #[error("{}: {what}", Printable::path(.path))]
     Changed {
         /// The file.
@@ -58,13 +58,13 @@ pub enum CheckpointError {
         /// How it changed.
         what: String,
     },
-    /// Existing output is kept unless the user says otherwise.
+    /// The output exists and must be kept unless the user overrides it.
     #[error("{} exists already", Printable::path(.path))]
     OutputExists {
         /// The output.
         path: PathBuf,
     },
-    /// The output would be, hold or lie in an input.
+    /// The output is, contains or lies inside an input.
     #[error("{}: {what}: {}", Printable::path(.path), Printable::path(.input))]
     OutputIsInput {
         /// The output.
@@ -74,29 +74,29 @@ pub enum CheckpointError {
         /// The input.
         input: PathBuf,
     },
-    /// A folder that would be replaced holds what this program did not write.
+    /// A folder that would be replaced contains files that this program did not write.
     #[error(
-        "{}: holds what this program did not write; it will not be replaced:{}",
+        "{}: contains files that this program did not write; it will not be replaced:{}",
         Printable::path(.path),
         indented_list(.entries)
     )]
     ForeignEntries {
         /// The folder.
         path: PathBuf,
-        /// Names in it, sorted.
+        /// The names of those files, sorted.
         entries: Vec<String>,
     },
-    /// The work is done and in place; what failed came after it.
+    /// The output is complete and in place; a later step failed.
     #[error("{}: the work is done, but it was not possible to {what} it", Printable::path(.path))]
     Committed {
         /// The output.
         path: PathBuf,
-        /// What failed: a verb, with what it applies to.
+        /// The failed step: a verb with its object.
         what: &'static str,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A weight is stored as codes, which are no numbers by themselves.
+    /// A weight is stored as codes, which are not numbers by themselves.
     #[error(
         "{}: \"{}\" is stored as {layout}; codes are not numbers, and nothing can be added to them yet",
         Printable::path(.path),
@@ -105,9 +105,9 @@ pub enum CheckpointError {
     Coded {
         /// The file or checkpoint.
         path: PathBuf,
-        /// The weight as the model names it.
+        /// The weight's name in the model.
         weight: String,
-        /// How it is stored.
+        /// Its layout.
         layout: String,
     },
     /// The stored tensors of a quantized weight cannot be decoded.
@@ -115,11 +115,11 @@ pub enum CheckpointError {
     Layout {
         /// The checkpoint.
         path: PathBuf,
-        /// The weight as the model names it.
+        /// The weight's name in the model.
         weight: String,
-        /// How it is stored.
+        /// Its layout.
         layout: String,
-        /// Which stored tensor does not fit, or what is not supported.
+        /// The stored tensor that does not fit, or the feature that is not supported.
         why: String,
     },
     /// A change in place was interrupted: the weights may be a mixture of two states.
@@ -128,30 +128,30 @@ pub enum CheckpointError {
         /// The checkpoint.
         path: PathBuf,
     },
-    /// The files are fine, but doing this would be wrong.
+    /// The files are valid, but the operation would be wrong.
     #[error("{}: {what}", Printable::path(.path))]
     Refused {
         /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         what: String,
     },
-    /// Too little room for the output, seen before the first write.
+    /// Not enough space for the output, found before the first write.
     #[error("{}: the output needs {needed} bytes, the file system has {free} free", Printable::path(.path))]
     NoSpace {
-        /// Where the output was to go.
+        /// The location of the output.
         path: PathBuf,
-        /// Bytes the output needs.
+        /// Bytes that the output needs.
         needed: u64,
-        /// Bytes the file system has for us.
+        /// Bytes available on the file system.
         free: u64,
     },
-    /// The limit on memory is too small for the rows at hand; nothing was written.
-    #[error("a memory limit of {limit} bytes is too small for this work: at least {} MiB are needed", .needed >> 20)]
+    /// The memory limit is too small for these rows; nothing was written.
+    #[error("a memory limit of {limit} bytes is too small for this operation: it needs at least {} MiB", .needed >> 20)]
     MemoryLimit {
-        /// The smallest limit that would do, in bytes, whole MiB.
+        /// The smallest sufficient limit, in bytes, whole MiB.
         needed: u64,
-        /// The limit that was given, in bytes.
+        /// The given limit, in bytes.
         limit: u64,
     },
     /// The user stopped the command.
@@ -164,11 +164,11 @@ impl CheckpointError {
     pub fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { what, path: path.to_owned(), source }
     }
-    /// A malformed file.
+    /// An invalid file.
     pub fn bad_file(path: &Path, what: impl Into<String>) -> Self {
         Self::BadFile { path: path.to_owned(), what: what.into() }
     }
-    /// A malformed tensor.
+    /// An invalid tensor.
     pub fn bad_tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
         Self::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), what: what.into() }
     }
@@ -176,12 +176,12 @@ impl CheckpointError {
     pub(crate) fn coded(path: &Path, weight: &CodedWeight) -> Self {
         Self::Coded { path: path.to_owned(), weight: weight.name.clone(), layout: weight.layout.to_string() }
     }
-    /// A quantized weight without a layout.
+    /// An error for a quantized weight that cannot be decoded.
     pub(crate) fn layout(path: &Path, weight: &CodedWeight, why: String) -> Self {
         let (path, layout) = (path.to_owned(), weight.layout.to_string());
         Self::Layout { path, weight: weight.name.clone(), layout, why }
     }
-    /// The first of several weights that are stored as codes, and how many more there are; nothing where there are none.
+    /// An error for the first of several quantized weights with the number of the others; `Ok` if there are none.
     pub(crate) fn coded_weights<'a>(
         path: &Path,
         mut weights: impl Iterator<Item = &'a CodedWeight>,
@@ -193,15 +193,15 @@ impl CheckpointError {
         };
         Err(Self::Coded { path: path.to_owned(), weight: first.name.clone(), layout })
     }
-    /// A failure after the work was done; `what` is a verb and what it applies to.
-    /// Inside a folder under a temporary name nothing is done yet: there it is a failure like any other.
+    /// A failure after the output was complete; `what` is a verb with its object. In a folder with a temporary name
+    /// nothing is complete yet: there it is an ordinary I/O error.
     pub fn committed(path: &Path, what: &'static str, source: io::Error) -> Self {
         match path.iter().any(is_temporary_folder) {
             true => Self::io(what, path, source),
             false => Self::Committed { path: path.to_owned(), what, source },
         }
     }
-    /// This failure, met after the work on `output` was done; `what` is a verb and what it applies to.
+    /// Converts this error into a failure that happened after `output` was complete; `what` is a verb with its object.
     pub fn after_commit(self, output: &Path, what: &'static str) -> Self {
         let words = match &self {
             Self::Committed { .. } => return self,
@@ -253,11 +253,11 @@ impl Failure for CheckpointError {
         let advice = match self {
             Self::OutputExists { .. } => "--force replaces it",
             Self::OutputIsInput { .. } => {
-                "choose another place for the output; merge and unmerge change a checkpoint itself with --in-place"
+                "choose another output path; with --in-place, merge and unmerge change the checkpoint itself"
             }
-            Self::ForeignEntries { .. } => "move them away, or choose another place for the output",
+            Self::ForeignEntries { .. } => "move them away, or choose another output path",
             Self::Coded { .. } => {
-                "use the 16-bit checkpoint that it was made from, or the one that `neuroada-ckpt cast --dtype bf16` makes of it"
+                "use the 16-bit checkpoint it was quantized from, or decode it with `neuroada-ckpt cast --dtype bf16`"
             }
             Self::Interrupted { path } => return Some(format!("neuroada-ckpt recover {}", Printable::path(path))),
             _ => return None,
@@ -270,7 +270,7 @@ impl Failure for CheckpointError {
     }
 }
 
-/// Shows a name from a file without letting its control bytes reach the terminal, and cuts it at 200 characters.
+/// Displays a name from a file with control characters escaped, truncated at 200 characters.
 pub struct Printable<'a>(pub &'a str);
 
 impl Printable<'_> {
@@ -282,12 +282,12 @@ impl Printable<'_> {
 
 impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const LONGEST: usize = 200;
+        const MAX_CHARS: usize = 200;
         for (i, c) in self.0.chars().enumerate() {
-            if i == LONGEST {
+            if i == MAX_CHARS {
                 return write!(f, "… ({} bytes)", self.0.len());
             }
-            // Bidirectional controls can make a terminal show another name than the stored one.
+            // Bidirectional controls can make a terminal show a different name.
             if c.is_control()
                 || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
             {
@@ -302,10 +302,10 @@ impl fmt::Display for Printable<'_> {
 
 /// `problems` as indented lines, at most 50 of them.
 pub(crate) fn indented_list(problems: &[String]) -> String {
-    const MOST: usize = 50;
-    let mut list: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
-    if problems.len() > MOST {
-        list += &format!("\n  … and {} more", problems.len() - MOST);
+    const MAX_LISTED: usize = 50;
+    let mut list: String = problems.iter().take(MAX_LISTED).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > MAX_LISTED {
+        list += &format!("\n  … and {} more", problems.len() - MAX_LISTED);
     }
     list
 }
@@ -315,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn control_bytes_are_escaped_and_long_names_cut() {
+    fn control_bytes_are_escaped_and_long_names_truncated() {
         assert_eq!(Printable("a\u{1b}[31m\nb\0").to_string(), "a\\u{1b}[31m\\nb\\u{0}");
         let long = "x".repeat(1 << 20);
         assert!(Printable(&long).to_string().ends_with("… (1048576 bytes)"));

@@ -1,8 +1,9 @@
-//! The gate for outputs: every file and folder that any command writes is checked here before anything is made for it.
+//! The gate for outputs: every file and folder that a command writes is checked here before anything is created.
 //!
-//! An output is refused where it is, holds or lies in an input that is [in use](super::InUse), compared by device and inode along its
-//! resolved path; where it lies in a [state folder](super::StateFolder); where its name stands for a link, a device, a fifo or a socket; and where it exists and must be kept. Folders
-//! above it may be links: they are resolved first, as `~/models` often is one.
+//! An output is refused if it is, contains or lies inside an input [in use](super::InUse), compared by device and
+//! inode along its resolved path; if it lies in a [state folder](super::StateFolder); if its path is a link, device,
+//! fifo or socket; and if it exists and must be kept. Parent folders may be links and are resolved first, since
+//! `~/models` often is one.
 
 use std::{
     fs,
@@ -16,28 +17,28 @@ use super::{
     single_file::remembers_merge,
 };
 
-/// What an output is to be.
+/// The kind of an output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OutputKind {
     /// A file.
     File,
-    /// A checkpoint of one file, with a ledger beside it.
+    /// A checkpoint of one file, with a ledger next to it.
     Checkpoint,
     /// A folder.
     Folder,
 }
 
-/// Checks a place where an output is to appear; nothing is made. Returns whether something is there that it replaces.
+/// Checks whether an output may be written at `target`; creates nothing. Returns whether it replaces something.
 ///
 /// # Errors
-/// [`CheckpointError::OutputExists`] where it exists and must be kept, [`CheckpointError::Refused`] with the reason for everything else
-/// that must not be written there.
+/// [`CheckpointError::OutputExists`] if it exists and must be kept; [`CheckpointError::Refused`] with the reason if
+/// the path is not allowed for any other reason.
 pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Result<bool, CheckpointError> {
     let refused = |what: String| Err(CheckpointError::Refused { path: target.to_owned(), what });
     let Some(name) = target.file_name() else {
-        return refused("not a name that an output can get".to_owned());
+        return refused("not a valid name for an output".to_owned());
     };
-    // Without a slash behind it, which would lead through a link.
+    // Without a trailing slash, which would follow a link.
     let found = probe::link_metadata(&folder_of(target).join(name))?;
     let is_replaced = found.is_some();
     let found_kind = found.as_ref().map(|meta| EntryKind::of(meta.file_type()));
@@ -50,7 +51,7 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
     }
     let folder = resolved_folder(target)?;
     if is_state(&folder.join(name))? {
-        return refused("would lie in the state that a merged checkpoint is undone from".to_owned());
+        return refused("would lie in the state folder that unmerge needs".to_owned());
     }
     refuse_inputs(target, &folder, found.as_ref().map(FileId::of))?;
     match (found_kind, kind) {
@@ -59,19 +60,19 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
             refused("is a folder; the output is a file".to_owned())
         }
         (Some(EntryKind::File), OutputKind::Folder) => refused("is a file; the output is a folder".to_owned()),
-        // Its ledger would speak for a file that is not its own any more.
+        // Its ledger would no longer match the file.
         (Some(EntryKind::File), OutputKind::File) if remembers_merge(target)? => {
-            refused("is a merged checkpoint with a ledger beside it; unmerge it, or choose another name".to_owned())
+            refused("is a merged checkpoint with a ledger; unmerge it, or choose another name".to_owned())
         }
         _ => Ok(is_replaced),
     }
 }
 
-/// Whether a resolved path is a state folder's, or leads into one.
+/// Whether a resolved path is a state folder, or lies inside one.
 fn is_state(path: &Path) -> Result<bool, CheckpointError> {
     for folder in path.ancestors() {
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
-        // Behind another name, the suffix alone may be anybody's.
+        // For a single file, the suffix alone proves nothing: the folder may belong to somebody else.
         if name == STATE_FOLDER
             || (folder != path && name.ends_with(STATE_FOLDER) && StateFolder::is_state_folder(folder)?)
         {
@@ -81,7 +82,7 @@ fn is_state(path: &Path) -> Result<bool, CheckpointError> {
     Ok(false)
 }
 
-/// Fails where an output at `target`, in the resolved `folder`, would be, hold or lie in an input.
+/// Fails if an output at `target`, in the resolved `folder`, would be, contain or lie inside an input.
 fn refuse_inputs(target: &Path, folder: &Path, found: Option<FileId>) -> Result<(), CheckpointError> {
     let mut above = Vec::new();
     for folder in folder.ancestors() {
@@ -91,14 +92,14 @@ fn refuse_inputs(target: &Path, folder: &Path, found: Option<FileId>) -> Result<
     }
     let Some((conflict, input)) = in_use::conflict(found, &above)? else { return Ok(()) };
     let what = match conflict {
-        Conflict::Is => "the output is an input",
-        Conflict::Holds => "the output would replace a folder that holds an input",
-        Conflict::LiesIn => "the output would lie inside an input",
+        Conflict::Same => "the output is an input",
+        Conflict::Contains => "the output would replace a folder that contains an input",
+        Conflict::Inside => "the output would lie inside an input",
     };
     Err(CheckpointError::OutputIsInput { path: target.to_owned(), what, input })
 }
 
-/// The folder that `target` lies in, links resolved as far as it exists.
+/// The folder of `target`, with links resolved as far as it exists.
 fn resolved_folder(target: &Path) -> Result<PathBuf, CheckpointError> {
     let mut folder = folder_of(target);
     loop {

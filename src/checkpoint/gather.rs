@@ -1,19 +1,20 @@
-//! The base's values at chosen positions, read with as few bytes as pay.
+//! Reads the base's values at chosen positions, with as few bytes read as is efficient.
 
 use super::{Checkpoint, CheckpointError, Context, TensorRef, Window, window_cost};
 use crate::tensor::{RowColumns, RowLayout};
 
-/// Positions closer than this, in bytes, are read in one piece: a second read costs more than the bytes between.
+/// Positions closer than this, in bytes, are read together: a second read costs more than the bytes in between.
 const GAP_BYTES: u64 = 32 << 10;
 /// Pieces up to this size are read into a buffer; larger ones are windows.
 const SMALL_PIECE: u64 = 64 << 10;
 
-/// Where a base's values come from: its file, or what lies beneath the merges in it.
+/// A source of base values: the file itself, or the originals beneath the merges in it.
 pub trait BaseValues {
-    /// The values of `tensor` at the chosen columns of the rows from `first_row` on, a multiple of 64, as they are stored. The
-    /// number of rows is a multiple of 64 as well, unless they end the tensor.
+    /// The values of `tensor` at the chosen columns of the rows from `first_row`, as stored. `first_row` is a multiple
+    /// of 64, and so is the number of rows, unless they end the tensor.
     ///
     /// # Errors
+    /// A failure to read.
     /// A failure to read.
     fn gather(
         &self,
@@ -25,7 +26,7 @@ pub trait BaseValues {
     ) -> Result<Vec<u8>, CheckpointError>;
 }
 
-/// A base is what its file holds, unless something was merged into it.
+/// The values of the file itself, unless something was merged into it.
 impl BaseValues for Checkpoint {
     fn gather(
         &self,
@@ -41,17 +42,18 @@ impl BaseValues for Checkpoint {
 
 /// Reads the elements of `tensor` at the chosen columns of a run of rows.
 ///
-/// Row `i` of `columns` is row `first_row + i` of `layout`. The result holds the elements as stored, little-endian, row
-/// after row, in the order of the columns: `nnz` elements. Rows and pages that no column touches are skipped.
+/// Row `i` of `columns` is row `first_row + i` of `layout`. Returns `nnz` elements as stored, little-endian, row by
+/// row in the order of the columns. Rows and pages without chosen columns are skipped.
 ///
-/// Memory: the result, [`gather_cost`], and for transposed layouts 16 bytes per position; callers bound it by the number of
-/// rows they ask for. Transposed rows lie scattered over their whole matrix, so few large runs read less than many small.
+/// Memory: the result, [`gather_cost`], and for transposed layouts 16 bytes per position; callers bound it by the
+/// number of rows per call. Transposed rows are scattered over the whole matrix, so a few large runs read less than
+/// many small ones.
 ///
 /// # Errors
 /// A failure to read, or [`CheckpointError::Cancelled`].
 ///
 /// # Panics
-/// Where a position lies outside of `layout`, or `layout` is not the tensor's.
+/// If a position is outside `layout`, or `layout` does not match the tensor.
 pub fn gather_rows(
     ctx: &Context<'_>,
     tensor: TensorRef<'_>,
@@ -59,7 +61,7 @@ pub fn gather_rows(
     first_row: u64,
     columns: &RowColumns,
 ) -> Result<Vec<u8>, CheckpointError> {
-    assert_eq!(layout.n_elements(), tensor.info.n_elements(), "the layout is the tensor's");
+    assert_eq!(layout.n_elements(), tensor.info.n_elements(), "the layout matches the tensor");
     assert!(first_row + columns.n_rows() as u64 <= layout.n_rows(), "the rows lie inside the tensor");
     assert!(columns.columns().iter().all(|&column| u64::from(column) < layout.d_in), "the columns lie inside the rows");
     let element_bytes = tensor.info.n_bytes() / layout.n_elements();
@@ -79,9 +81,9 @@ pub fn gather_rows(
     Ok(gathered)
 }
 
-/// Bytes of memory that [`gather_rows`] takes at most beside what it takes for each position.
+/// Maximum bytes of memory that [`gather_rows`] uses beyond those per position.
 pub fn gather_cost(ctx: &Context<'_>) -> u64 {
-    // A window, and the positions in it.
+    // One window, and the positions in it.
     2 * window_cost(ctx.window_bytes())
 }
 
@@ -90,7 +92,7 @@ struct Piece<'a> {
     ctx: &'a Context<'a>,
     tensor: TensorRef<'a>,
     element_bytes: u64,
-    /// Element in the tensor, ascending, and its slot in the result.
+    /// Element index in the tensor, ascending, and its slot in the result.
     positions: Vec<(u64, usize)>,
     buffer: Vec<u8>,
 }
@@ -101,7 +103,7 @@ impl Piece<'_> {
         ascending: impl Iterator<Item = (u64, usize)>,
         gathered: &mut [u8],
     ) -> Result<(), CheckpointError> {
-        // A piece never holds more positions than a window's worth, so that the list stays small beside it.
+        // A piece never has more positions than fit a window, so that the list stays small in comparison.
         let most = self.ctx.window_bytes();
         for (flat, slot) in ascending {
             if let (Some(&(first, _)), Some(&(last, _))) = (self.positions.first(), self.positions.last()) {
@@ -194,7 +196,7 @@ mod tests {
 
     #[test]
     fn far_positions_and_small_windows_change_nothing() {
-        // A row is 400 KB, so positions are spread over many windows of 64 KiB and over gaps larger than a window.
+        // A row is 400 KB, so positions span many windows of 64 KiB and gaps larger than a window.
         let far: Vec<u32> = (0..100).map(|i| i * 1000).collect();
         let close: Vec<u32> = (0..50_000).step_by(7).collect();
         for transposed in [false, true] {

@@ -1,4 +1,4 @@
-//! Panics of dependencies that parse a stranger's file.
+//! Catches panics of dependencies that parse untrusted files.
 
 use std::{
     cell::Cell,
@@ -7,7 +7,7 @@ use std::{
 };
 
 thread_local! {
-    /// Whether a panic of this thread is caught by [`guarded`], so that its message is not printed.
+    /// Whether [`guarded`] catches this thread's panics, so that their messages are not printed.
     static IS_GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -15,10 +15,11 @@ thread_local! {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Panicked;
 
-/// Runs code of a dependency on a stranger's file; a panic becomes an error, and its message is not printed.
+/// Runs a dependency's code on an untrusted file; a panic becomes an error, and its message is not printed.
 ///
-/// What `work` changed before it panicked may be half changed: the caller drops it, or reports the file as bad and uses it no more.
-/// The first call wraps the process's panic hook; panics outside of guarded code reach the hook that was there.
+/// Data that `work` was changing may be in an inconsistent state after a panic: the caller drops it, or reports the
+/// file as bad and stops using it. The first call wraps the process's panic hook; panics outside guarded code still
+/// reach the previous hook.
 pub(crate) fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -45,6 +46,6 @@ mod tests {
         assert_eq!(guarded(|| -> u8 { panic!("inside") }), Err(Panicked));
         assert!(!IS_GUARDED.get());
         let nested = guarded(|| (guarded(|| -> u8 { panic!("inner") }), IS_GUARDED.get()));
-        assert_eq!(nested, Ok((Err(Panicked), true)), "the outer guard still holds");
+        assert_eq!(nested, Ok((Err(Panicked), true)), "the outer guard is still active");
     }
 }

@@ -1,8 +1,8 @@
-//! The strict pass over a safetensors header.
+//! Strict validation of a safetensors header.
 //!
-//! The safetensors crate lets through what the format forbids (duplicate names above all); this pass does not. Whoever
-//! holds a [`Header`] need not check again: names are unique, tensors are sorted by offset without holes or overlaps,
-//! every size is its shape times its type, and the data ends where the file ends.
+//! The safetensors crate accepts some headers that the format forbids, duplicate names above all; this code does not.
+//! A [`Header`] needs no further checks: names are unique, tensors are sorted by offset without holes or overlaps,
+//! every size equals shape times dtype, and the data ends at the end of the file.
 //!
 //! The format: 8 bytes of little-endian header length `n`, `n` bytes of JSON, tensor data. Sources:
 //! <https://github.com/huggingface/safetensors#format> and `safetensors/src/tensor.rs` 0.8.
@@ -14,11 +14,11 @@ use crate::tensor::{Dtype, checked_bytes, dtype_name};
 
 /// The metadata key of this program's own files: masks, adapters, ledgers.
 pub const DOCUMENT_KEY: &str = "neuroada";
-/// The metadata key under which a checkpoint's shards, or its index, name the adapters that were merged.
+/// The metadata key under which a checkpoint's shards, or its index, record the merged adapters.
 pub const MERGED_KEY: &str = "neuroada.merged";
-/// Headers larger than this are refused, here and by the safetensors crate.
+/// Maximum header size, here and in the safetensors crate.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// More tensors than this in one file are refused: forty times the largest published shard.
+/// Maximum number of tensors per file: forty times the largest published shard.
 pub const MAX_TENSORS: usize = 1_000_000;
 
 /// One tensor of a file.
@@ -26,31 +26,31 @@ pub const MAX_TENSORS: usize = 1_000_000;
 pub struct TensorInfo {
     /// The name as stored; print it through [`Printable`](super::Printable).
     pub name: String,
-    /// The element type.
+    /// The dtype of the elements.
     pub dtype: Dtype,
     /// The shape as stored.
     pub shape: Vec<u64>,
-    /// Where the data lies, in bytes from the end of the header.
+    /// The range of the data, in bytes from the end of the header.
     pub data: Range<u64>,
 }
 
 impl TensorInfo {
-    /// Whether another tensor has the same type and shape.
+    /// Whether the other tensor has the same dtype and shape.
     pub fn is_like(&self, other: &Self) -> bool {
         (self.dtype, &self.shape) == (other.dtype, &other.shape)
     }
 
-    /// Bytes of the tensor's data.
+    /// Size of the tensor's data in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.data.end - self.data.start
     }
-    /// Elements of the tensor; proven not to overflow.
+    /// Number of elements; checked not to overflow.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().product()
     }
 }
 
-/// A header that passed the strict pass.
+/// A header that passed validation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
     /// Sorted by offset; no holes, no overlaps.
@@ -64,10 +64,10 @@ pub struct Header {
 impl Header {
     /// Parses `json`, the header of a file of `file_bytes` bytes; `path` is for messages.
     ///
-    /// Memory: in all, `json` itself counted, at most three times the largest header that is accepted.
+    /// Memory: including `json`, at most three times the largest accepted header.
     ///
     /// # Errors
-    /// [`CheckpointError::BadFile`] or [`CheckpointError::BadTensor`], naming the place.
+    /// [`CheckpointError::BadFile`] or [`CheckpointError::BadTensor`], with the position.
     pub fn parse(path: &Path, json: &[u8], file_bytes: u64) -> Result<Self, CheckpointError> {
         let bad = |what: String| CheckpointError::bad_file(path, what);
         if json.first() != Some(&b'{') {
@@ -80,7 +80,7 @@ impl Header {
         Self::check(path, raw, json.len() as u64, file_bytes)
     }
 
-    /// Parses `json`, a header by itself, of a file that holds just the tensors it lists; `path` is for messages.
+    /// Parses `json`, a header alone, of a file that contains exactly the tensors it lists; `path` is for messages.
     ///
     /// # Errors
     /// As [`Self::parse`].
@@ -96,9 +96,9 @@ impl Header {
     fn check(path: &Path, raw: RawHeader, json_bytes: u64, file_bytes: u64) -> Result<Self, CheckpointError> {
         let mut tensors = raw.tensors;
         let bad = |tensor: &TensorInfo, what: String| CheckpointError::bad_tensor(path, &tensor.name, what);
-        // Empty tensors share an offset with their successor; among themselves they go by name.
+        // Empty tensors share an offset with their successor; among themselves they are sorted by name.
         tensors.sort_unstable_by(|a, b| (a.data.start, a.data.end, &a.name).cmp(&(b.data.start, b.data.end, &b.name)));
-        // Before the offsets: two entries of one name that share their bytes are a lie about the name.
+        // Checked before the offsets: the wrong part of two entries with the same name and bytes is the name.
         let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
         by_name.sort_unstable_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
         for pair in by_name.windows(2) {
@@ -115,7 +115,7 @@ impl Header {
                     format!("data_offsets end at {} before they begin at {}", tensor.data.end, tensor.data.start),
                 ));
             }
-            // An empty tensor must not hide sizes whose product, taken in another order, would overflow.
+            // An empty tensor must not hide sizes whose product overflows in another order.
             let n_elements = tensor.shape.iter().filter(|&&d| d != 0).try_fold(1u64, |n, &d| n.checked_mul(d));
             let needed = n_elements
                 .map(|n| if tensor.shape.contains(&0) { 0 } else { n })
@@ -123,7 +123,7 @@ impl Header {
                 .and_then(|n| {
                     checked_bytes(tensor.dtype, n).ok_or_else(|| {
                         let dtype = dtype_name(tensor.dtype);
-                        bad(tensor, format!("{n} elements of {dtype} are no whole number of bytes below 2^64"))
+                        bad(tensor, format!("{n} elements of {dtype} are not a whole number of bytes below 2^64"))
                     })
                 })?;
             if tensor.n_bytes() != needed {
@@ -165,11 +165,11 @@ impl Header {
         Ok(Self { tensors, by_name, metadata: raw.metadata.unwrap_or_default(), header_bytes: json_bytes })
     }
 
-    /// All tensors, by offset.
+    /// All tensors, sorted by offset.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
-    /// All tensors, by name.
+    /// All tensors, sorted by name.
     pub fn by_name(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
         self.by_name.iter().map(|&i| &self.tensors[i as usize])
     }
@@ -182,15 +182,15 @@ impl Header {
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
-    /// Bytes of the JSON, without the length before it.
+    /// Size of the JSON in bytes, without the length prefix.
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
     }
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.data_start() + self.tensors.last().map_or(0, |tensor| tensor.data.end)
     }
-    /// Where tensor data begins, in bytes from the start of the file.
+    /// Start of the tensor data, in bytes from the start of the file.
     pub fn data_start(&self) -> u64 {
         8 + self.header_bytes
     }

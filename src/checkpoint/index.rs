@@ -1,4 +1,4 @@
-//! `model.safetensors.index.json`: which shard holds which tensor.
+//! `model.safetensors.index.json`: the map from tensors to shards.
 
 use std::{
     collections::BTreeMap,
@@ -14,15 +14,15 @@ use super::{
     probe,
 };
 
-/// The file's name beside its shards.
+/// The file's name in the shards' folder.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// What the names of all index files end with.
+/// The suffix of all index file names.
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
-/// The index of a sharded PEFT adapter, which is no checkpoint.
+/// The index of a sharded PEFT adapter, which is not a checkpoint.
 pub(crate) const ADAPTER_INDEX_FILE: &str = "adapter_model.safetensors.index.json";
 
-/// The names of a folder's index files other than those of adapters, sorted: [`INDEX_FILE`] alone where it is there.
+/// The names of a folder's index files, without those of adapters, sorted; only [`INDEX_FILE`] if it exists.
 pub(super) fn index_names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
     if probe::is_present(&folder.join(INDEX_FILE))? {
         return Ok(vec![INDEX_FILE.to_owned()]);
@@ -32,10 +32,11 @@ pub(super) fn index_names(folder: &Path) -> Result<Vec<String>, CheckpointError>
     Ok(names.filter(is_index).collect())
 }
 
-/// Opens all shards that the index at `index_path` lists, each inside the folder `root`, and holds them against the index.
+/// Opens all shards listed in the index at `index_path`, each inside the folder `root`, and compares them with the
+/// index.
 ///
 /// # Errors
-/// [`CheckpointError::Many`] lists all shards that are missing, or everything in which the index and its shards disagree.
+/// [`CheckpointError::Many`] lists all missing shards, or all differences between the index and its shards.
 pub(crate) fn open_shards(root: &Path, index_path: &Path) -> Result<(Index, Vec<Shard>), CheckpointError> {
     let index = Index::open(index_path)?;
     let many =
@@ -62,21 +63,21 @@ pub(crate) fn open_shards(root: &Path, index_path: &Path) -> Result<(Index, Vec<
     Ok((index, shards))
 }
 
-/// Index files larger than this are refused: six times that of the largest published model.
+/// Maximum size of an index: six times that of the largest published model.
 pub(super) const MAX_INDEX_BYTES: u64 = 100_000_000;
-/// Memory for all that is kept of an index.
+/// Maximum memory for a parsed index.
 const MAX_PARSED_BYTES: usize = 170_000_000;
-/// More shards than this are refused: ten times as many as the largest published model has.
+/// Maximum number of shards: ten times as many as the largest published model has.
 const MAX_SHARDS: usize = 10_000;
-/// After this many problems the search for more stops.
+/// The maximum number of problems to report.
 const MAX_PROBLEMS: usize = 10_000;
 
-/// The index as its JSON has it; shard names are plain file names.
+/// A parsed index; shard names are plain file names.
 #[derive(Debug)]
 pub struct Index {
-    /// Tensor name and position of its shard in `shards`, by name; each name once.
+    /// Tensor names with the index of their shard in `shards`, sorted by name, unique.
     weight_map: Vec<(String, u32)>,
-    /// By name.
+    /// Sorted by name.
     shards: Vec<String>,
     total_size: Option<u64>,
     merged: Option<String>,
@@ -97,7 +98,7 @@ impl Index {
         let raw =
             RawIndex::parse(json).map_err(|e| bad(format!("the index is malformed: {}", malformed(json, 0, &e))))?;
         let WeightMap { mut tensors, shards } = raw.weight_map;
-        // The shards came in some order; `tensors` counts in it.
+        // Renumber the shards from order of appearance to order of name.
         let mut names: Vec<&str> = vec![""; shards.len()];
         for (name, &id) in &shards {
             names[id as usize] = name;
@@ -137,12 +138,12 @@ impl Index {
         })
     }
 
-    /// The shards, by name.
+    /// The shards, sorted by name.
     pub fn shard_names(&self) -> Vec<&str> {
         self.shards.iter().map(String::as_str).collect()
     }
 
-    /// The tensors and the positions of their shards in [`Index::shard_names`], by name.
+    /// The tensors with the index of their shard in [`Index::shard_names`], sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
         self.weight_map.iter().map(|(name, shard)| (name.as_str(), *shard as usize))
     }
@@ -152,12 +153,12 @@ impl Index {
         self.weight_map.binary_search_by(|(tensor, _)| tensor.as_str().cmp(name)).is_ok()
     }
 
-    /// What its metadata says was merged in place, under [`MERGED_KEY`](super::MERGED_KEY).
+    /// The record of in-place merges in its metadata, under [`MERGED_KEY`](super::MERGED_KEY).
     pub fn merged(&self) -> Option<&str> {
         self.merged.as_deref()
     }
 
-    /// Everything in which the index and its shards disagree; `shards` are those of [`Index::shard_names`].
+    /// All differences between the index and its shards; `shards` are in the order of [`Index::shard_names`].
     pub(super) fn disagreements(&self, shards: &[Shard]) -> Vec<String> {
         let mut problems = Vec::new();
         let file_name = |shard: usize| Printable(&self.shards[shard]).to_string();
@@ -186,24 +187,24 @@ impl Index {
         problems
     }
 
-    /// `metadata.total_size` and the bytes of the tensors, where they differ. Loaders do not look at it.
+    /// `metadata.total_size` and the actual bytes of the tensors, if they differ. Loaders ignore it.
     pub(super) fn wrong_total(&self, shards: &[Shard]) -> Option<WrongTotal> {
         let tensors = shards.iter().flat_map(|shard| shard.header().tensors());
         let found = tensors.map(TensorInfo::n_bytes).fold(0, u64::saturating_add);
-        let said = self.total_size.filter(|&said| said != found)?;
-        Some(WrongTotal { said, found })
+        let recorded = self.total_size.filter(|&recorded| recorded != found)?;
+        Some(WrongTotal { recorded, found })
     }
 }
 
-/// An index's `metadata.total_size` that is not what the tensors have.
+/// An index's `metadata.total_size` that does not match the tensors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct WrongTotal {
-    pub(super) said: u64,
+    pub(super) recorded: u64,
     pub(super) found: u64,
 }
 
 impl WrongTotal {
-    /// The index's JSON with the right number in it.
+    /// The index's JSON with the correct number.
     pub(super) fn corrected(self, json: &[u8]) -> serde_json::Result<Vec<u8>> {
         let mut index: serde_json::Value = serde_json::from_slice(json)?;
         index["metadata"]["total_size"] = self.found.into();
@@ -217,13 +218,13 @@ fn is_plain_file_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-/// The JSON has this shape; names may still repeat or lead elsewhere.
+/// The JSON has this structure; names may still repeat or point elsewhere.
 struct RawIndex {
     weight_map: WeightMap,
     metadata: Metadata,
 }
 
-/// What is looked at of `metadata`.
+/// The fields of `metadata` that are read.
 #[derive(Default)]
 struct Metadata {
     total_size: Option<u64>,
@@ -231,7 +232,7 @@ struct Metadata {
 }
 
 impl RawIndex {
-    /// Reads the JSON and nothing behind it.
+    /// Parses the JSON and rejects trailing data.
     fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let mut deserializer = serde_json::Deserializer::from_slice(json);
         let raw = deserializer.deserialize_map(IndexVisitor(&Allowance::new(MAX_PARSED_BYTES)))?;
@@ -270,7 +271,7 @@ impl<'de> Visitor<'de> for IndexVisitor<'_> {
     }
 }
 
-/// `metadata`; absent or null is fine.
+/// `metadata`; may be absent or null.
 struct MetadataSeed<'a>(&'a Allowance);
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
@@ -304,7 +305,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
     }
 }
 
-/// An integer, or a float that is one: some writers sum sizes as floats.
+/// An integer, or a float with an integral value: some writers sum sizes as floats.
 struct TotalSizeVisitor;
 
 impl<'de> DeserializeSeed<'de> for TotalSizeVisitor {
@@ -333,12 +334,12 @@ impl Visitor<'_> for TotalSizeVisitor {
     }
 }
 
-/// `weight_map`, shard names kept once each.
+/// `weight_map`, with each shard name stored once.
 #[derive(Default)]
 struct WeightMap {
-    /// Names as they came, and the numbers of their shards.
+    /// Names in order of appearance, with the numbers of their shards.
     tensors: Vec<(String, u32)>,
-    /// Numbered as they came.
+    /// Numbered in order of appearance.
     shards: BTreeMap<String, u32>,
 }
 
@@ -370,7 +371,7 @@ impl<'de> Visitor<'de> for WeightMapSeed<'_> {
     }
 }
 
-/// A shard's name, as its number.
+/// Parses a shard's name into its number.
 struct ShardSeed<'a> {
     shards: &'a mut BTreeMap<String, u32>,
     allowance: &'a Allowance,
@@ -402,8 +403,8 @@ impl Visitor<'_> for ShardSeed<'_> {
     }
 }
 
-/// Where the files of a checkpoint's folder may lie: links are followed no further than the folder itself, or the blobs
-/// of the Hugging Face cache it is a snapshot of.
+/// Where the files of a checkpoint's folder may be: links may lead only into the folder itself or, for a snapshot in
+/// the Hugging Face cache, into the cache's blobs.
 pub(super) struct Bounds {
     root: PathBuf,
     real_root: PathBuf,
@@ -422,10 +423,10 @@ impl Bounds {
         Ok(Self { root: root.to_owned(), real_root, blobs })
     }
 
-    /// The path of a file in the folder.
+    /// The resolved path of a file in the folder.
     ///
     /// # Errors
-    /// A line for a list of problems.
+    /// A message for a list of problems.
     pub fn resolve(&self, name: &Path) -> Result<PathBuf, String> {
         let path = self.root.join(name);
         let shown = Printable::path(name);
@@ -433,7 +434,7 @@ impl Bounds {
         if real.starts_with(&self.real_root) || (self.blobs.is_some() && real.parent() == self.blobs.as_deref()) {
             Ok(path)
         } else {
-            Err(format!("{shown} is a link out of the folder, to {}", Printable::path(&real)))
+            Err(format!("{shown} is a link that leads out of the folder, to {}", Printable::path(&real)))
         }
     }
 }

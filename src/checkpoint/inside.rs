@@ -1,7 +1,8 @@
-//! Files and folders inside an output that grows under its temporary name, and files beside an output that belong to it.
+//! Files and folders inside an output that is still under its temporary name, and files next to an output that belong
+//! to it.
 //!
-//! The gate has let the output pass, and its temporary folder is this run's alone: every file and folder that is created,
-//! renamed or removed here is this program's own. A link is never followed by its last name.
+//! The gate has approved the output, and its temporary folder belongs to this run alone: every file and folder that is
+//! created, renamed or removed here is this program's own. A link in the last path component is never followed.
 
 use std::{
     fs::{self, File},
@@ -19,7 +20,7 @@ const NO_FOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
 /// Creates the new file `path`, open for reading and writing.
 ///
 /// # Errors
-/// [`CheckpointError::Io`], also where it exists.
+/// [`CheckpointError::Io`], also if it exists.
 pub fn create_new_file(path: &Path) -> Result<File, CheckpointError> {
     let created = File::options().read(true).write(true).create_new(true).open(path);
     created.map_err(|e| CheckpointError::io("create", path, e))
@@ -43,7 +44,7 @@ pub fn append_to_file(path: &Path) -> Result<File, CheckpointError> {
     opened.map_err(|e| CheckpointError::io("open", path, e))
 }
 
-/// Creates the folder `path`, and those above it, where they do not exist.
+/// Creates the folder `path` and its parents, if they do not exist.
 ///
 /// # Errors
 /// [`CheckpointError::Io`].
@@ -51,16 +52,16 @@ pub fn create_folders(path: &Path) -> Result<(), CheckpointError> {
     fs::create_dir_all(path).map_err(|e| CheckpointError::io("create", path, e))
 }
 
-/// Gives the finished file `part` its name, durably.
+/// Renames the finished file `part` to `path`, durably.
 ///
 /// # Errors
 /// [`CheckpointError::Io`].
-pub fn give_name(part: &Path, path: &Path) -> Result<(), CheckpointError> {
+pub fn rename_into_place(part: &Path, path: &Path) -> Result<(), CheckpointError> {
     fs::rename(part, path).map_err(|e| CheckpointError::io("create", path, e))?;
     sync_folder(folder_of(path))
 }
 
-/// Removes the file `path`; it may be gone already.
+/// Removes the file `path`; it may already be gone.
 ///
 /// # Errors
 /// [`CheckpointError::Io`].

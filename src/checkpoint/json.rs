@@ -1,4 +1,4 @@
-//! What keeps JSON from strangers small: files are measured before they are read, and all that is kept of them is counted.
+//! Limits the memory of untrusted JSON: files are measured before they are read, and all kept data is counted.
 
 use std::{cell::Cell, fmt, fs::File, io::Read, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -6,7 +6,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, Unexpected, Visitor};
 
 use super::{CheckpointError, EntryKind, Printable};
 
-/// Opens a file for reading; what is no regular file is refused, and a pipe without a writer is not waited for.
+/// Opens a file for reading; refuses anything but a regular file, and does not block on a pipe.
 pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std::fs::Metadata), CheckpointError> {
     let io = |e| CheckpointError::io(verb, path, e);
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
@@ -18,29 +18,29 @@ pub(crate) fn open_regular(path: &Path, verb: &'static str) -> Result<(File, std
     Ok((file, meta))
 }
 
-/// Reads a whole file of at most `most` bytes.
+/// Reads a whole file of at most `max_bytes` bytes.
 ///
 /// # Errors
-/// A file that cannot be read, is no regular file, or is longer.
-pub fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
+/// The file cannot be read, is not a regular file, or is longer.
+pub fn read_whole(path: &Path, max_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
     let (file, meta) = open_regular(path, "read")?;
-    read_open(path, file, meta.len(), most)
+    read_open(path, file, meta.len(), max_bytes)
 }
 
-/// The same for an open file that has `n_bytes` bytes; `path` is for messages.
-pub(super) fn read_open(path: &Path, file: File, n_bytes: u64, most: u64) -> Result<Vec<u8>, CheckpointError> {
+/// The same for an open file of `n_bytes` bytes; `path` is for messages.
+pub(super) fn read_open(path: &Path, file: File, n_bytes: u64, max_bytes: u64) -> Result<Vec<u8>, CheckpointError> {
     let too_long =
-        |found: u64| CheckpointError::bad_file(path, format!("has {found} bytes, at most {most} are accepted"));
-    if n_bytes > most {
+        |found: u64| CheckpointError::bad_file(path, format!("has {found} bytes, at most {max_bytes} are accepted"));
+    if n_bytes > max_bytes {
         return Err(too_long(n_bytes));
     }
     let mut bytes = Vec::with_capacity(n_bytes as usize);
-    // The length told may be 0 where the system makes the file up as it is read.
-    file.take(most + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::io("read", path, e))?;
-    if bytes.len() as u64 > most { Err(too_long(bytes.len() as u64)) } else { Ok(bytes) }
+    // The reported length may be 0 for files that the system generates on reading.
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(|e| CheckpointError::io("read", path, e))?;
+    if bytes.len() as u64 > max_bytes { Err(too_long(bytes.len() as u64)) } else { Ok(bytes) }
 }
 
-/// What serde_json found wrong, with the byte of the file where it stands; `json` begins at `offset` of the file.
+/// Describes a serde_json error with its byte position in the file; `json` begins at `offset` of the file.
 pub(crate) fn malformed(json: &[u8], offset: u64, error: &serde_json::Error) -> String {
     let (text, line, column) = (error.to_string(), error.line(), error.column());
     let place = format!(" at line {line} column {column}");
@@ -49,34 +49,34 @@ pub(crate) fn malformed(json: &[u8], offset: u64, error: &serde_json::Error) -> 
         return text;
     }
     let line_start: usize = json.split_inclusive(|&byte| byte == b'\n').take(line - 1).map(<[u8]>::len).sum();
-    // Columns count from 1; an end that comes too early has the column of the last byte.
+    // Columns count from 1; an unexpected end has the column of the last byte.
     format!("{text}, at byte {}", offset + (line_start + column.saturating_sub(1)) as u64)
 }
 
-/// Counts the memory of what a parser keeps, so that a hostile document costs no more than an honest one.
+/// Counts the memory that a parser keeps, so that a hostile document costs no more than an honest one.
 pub(super) struct Allowance {
-    most: usize,
+    max_bytes: usize,
     taken: Cell<usize>,
     longest: Cell<usize>,
 }
 
 impl Allowance {
-    /// At most `most` bytes.
-    pub fn new(most: usize) -> Self {
-        Self { most, taken: Cell::new(0), longest: Cell::new(0) }
+    /// At most `max_bytes` bytes.
+    pub fn new(max_bytes: usize) -> Self {
+        Self { max_bytes, taken: Cell::new(0), longest: Cell::new(0) }
     }
 
     /// Counts `bytes` bytes.
     pub fn take<E: de::Error>(&self, bytes: usize) -> Result<(), E> {
         let taken = self.taken.get().saturating_add(bytes);
         self.taken.set(taken);
-        if taken <= self.most {
+        if taken <= self.max_bytes {
             return Ok(());
         }
-        Err(E::custom(format_args!("it would take more than {} bytes of memory", self.most)))
+        Err(E::custom(format_args!("it would take more than {} bytes of memory", self.max_bytes)))
     }
 
-    /// Counts a block that the allocator gives for `bytes` bytes.
+    /// Counts the block that the allocator returns for `bytes` bytes.
     pub fn take_block<E: de::Error>(&self, bytes: usize) -> Result<(), E> {
         self.take(if bytes == 0 { 0 } else { (bytes + 8).next_multiple_of(16).max(32) })
     }
@@ -90,7 +90,7 @@ impl Allowance {
     }
 }
 
-/// A string whose memory is counted; `what` says what should stand there.
+/// A string whose memory is counted; the second field describes what is expected.
 pub(super) struct Text<'a>(pub &'a Allowance, pub &'static str);
 
 impl<'de> DeserializeSeed<'de> for Text<'_> {
@@ -111,7 +111,7 @@ impl Visitor<'_> for Text<'_> {
     }
 }
 
-/// The error for a string where something else belongs; serde's own would hold all of it, however long.
+/// The error for a string of the wrong place; serde's own error would contain the whole string, however long.
 pub(super) fn not_a_string<E: de::Error>(found: &str, expected: &dyn de::Expected) -> E {
     E::invalid_type(Unexpected::Other(&format!("the string \"{}\"", Printable(found))), expected)
 }

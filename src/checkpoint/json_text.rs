@@ -1,20 +1,20 @@
-//! Small edits of JSON text that leave every other byte as it was.
+//! Small edits of JSON text that leave every other byte unchanged.
 
 use std::{borrow::Cow, fmt, ops::Range};
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// Where `object.key` stands in the text of a JSON object, byte by byte.
+/// The byte ranges of `object.key` in the text of a JSON object.
 struct Found {
-    /// The value of `object`, braces included; none where there is no such object.
+    /// The value of `object`, braces included; `None` if there is no such object.
     object: Option<Range<usize>>,
     /// The value of `key` in it.
     value: Option<Range<usize>>,
 }
 
-/// The text with the string `value` as `object.key`: replaced where there is one, else inserted as the first member; `object` is created
-/// where it is missing or null. No other byte changes.
+/// Sets `object.key` to the string `value`: replaces an existing value, else inserts the key as the first member.
+/// Creates `object` if it is missing or null. No other byte changes.
 ///
 /// # Errors
 /// Text that is not a JSON object, or whose `object` is neither an object nor null.
@@ -35,16 +35,16 @@ pub(crate) fn with_string(text: &str, object: &str, key: &str, value: &str) -> s
     }
 }
 
-/// The string `object.key` of a JSON object's text; none where there is none.
+/// The string `object.key` of a JSON object's text; `None` if there is none.
 ///
 /// # Errors
-/// As [`with_string`], and a value that is no string.
+/// As [`with_string`]; a value that is not a string.
 pub(crate) fn string_at(text: &str, object: &str, key: &str) -> serde_json::Result<Option<String>> {
     find(text, object, key)?.value.map(|range| serde_json::from_str(&text[range])).transpose()
 }
 
-/// The texts of which [`with_string`] may have made this one where there was no such `key` before: without the member, and, where it is the
-/// only one, without `object` or with null in its place. None where the member is not the first.
+/// The texts from which [`with_string`] may have made this one when `key` was absent: without the member and, if it is
+/// the only member, without `object` or with null in its place. Empty if the member is not the first.
 pub(crate) fn without_string(text: &str, object: &str, key: &str) -> Vec<String> {
     let Ok(Found { object: Some(outer), value: Some(value) }) = find(text, object, key) else { return Vec::new() };
     let Ok(name) = serde_json::to_string(key) else { return Vec::new() };
@@ -61,7 +61,7 @@ pub(crate) fn without_string(text: &str, object: &str, key: &str) -> Vec<String>
     candidates
 }
 
-/// The text without a member that is its object's first, and without the comma behind it.
+/// Removes a member that is its object's first, with the comma after it.
 fn without_member(text: &str, member: Range<usize>) -> String {
     let comma = text[member.end..].starts_with(',') as usize;
     replaced(text, member.start..member.end + comma, "")
@@ -71,7 +71,7 @@ fn replaced(text: &str, range: Range<usize>, with: &str) -> String {
     [&text[..range.start], with, &text[range.end..]].concat()
 }
 
-/// The text with `member` as the first of the object that begins at `brace`.
+/// Inserts `member` as the first member of the object that begins at `brace`.
 fn with_first_member(text: &str, brace: usize, member: &str) -> String {
     let (before, after) = text.split_at(brace + 1);
     let comma = if after.trim_start().starts_with('}') { "" } else { "," };
@@ -88,7 +88,7 @@ fn find(text: &str, object: &str, key: &str) -> serde_json::Result<Found> {
     Ok(Found { object: Some(at(inner.get())), value: value.map(|value| at(value.get())) })
 }
 
-/// The last member of this name, as it stands in the text; none where there is none.
+/// The last member of this name as it appears in the text, if there is one.
 fn member<'t>(text: &'t str, name: &str) -> serde_json::Result<Option<&'t RawValue>> {
     struct Members<'n>(&'n str);
 
@@ -116,7 +116,7 @@ fn member<'t>(text: &'t str, name: &str) -> serde_json::Result<Option<&'t RawVal
     Ok(found)
 }
 
-/// A key, borrowed where it has no escapes.
+/// A key, borrowed unless it has escapes.
 #[derive(serde::Deserialize)]
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_an_error() {
+    fn anything_but_an_object_is_an_error() {
         for text in ["", "[]", "{", r#"{"m":1}"#, r#"{"m":[]}"#, "{} x"] {
             assert!(with_string(text, "m", "k", "v").is_err(), "{text}");
         }

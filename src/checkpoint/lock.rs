@@ -1,4 +1,4 @@
-//! One writer at a time, and files that others see too.
+//! The lock that allows one writer at a time, and the hazards of changing shared files.
 
 use std::{
     collections::HashSet,
@@ -15,10 +15,10 @@ use rustix::{
 
 use super::{Checkpoint, CheckpointError, EntryKind, FileId, Printable, Shard, probe};
 
-/// The right to change a checkpoint in place; given back when dropped, or when the process ends, however it ends.
+/// The exclusive right to change a checkpoint in place. Released on drop, or when the process ends for any reason.
 ///
-/// Advisory locks on the files of all shards: nothing is created, so a refused command leaves no trace, and whoever names the
-/// folder, one of its shards or a link to one of them meets the same lock.
+/// Advisory locks on the files of all shards. No file is created, so a refused command leaves no trace, and every path
+/// to the folder, a shard or a link to a shard leads to the same lock.
 #[derive(Debug)]
 pub struct CheckpointLock {
     files: Vec<File>,
@@ -30,24 +30,25 @@ impl Drop for CheckpointLock {
     }
 }
 
-/// Gives a lock back at once. Closing the file would not, as long as a child process that is just being started shares it.
+/// Releases a lock at once. Closing the file would not, while a child process that is being started shares the
+/// descriptor.
 pub(super) fn unlock(file: &File) {
     let _closed_soon = flock(file, FlockOperation::Unlock);
 }
 
-/// What came of an attempt to lock a file.
+/// The outcome of an attempt to lock a file.
 pub(super) enum LockAttempt {
-    /// It is ours.
+    /// The lock is ours.
     Locked,
-    /// Somebody else holds it.
+    /// Another process holds the lock.
     Held,
-    /// The file system has no locks.
+    /// The file system does not support locks.
     Unsupported,
     /// The attempt failed.
     Failed(std::io::Error),
 }
 
-/// Locks an open file, or says at once why not.
+/// Tries to lock an open file without waiting.
 pub(super) fn try_lock(file: &File) -> LockAttempt {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => LockAttempt::Locked,
@@ -61,14 +62,15 @@ impl CheckpointLock {
     /// Takes the lock, or fails at once.
     ///
     /// # Errors
-    /// [`CheckpointError::Refused`] naming who holds it; [`CheckpointError::Io`] where the file system has no locks.
+    /// [`CheckpointError::Refused`] with the holder's name; [`CheckpointError::Io`] if the file system does not
+    /// support locks.
     pub fn acquire(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
         let mut files = Vec::with_capacity(checkpoint.shards().len());
         let mut locked = HashSet::new();
         for shard in checkpoint.shards() {
             let file = open_to_lock(shard)?;
             let meta = file.metadata().map_err(|e| CheckpointError::io("lock", shard.path(), e))?;
-            // Two names of one file are one lock.
+            // Two names of one file share one lock.
             if !locked.insert(FileId::of(&meta)) {
                 continue;
             }
@@ -79,7 +81,9 @@ impl CheckpointLock {
                     return Err(CheckpointError::Refused { path: checkpoint.root().to_owned(), what });
                 }
                 LockAttempt::Unsupported => {
-                    let e = std::io::Error::other("this file system has no file locks, which work in place needs");
+                    let e = std::io::Error::other(
+                        "this file system does not support file locks, which in-place changes need",
+                    );
                     return Err(CheckpointError::io("lock", shard.path(), e));
                 }
                 LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", shard.path(), e)),
@@ -88,7 +92,7 @@ impl CheckpointLock {
         Ok(Self { files })
     }
 
-    /// Locks one more file, which is going to take the place of one that is locked: no moment passes in which nothing is.
+    /// Also locks a file that is about to replace a locked one, so that the checkpoint is locked at every moment.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
@@ -106,8 +110,8 @@ impl CheckpointLock {
     }
 }
 
-/// Network file systems lock only what is open for writing; other file systems lock what this user may only read, too, and whether
-/// anything in it changes is seen later.
+/// Opens a file for locking. Network file systems lock only files open for writing. Elsewhere a read-only file can be
+/// locked too, and a failure to write is found later.
 fn open_to_lock(shard: &Shard) -> Result<File, CheckpointError> {
     match shard.open_for_writing() {
         Err(CheckpointError::Io { source, .. })
@@ -119,7 +123,7 @@ fn open_to_lock(shard: &Shard) -> Result<File, CheckpointError> {
     }
 }
 
-/// Who holds the lock on a file, as Linux tells it.
+/// The holder of the lock on a file, as reported by Linux.
 fn holder(file: &File) -> String {
     let pid = file.metadata().ok().and_then(|meta| {
         let locks = fs::read_to_string("/proc/locks").ok()?;
@@ -134,7 +138,7 @@ fn holder(file: &File) -> String {
     }
 }
 
-/// The process in a line such as `1: FLOCK  ADVISORY  WRITE 4242 fe:00:1234 0 EOF`.
+/// The process id in a line such as `1: FLOCK  ADVISORY  WRITE 4242 fe:00:1234 0 EOF`.
 fn pid_of(locks: &str, inode: u64) -> Option<u32> {
     locks.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip(1);
@@ -144,11 +148,11 @@ fn pid_of(locks: &str, inode: u64) -> Option<u32> {
     })
 }
 
-/// Why changing a checkpoint in place would change what others see: shards that are links, that have several names, or
-/// that lie in a Hugging Face cache. One line each.
+/// Reasons why changing a checkpoint in place would affect others: shards that are links, have several names, or lie
+/// in a Hugging Face cache. One line each.
 ///
 /// # Errors
-/// A path that cannot be examined.
+/// A path cannot be examined.
 pub fn in_place_hazards(checkpoint: &Checkpoint) -> Result<Vec<String>, CheckpointError> {
     let mut hazards = Vec::new();
     for shard in checkpoint.shards() {
@@ -172,7 +176,7 @@ pub fn in_place_hazards(checkpoint: &Checkpoint) -> Result<Vec<String>, Checkpoi
     let in_cache =
         names.windows(2).any(|pair| pair[0].starts_with("models--") && (pair[1] == "snapshots" || pair[1] == "blobs"));
     if in_cache {
-        hazards.push("it lies in a Hugging Face cache, which other programs share".to_owned());
+        hazards.push("it is in a Hugging Face cache, which other programs share".to_owned());
     }
     Ok(hazards)
 }
@@ -188,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_writer_is_told_who_the_first_is() {
+    fn a_second_writer_learns_who_holds_the_lock() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(dir.path());
         let lock = CheckpointLock::acquire(&checkpoint).unwrap();

@@ -1,15 +1,15 @@
-//! Words from files in the languages of model cards: YAML, Markdown, and the shell in their examples.
+//! Escapes text from files for model cards: YAML, Markdown, and shell examples.
 
-/// A string in YAML, in double quotes: whatever it holds, it stays one string, and nothing in it is invisible.
-pub fn yaml_string(words: &str) -> String {
+/// A double-quoted YAML string. Any content stays one string, and nothing in it is invisible.
+pub fn yaml_string(text: &str) -> String {
     let mut quoted = String::from("\"");
-    for c in words.chars() {
+    for c in text.chars() {
         match c {
             '"' | '\\' => quoted.extend(['\\', c]),
             '\n' => quoted += "\\n",
             '\r' => quoted += "\\r",
             '\t' => quoted += "\\t",
-            // YAML takes no control characters in any form but this, and two line ends more than JSON.
+            // YAML allows control characters only in this form, and has two more line breaks than JSON.
             c if c.is_control()
                 || is_invisible(c)
                 || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fffe}' | '\u{ffff}') =>
@@ -22,17 +22,17 @@ pub fn yaml_string(words: &str) -> String {
     quoted + "\""
 }
 
-/// Words in Markdown: on one line, nothing in them is markup, nor a cell's end in a table.
-pub fn markdown_text(words: &str) -> String {
+/// Plain Markdown text on one line: nothing in it acts as markup or ends a table cell.
+pub fn markdown_text(text: &str) -> String {
     let mut escaped = String::new();
-    for c in words.trim().chars() {
+    for c in text.trim().chars() {
         match c {
             '\n' | '\r' | '\t' | '\u{2028}' | '\u{2029}' => escaped.push(' '),
             c if c.is_control() || is_invisible(c) => {}
             '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '#' | '|' | '!' | '&' | '$' | '~' => {
                 escaped.extend(['\\', c]);
             }
-            // At the beginning of a line they begin a list, or underline a heading.
+            // At the start of a line they would begin a list or underline a heading.
             '-' | '+' | '=' if escaped.is_empty() => escaped.extend(['\\', c]),
             '.' | ')' if !escaped.is_empty() && escaped.bytes().all(|byte| byte.is_ascii_digit()) => {
                 escaped.extend(['\\', c]);
@@ -43,21 +43,21 @@ pub fn markdown_text(words: &str) -> String {
     escaped
 }
 
-/// Words as code in Markdown, in a table too.
-pub fn markdown_code(words: &str) -> String {
-    let plain = words.trim().chars().filter(|c| !c.is_control() && !is_invisible(*c));
+/// Inline code in Markdown, also inside a table.
+pub fn markdown_code(text: &str) -> String {
+    let plain = text.trim().chars().filter(|c| !c.is_control() && !is_invisible(*c));
     let plain: String = plain.map(|c| if c == '`' { '\'' } else { c }).collect();
-    // Without a word in it, a pair of backticks is no code.
+    // An empty pair of backticks would not be code.
     if plain.is_empty() { String::new() } else { format!("`{}`", plain.replace('|', "\\|")) }
 }
 
-/// One word for a POSIX shell, in single quotes; on one line.
-pub fn shell_word(words: &str) -> String {
-    let plain: String = words.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
+/// A single word for a POSIX shell, in single quotes, on one line.
+pub fn shell_word(text: &str) -> String {
+    let plain: String = text.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
     format!("'{}'", plain.replace('\'', r"'\''"))
 }
 
-/// Characters that show nothing, or show others in another order.
+/// Characters that are invisible, or change the display order of others.
 fn is_invisible(c: char) -> bool {
     matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_from_files_are_no_markup() {
+    fn text_from_files_is_not_markup() {
         assert_eq!(markdown_text("a\n# b <img> `x`\u{1b}"), "a \\# b \\<img\\> \\`x\\`");
         assert_eq!(markdown_text(" - a | b\u{202e}c"), "\\- a \\| bc");
         assert_eq!(markdown_text("12. a.b $x$"), "12\\. a.b \\$x\\$");
@@ -79,7 +79,7 @@ mod tests {
     fn strings_stay_strings() {
         assert_eq!(yaml_string("a\": b\n"), r#""a\": b\n""#);
         assert_eq!(yaml_string("no # \\ \u{1b}\u{85}\u{2028}\u{feff}ü"), r#""no # \\ \u001B\u0085\u2028\uFEFFü""#);
-        // A string of double-quoted YAML without these escapes is one of JSON.
+        // A double-quoted YAML string without these escapes is also valid JSON.
         let back: String = serde_json::from_str(&yaml_string("x\u{7f} 'y'\t\"z\"")).unwrap();
         assert_eq!(back, "x\u{7f} 'y'\t\"z\"");
         assert_eq!(shell_word("it's\n"), r"'it'\''s'");

@@ -1,11 +1,11 @@
-//! Windows of files, mapped or read: the one place that maps.
+//! Windows of files, mapped or read: the only place that maps files.
 //!
-//! A mapped page whose file was cut short, or whose disk fails, answers with the signal SIGBUS, which by default ends the
-//! process. So every mapped window is entered in a small table, and a handler for SIGBUS is installed with the first one. It
-//! looks the faulting address up; if it lies in a window, the page is replaced by one of zeros, the window is marked, and
-//! the reader goes on, to find the mark when it is done ([`Shard::confirm`](super::Shard::confirm)) before it trusts what it
-//! read. Any other SIGBUS goes to the handler that was there before. Where the table is full, no
-//! handler can be installed, or the file system cannot map, windows are read instead.
+//! Touching a mapped page whose file was truncated, or whose disk fails, raises SIGBUS, which by default ends the
+//! process. Every mapped window is therefore entered in a small table, and a SIGBUS handler is installed with the
+//! first window. The handler looks up the faulting address. If it lies in a window, the page is replaced by zeros, the
+//! window is marked, and the reader continues; it checks the mark ([`Shard::confirm`](super::Shard::confirm)) before
+//! trusting what it read. Any other SIGBUS goes to the previous handler. If the table is full, no handler can be
+//! installed, or the file system cannot map, windows are read instead.
 
 #![allow(unsafe_code)]
 
@@ -25,12 +25,12 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 use super::direct::DirectBytes;
 
-/// A run of bytes of a file, given back when dropped.
+/// A range of a file's bytes, released on drop.
 pub struct Window(Backing);
 
 enum Backing {
-    // Fields are dropped in this order: an address leaves the table before it can be mapped anew.
-    Mapped { place: WindowSlot, map: Mmap },
+    // Fields drop in this order: the entry must leave the table before the address can be mapped again.
+    Mapped { slot: WindowSlot, map: Mmap },
     Owned(Vec<u8>),
     Direct(DirectBytes),
 }
@@ -51,53 +51,54 @@ impl Window {
     pub(super) fn owned(bytes: Vec<u8>) -> Self {
         Self(Backing::Owned(bytes))
     }
-    /// A window over bytes that were read directly.
+    /// A window over bytes that were read with direct I/O.
     pub(super) fn direct(bytes: DirectBytes) -> Self {
         Self(Backing::Direct(bytes))
     }
 
-    /// Maps `len` bytes of `file` from `offset`, of any alignment; the pages are in memory when this returns, unless memory
-    /// is short or the file ends before them. What cannot be mapped is read. `lost` is set when the window is dropped after bytes of it could not be read.
+    /// Maps `len` bytes of `file` at `offset`, of any alignment. The pages are in memory on return, unless memory is
+    /// short or the file ends before them. Reads the bytes if they cannot be mapped. `lost` is set when the window is
+    /// dropped after some of its bytes could not be read.
     ///
     /// # Errors
-    /// What the system says.
+    /// Errors of the system.
     pub(super) fn map(file: &File, offset: u64, len: usize, lost: &Arc<AtomicBool>) -> io::Result<Self> {
         if len == 0 {
             return Ok(Self::owned(Vec::new()));
         }
-        let place = if handler_is_installed() { WindowSlot::claim(lost) } else { None };
-        if let Some(place) = place
+        let slot = if handler_is_installed() { WindowSlot::claim(lost) } else { None };
+        if let Some(slot) = slot
             && let Ok(map) = map_populated(file, offset, len)
         {
-            place.watch(&map);
-            return Ok(Self(Backing::Mapped { place, map }));
+            slot.watch(&map);
+            return Ok(Self(Backing::Mapped { slot, map }));
         }
         let mut bytes = vec![0; len];
         file.read_exact_at(&mut bytes, offset)?;
         Ok(Self::owned(bytes))
     }
-    /// Whether all bytes seen so far were the file's.
+    /// Whether all bytes seen so far came from the file.
     pub(super) fn is_intact(&self) -> bool {
         match &self.0 {
-            Backing::Mapped { place, .. } => !place.entry().lost.load(SeqCst),
+            Backing::Mapped { slot, .. } => !slot.entry().lost.load(SeqCst),
             Backing::Owned(_) | Backing::Direct(_) => true,
         }
     }
 }
 
 fn map_populated(file: &File, offset: u64, len: usize) -> io::Result<Mmap> {
-    // SAFETY: the map is private to one window and read-only. What Rust cannot rule out is another process changing the file
-    // meanwhile: bytes are only ever read as plain integers, for which every bit pattern is valid, and the caller compares
-    // the file's length and modification time with those at opening before it trusts a result. Pages that go missing are
-    // replaced, see the top of this file.
+    // SAFETY: the map is private to one window and read-only. Rust cannot rule out that another process changes the
+    // file in the meantime: bytes are only read as plain integers, for which every bit pattern is valid, and the
+    // caller compares the file's length and modification time with those at opening before it trusts a result. Missing
+    // pages are replaced, see the top of this file.
     unsafe { MmapOptions::new().offset(offset).len(len).populate().map(file) }
 }
 
-/// Pages of a run that are looked at to tell whether all are in memory.
+/// Pages sampled to determine whether a range is cached.
 const SAMPLES: usize = 8;
 
-/// Whether `len` bytes of `file` from `offset` are in the page cache, judged by a few of their pages. Where the system does not tell,
-/// they are taken to be.
+/// Whether `len` bytes of `file` at `offset` are in the page cache, judged by a sample of their pages. Assumed if the
+/// system does not report it.
 pub(super) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
     let page_bytes = rustix::param::page_size();
     // SAFETY: as in `map_populated`; nothing is read through this map.
@@ -107,12 +108,12 @@ pub(super) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
     (0..SAMPLES).map(|i| i * (n_pages - 1) / (SAMPLES - 1)).all(|page| {
         let mut is_resident = 0u8;
         // SAFETY: the page belongs to the map, and the answer for one page is one byte.
-        let told = unsafe { libc::mincore((first + page * page_bytes) as *mut _, 1, &mut is_resident) };
-        told != 0 || is_resident & 1 == 1
+        let status = unsafe { libc::mincore((first + page * page_bytes) as *mut _, 1, &mut is_resident) };
+        status != 0 || is_resident & 1 == 1
     })
 }
 
-/// A mapped window's address, for the handler. `start` is 0 where the entry is free and 1 where it is being filled.
+/// The address of a mapped window, for the handler. `start` is 0 if the entry is free and 1 while it is being filled.
 struct Entry {
     start: AtomicUsize,
     len: AtomicUsize,
@@ -122,22 +123,22 @@ struct Entry {
 const FREE: usize = 0;
 const CLAIMED: usize = 1;
 
-/// Windows that can be mapped at once, in the whole process: a few per thread.
+/// Maximum number of windows mapped at once in the process: a few per thread.
 const MAX_WINDOWS: usize = 2048;
 static WINDOWS: [Entry; MAX_WINDOWS] =
     [const { Entry { start: AtomicUsize::new(FREE), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
         MAX_WINDOWS];
 
-/// The right to one entry of the table.
+/// Ownership of one entry of the table.
 struct WindowSlot {
     index: usize,
-    /// Set at the end, if the entry was marked.
+    /// Set on drop if the entry was marked.
     lost: Arc<AtomicBool>,
 }
 
 impl WindowSlot {
     fn claim(lost: &Arc<AtomicBool>) -> Option<Self> {
-        // Threads begin to look in different places, so that they seldom meet.
+        // Threads start searching at different entries, so that they rarely collide.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let first = NEXT.fetch_add(1, SeqCst);
         let index = (0..MAX_WINDOWS)
@@ -166,18 +167,18 @@ impl Drop for WindowSlot {
     }
 }
 
-/// What handled SIGBUS before us.
+/// The SIGBUS handler that was installed before ours.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
 /// Installs the handler, once.
 fn handler_is_installed() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
-        // The page size is asked for here, so that the handler finds it known.
+        // Query the page size here, so that it is known in the handler.
         let _known = rustix::param::page_size();
-        // SAFETY: all-zero bytes are a valid `sigaction`: no handler, no flags, an empty mask. Its `sa_sigaction` is set to a
-        // function of the type that SA_SIGINFO asks for, which calls nothing but what signal handlers may call. The
-        // handler that was there is kept before ours can run.
+        // SAFETY: all-zero bytes are a valid `sigaction`: no handler, no flags, an empty mask. `sa_sigaction` is set
+        // to a function of the type that SA_SIGINFO requires, which calls only async-signal-safe functions. The
+        // previous handler is saved before ours can run.
         unsafe {
             let mut previous: libc::sigaction = std::mem::zeroed();
             if libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut previous) != 0 {
@@ -193,15 +194,15 @@ fn handler_is_installed() -> bool {
     })
 }
 
-/// Runs in place of the instruction that touched a missing page, on the thread that did.
+/// The SIGBUS handler, which runs on the thread that touched a missing page.
 extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the system passes a valid `siginfo_t` for the signal at hand, which for SIGBUS holds an address.
+    // SAFETY: the system passes a valid `siginfo_t` for this signal, which for SIGBUS holds an address.
     let address = unsafe { (*info).si_addr() } as usize;
     if mark(address) && replace_page(address) {
         return;
     }
-    // SAFETY: what follows hands the signal to the handler that was there before us, with what it expects by its flags. Where
-    // there was none, the default is restored: the instruction is run again and ends the process, as it would have.
+    // SAFETY: this forwards the signal to the previous handler with the arguments that its flags require. If there was
+    // none, the default is restored: the instruction runs again and ends the process, as it would have without us.
     unsafe {
         let mut default: libc::sigaction = std::mem::zeroed();
         default.sa_sigaction = libc::SIG_DFL;
@@ -209,7 +210,8 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
         match previous.sa_sigaction {
             libc::SIG_DFL | libc::SIG_IGN => {
                 libc::sigaction(signal, &default, std::ptr::null_mut());
-                // A signal that was sent, not caused, does not come again by itself; it stays blocked until we return.
+                // A signal that was sent, not caused by a fault, does not recur by itself; it stays blocked until we
+                // return.
                 if (*info).si_code <= 0 {
                     libc::raise(signal);
                 }
@@ -227,13 +229,13 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     }
 }
 
-/// Marks the window that holds `address`; false where none does.
+/// Marks the window that contains `address`; returns false if none does.
 fn mark(address: usize) -> bool {
     let mut found = false;
     for entry in &WINDOWS {
         let start = entry.start.load(SeqCst);
-        // An entry that changes while we look may be marked by mistake: its reader then fails without need, no more. The entry
-        // of the window at fault cannot change, because its reader is waiting for us.
+        // An entry that changes during the search may be marked by mistake; its reader then merely fails without need.
+        // The entry of the faulting window cannot change, because its reader waits for this handler.
         if start > CLAIMED && address.wrapping_sub(start) < entry.len.load(SeqCst) {
             entry.lost.store(true, SeqCst);
             found = true;
@@ -242,11 +244,11 @@ fn mark(address: usize) -> bool {
     found
 }
 
-/// Puts a page of zeros in place of the one that holds `address`.
+/// Replaces the page at `address` by a page of zeros.
 fn replace_page(address: usize) -> bool {
     let page_bytes = rustix::param::page_size();
     let page = (address & !(page_bytes - 1)) as *mut std::ffi::c_void;
-    // SAFETY: the page belongs to a live window of this process, which is read-only and of which nothing can be read there: that is
-    // why we are here. The new page has the same address and rights, and goes with the rest when the window is unmapped.
+    // SAFETY: the page belongs to a live window of this process, which is read-only and unreadable at this page, hence
+    // the fault. The new page has the same address and protection, and is unmapped with the rest of the window.
     unsafe { mmap_anonymous(page, page_bytes, ProtFlags::READ, MapFlags::PRIVATE | MapFlags::FIXED) }.is_ok()
 }

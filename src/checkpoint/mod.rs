@@ -1,13 +1,14 @@
 //! Files: checkpoints, shards, and every other safetensors file.
 //!
-//! A [`Checkpoint`] is a model on disk, in one [`Shard`] or many. Opening reads headers only, into owned memory, and checks
-//! them strictly ([`Header`]); tensor data is reached through [`Window`]s, mapped or read, small enough that resident
-//! memory does not grow with the model ([`Context::window_bytes`]). [`scan_rows`] is the one pass over rows that every
-//! command shares: threads take blocks of rows, results come back in order.
+//! A [`Checkpoint`] is a model on disk, in one or more [`Shard`]s. Opening it reads only the headers, into owned
+//! memory, and validates them strictly ([`Header`]). Tensor data is accessed through [`Window`]s, mapped or read,
+//! which are so small that resident memory does not grow with the model ([`Context::window_bytes`]). [`scan_rows`] is
+//! the pass over rows that every command uses: threads process blocks of rows, and results arrive in order.
 //!
-//! What is written passes the gate ([`check_output`]), which knows what is being read ([`InUse`]), and appears whole or not at all
-//! ([`AtomicFile`], [`AtomicDir`], [`TensorFileWriter`]). What this program keeps beside a checkpoint lies in its [`StateFolder`], reached
-//! without following links ([`OwnFolder`]). Whether something is there is asked in [`probe`] alone.
+//! Every output passes the gate ([`check_output`]), which knows the inputs in use ([`InUse`]), and is written
+//! atomically ([`AtomicFile`], [`AtomicDir`], [`TensorFileWriter`]). The program's own files for a checkpoint are in
+//! its [`StateFolder`], which is accessed without following links ([`OwnFolder`]). Only [`probe`] checks whether a
+//! path exists.
 
 mod atomic_file;
 pub(crate) mod checksummed;
@@ -61,7 +62,7 @@ pub use header::{DOCUMENT_KEY, Header, MAX_HEADER_BYTES, MAX_TENSORS, MERGED_KEY
 pub use in_use::InUse;
 pub(crate) use index::{ADAPTER_INDEX_FILE, open_shards};
 pub use index::{INDEX_FILE, Index};
-pub use inside::{append_to_file, create_folders, create_new_file, give_name, open_to_change, remove_file};
+pub use inside::{append_to_file, create_folders, create_new_file, open_to_change, remove_file, rename_into_place};
 pub use json::read_whole;
 pub(crate) use json::{malformed, open_regular};
 pub(crate) use json_text::{string_at, with_string, without_string};

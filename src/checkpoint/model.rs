@@ -1,4 +1,4 @@
-//! A checkpoint: its shards, its tensors by name, and the files beside them.
+//! A checkpoint: its shards, its tensors by name, and its side files.
 
 use std::{
     fs,
@@ -16,18 +16,18 @@ use super::{
 };
 use crate::tensor::RowLayout;
 
-/// The name of a checkpoint's only shard, and of `config.json` beside it.
+/// The name of a checkpoint's only shard, and of `config.json` in the same folder.
 const SINGLE_FILE: &str = "model.safetensors";
 const CONFIG_FILE: &str = "config.json";
 
-/// How a checkpoint lies on disk.
+/// The layout of a checkpoint on disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Layout {
-    /// One safetensors file, given by its own path.
+    /// A single safetensors file, given by its own path.
     File,
     /// A folder with one `model.safetensors`.
     Folder,
-    /// A folder with `model.safetensors.index.json`, or one index of another stem.
+    /// A folder with `model.safetensors.index.json`, or one index with another stem.
     Sharded,
 }
 
@@ -38,18 +38,18 @@ pub struct Checkpoint {
     name: String,
     layout: Layout,
     shards: Vec<Shard>,
-    /// Tensor (shard, position in its header), sorted by name.
+    /// Tensors as (shard, index in its header), sorted by name.
     tensors: Vec<(u32, u32)>,
     config: serde_json::Map<String, serde_json::Value>,
     codes: Codes,
-    /// What its configs say about quantization; read when a quantized weight is first decoded.
+    /// The quantization config; read when a quantized weight is first decoded.
     quantization: OnceLock<QuantizationConfig>,
-    /// The index file's name, of a sharded checkpoint.
+    /// The name of the index file of a sharded checkpoint.
     index_name: Option<String>,
     wrong_total: Option<WrongTotal>,
-    /// What the index says was merged.
+    /// The record of in-place merges in the index.
     merged_in_index: Option<String>,
-    /// No output replaces, holds or lies in the folder meanwhile.
+    /// Prevents outputs that replace, contain or lie in the folder.
     _in_use: Option<InUse>,
 }
 
@@ -58,9 +58,9 @@ pub struct Checkpoint {
 pub struct TensorRef<'a> {
     /// The file that holds it.
     pub shard: &'a Shard,
-    /// Which of [`Checkpoint::shards`] that is.
+    /// Its index in [`Checkpoint::shards`].
     pub shard_index: usize,
-    /// Name, type, shape and place.
+    /// Name, dtype, shape and data range.
     pub info: &'a TensorInfo,
     codes: &'a Codes,
     /// Of a quantized weight that is read as numbers: how.
@@ -74,16 +74,16 @@ struct Decoded<'a> {
     shards: &'a [Shard],
 }
 
-/// The coded weights of a file that has none.
+/// The codes of a file that has none.
 static NO_CODES: Codes = Codes::none();
 
 impl<'a> TensorRef<'a> {
-    /// A tensor of plain numbers in a file that is no checkpoint's shard.
+    /// A tensor of plain numbers in a file that is not a shard of a checkpoint.
     pub fn of_file(shard: &'a Shard, info: &'a TensorInfo) -> Self {
         Self { shard, shard_index: 0, info, codes: &NO_CODES, decoded: None }
     }
 
-    /// The bytes `range` of the tensor, in bytes from its start.
+    /// The bytes `range` of the tensor, relative to its start.
     pub fn window(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Window, CheckpointError> {
         match self.decoded {
             Some(Decoded { layout, shards }) => layout.window(ctx, shards, range, NegativeZero::Positive),
@@ -148,10 +148,10 @@ impl<'a> TensorRef<'a> {
         self.decoded.map_or(self.info.n_bytes(), |it| it.layout.stored_bytes(it.shards))
     }
 
-    /// The same, read into memory of the caller's own and proven to be there still.
+    /// The same, read into owned memory and checked to be intact.
     ///
     /// # Errors
-    /// A failure to read, a file that shrank.
+    /// A failure to read; a file that shrank.
     pub fn read(&self, ctx: &Context<'_>, range: std::ops::Range<u64>) -> Result<Vec<u8>, CheckpointError> {
         let window = self.window(ctx, range)?;
         let bytes = window.to_vec();
@@ -159,30 +159,30 @@ impl<'a> TensorRef<'a> {
         Ok(bytes)
     }
 
-    /// The tensor as rows of several elements.
+    /// The tensor as rows of at least two elements.
     ///
     /// # Errors
-    /// [`CheckpointError::BadTensor`] where it is no matrix of floats, or where its rows are too long for 32-bit columns;
-    /// [`CheckpointError::Coded`] where it holds codes or scales.
+    /// [`CheckpointError::BadTensor`] if it is not a matrix of floats, or if its rows are too long for 32-bit columns;
+    /// [`CheckpointError::Coded`] if it holds codes or scales.
     pub fn rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
         let layout = self.any_rows(transposed)?;
-        // Nothing is chosen among one element.
+        // A row of one element offers no choice.
         if self.info.shape.len() == 1 {
-            return Err(self.bad(format!("shape {:?} is no matrix and no stack of matrices", self.info.shape)));
+            return Err(self.bad(format!("shape {:?} is neither a matrix nor a stack of matrices", self.info.shape)));
         }
         Ok(layout)
     }
 
-    /// The tensor as rows, those of a vector (a bias, a gain) being its elements.
+    /// The tensor as rows; the rows of a vector (a bias, a gain) are its elements.
     ///
     /// # Errors
-    /// As [`Self::rows`], which refuses vectors.
+    /// As [`Self::rows`], except that vectors are accepted.
     pub fn any_rows(&self, transposed: bool) -> Result<RowLayout, CheckpointError> {
         self.numbers()?;
         RowLayout::of(self.info.dtype, &self.info.shape, transposed).map_err(|what| self.bad(what))
     }
 
-    /// The coded weight that this tensor is a part of: codes, scales or the like.
+    /// The quantized weight that this tensor is a part of, as codes, scales or another part.
     pub fn coded(&self) -> Option<&'a CodedWeight> {
         if self.decoded.is_some() {
             return None;
@@ -190,7 +190,7 @@ impl<'a> TensorRef<'a> {
         self.codes.of_tensor(&self.info.name)
     }
 
-    /// Fails where the tensor's elements are no numbers by themselves.
+    /// Fails if the tensor's elements are not plain numbers.
     ///
     /// # Errors
     /// [`CheckpointError::Coded`].
@@ -207,8 +207,8 @@ impl<'a> TensorRef<'a> {
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint: a safetensors file, a folder with `model.safetensors`, or one with
-    /// `model.safetensors.index.json` or exactly one index of another stem. Reads headers only.
+    /// Opens a checkpoint: a safetensors file, a folder with `model.safetensors`, or a folder with
+    /// `model.safetensors.index.json` or exactly one index with another stem. Reads headers only.
     ///
     /// ```
     /// use neuroada_ckpt::Checkpoint;
@@ -219,8 +219,8 @@ impl Checkpoint {
     /// ```
     ///
     /// # Errors
-    /// [`CheckpointError::Interrupted`] where a change in place was cut short: its weights may be a mixture of two states.
-    /// [`CheckpointError::Many`] lists everything in which an index and its shards disagree.
+    /// [`CheckpointError::Interrupted`] if a change in place was interrupted: the weights may be a mixture of two
+    /// states. [`CheckpointError::Many`] lists all differences between an index and its shards.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let checkpoint = Self::open_interrupted(path)?;
         match checkpoint.interrupted()? {
@@ -229,7 +229,7 @@ impl Checkpoint {
         }
     }
 
-    /// The same for those who recover a checkpoint, or tell what it is: one that waits for recovery is opened too.
+    /// The same for recovery and inspection: also opens a checkpoint with an interrupted change.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -238,7 +238,7 @@ impl Checkpoint {
             return Self::assemble(path, Layout::File, vec![Shard::open(path)?]);
         }
         let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
-        // A link that leads nowhere is there too, and is told as such.
+        // A dangling link is present too, and is reported as such.
         match (probe::is_present(&single)?, probe::is_present(&index)?) {
             (true, true) => Err(CheckpointError::bad_file(
                 path,
@@ -250,13 +250,13 @@ impl Checkpoint {
                 Self::assemble(path, Layout::Folder, vec![Shard::open(&single)?])
             }
             (false, true) => Self::open_sharded(path, &index),
-            // Other libraries give the index another stem: `diffusion_pytorch_model.safetensors.index.json`.
+            // Other libraries use another stem: `diffusion_pytorch_model.safetensors.index.json`.
             (false, false) => match &index_names(path)?[..] {
                 [] => Err(CheckpointError::bad_file(path, no_model(path)?)),
                 [index] => Self::open_sharded(path, &path.join(index)),
                 several => {
                     let names = several.iter().map(|name| Printable(name).to_string()).collect::<Vec<_>>().join(", ");
-                    Err(CheckpointError::bad_file(path, format!("has several indexes, one is needed: {names}")))
+                    Err(CheckpointError::bad_file(path, format!("has several indexes, expected one: {names}")))
                 }
             },
         }
@@ -282,7 +282,7 @@ impl Checkpoint {
             _ => read_config(&root.join(CONFIG_FILE))?,
         };
         let in_use = match layout {
-            // Its shard is registered by itself.
+            // The only shard registers itself.
             Layout::File => None,
             _ => Some(InUse::folder(root, &probe::existing(root)?)?),
         };
@@ -306,10 +306,11 @@ impl Checkpoint {
         })
     }
 
-    /// The checkpoint that waits for recovery, where there is one: this one, the folder that its file belongs to, or one of its files.
+    /// The checkpoint that must be recovered first, if any: this one, the folder that its file belongs to, or one of
+    /// its files.
     ///
     /// # Errors
-    /// A state folder that cannot be examined: nobody knows then.
+    /// A state folder that cannot be examined, since the answer is then unknown.
     pub fn interrupted(&self) -> Result<Option<PathBuf>, CheckpointError> {
         state_folder::interrupted(self)
     }
@@ -318,16 +319,16 @@ impl Checkpoint {
     pub fn root(&self) -> &Path {
         &self.root
     }
-    /// How it lies on disk.
+    /// Its layout on disk.
     pub fn layout(&self) -> Layout {
         self.layout
     }
-    /// Its files, by name.
+    /// Its files, sorted by name.
     pub fn shards(&self) -> &[Shard] {
         &self.shards
     }
 
-    /// All tensors, by name.
+    /// All tensors, sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorRef<'_>> {
         self.tensors.iter().map(|&at| self.at(at))
     }
@@ -343,7 +344,7 @@ impl Checkpoint {
         Some(self.tensors[found])
     }
 
-    /// The tensor at this place among all, in the order of [`Self::tensors`].
+    /// The tensor at this index in the order of [`Self::tensors`].
     pub(crate) fn tensor_at(&self, at: usize) -> Option<TensorRef<'_>> {
         Some(self.at(*self.tensors.get(at)?))
     }
@@ -359,10 +360,10 @@ impl Checkpoint {
         }
     }
 
-    /// The tensor of this name, to be used as numbers.
+    /// The tensor of this name, if its elements are plain numbers.
     ///
     /// # Errors
-    /// Words for a list of problems: there is none, or the weight is stored as codes.
+    /// A message for a list of problems: there is no such tensor, or the weight is stored as codes.
     pub fn numbers(&self, name: &str) -> Result<TensorRef<'_>, String> {
         match (self.codes.find(name), self.tensor(name)) {
             (Some(weight), _) => Err(weight.refusal()),
@@ -371,18 +372,18 @@ impl Checkpoint {
         }
     }
 
-    /// Fails where any weight is stored as codes: for those who need all of them as numbers.
+    /// Fails if any weight is stored as codes, for callers that need every weight as numbers.
     ///
     /// # Errors
-    /// [`CheckpointError::Coded`] names the first, and how many there are.
+    /// [`CheckpointError::Coded`] names the first such weight and their number.
     pub fn refuse_codes(&self) -> Result<(), CheckpointError> {
         CheckpointError::coded_weights(&self.root, self.codes.weights().iter())
     }
 
-    /// Fails where any of these names stands for a weight that is stored as codes, or for a stored tensor of one.
+    /// Fails if any of these names refers to a quantized weight, or to a stored tensor of one.
     ///
     /// # Errors
-    /// [`CheckpointError::Coded`] names the first, and how many there are.
+    /// [`CheckpointError::Coded`] names the first such weight and their number.
     pub fn refuse_coded<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<(), CheckpointError> {
         CheckpointError::coded_weights(&self.root, names.filter_map(|name| self.codes.find(name)))
     }
@@ -454,8 +455,8 @@ impl Checkpoint {
         &self.codes
     }
 
-    /// Parameters of the model: elements of all tensors, of quantized weights those that they are decoded to. Of a quantized weight that
-    /// cannot be decoded its stored elements are counted.
+    /// Number of parameters of the model: elements of plain tensors and of decoded quantized weights. A quantized weight
+    /// that cannot be decoded counts with its stored elements.
     pub fn n_parameters(&self) -> u64 {
         let plain = self.tensors().filter(|tensor| tensor.coded().is_none()).map(|tensor| tensor.info.n_elements());
         let quantized = self.codes.weights().iter().map(|weight| match self.decoded(weight) {
@@ -467,12 +468,12 @@ impl Checkpoint {
         });
         plain.chain(quantized).sum()
     }
-    /// Bytes of all files.
+    /// Size of all files in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.shards.iter().map(Shard::file_bytes).sum()
     }
 
-    /// The name of the folder or file, for people; never a whole path.
+    /// The name of the folder or file for display; never a whole path.
     pub fn name(&self) -> String {
         self.name.clone()
     }
@@ -480,53 +481,53 @@ impl Checkpoint {
     pub fn model_type(&self) -> Option<&str> {
         self.config.get("model_type")?.as_str()
     }
-    /// `config.json`, empty where there is none.
+    /// The contents of `config.json`; empty if there is none.
     pub fn config(&self) -> &serde_json::Map<String, serde_json::Value> {
         &self.config
     }
 
-    /// What is odd about it and does no harm, in words.
+    /// Harmless irregularities, as text.
     pub fn notes(&self) -> Vec<String> {
         let wrong = self.wrong_total.map(|wrong| {
-            let WrongTotal { said, found } = wrong;
+            let WrongTotal { recorded, found } = wrong;
             let index = self.index_name().unwrap_or(INDEX_FILE);
-            format!("{}: metadata.total_size is {said}, the tensors have {found} bytes", Printable(index))
+            format!("{}: metadata.total_size is {recorded}, the tensors have {found} bytes", Printable(index))
         });
         wrong.into_iter().collect()
     }
 
-    /// The name of its index file, where it is sharded.
+    /// The name of its index file, if it is sharded.
     pub fn index_name(&self) -> Option<&str> {
         self.index_name.as_deref()
     }
 
-    /// What its index says was merged in place, under [`MERGED_KEY`](super::MERGED_KEY).
+    /// The record of in-place merges in its index, under [`MERGED_KEY`](super::MERGED_KEY).
     pub(crate) fn merged_in_index(&self) -> Option<&str> {
         self.merged_in_index.as_deref()
     }
 
-    /// What is wrong with its index, and does no harm.
+    /// The wrong total size in its index, which does no harm.
     pub(super) fn wrong_total(&self) -> Option<WrongTotal> {
         self.wrong_total
     }
 
-    /// Fails where a file changed since it was opened.
+    /// Fails if a file changed since it was opened.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
         self.shards.iter().try_for_each(Shard::unchanged)
     }
 }
 
-/// `config.json` beside a file, empty where there is none.
+/// The `config.json` in the folder of a file; empty if there is none.
 pub(crate) fn config_beside(file: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
     read_config(&folder_of(file).join(CONFIG_FILE))
 }
 
-/// Reads `config.json`, or nothing where there is none.
+/// Reads `config.json`; empty if there is none.
 pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, CheckpointError> {
     const MAX_BYTES: u64 = 16 << 20;
-    // A parsed value takes some fifty times the memory of the shortest JSON for it.
+    // A parsed value takes about fifty times the memory of its shortest JSON.
     const MAX_VALUES: usize = 1_000_000;
-    // A link that leads nowhere is there, and is told as such.
+    // A dangling link is present, and is reported as such.
     if !probe::is_present(path)? {
         return Ok(serde_json::Map::new());
     }
@@ -539,13 +540,13 @@ pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_j
     serde_json::from_slice(&json).map_err(|e| bad(format!("the JSON is malformed: {}", malformed(&json, 0, &e))))
 }
 
-/// What a folder without a model has instead.
+/// Describes what a folder without a model contains.
 fn no_model(path: &Path) -> Result<String, CheckpointError> {
     let has = |name: &str| probe::is_present(&path.join(name));
     let instead = if has("adapter_model.safetensors")? || has("adapter_config.json")? {
         "; this is a PEFT adapter"
     } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
-        "; it holds PyTorch pickles, convert them to safetensors first"
+        "; it contains PyTorch pickles; convert them to safetensors first"
     } else {
         ""
     };

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::tensor::{Dtype, checked_bytes, dtype_name};
 
-/// The folder a path lies in.
+/// The parent folder of a path.
 pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
@@ -28,11 +28,11 @@ pub struct TensorId(usize);
 enum Destination {
     /// An output of the command.
     Output(Existing),
-    /// State of this program's own: folder and name.
+    /// The program's own state: folder and name.
     Own(OwnFolder, String),
 }
 
-/// What the system said, without the temporary name that tempfile adds: it would tell nobody anything, and differ every time.
+/// Removes the temporary path that tempfile adds to an error: it is meaningless to the user, and differs every time.
 fn without_path(error: io::Error) -> io::Error {
     if error.raw_os_error().is_some() { error } else { error.kind().into() }
 }
@@ -42,7 +42,7 @@ struct Pending {
     dtype: Dtype,
     /// Set by [`TensorFileWriter::finish_tensor`].
     shape: Option<Vec<u64>>,
-    /// Runs of the spool, in order.
+    /// Ranges of the spool, in order.
     extents: Vec<(u64, u64)>,
 }
 
@@ -52,13 +52,13 @@ impl Pending {
     }
 }
 
-/// Writes a safetensors file in one pass, though the header stands first and is known last.
+/// Writes a safetensors file in one pass, although the header comes first and is known last.
 ///
-/// Tensors grow in any order, interleaved; the bytes go to a spool file without a name in the output's folder, and are put
-/// in order behind the header at the end: widest element type first, then by name, as the safetensors crate does. The
-/// same content gives the same bytes, in whatever order it came.
+/// Tensors may grow in any order, interleaved. The bytes go to an unnamed spool file in the output's folder and are
+/// copied behind the header at the end: widest dtype first, then by name, as the safetensors crate does. The same
+/// content gives the same bytes in any order of writing.
 ///
-/// Memory: a buffer, and 16 bytes for every change from one tensor to another.
+/// Memory: one buffer, and 16 bytes for every switch from one tensor to another.
 pub struct TensorFileWriter {
     target: PathBuf,
     destination: Destination,
@@ -68,17 +68,17 @@ pub struct TensorFileWriter {
 }
 
 impl TensorFileWriter {
-    /// Begins a file that will appear at `target`.
+    /// Starts a file that will appear at `target`.
     ///
     /// # Errors
-    /// What [`check_output`] refuses, at once.
+    /// Everything that [`check_output`] refuses, immediately.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         check_output(target, OutputKind::File, existing)?;
         Self::spooling(target, folder_of(target), Destination::Output(existing))
     }
 
-    /// Begins a file of this program's own state, which replaces what has its name. Its folder may be made later, if the one above
-    /// exists.
+    /// Starts a file of this program's own state; it replaces an existing file of that name. Its folder may be created
+    /// later, if the parent exists.
     pub(crate) fn create_own(folder: &OwnFolder, name: &str) -> Result<Self, CheckpointError> {
         let target = folder.path().join(name);
         let mut spool_in = folder.path();
@@ -89,19 +89,19 @@ impl TensorFileWriter {
     }
 
     fn spooling(target: &Path, folder: &Path, destination: Destination) -> Result<Self, CheckpointError> {
-        // A file without a name: nothing of it shows, whatever happens.
+        // An unnamed file: it stays invisible, whatever happens.
         let spool =
             tempfile::tempfile_in(folder).map_err(|e| CheckpointError::io("create", target, without_path(e)))?;
         let spool = BufWriter::with_capacity(1 << 20, spool);
         Ok(Self { target: target.to_owned(), destination, spool, spooled: 0, tensors: Vec::new() })
     }
 
-    /// Bytes of tensor data so far.
+    /// Bytes of tensor data written so far.
     pub fn n_bytes(&self) -> u64 {
         self.spooled
     }
 
-    /// Adds a tensor, empty so far.
+    /// Adds a tensor without data.
     pub fn add_tensor(&mut self, name: String, dtype: Dtype) -> TensorId {
         self.tensors.push(Pending { name, dtype, shape: None, extents: Vec::new() });
         TensorId(self.tensors.len() - 1)
@@ -111,7 +111,7 @@ impl TensorFileWriter {
     pub fn append(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), CheckpointError> {
         self.spool.write_all(bytes).map_err(|e| CheckpointError::io("write", &self.target, e))?;
         let tensor = &mut self.tensors[id.0];
-        assert!(tensor.shape.is_none(), "a finished tensor does not grow");
+        assert!(tensor.shape.is_none(), "a finished tensor cannot grow");
         match tensor.extents.last_mut() {
             Some((start, len)) if *start + *len == self.spooled => *len += bytes.len() as u64,
             _ => tensor.extents.push((self.spooled, bytes.len() as u64)),
@@ -120,10 +120,10 @@ impl TensorFileWriter {
         Ok(())
     }
 
-    /// Says the shape of a tensor that got all its data.
+    /// Sets the shape of a tensor whose data is complete.
     ///
     /// # Panics
-    /// Where the data is not as long as the shape says.
+    /// If the length of the data does not match the shape.
     pub fn finish_tensor(&mut self, id: TensorId, shape: Vec<u64>) {
         let tensor = &mut self.tensors[id.0];
         let needed = checked_bytes(tensor.dtype, shape.iter().product());
@@ -131,10 +131,10 @@ impl TensorFileWriter {
         tensor.shape = Some(shape);
     }
 
-    /// Writes header and data, and lets the file appear.
+    /// Writes header and data, and commits the file.
     ///
     /// # Errors
-    /// [`CheckpointError::BadFile`] where two tensors have one name or the header is longer than readers accept.
+    /// [`CheckpointError::BadFile`] if two tensors have the same name, or if the header is longer than readers accept.
     pub fn finish(mut self, ctx: &Context<'_>, metadata: &BTreeMap<String, String>) -> Result<(), CheckpointError> {
         let target = self.target;
         let io = |e| CheckpointError::io("write", &target, e);
@@ -165,11 +165,11 @@ impl TensorFileWriter {
     }
 }
 
-/// The header that [`TensorFileWriter`] would write for tensors of these names, types and shapes, and the file's bytes; `target` is
-/// for messages.
+/// The header that [`TensorFileWriter`] would write for tensors of these names, dtypes and shapes, and the size of the
+/// file; `target` is for messages.
 ///
 /// # Errors
-/// Two tensors of one name, sizes that overflow, a header longer than readers accept.
+/// Two tensors of the same name, sizes that overflow, or a header longer than readers accept.
 pub fn tensor_file_header(
     target: &Path,
     tensors: Vec<(String, Dtype, Vec<u64>)>,
@@ -190,7 +190,7 @@ pub fn tensor_file_header(
     Ok((json, n_bytes))
 }
 
-/// Widest element type first, then by name, as the safetensors crate does.
+/// Widest dtype first, then by name, as the safetensors crate does.
 fn sort_for_header(tensors: &mut [Pending]) {
     tensors.sort_by(|a, b| {
         let width = |tensor: &Pending| std::cmp::Reverse(tensor.dtype.bitsize());
@@ -217,7 +217,7 @@ fn header_json(
         }
         at = end;
     }
-    let mut json = serde_json::to_vec(&Value::Object(header)).expect("strings and numbers serialise");
+    let mut json = serde_json::to_vec(&Value::Object(header)).expect("strings and numbers serialize");
     json.resize(json.len().next_multiple_of(8), b' ');
     if json.len() as u64 > MAX_HEADER_BYTES {
         return Err(CheckpointError::bad_file(

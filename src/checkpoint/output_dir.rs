@@ -1,4 +1,4 @@
-//! Folders that appear whole or not at all.
+//! Folders that are written atomically: they appear complete or not at all.
 
 use std::{
     collections::BTreeSet,
@@ -21,26 +21,26 @@ use super::{
     sync_folder, write_atomic,
 };
 
-/// A folder under a temporary name beside the place where it will appear; gone when dropped before [`AtomicDir::commit`].
+/// A folder under a temporary name next to its target; removed if dropped before [`AtomicDir::commit`].
 ///
-/// The temporary name is the same in every run, `.NAME.neuroada-partial`, and locked: what a crash left behind is
-/// removed by the next run, and two runs cannot share it.
+/// The temporary name, `.NAME.neuroada-partial`, is the same in every run and locked: the next run removes what a
+/// crash left, and two runs cannot share it.
 pub struct AtomicDir {
     target: PathBuf,
     existing: Existing,
     partial: Partial,
-    /// Whether what is in it stays for a later run when this one gives up.
+    /// Whether the contents are kept for a later run if this one fails.
     resumable: bool,
 }
 
 impl AtomicDir {
-    /// What a resumable folder is to become; a later run goes on with it only where this is the same.
+    /// Describes the result of a resumable folder; a later run continues only with an identical plan.
     pub(crate) const PLAN_FILE: &str = ".plan";
 
-    /// Begins a folder that will appear at `target`.
+    /// Starts a folder that will appear at `target`.
     ///
     /// # Errors
-    /// What [`check_output`] refuses, or another run that is writing it.
+    /// Everything that [`check_output`] refuses; another run that is writing the same output.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         check_output(target, OutputKind::Folder, existing)?;
         let partial = Partial::lock(target, "partial")?;
@@ -48,7 +48,7 @@ impl AtomicDir {
         Ok(Self { target: target.to_owned(), existing, partial, resumable: false })
     }
 
-    /// The same, but what is in the folder when this run gives up stays, and a later run with the same `plan` finds it there.
+    /// The same, but if this run fails, the contents are kept, and a later run with the same `plan` finds them.
     ///
     /// # Errors
     /// As [`Self::create`].
@@ -64,29 +64,30 @@ impl AtomicDir {
         Ok(Self { target: target.to_owned(), existing, partial, resumable: true })
     }
 
-    /// The folder under its temporary name.
+    /// The folder, under its temporary name.
     pub fn path(&self) -> &Path {
         self.partial.path()
     }
 
-    /// Removes the folder, resumable or not: what is in it is of no use to any run.
+    /// Removes the folder, resumable or not, because its contents are useless to any run.
     pub fn discard(mut self) {
         self.partial.stays = false;
     }
 
     /// Creates the new file `name` in the folder.
-    ///
+    /// [`CheckpointError::Io`], also if it exists.
     /// # Errors
-    /// [`CheckpointError::Io`], also where it exists.
+    /// [`CheckpointError::Io`], also if it exists.
     pub fn create_file(&self, name: &str) -> Result<File, CheckpointError> {
         super::create_new_file(&self.path().join(name))
     }
 
-    /// Fails where the folder that would be replaced holds anything but what this program wrote and the names of the new one, which
-    /// will have `planned`. Asked before the work; [`Self::commit`] asks again.
+    /// Fails if the folder to be replaced contains anything except files that this program wrote and the names
+    /// `planned` for the new folder. Called before the work starts; [`Self::commit`] checks again.
     ///
     /// # Errors
-    /// [`CheckpointError::ForeignEntries`] lists what else is there.
+    /// [`CheckpointError::ForeignEntries`] lists the other entries.
+    /// [`CheckpointError::ForeignEntries`] lists the other entries.
     pub fn check_replaced(&self, planned: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
         match probe::is_present(&self.target)? {
             true => refuse_foreign(&self.target, &self.target, planned),
@@ -94,21 +95,22 @@ impl AtomicDir {
         }
     }
 
-    /// The files in the folder so far; paths from the folder, what is hidden at its top left out.
+    /// The files in the folder so far, as relative paths, without hidden entries at its top.
     ///
     /// # Errors
-    /// A folder that cannot be listed.
+    /// The folder cannot be listed.
     pub fn files(&self) -> Result<BTreeSet<PathBuf>, CheckpointError> {
         let mut files = tree(self.path())?;
         files.retain(|file| !file.to_string_lossy().starts_with('.'));
         Ok(files)
     }
 
-    /// Lets the folder appear, in one step; its files were synced by whoever wrote them.
+    /// Renames the folder into place, atomically; its files must have been synced by their writers.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`] where the target came to exist meanwhile and must be kept;
-    /// [`CheckpointError::ForeignEntries`]; [`CheckpointError::Committed`] where the folder has its name and something failed after that.
+    /// [`CheckpointError::OutputExists`] if the target appeared in the meantime and must be kept;
+    /// [`CheckpointError::ForeignEntries`]; [`CheckpointError::Committed`] if the folder is in place and a later step
+    /// failed.
     pub fn commit(mut self) -> Result<(), CheckpointError> {
         let is_replaced = check_output(&self.target, OutputKind::Folder, self.existing)?;
         if self.resumable {
@@ -122,31 +124,31 @@ impl AtomicDir {
         if is_replaced {
             self.exchange()?;
         } else {
-            self.give_name()?;
+            self.rename_into_place()?;
         }
-        // What has the temporary name now, if anything, is removed below.
+        // Whatever has the temporary name now is removed below.
         self.partial.stays = true;
         sync_folder(folder_of(&self.target)).map_err(|e| e.after_commit(&self.target, "sync the folder of"))?;
         if is_replaced {
-            // What came into the old folder meanwhile stays, with it.
+            // Files that were added to the old folder in the meantime are kept, with that folder.
             let removed = match refuse_foreign(self.path(), &self.target, &names) {
                 Ok(()) => self.partial.folder.remove_all(),
                 Err(e) => Err(self.put_aside().err().unwrap_or(e)),
             };
-            let what = "remove what it replaced, now under a temporary name beside";
+            let what = "remove the replaced folder, now under a temporary name next to";
             removed.map_err(|e| e.after_commit(&self.target, what))?;
         }
         Ok(())
     }
 
-    /// In one step the new folder has the name, and the old one the temporary name.
+    /// Swaps the new and the old folder atomically; the old one gets the temporary name.
     fn exchange(&self) -> Result<(), CheckpointError> {
         match renameat_with(CWD, self.path(), CWD, &self.target, RenameFlags::EXCHANGE) {
             Ok(()) => return Ok(()),
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
             Err(e) => return Err(CheckpointError::io("create", &self.target, e.into())),
         }
-        // File systems without exchange: the old one steps aside, and back where the new one cannot take its place.
+        // File systems without exchange: move the old folder aside, and back if the new one cannot be moved in.
         let name = self.target.file_name().expect("outputs have names");
         let aside = self.target.with_file_name(temporary_name(name, "replaced"));
         let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| CheckpointError::io("create", to, e));
@@ -156,10 +158,10 @@ impl AtomicDir {
             return Err(e);
         }
         rename(&aside, self.path())
-            .map_err(|e| e.after_commit(&self.target, "remove what it replaced, now under another name beside"))
+            .map_err(|e| e.after_commit(&self.target, "remove the replaced folder, now under another name next to"))
     }
 
-    /// Gives the old folder, which somebody else's files came into, a name that no run clears.
+    /// Moves the old folder, to which others have added files, to a name that no run cleans up.
     fn put_aside(&self) -> Result<(), CheckpointError> {
         let name = self.target.file_name().expect("outputs have names");
         let aside = OwnFolder::at(&self.target.with_file_name(temporary_name(name, "replaced")))?;
@@ -169,10 +171,10 @@ impl AtomicDir {
         }
     }
 
-    fn give_name(&self) -> Result<(), CheckpointError> {
+    fn rename_into_place(&self) -> Result<(), CheckpointError> {
         match renameat_with(CWD, self.path(), CWD, &self.target, RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => Err(CheckpointError::OutputExists { path: self.target.clone() }),
-            // File systems without the flag; renaming a folder never replaces a folder with something in it.
+            // File systems that do not support the flag; renaming a folder never replaces a non-empty folder.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 fs::rename(self.path(), &self.target).map_err(|e| CheckpointError::io("create", &self.target, e))
             }
@@ -181,30 +183,30 @@ impl AtomicDir {
     }
 }
 
-/// A temporary folder beside an output, for intermediate files; deleted when dropped.
+/// A temporary folder next to an output for intermediate files; removed on drop.
 ///
-/// Its name is the same in every run, `.NAME.neuroada-work`, and locked: what a killed run left is removed by the next run on the same
-/// output.
+/// Its name, `.NAME.neuroada-work`, is the same in every run and locked: the next run on the same output removes what
+/// a killed run left.
 pub struct WorkFolder(Partial);
 
 impl WorkFolder {
-    /// The folder for work on the output at `target`.
+    /// Creates the work folder of the output at `target`.
     ///
     /// # Errors
-    /// Another run on the same output, or a folder that cannot be made.
+    /// Another run on the same output; the folder cannot be created.
     pub fn beside(target: &Path) -> Result<Self, CheckpointError> {
         let folder = Partial::lock(target, "work")?;
         folder.clear()?;
         Ok(Self(folder))
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 }
 
-/// The folder with the temporary name of an output, locked; removed when dropped, unless it stays.
+/// The locked temporary folder of an output; removed on drop, unless it is kept.
 pub(super) struct Partial {
     pub(super) folder: OwnFolder,
     pub(super) stays: bool,
@@ -212,10 +214,11 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Takes the temporary folder of an output, creating it where it does not exist; what a run left there is still in it.
+    /// Locks the temporary folder of an output and creates it if necessary; the contents that a previous run left are
+    /// kept.
     pub(super) fn lock(target: &Path, suffix: &str) -> Result<Self, CheckpointError> {
         let Some(name) = target.file_name() else {
-            let what = "not a name that an output can get".to_owned();
+            let what = "not a valid name for an output".to_owned();
             return Err(CheckpointError::Refused { path: target.to_owned(), what });
         };
         let folder = OwnFolder::at(&target.with_file_name(temporary_name(name, suffix)))?;
@@ -227,17 +230,17 @@ impl Partial {
             match try_lock(&lock) {
                 LockAttempt::Locked => {}
                 LockAttempt::Held => return Err(refused("another run is writing it")),
-                // Without locks only a folder that nobody had can be ours.
+                // Without locks, only a folder that we created is certainly ours.
                 LockAttempt::Unsupported if is_new => {}
                 LockAttempt::Unsupported => {
                     let path = super::Printable::path(folder.path());
                     return Err(refused(&format!(
-                        "{path} exists, and this file system cannot tell whether a run still writes it; remove it"
+                        "{path} exists, and this file system has no locks to tell whether a run is still writing it; remove it"
                     )));
                 }
                 LockAttempt::Failed(e) => return Err(CheckpointError::io("lock", folder.path(), e)),
             }
-            // Between opening and locking, its owner may have finished or given up.
+            // Between opening and locking, the previous owner may have finished or given up.
             let opened = lock.metadata().map_err(|e| CheckpointError::io("examine", folder.path(), e))?;
             let found = probe::link_metadata(folder.path())?;
             if found.is_some_and(|found| FileId::of(&found) == FileId::of(&opened)) {
@@ -266,17 +269,18 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         if !self.stays {
-            // Nothing to be done about a failure here; the next run removes what is left.
+            // A failure here cannot be handled; the next run removes the leftovers.
             let _left_behind = self.folder.remove_all();
         }
         unlock(&self.lock);
     }
 }
 
-/// Fails where the folder `old` holds anything but what this program wrote and `new` names; `told` is its name for messages.
-fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
+/// Fails if the folder `old` contains anything except files that this program wrote and the entries of `new`; `display_path`
+/// is its path in messages.
+fn refuse_foreign(old: &Path, display_path: &Path, new: &BTreeSet<PathBuf>) -> Result<(), CheckpointError> {
     let known = StateFolder::at(old, Layout::Folder)?.list()?;
-    // What was changed since it was written, or has a listed name by chance, is somebody's own.
+    // A file that was modified since, or has a listed name by coincidence, belongs to the user.
     let mut unchanged = BTreeSet::new();
     for (path, n_bytes) in known {
         if probe::link_metadata(&old.join(&path))?.is_some_and(|meta| meta.len() == n_bytes) {
@@ -293,7 +297,7 @@ fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<()
         .into_iter()
         .filter(|path| !is_known(path))
         .map(|path| {
-            // Of a folder that is foreign altogether, its name is enough.
+            // For a folder that is foreign as a whole, its name suffices.
             let top = path.iter().next().map(PathBuf::from).unwrap_or_default();
             let is_shared = top == path || new.iter().chain(&unchanged).any(|other| other.starts_with(&top));
             let shown = if is_shared || top == Path::new(STATE_FOLDER) { path } else { top.join("") };
@@ -303,16 +307,16 @@ fn refuse_foreign(old: &Path, told: &Path, new: &BTreeSet<PathBuf>) -> Result<()
     if foreign.is_empty() {
         return Ok(());
     }
-    Err(CheckpointError::ForeignEntries { path: told.to_owned(), entries: foreign.into_iter().collect() })
+    Err(CheckpointError::ForeignEntries { path: display_path.to_owned(), entries: foreign.into_iter().collect() })
 }
 
-/// All that is in a folder, folders that are empty included; paths from the folder. Links are not followed.
+/// Everything in a folder, empty folders included, as relative paths. Links are not followed.
 fn tree(folder: &Path) -> Result<BTreeSet<PathBuf>, CheckpointError> {
     let mut found = BTreeSet::new();
     let mut waiting = vec![PathBuf::new()];
     while let Some(below) = waiting.pop() {
         let entries = probe::entries(&folder.join(&below))?;
-        // The state folder may be empty; that says nothing.
+        // The state folder may be empty, which means nothing.
         if entries.is_empty() && below != Path::new("") && !below.starts_with(STATE_FOLDER) {
             found.insert(below.clone());
         }
@@ -327,7 +331,7 @@ fn tree(folder: &Path) -> Result<BTreeSet<PathBuf>, CheckpointError> {
     Ok(found)
 }
 
-/// Syncs a folder and every folder inside it.
+/// Syncs a folder and all folders inside it.
 fn sync_tree(folder: &Path) -> Result<(), CheckpointError> {
     for (name, kind) in probe::entries(folder)? {
         if kind == EntryKind::Folder {
@@ -360,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_program_did_not_write_is_listed_and_stays() {
+    fn files_of_others_are_listed_and_kept() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("out");
         fs::create_dir_all(target.join("checkpoint-500")).unwrap();
@@ -381,7 +385,7 @@ mod tests {
         assert!(error.to_string().ends_with(":\n  checkpoint-500/\n  thesis.tex"), "{error}");
         assert_eq!(fs::read(target.join("thesis.tex")).unwrap(), b"old");
 
-        // With a list of what it wrote, all of that goes.
+        // With these files listed as written by this program, all of them are replaced.
         let state = StateFolder::at(&target, Layout::Folder).unwrap();
         state.create().unwrap();
         let files = ["thesis.tex", "checkpoint-500/optimizer.pt", "checkpoint-500/x"];

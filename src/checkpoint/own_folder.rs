@@ -1,8 +1,8 @@
-//! Folders of this program's own, reached from a descriptor and never through a link.
+//! The program's own folders, opened through descriptors and never through a link.
 //!
-//! What is patched, replaced and deleted in a state folder must be this program's. Each folder on the way there is opened with
-//! `O_NOFOLLOW` from the one above it, beginning at a folder that the user named; a link among them is refused, and none can be
-//! put there between looking and opening.
+//! Whatever is patched, replaced and deleted in a state folder must belong to this program. Each folder on the path is
+//! opened with `O_NOFOLLOW` from its parent, starting at a folder that the user named. A link on the path is refused,
+//! and none can be inserted between check and open.
 
 use std::{
     ffi::OsString,
@@ -22,14 +22,14 @@ use rustix::{
 
 use super::{CheckpointError, EntryKind, folder_of};
 
-/// A folder of this program's own, which may not exist.
+/// A folder of this program's own; it may not exist.
 #[derive(Clone, Debug)]
 pub struct OwnFolder {
-    /// For messages, and for reading what is proven by its content.
+    /// For messages, and for reading data that is verified by its content.
     path: PathBuf,
     /// The folder that the user named.
     above: Arc<OwnedFd>,
-    /// The way from there.
+    /// The path components below it.
     names: Vec<OsString>,
 }
 
@@ -37,7 +37,7 @@ impl OwnFolder {
     /// The folder at `path`, whose parent may be reached through links.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`] where the parent cannot be opened.
+    /// [`CheckpointError::Io`] if the parent cannot be opened.
     pub fn at(path: &Path) -> Result<Self, CheckpointError> {
         let parent = folder_of(path);
         let above = File::open(parent).map_err(|e| CheckpointError::io("open", parent, e))?;
@@ -52,15 +52,15 @@ impl OwnFolder {
         Self { path: self.path.join(name), above: Arc::clone(&self.above), names }
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A descriptor of the folder; `None` where it does not exist.
+    /// A descriptor of the folder; `None` if it does not exist.
     ///
     /// # Errors
-    /// [`CheckpointError::Refused`] where it, or a folder on the way to it, is a link or no folder.
+    /// [`CheckpointError::Refused`] if it, or a folder on the path to it, is a link or not a folder.
     pub fn open(&self) -> Result<Option<OwnedFd>, CheckpointError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut folder: Option<OwnedFd> = None;
@@ -72,8 +72,8 @@ impl OwnFolder {
             folder = match opened {
                 Ok(opened) => Some(opened),
                 Err(Errno::NOENT) => return Ok(None),
-                // With O_DIRECTORY, Linux says ENOTDIR of links as well.
-                Err(Errno::LOOP | Errno::NOTDIR) => return Err(self.refuse("is a link, or no folder")),
+                // With O_DIRECTORY, Linux returns ENOTDIR for links too.
+                Err(Errno::LOOP | Errno::NOTDIR) => return Err(self.refuse("is a link, or not a folder")),
                 Err(e) => return Err(self.io("open", e)),
             };
         }
@@ -83,12 +83,12 @@ impl OwnFolder {
     /// A descriptor of the folder, which must exist.
     ///
     /// # Errors
-    /// As [`Self::open`], and where it is absent.
+    /// As [`Self::open`]; the folder does not exist.
     pub fn open_existing(&self) -> Result<OwnedFd, CheckpointError> {
         self.open()?.ok_or_else(|| self.io("open", Errno::NOENT))
     }
 
-    /// Creates the folder where it does not exist, durably, and those on the way to it.
+    /// Creates the folder and its parents below the named folder, durably, if they do not exist.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -106,7 +106,7 @@ impl OwnFolder {
         self.open_existing().map(|_| ())
     }
 
-    /// What the entry `name` is; `None` where it, or the folder, does not exist.
+    /// The kind of the entry `name`; `None` if the entry or the folder does not exist.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -127,10 +127,10 @@ impl OwnFolder {
         Ok(self.kind_of(name)?.is_some())
     }
 
-    /// Opens the regular file `name` for reading; `None` where it does not exist.
+    /// Opens the regular file `name` for reading; `None` if it does not exist.
     ///
     /// # Errors
-    /// [`CheckpointError::Refused`] where it is a link or no regular file.
+    /// [`CheckpointError::Refused`] if it is a link or not a regular file.
     pub fn open_file(&self, name: &str) -> Result<Option<(File, Metadata)>, CheckpointError> {
         let Some(folder) = self.open()? else { return Ok(None) };
         let path = self.path.join(name);
@@ -148,16 +148,16 @@ impl OwnFolder {
         Ok(Some((file, meta)))
     }
 
-    /// Reads the whole file `name` of at most `most` bytes; `None` where it does not exist.
+    /// Reads the whole file `name` of at most `max_bytes` bytes; `None` if it does not exist.
     ///
     /// # Errors
-    /// As [`Self::open_file`], or a longer file.
-    pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+    /// As [`Self::open_file`]; a file that is too long.
+    pub fn read(&self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let Some((file, meta)) = self.open_file(name)? else { return Ok(None) };
-        super::json::read_open(&self.path.join(name), file, meta.len(), most).map(Some)
+        super::json::read_open(&self.path.join(name), file, meta.len(), max_bytes).map(Some)
     }
 
-    /// Gives the entry `from` the name `to`, replacing what has it.
+    /// Renames the entry `from` to `to`, replacing an existing entry.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -166,7 +166,7 @@ impl OwnFolder {
         renameat(&folder, from, &folder, to).map_err(|e| CheckpointError::io("rename", &self.path.join(from), e.into()))
     }
 
-    /// Removes the file `name`; it may be gone already.
+    /// Removes the file `name`; it may already be gone.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -178,7 +178,7 @@ impl OwnFolder {
         }
     }
 
-    /// The names in the folder and what they stand for, sorted; none where it does not exist.
+    /// The names and kinds of the folder's entries, sorted; empty if the folder does not exist.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -199,7 +199,7 @@ impl OwnFolder {
         Ok(found)
     }
 
-    /// Removes the folder where it is empty; says whether it is gone.
+    /// Removes the folder if it is empty; returns whether it is gone.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -207,13 +207,13 @@ impl OwnFolder {
         let Some((above, name)) = self.open_above()? else { return Ok(true) };
         match unlinkat(&above, name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => Ok(true),
-            // Somebody's own files stay.
+            // Files of the user are kept.
             Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
             Err(e) => Err(self.io("remove", e)),
         }
     }
 
-    /// Removes the folder with all that is in it; links in it are removed, not followed.
+    /// Removes the folder with all contents; links in it are removed, not followed.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -228,7 +228,7 @@ impl OwnFolder {
         self.remove_if_empty().map(|_| ())
     }
 
-    /// Exchanges this folder and `other`, in one step; `false` where the file system cannot.
+    /// Exchanges this folder and `other` atomically; `false` if the file system does not support it.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -236,7 +236,7 @@ impl OwnFolder {
         self.rename_to(other, RenameFlags::EXCHANGE)
     }
 
-    /// Gives this folder the place of `other`, which must not exist; `false` where the file system cannot tell.
+    /// Moves this folder to `other`, which must not exist; `false` if the file system cannot check that.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -255,7 +255,7 @@ impl OwnFolder {
         }
     }
 
-    /// Makes changes in the folder last through a power loss.
+    /// Syncs the folder, so that changes in it survive a power loss.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -263,7 +263,7 @@ impl OwnFolder {
         rustix::fs::fsync(&self.open_existing()?).map_err(|e| self.io("sync", e))
     }
 
-    /// Makes the folder's own creation or removal last.
+    /// Syncs the parent, so that this folder's creation or removal survives a power loss.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -282,14 +282,14 @@ impl OwnFolder {
         Ok(above.open()?.map(|above| (above, name)))
     }
 
-    /// The error for an entry that is not what this program makes.
+    /// The error for an entry that this program cannot have created.
     pub(crate) fn refuse_entry(&self, name: &str) -> CheckpointError {
-        let what = "is a link, or no regular file; this program's state never is".to_owned();
+        let what = "is a link, or not a regular file, which this program never creates as state".to_owned();
         CheckpointError::Refused { path: self.path.join(name), what }
     }
 
     fn refuse(&self, what: &str) -> CheckpointError {
-        let what = format!("{what}; this program's state is never reached through one");
+        let what = format!("{what}; this program never follows one to its state");
         CheckpointError::Refused { path: self.path.clone(), what }
     }
 
@@ -324,7 +324,7 @@ mod tests {
         let adapters = state.inside("adapters");
         adapters.create().unwrap();
         symlink(&victim, adapters.path().join("x")).unwrap();
-        assert!(adapters.inside("x").entries().unwrap_err().to_string().contains("never reached through one"));
+        assert!(adapters.inside("x").entries().unwrap_err().to_string().contains("never follows one to its state"));
         state.remove_all().unwrap();
         assert!(!state.path().exists());
         symlink(&victim, state.path()).unwrap();

@@ -1,4 +1,4 @@
-//! Work on many items on all threads, results in the items' order, no barrier between them.
+//! Processes items on all threads without barriers; results arrive in order.
 
 use std::{
     collections::VecDeque,
@@ -7,14 +7,15 @@ use std::{
 
 use super::{CheckpointError, Context, direct::free_spare_buffers};
 
-/// Maps `items` on all threads and hands the results to `sink` in the items' order.
+/// Maps `items` on all threads and passes the results to `sink` in the items' order.
 ///
-/// `cost` is the most bytes that an item takes at any time from being read to being handed to `sink`: windows, scratch, result.
-/// No item begins before all that are on their way fit into [`Context::pass_bytes`] with it, so memory is bounded whatever
-/// the items are. The first error in the items' order is returned, whichever thread met one first. `sink` runs on the calling thread.
+/// `cost` is the maximum number of bytes that an item uses at any time from reading until `sink` receives it: windows,
+/// scratch memory, result. An item starts only when all items in flight, including it, fit in [`Context::pass_bytes`],
+/// so memory is bounded for any items. Returns the error of the first failing item in order, whichever thread fails
+/// first. `sink` runs on the calling thread.
 ///
 /// # Errors
-/// What `map` or `sink` return, [`CheckpointError::MemoryLimit`] where an item alone costs more than there is, or
+/// Errors of `map` or `sink`; [`CheckpointError::MemoryLimit`] if a single item exceeds the available memory;
 /// [`CheckpointError::Cancelled`].
 pub fn for_each_ordered<T, R, E>(
     ctx: &Context<'_>,
@@ -28,18 +29,18 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    let line = Line::new(ctx, items.into_iter(), 0, &cost);
+    let line = Pipeline::new(ctx, items.into_iter(), 0, &cost);
     line.run(ctx, &|_: &T| Ok(()), &|item: &T, ()| map(item), sink)
 }
 
-/// As [`for_each_ordered`], where `n_readers` threads beside those of the pool `read` what `map` then works on: reading goes
-/// on while all cores are busy, and more than one request waits at the disk. Without readers, who maps reads. See
+/// As [`for_each_ordered`], with `n_readers` extra threads that `read` the input of `map`: reading continues while all
+/// cores are busy, and the disk has more than one request queued. Without readers, the mapping threads read. See
 /// [`n_readers`](super::n_readers).
 ///
-/// At most one piece per thread that was read waits for it.
+/// At most one item per thread is read ahead.
 ///
 /// # Errors
-/// What `read`, `map` or `sink` return, and as [`for_each_ordered`].
+/// Errors of `read`, `map` or `sink`, and those of [`for_each_ordered`].
 pub fn read_and_map_ordered<T, W, R, E>(
     ctx: &Context<'_>,
     items: impl IntoIterator<Item = T, IntoIter: Send>,
@@ -55,44 +56,44 @@ where
     R: Send,
     E: From<CheckpointError> + Send,
 {
-    Line::new(ctx, items.into_iter(), n_readers, &cost).run(ctx, &read, &map, sink)
+    Pipeline::new(ctx, items.into_iter(), n_readers, &cost).run(ctx, &read, &map, sink)
 }
 
-/// The items on their way from hand to hand.
-struct Line<'c, I: Iterator, W, R, E> {
-    /// Bytes that an item takes.
+/// The items in flight between the threads.
+struct Pipeline<'c, I: Iterator, W, R, E> {
+    /// Bytes that an item uses.
     cost: &'c (dyn Fn(&I::Item) -> u64 + Sync + 'c),
-    /// Copied for its limits alone.
+    /// A copy that is used for its limits alone.
     limits: Context<'static>,
     state: Mutex<State<I, W, R, E>>,
-    /// Told of every change that somebody may wait for.
+    /// Notified of every change that a thread may wait for.
     changed: Condvar,
     n_readers: usize,
-    /// Items between being taken and being handed to the sink.
-    most_on_the_way: usize,
+    /// Maximum number of items that are taken but not yet passed to the sink.
+    max_in_flight: usize,
 }
 
 struct State<I: Iterator, W, R, E> {
     items: I,
-    /// The next item, where it had to wait for room.
+    /// The next item, if it had to wait for memory.
     waiting: Option<I::Item>,
     has_ended: bool,
     n_taken: usize,
     n_sunk: usize,
-    /// What the items cost that were taken and not sunk.
-    bytes_on_the_way: u64,
-    /// Taken by readers and not yet taken by who maps.
+    /// The total cost of the items that are taken but not yet sunk.
+    bytes_in_flight: u64,
+    /// Number of items that readers have taken and no mapping thread has.
     n_read_ahead: usize,
     read: VecDeque<(usize, I::Item, Result<W, E>)>,
-    /// Results from item `n_sunk` on.
+    /// Results, starting with item `n_sunk`.
     results: VecDeque<Option<Finished<I::Item, R, E>>>,
     is_stopped: bool,
 }
 
-/// An item and what was made of it.
+/// An item and its result.
 type Finished<T, R, E> = (T, Result<R, E>);
 
-/// What a thread finds to do.
+/// The next task of a thread.
 enum Task<T, W, E> {
     Read(usize, T),
     Map(usize, T, Result<W, E>),
@@ -102,7 +103,7 @@ enum Task<T, W, E> {
 type ReadFn<'a, T, W, E> = &'a (dyn Fn(&T) -> Result<W, E> + Sync + 'a);
 type MapFn<'a, T, W, R, E> = &'a (dyn Fn(&T, W) -> Result<R, E> + Sync + 'a);
 
-impl<'c, I, W, R, E> Line<'c, I, W, R, E>
+impl<'c, I, W, R, E> Pipeline<'c, I, W, R, E>
 where
     I: Iterator + Send,
     I::Item: Send,
@@ -114,7 +115,7 @@ where
         let state = State {
             items,
             waiting: None,
-            bytes_on_the_way: 0,
+            bytes_in_flight: 0,
             has_ended: false,
             n_taken: 0,
             n_sunk: 0,
@@ -123,9 +124,9 @@ where
             results: VecDeque::new(),
             is_stopped: false,
         };
-        let most_on_the_way = 4 * rayon::current_num_threads() + 2 * n_readers;
+        let max_in_flight = 4 * rayon::current_num_threads() + 2 * n_readers;
         let limits = Context { max_memory: ctx.max_memory, ..Context::default() };
-        Self { cost, limits, state: Mutex::new(state), changed: Condvar::new(), n_readers, most_on_the_way }
+        Self { cost, limits, state: Mutex::new(state), changed: Condvar::new(), n_readers, max_in_flight }
     }
 
     fn run(
@@ -135,7 +136,7 @@ where
         map: MapFn<'_, I::Item, W, R, E>,
         mut sink: impl FnMut(I::Item, R) -> Result<(), E>,
     ) -> Result<(), E> {
-        // A caller that belongs to the pool works too: the pool may have no other thread.
+        // The calling thread works too if it belongs to the pool, which may have no other thread.
         let caller_maps = rayon::current_thread_index().is_some();
         let done = std::thread::scope(|readers| {
             for _ in 0..self.n_readers {
@@ -155,7 +156,7 @@ where
         done
     }
 
-    /// The calling thread's part.
+    /// The part of the calling thread.
     fn sink_all(
         &self,
         ctx: &Context<'_>,
@@ -167,18 +168,18 @@ where
         let mut state = self.lock();
         loop {
             if state.is_stopped {
-                // Another thread panicked; leaving the scopes passes that on.
+                // Another thread panicked; leaving the scopes propagates the panic.
                 return Err(CheckpointError::Cancelled.into());
             }
             if let Some(Some(_)) = state.results.front() {
-                let (item, result) = state.results.pop_front().flatten().expect("the front was just seen");
+                let (item, result) = state.results.pop_front().flatten().expect("the front was just checked");
                 state.n_sunk += 1;
                 drop(state);
                 ctx.check()?;
                 let cost = (self.cost)(&item);
                 sink(item, result?)?;
                 state = self.lock();
-                state.bytes_on_the_way = state.bytes_on_the_way.saturating_sub(cost);
+                state.bytes_in_flight = state.bytes_in_flight.saturating_sub(cost);
                 self.changed.notify_all();
                 continue;
             }
@@ -187,9 +188,9 @@ where
             }
             let task = if caller_maps { self.next_to_map(&mut state) } else { Task::Nothing };
             state = match task {
-                // Looking for one may have shown that there is none.
+                // Looking for the next item may have found the end.
                 Task::Nothing if state.has_ended && state.n_sunk == state.n_taken => state,
-                Task::Nothing => self.changed.wait(state).expect("no thread panics holding the lock"),
+                Task::Nothing => self.changed.wait(state).expect("no thread panics while holding the lock"),
                 task => {
                     drop(state);
                     ctx.check()?;
@@ -206,7 +207,7 @@ where
         while !state.is_stopped {
             match self.next_to_map(&mut state) {
                 Task::Nothing if state.has_ended && state.n_read_ahead == 0 => break,
-                Task::Nothing => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+                Task::Nothing => state = self.changed.wait(state).expect("no thread panics while holding the lock"),
                 task => {
                     drop(state);
                     self.do_map(task, read, map);
@@ -223,7 +224,7 @@ where
         let mut state = self.lock();
         while !state.is_stopped && !state.has_ended {
             if state.n_read_ahead >= self.n_readers + rayon::current_num_threads() {
-                state = self.changed.wait(state).expect("no thread panics holding the lock");
+                state = self.changed.wait(state).expect("no thread panics while holding the lock");
                 continue;
             }
             match self.take(&mut state) {
@@ -236,7 +237,7 @@ where
                     self.changed.notify_all();
                 }
                 None if state.has_ended => self.changed.notify_all(),
-                None => state = self.changed.wait(state).expect("no thread panics holding the lock"),
+                None => state = self.changed.wait(state).expect("no thread panics while holding the lock"),
             }
         }
         drop(state);
@@ -258,9 +259,9 @@ where
         }
     }
 
-    /// The next item, where there is one and room for it; who has the first of those on the way never waits.
+    /// Takes the next item, if there is one and it fits. The first item in flight never waits.
     fn take(&self, state: &mut State<I, W, R, E>) -> Option<(usize, I::Item)> {
-        if state.has_ended || state.n_taken - state.n_sunk >= self.most_on_the_way {
+        if state.has_ended || state.n_taken - state.n_sunk >= self.max_in_flight {
             return None;
         }
         let Some(item) = state.waiting.take().or_else(|| state.items.next()) else {
@@ -270,18 +271,18 @@ where
         };
         let cost = (self.cost)(&item);
         if let Err(e) = self.limits.check_fits(cost) {
-            // Told in its turn, as what comes before it is handed on.
+            // Reported in its order, after the results of the items before it.
             state.n_taken += 1;
             state.results.push_back(Some((item, Err(e.into()))));
             state.has_ended = true;
             self.changed.notify_all();
             return None;
         }
-        if state.bytes_on_the_way + cost > self.limits.pass_bytes() {
+        if state.bytes_in_flight + cost > self.limits.pass_bytes() {
             state.waiting = Some(item);
             return None;
         }
-        state.bytes_on_the_way += cost;
+        state.bytes_in_flight += cost;
         state.n_taken += 1;
         state.results.push_back(None);
         Some((state.n_taken - 1, item))
@@ -305,11 +306,11 @@ where
     }
 
     fn lock(&self) -> MutexGuard<'_, State<I, W, R, E>> {
-        self.state.lock().expect("no thread panics holding the lock")
+        self.state.lock().expect("no thread panics while holding the lock")
     }
 }
 
-impl<I: Iterator, W, R, E> Line<'_, I, W, R, E> {
+impl<I: Iterator, W, R, E> Pipeline<'_, I, W, R, E> {
     fn stop(&self) {
         if let Ok(mut state) = self.state.lock() {
             state.is_stopped = true;
@@ -318,8 +319,8 @@ impl<I: Iterator, W, R, E> Line<'_, I, W, R, E> {
     }
 }
 
-/// Sends everybody home when the caller is done, well or not.
-struct StopOnDrop<'a, 'c, I: Iterator, W, R, E>(&'a Line<'c, I, W, R, E>);
+/// Stops all threads when the calling thread leaves, successfully or not.
+struct StopOnDrop<'a, 'c, I: Iterator, W, R, E>(&'a Pipeline<'c, I, W, R, E>);
 
 impl<I: Iterator, W, R, E> Drop for StopOnDrop<'_, '_, I, W, R, E> {
     fn drop(&mut self) {
@@ -327,8 +328,8 @@ impl<I: Iterator, W, R, E> Drop for StopOnDrop<'_, '_, I, W, R, E> {
     }
 }
 
-/// Lets nobody wait for a thread that is no more.
-struct StopOnPanic<'a, 'c, I: Iterator, W, R, E>(&'a Line<'c, I, W, R, E>);
+/// Stops the others if a thread panics, so that nobody waits for it.
+struct StopOnPanic<'a, 'c, I: Iterator, W, R, E>(&'a Pipeline<'c, I, W, R, E>);
 
 impl<I: Iterator, W, R, E> Drop for StopOnPanic<'_, '_, I, W, R, E> {
     fn drop(&mut self) {
@@ -349,7 +350,7 @@ mod tests {
     }
 
     fn run(n_readers: usize) -> (Vec<usize>, usize) {
-        let (on_the_way, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (on_the_way, max_seen) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let mut seen = Vec::new();
         read_and_map_ordered(
             &Context::default(),
@@ -357,11 +358,11 @@ mod tests {
             |_| 1,
             n_readers,
             |&i| {
-                most.fetch_max(on_the_way.fetch_add(1, SeqCst), SeqCst);
+                max_seen.fetch_max(on_the_way.fetch_add(1, SeqCst), SeqCst);
                 Ok::<_, CheckpointError>(i * 2)
             },
             |&i, read| {
-                // Unequal work, so that results come out of order.
+                // Uneven work, so that results finish out of order.
                 std::thread::sleep(std::time::Duration::from_micros((i as u64 * 7919) % 97));
                 Ok(read + i)
             },
@@ -373,18 +374,18 @@ mod tests {
             },
         )
         .unwrap();
-        (seen, most.into_inner())
+        (seen, max_seen.into_inner())
     }
 
     #[test]
-    fn results_come_in_order_and_few_are_on_the_way() {
+    fn results_come_in_order_and_few_are_in_flight() {
         for n_threads in [1, 2, 5] {
             for n_readers in [0, 1, 3] {
-                let (seen, most) = in_pool(n_threads, || run(n_readers));
+                let (seen, max_seen) = in_pool(n_threads, || run(n_readers));
                 assert_eq!(seen, (0..500).collect::<Vec<_>>());
                 assert!(
-                    most < 4 * n_threads + 2 * n_readers + 1,
-                    "{most} with {n_threads} threads, {n_readers} readers"
+                    max_seen < 4 * n_threads + 2 * n_readers + 1,
+                    "{max_seen} with {n_threads} threads, {n_readers} readers"
                 );
             }
         }
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_in_order_is_told() {
+    fn the_first_error_in_order_is_returned() {
         let failing = |ok_until: usize, n_readers| {
             let error = |i: usize| CheckpointError::bad_file("f".as_ref(), format!("item {i}"));
             let mut n_sunk = 0;
@@ -415,9 +416,9 @@ mod tests {
             (n_sunk, done.unwrap_err().to_string())
         };
         for n_readers in [0, 2] {
-            let (n_sunk, said) = failing(37, n_readers);
+            let (n_sunk, message) = failing(37, n_readers);
             assert_eq!(n_sunk, 37);
-            assert!(said.contains("item 37"), "{said}");
+            assert!(message.contains("item 37"), "{message}");
         }
     }
 
@@ -431,11 +432,11 @@ mod tests {
         }
     }
 
-    /// Runs 200 items of unequal costs; returns the highest sum of the costs of those on their way.
-    fn most_on_the_way(n_readers: usize) -> u64 {
+    /// Runs 200 items of different costs; returns the maximum total cost in flight.
+    fn max_in_flight(n_readers: usize) -> u64 {
         let ctx = Context { max_memory: 16 << 20, ..Context::default() };
         let cost = |i: u64| 1 + (i * 7919) % (4 << 20);
-        let (on_the_way, most) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (on_the_way, max_seen) = (AtomicU64::new(0), AtomicU64::new(0));
         let mut seen = Vec::new();
         read_and_map_ordered(
             &ctx,
@@ -443,7 +444,7 @@ mod tests {
             |&i| cost(i),
             n_readers,
             |&i| {
-                most.fetch_max(on_the_way.fetch_add(cost(i), SeqCst) + cost(i), SeqCst);
+                max_seen.fetch_max(on_the_way.fetch_add(cost(i), SeqCst) + cost(i), SeqCst);
                 Ok::<_, CheckpointError>(())
             },
             |_, ()| Ok(()),
@@ -455,21 +456,21 @@ mod tests {
         )
         .unwrap();
         assert_eq!(seen, (0..200).collect::<Vec<_>>());
-        most.into_inner()
+        max_seen.into_inner()
     }
 
     #[test]
-    fn items_on_the_way_never_cost_more_than_a_pass_may_take() {
+    fn items_in_flight_never_exceed_the_memory_of_a_pass() {
         for n_threads in [1, 5] {
             for n_readers in [0, 3] {
-                let most = in_pool(n_threads, || most_on_the_way(n_readers));
-                assert!(most <= 8 << 20, "{most} bytes with {n_threads} threads, {n_readers} readers");
+                let max_seen = in_pool(n_threads, || max_in_flight(n_readers));
+                assert!(max_seen <= 8 << 20, "{max_seen} bytes with {n_threads} threads, {n_readers} readers");
             }
         }
     }
 
     #[test]
-    fn an_item_that_never_fits_is_refused_with_the_limit_it_needs() {
+    fn an_item_that_can_never_fit_reports_the_limit_it_needs() {
         let ctx = Context { max_memory: 16 << 20, ..Context::default() };
         let cost = |&i: &u64| if i == 7 { (20 << 20) + 1 } else { 1 };
         for n_readers in [0, 2] {

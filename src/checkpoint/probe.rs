@@ -1,7 +1,8 @@
-//! Questions about paths. This is the one place that asks the file system whether something is there.
+//! Queries about paths. Only this file asks the file system whether something exists.
 //!
-//! Absent means `ENOENT` and nothing else: a path that cannot be examined (no permission, a failing disk, a stale network
-//! handle) is an error, never "not there". `tests/floor_plan` keeps `exists()` and its relatives out of all other files.
+//! Absent means `ENOENT` and nothing else: a path that cannot be examined (no permission, a failing disk, a stale
+//! network handle) is an error, never "absent". `tests/floor_plan` keeps `exists()` and similar calls out of all other
+//! files.
 
 use std::{
     ffi::OsString,
@@ -13,14 +14,14 @@ use std::{
 
 use super::CheckpointError;
 
-/// What a name in a folder stands for.
+/// The kind of a folder entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EntryKind {
     /// A regular file.
     File,
     /// A folder.
     Folder,
-    /// A symbolic link, whatever it leads to.
+    /// A symbolic link, whatever its target.
     Link,
     /// A device, a fifo or a socket.
     Special,
@@ -40,7 +41,7 @@ impl EntryKind {
     }
 }
 
-/// What makes two paths the same file: the file system's number and the file's number in it.
+/// The identity of a file: device number and inode number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct FileId {
     device: u64,
@@ -48,35 +49,35 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The identity of an open or examined file.
+    /// The identity of a file with this metadata.
     pub fn of(meta: &Metadata) -> Self {
         Self { device: meta.dev(), inode: meta.ino() }
     }
 
-    /// Whether this is the identity of what `statat` found.
+    /// Whether `statat` found the file with this identity.
     #[allow(clippy::unnecessary_cast, reason = "the types differ between systems")]
     pub(super) fn is(&self, found: &rustix::fs::Stat) -> bool {
         (self.device, self.inode) == (found.st_dev as u64, found.st_ino as u64)
     }
 }
 
-/// The metadata of what `path` leads to, links followed; `None` where it is absent.
+/// The metadata of `path`, following links; `None` if it is absent.
 ///
 /// # Errors
-/// [`CheckpointError::Io`] for every failure but `ENOENT`.
+/// [`CheckpointError::Io`] for every failure except `ENOENT`.
 pub fn metadata(path: &Path) -> Result<Option<Metadata>, CheckpointError> {
     present_or_error(path, fs::metadata(path))
 }
 
-/// The metadata of what `path` leads to, which is there.
+/// The metadata of `path`, following links; it must exist.
 ///
 /// # Errors
-/// [`CheckpointError::Io`], also where it is absent.
+/// [`CheckpointError::Io`], also if it is absent.
 pub fn existing(path: &Path) -> Result<Metadata, CheckpointError> {
     fs::metadata(path).map_err(|e| CheckpointError::io("open", path, e))
 }
 
-/// The bytes of the file that `path` leads to.
+/// The size of the file at `path` in bytes, following links.
 ///
 /// # Errors
 /// As [`existing`].
@@ -84,7 +85,7 @@ pub fn n_bytes(path: &Path) -> Result<u64, CheckpointError> {
     Ok(existing(path)?.len())
 }
 
-/// The metadata of `path` itself, a link being a link; `None` where it is absent.
+/// The metadata of `path` itself, without following a link; `None` if it is absent.
 ///
 /// # Errors
 /// As [`metadata`].
@@ -100,7 +101,7 @@ fn present_or_error<T>(path: &Path, found: io::Result<T>) -> Result<Option<T>, C
     }
 }
 
-/// Whether something has this name, be it a link that leads nowhere.
+/// Whether an entry of this name exists, even as a dangling link.
 ///
 /// # Errors
 /// As [`metadata`].
@@ -108,7 +109,7 @@ pub fn is_present(path: &Path) -> Result<bool, CheckpointError> {
     Ok(link_metadata(path)?.is_some())
 }
 
-/// Whether `path` leads to a folder.
+/// Whether `path` is a folder, following links.
 ///
 /// # Errors
 /// As [`metadata`].
@@ -116,7 +117,7 @@ pub fn is_folder(path: &Path) -> Result<bool, CheckpointError> {
     Ok(metadata(path)?.is_some_and(|meta| meta.is_dir()))
 }
 
-/// Whether `path` leads to a regular file.
+/// Whether `path` is a regular file, following links.
 ///
 /// # Errors
 /// As [`metadata`].
@@ -124,7 +125,7 @@ pub fn is_file(path: &Path) -> Result<bool, CheckpointError> {
     Ok(metadata(path)?.is_some_and(|meta| meta.is_file()))
 }
 
-/// What has this name; `None` where nothing has.
+/// The kind of the entry at `path`, without following a link; `None` if it is absent.
 ///
 /// # Errors
 /// As [`metadata`].
@@ -132,10 +133,10 @@ pub fn entry_kind(path: &Path) -> Result<Option<EntryKind>, CheckpointError> {
     Ok(link_metadata(path)?.map(|meta| EntryKind::of(meta.file_type())))
 }
 
-/// The names in a folder and what they stand for, sorted.
+/// The names and kinds of a folder's entries, sorted.
 ///
 /// # Errors
-/// [`CheckpointError::Io`] where the folder, or any of its entries, cannot be read.
+/// [`CheckpointError::Io`] if the folder or any of its entries cannot be read.
 pub fn entries(folder: &Path) -> Result<Vec<(OsString, EntryKind)>, CheckpointError> {
     let io = |e| CheckpointError::io("list", folder, e);
     let mut found = Vec::new();
@@ -147,7 +148,7 @@ pub fn entries(folder: &Path) -> Result<Vec<(OsString, EntryKind)>, CheckpointEr
     Ok(found)
 }
 
-/// The only safetensors file of a folder, hidden ones not counted; `None` where there is none or more than one.
+/// The only safetensors file of a folder, ignoring hidden files; `None` if there is none or more than one.
 ///
 /// # Errors
 /// As [`entries`].
@@ -178,7 +179,7 @@ mod tests {
         assert!(!is_present(&dir.path().join("missing")).unwrap());
         assert!(is_present(&dir.path().join("dangling")).unwrap());
         assert!(metadata(&dir.path().join("dangling")).unwrap().is_none());
-        // ENOTDIR is a failure to look, not an answer.
+        // ENOTDIR is an error, not an answer.
         let error = is_present(&file.join("below")).unwrap_err();
         assert!(error.to_string().contains("cannot examine"), "{error}");
         let kinds: Vec<EntryKind> = entries(dir.path()).unwrap().into_iter().map(|(_, kind)| kind).collect();

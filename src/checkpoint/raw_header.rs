@@ -1,4 +1,4 @@
-//! A header's JSON, read strictly and with counted memory, before anything about its numbers is proven.
+//! Parses a header's JSON, strictly and with counted memory, before its numbers are validated.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -14,19 +14,19 @@ use super::{
 };
 use crate::tensor::Dtype;
 
-/// Tensors of more dimensions than this are refused: as many as PyTorch has.
+/// Maximum number of dimensions of a tensor, the same as in PyTorch.
 const MAX_RANK: usize = 64;
-/// Memory for all that is kept of a header: with the largest JSON beside it, less than three times that JSON.
+/// Maximum memory for a parsed header: together with the largest JSON, less than three times that JSON.
 const MAX_PARSED_BYTES: usize = 170_000_000;
 
-/// The JSON has this shape, nothing more is known.
+/// The JSON has this structure; nothing else is validated.
 pub(super) struct RawHeader {
     pub metadata: Option<BTreeMap<String, String>>,
     pub tensors: Vec<TensorInfo>,
 }
 
 impl RawHeader {
-    /// Reads the JSON and nothing behind it.
+    /// Parses the JSON and rejects trailing data.
     pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
         let mut deserializer = serde_json::Deserializer::from_str(text);
         let raw = deserializer.deserialize_map(HeaderVisitor(&Allowance::new(MAX_PARSED_BYTES)))?;
@@ -65,7 +65,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
     }
 }
 
-/// `__metadata__`: an object of strings, each key once.
+/// `__metadata__`: an object of strings with unique keys.
 struct MetadataSeed<'a>(&'a Allowance);
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
@@ -105,7 +105,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
     }
 }
 
-/// One tensor's entry: exactly `dtype`, `shape` and `data_offsets`.
+/// The entry of one tensor: exactly `dtype`, `shape` and `data_offsets`.
 struct TensorSeed<'a> {
     name: String,
     allowance: &'a Allowance,
@@ -162,7 +162,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
     }
 }
 
-/// What an entry consists of.
+/// The fields of an entry.
 #[derive(Clone, Copy)]
 enum Field {
     Dtype,
@@ -197,7 +197,7 @@ impl Visitor<'_> for FieldVisitor {
     }
 }
 
-/// A visitor whose errors name the tensor they stand in.
+/// A visitor whose errors name the tensor.
 struct Named<'a, V>(&'a str, V);
 
 impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for Named<'_, V> {
@@ -224,25 +224,25 @@ impl Visitor<'_> for DtypeVisitor {
     }
 }
 
-/// A list of at most `MOST` sizes, called `what`.
+/// A list of at most `MAX` sizes; `what` names it in errors.
 #[derive(Clone, Copy)]
-struct SizesVisitor<const MOST: usize>(&'static str);
+struct SizesVisitor<const MAX: usize>(&'static str);
 
-impl<'de, const MOST: usize> Visitor<'de> for SizesVisitor<MOST> {
+impl<'de, const MAX: usize> Visitor<'de> for SizesVisitor<MAX> {
     type Value = Vec<u64>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} as a list of sizes", self.0)
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u64>, A::Error> {
-        let (mut sizes, mut n) = ([0; MOST], 0);
+        let (mut sizes, mut n) = ([0; MAX], 0);
         while let Some(size) = seq.next_element_seed(SizeSeed(self.0))? {
             let place = sizes
                 .get_mut(n)
-                .ok_or_else(|| de::Error::custom(format_args!("{} has more than {MOST} numbers", self.0)))?;
+                .ok_or_else(|| de::Error::custom(format_args!("{} has more than {MAX} numbers", self.0)))?;
             *place = size;
             n += 1;
         }
-        // Exactly as long as needed: there may be a million of them.
+        // Allocate exactly what is needed: there may be a million of them.
         Ok(sizes[..n].to_vec())
     }
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Vec<u64>, E> {

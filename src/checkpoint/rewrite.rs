@@ -1,4 +1,4 @@
-//! A copy of a shard with changes made on the way: every byte is read once and written once.
+//! Copies a shard with edits: every byte is read once and written once.
 
 use std::{
     fs::File,
@@ -20,21 +20,22 @@ use super::{
 /// Shorter runs of pages are written through the page cache.
 const MIN_DIRECT: usize = 64 << 10;
 
-/// Copies `source` to the new file `target`, with its mode, synced: first the JSON `header`, which may be another than the source's, then
-/// the tensor data piece by piece. Each of `pieces` is a run of the source, which `edit` may change before it is written; what it returns
-/// goes to `sink`, in the pieces' order.
+/// Copies `source` to the new file `target`, with its mode, synced: first the JSON `header`, which may differ from the
+/// source's, then the tensor data piece by piece. Each of `pieces` is a range of the source; `edit` may change its
+/// bytes before they are written, and its result goes to `sink` in the pieces' order.
 ///
-/// `held` is the most bytes that `edit` holds for a piece beside its bytes: scratch, the result. Pieces ascend and cover the data. What
-/// is not in memory is read past the page cache, and where the file system can, everything is written past it (with a header that is
-/// longer or shorter, where the difference is whole pages): reading, editing and writing overlap. Memory: the header, and pieces and what
-/// is held for them, within [`Context::pass_bytes`].
+/// `held` is the maximum number of bytes that `edit` allocates per piece beyond the piece itself: scratch memory and
+/// the result. Pieces ascend and cover the data. Uncached data is read with direct I/O, and everything is written with
+/// direct I/O if the file system supports it (with a header of another length, if the difference is whole pages).
+/// Reading, editing and writing overlap. Memory: the header, plus the pieces with their `held` bytes, within
+/// [`Context::pass_bytes`].
 ///
 /// # Errors
-/// What `edit` or `sink` return, a failure to read or write, [`CheckpointError::Changed`] where the source changed meanwhile,
-/// or [`CheckpointError::Cancelled`]; `target` may then exist in part.
+/// Errors of `edit` or `sink`; a failure to read or write; [`CheckpointError::Changed`] if the source changed in the
+/// meantime; [`CheckpointError::Cancelled`]. A partial `target` may then exist.
 ///
 /// # Panics
-/// Where the pieces leave something out.
+/// If the pieces leave a gap.
 pub fn rewrite_shard<T, R, E>(
     ctx: &Context<'_>,
     source: &Shard,
@@ -73,18 +74,18 @@ where
             Ok(result)
         },
         |(range, tag), result| {
-            assert_eq!(range.start, n_written, "pieces leave nothing out");
+            assert_eq!(range.start, n_written, "pieces leave no gap");
             n_written = range.end;
             sink(tag, result)
         },
     )?;
-    assert_eq!(n_written, data.end, "pieces leave nothing out");
+    assert_eq!(n_written, data.end, "pieces leave no gap");
     source.unchanged()?;
-    // Not tried again on failure: the system may have dropped the pages and would then report success.
+    // Not retried on failure: the system may have dropped the pages and would then report success.
     Ok(file.sync_all().map_err(|e| CheckpointError::io("sync", target, e))?)
 }
 
-/// Cuts a run of a file into pieces of about a window, on page boundaries.
+/// Splits a range of a file into pieces of about one window, at page boundaries.
 pub fn windows(ctx: &Context<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + Send + use<> {
     let step = ctx.window_bytes();
     let mut start = range.start;
@@ -95,13 +96,13 @@ pub fn windows(ctx: &Context<'_>, range: Range<u64>) -> impl Iterator<Item = Ran
     })
 }
 
-/// Writes pieces from any thread: whole pages past the page cache, the edges that pieces share through it.
+/// Writes pieces from any thread: whole pages with direct I/O, shared pages at the edges through the page cache.
 struct Writer<'a> {
     file: &'a File,
     path: &'a Path,
-    /// The file once more, for direct writes; none where there are none.
+    /// The file reopened for direct writes, if supported.
     direct: Option<File>,
-    /// Set when the file system refused a direct write.
+    /// Set if the file system refused a direct write.
     refused: AtomicBool,
 }
 
@@ -155,7 +156,7 @@ mod tests {
         let header = shard.header_json().unwrap();
         for (io, longer) in [(Io::Auto, 0), (Io::Direct, 4096), (Io::Direct, 7), (Io::Mapped, 7), (Io::Read, 0)] {
             let ctx = Context { io, max_memory: 1 << 20, ..Context::default() };
-            // Pieces that end on pages, beside them, within one, and all over the place.
+            // Pieces that end on pages, next to them, within one, and at arbitrary offsets.
             let cuts = [start, 4096, 4096 * 40, 4096 * 80 + 1, 4096 * 80 + 2, 1_000_003, 1_000_004, 2_500_000, n];
             let mut pieces: Vec<(Range<u64>, u8)> = cuts.windows(2).map(|cut| (cut[0]..cut[1], 0)).collect();
             pieces[3].1 = 9;

@@ -1,4 +1,4 @@
-//! One pass over many tensors: threads share blocks of rows, results arrive in order.
+//! One pass over many tensors: threads process blocks of rows, and results arrive in order.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ pub struct RowScan<'a> {
     pub layout: RowLayout,
 }
 
-/// A run of rows in memory.
+/// A block of rows in memory.
 pub struct RowWindow {
     bytes: Window,
     dtype: Dtype,
@@ -30,31 +30,31 @@ impl RowWindow {
 }
 
 impl RowScan<'_> {
-    /// Bytes of one row.
+    /// Size of one row in bytes.
     pub fn row_bytes(&self) -> u64 {
         self.tensor.info.n_bytes() / self.layout.n_rows()
     }
 
-    /// Bytes of memory that one row takes when it is read.
+    /// Bytes of memory per row while reading.
     pub fn read_bytes(&self) -> u64 {
-        // Of a transposed tensor a strip is read for each stored row, an element for each row.
+        // A transposed tensor needs a strip per stored row, and an element per row.
         let strip = if self.layout.transposed { self.row_bytes() / self.layout.d_in.max(1) } else { 0 };
-        // Of a quantized weight codes and scales are read beside what they are decoded to.
+        // A quantized weight needs its codes and scales in addition to the decoded numbers.
         let codes = self.tensor.layout().map_or(0, |_| self.tensor.stored_bytes().div_ceil(self.layout.n_rows()));
         self.row_bytes() + strip + codes
     }
 
-    /// What a span takes with its rows, where `held` is held beside them.
+    /// The memory of a span including its rows, given the `held` memory beyond them.
     fn cost(&self, held: Held) -> Held {
         Held { span: held.span + direct::SLACK, row: held.row + self.read_bytes() }
     }
 
-    /// The run `rows` of rows, each in one piece: a window of the file, or a copy where the tensor is stored transposed.
+    /// Reads the rows `rows`, each contiguous: a window of the file, or a copy if the tensor is stored transposed.
     ///
     /// Memory: the rows.
     ///
     /// # Panics
-    /// Where the rows are not inside the tensor.
+    /// If the rows are outside the tensor.
     pub fn read(&self, ctx: &Context<'_>, rows: Range<u64>) -> Result<RowWindow, CheckpointError> {
         assert!(rows.start <= rows.end && rows.end <= self.layout.n_rows(), "rows lie inside their tensor");
         let row_bytes = self.row_bytes();
@@ -67,7 +67,7 @@ impl RowScan<'_> {
         Ok(RowWindow { bytes, dtype: self.tensor.info.dtype, n_rows, d_in: self.layout.d_in as usize })
     }
 
-    /// Copies stored columns into rows: of every stored row the strip that belongs to `rows` is read, and dealt out.
+    /// Transposes stored columns into rows: reads from every stored row the strip that belongs to `rows`.
     fn gather(&self, ctx: &Context<'_>, rows: Range<u64>) -> Result<Vec<u8>, CheckpointError> {
         let TensorRef { shard, info, .. } = self.tensor;
         let row_bytes = self.row_bytes() as usize;
@@ -76,7 +76,7 @@ impl RowScan<'_> {
         let mut strip = Vec::new();
         let mut first = rows.start;
         while first < rows.end {
-            // One expert's matrix after the other.
+            // One expert's matrix after another.
             let end = rows.end.min((first / self.layout.d_out + 1) * self.layout.d_out);
             let out = &mut gathered[(first - rows.start) as usize * row_bytes..];
             strip.resize((end - first) as usize * n, 0);
@@ -97,33 +97,36 @@ impl RowScan<'_> {
     }
 }
 
-/// Bytes that who maps a span of rows holds beside the rows themselves, at most: what it reads, scratch, the result.
+/// Maximum memory, in bytes, that the mapping function uses for a span beyond the rows themselves: input, scratch
+/// memory, result.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Held {
-    /// For the span, whatever its length.
+    /// Per span, whatever its length.
     pub span: u64,
-    /// For each of its rows.
+    /// Per row of the span.
     pub row: u64,
 }
 
-/// A run of rows of one of the scanned tensors.
+/// A range of rows of one of the scanned tensors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RowSpan {
-    /// Which of the scanned tensors.
+    /// The index of the tensor.
     pub target: usize,
     /// The first row.
     pub first_row: u64,
-    /// How many rows.
+    /// The number of rows.
     pub n_rows: usize,
 }
 
-/// Reads all rows of `targets` once, in blocks of whole rows, and hands what `map` made of each block to `sink` in order.
+/// Reads all rows of `targets` once, in blocks of whole rows, and passes the result of `map` for each block to `sink`
+/// in order.
 ///
-/// `held` says what `map` holds for spans of a target beside their rows. Memory: all of that within [`Context::pass_bytes`].
+/// `held` is the memory that `map` uses per span of a target beyond its rows. Memory: everything together within
+/// [`Context::pass_bytes`].
 ///
 /// # Errors
-/// What `map` or `sink` return, [`CheckpointError::MemoryLimit`] before anything is read where a row is too long for the memory
-/// there is, a failure to read, [`CheckpointError::Changed`] where a file changed since it was opened, or
+/// Errors of `map` or `sink`; [`CheckpointError::MemoryLimit`], before anything is read, if a row is too long for the
+/// available memory; a failure to read; [`CheckpointError::Changed`] if a file changed since it was opened;
 /// [`CheckpointError::Cancelled`].
 pub fn scan_rows<R, E>(
     ctx: &Context<'_>,
@@ -140,7 +143,8 @@ where
     scan_rows_keeping(ctx, what, targets, held, false, map, |span, result, _| sink(span, result))
 }
 
-/// As [`scan_rows`]; where the windows are to be kept, `sink` is handed each of them too, for work that must go in order.
+/// As [`scan_rows`], optionally keeping the windows: `sink` then also receives each window, for work that must be done
+/// in order.
 ///
 /// Memory: as for [`scan_rows`].
 ///
@@ -176,7 +180,7 @@ where
         |span, window| {
             let scan = &targets[span.target];
             let result = map(*span, window.block());
-            // Asked before the result is looked at: what was made of missing bytes may be an error of its own.
+            // Checked before the result: an error in the result may come from missing bytes.
             scan.tensor.shard.confirm(&window.bytes)?;
             ctx.observer.advance(span.n_rows as u64 * scan.row_bytes());
             Ok((result?, keep.then_some(window)))
@@ -198,26 +202,27 @@ where
     Ok(())
 }
 
-/// Threads that read ahead for a pass over `tensors`: some where they come from the disk, none where they are in memory.
+/// The number of read-ahead threads for a pass over `tensors`: several if they come from disk, none if they are
+/// cached.
 ///
-/// Disks are fastest with several large requests waiting: on a virtual disk 1.2 GB/s with one of 8 MiB, 1.7 with four, 1.9
-/// with eight.
+/// Disks are fastest with several large requests queued: a virtual disk reached 1.2 GB/s with one request of 8 MiB,
+/// 1.7 with four, 1.9 with eight.
 pub fn n_readers<'a>(ctx: &Context<'_>, tensors: &[TensorRef<'a>]) -> usize {
     let stored = |tensor: &TensorRef<'a>| tensor.stored().next().expect("a weight is stored somewhere");
     readers_for(ctx, tensors.iter().map(stored))
 }
 
-/// Bytes of memory that a window of `n_bytes` takes at most.
+/// Maximum bytes of memory for a window of `n_bytes`.
 pub fn window_cost(n_bytes: u64) -> u64 {
     n_bytes + direct::SLACK
 }
 
-/// As [`n_readers`], for tensors of which no more is known than where they are.
+/// As [`n_readers`], for tensors known only by their location.
 pub(super) fn readers_for<'a>(
     ctx: &Context<'_>,
     tensors: impl ExactSizeIterator<Item = (&'a Shard, &'a TensorInfo)>,
 ) -> usize {
-    /// Tensors that are looked at.
+    /// Number of tensors to sample.
     const SAMPLES: usize = 32;
     let step = tensors.len().div_ceil(SAMPLES).max(1);
     let sampled: Vec<bool> = tensors.step_by(step).map(|(shard, info)| shard.reads_directly(ctx, info)).collect();
@@ -225,7 +230,8 @@ pub(super) fn readers_for<'a>(
     if 2 * n_direct > sampled.len() { (4 * rayon::current_num_threads()).min(16) } else { 0 }
 }
 
-/// A tensor's rows in runs of about one window; where much is held for them, of at most four with that.
+/// The rows of a tensor in runs of about one window; if the held memory is large, of at most four windows including
+/// it.
 fn row_spans(
     ctx: &Context<'_>,
     target: usize,
@@ -253,7 +259,7 @@ mod tests {
         let path = folder.path().join("t.safetensors");
         let mut writer = TensorFileWriter::create(&path, Existing::Keep).unwrap();
         let id = writer.add_tensor("t".to_owned(), Dtype::U16);
-        // Two matrices stored as [d_in 3, d_out 5]: element (stack, column, row) holds 100 stack + 10 column + row.
+        // Two matrices stored as [d_in 3, d_out 5]: element (stack, column, row) is 100 stack + 10 column + row.
         let elements = (0..2u16).flat_map(|e| (0..3).flat_map(move |c| (0..5).map(move |r| 100 * e + 10 * c + r)));
         writer.append(id, &elements.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
         writer.finish_tensor(id, vec![2, 3, 5]);

@@ -1,4 +1,4 @@
-//! Elements written at chosen positions of a file, with as few and as long writes as pay.
+//! Writes elements at chosen positions of a file, with as few and as long writes as is efficient.
 
 use std::{
     fs::File,
@@ -16,36 +16,36 @@ use super::{
     window_cost,
 };
 
-/// Bytes between two elements up to which, in memory, one longer write is cheaper than two calls.
+/// For cached data, the distance in bytes up to which one longer write is cheaper than two calls.
 const CLOSE: u64 = 1024;
-/// The same on disk, where the page of each element would first be read, one after the other.
+/// The same for data on disk, where the page of each element would be read first, one after another.
 const CLOSE_ON_DISK: u64 = 32 << 10;
-/// The longest write, or a window where that is shorter.
+/// Maximum length of a write; a window, if that is shorter.
 const MAX_WRITE: u64 = 4 << 20;
 /// Shorter runs go through the page cache.
 const MIN_DIRECT: u64 = 64 << 10;
 
-/// A file open for changes in place.
+/// A file that is open for changes in place.
 #[derive(Debug)]
 pub struct Patcher {
     path: PathBuf,
     file: File,
-    /// The file once more, for direct reads and writes; none where there are none.
+    /// The file reopened for direct I/O, if supported.
     direct: Option<File>,
-    /// Set when the file system refused them.
+    /// Set if the file system refused direct I/O.
     refused: AtomicBool,
     io: Io,
-    /// The longest write.
+    /// Maximum length of a write.
     max_write: u64,
-    /// Where tensor data begins.
+    /// Start of the tensor data.
     data_start: u64,
 }
 
-/// Where an element goes: bytes from the start of the file, and its index among the elements.
+/// The destination of an element: byte offset in the file, and index among the elements.
 pub type Destination = (u64, usize);
 
 impl Patcher {
-    /// Opens a shard for changes: the file that was examined, not another that has its name by now.
+    /// Opens a shard for changes: the file that was examined, not another one that now has its name.
     ///
     /// # Errors
     /// As [`Shard::open_for_writing`].
@@ -53,7 +53,8 @@ impl Patcher {
         Ok(Self::new(ctx, shard.path(), shard.open_for_writing()?, shard.header().data_start()))
     }
 
-    /// Opens the existing file `path`, part of an output, for reading and writing; its tensor data begins at `data_start`.
+    /// Opens the existing file `path`, part of an output, for reading and writing; its tensor data begins at
+    /// `data_start`.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
@@ -71,35 +72,35 @@ impl Patcher {
         Self { path: path.to_owned(), file, direct, refused: AtomicBool::new(false), io: ctx.io, max_write, data_start }
     }
 
-    /// Where tensor data begins, in bytes from the start of the file.
+    /// Start of the tensor data, in bytes from the start of the file.
     pub fn data_start(&self) -> u64 {
         self.data_start
     }
 
-    /// Bytes of memory that [`Self::write`] takes at most beside its arguments.
+    /// Maximum bytes of memory that [`Self::write`] uses beyond its arguments.
     pub fn write_cost(&self) -> u64 {
         window_cost(self.max_write)
     }
 
-    /// Writes elements of `width` bytes at `places`, which ascend; `elements` holds them one after the other.
+    /// Writes elements of `width` bytes at `destinations`, which ascend; `elements` holds them consecutively.
     ///
-    /// Between the elements nothing changes. What lies in `own`, a run of the file, nobody else writes meanwhile: there, where
-    /// the file is not in memory, whole pages are read and written past the page cache. Memory: [`Self::write_cost`].
+    /// Bytes between the elements do not change. No other writer may write in `own`, a range of the file, at the same
+    /// time: there, uncached data is read and written in whole pages with direct I/O. Memory: [`Self::write_cost`].
     ///
     /// # Errors
     /// [`CheckpointError::Io`]; some of the elements may then be written.
     pub fn write(
         &self,
         own: Range<u64>,
-        places: &[Destination],
+        destinations: &[Destination],
         elements: &[u8],
         width: usize,
     ) -> Result<(), CheckpointError> {
-        let (Some(first), Some(last)) = (places.first(), places.last()) else { return Ok(()) };
+        let (Some(first), Some(last)) = (destinations.first(), destinations.last()) else { return Ok(()) };
         let page = ALIGNMENT as u64;
         let own = own.start.next_multiple_of(page)..own.end / page * page;
         let is_long = last.0 - first.0 >= MIN_DIRECT && own.end.saturating_sub(own.start) >= MIN_DIRECT;
-        let patch = Patch { places, elements, width, max_write: self.max_write };
+        let patch = Patch { destinations, elements, width, max_write: self.max_write };
         let written = match self.direct.as_ref().filter(|_| is_long && !self.refused.load(Relaxed)) {
             Some(direct) if self.is_cold(&own) => match patch.write_past_cache(&self.file, direct, &own) {
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
@@ -113,10 +114,10 @@ impl Patcher {
         written.map_err(|e| CheckpointError::io("write", &self.path, e))
     }
 
-    /// Writes a run of bytes at `offset`.
+    /// Writes consecutive bytes at `offset`.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`]; part of it may then be written.
+    /// [`CheckpointError::Io`]; some of the bytes may then be written.
     pub fn write_run(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
         self.file.write_all_at(bytes, offset).map_err(|e| CheckpointError::io("write", &self.path, e))
     }
@@ -125,61 +126,61 @@ impl Patcher {
         self.io == Io::Direct || !is_cached(&self.file, run.start, (run.end - run.start) as usize)
     }
 
-    /// Waits until what was written is on disk.
+    /// Waits until all writes are on disk.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], as "sync". Trying again proves nothing: the system may have dropped the pages and would then
-    /// report success.
+    /// [`CheckpointError::Io`], as "sync". A retry proves nothing: the system may have dropped the pages and would
+    /// then report success.
     pub fn sync(&self) -> Result<(), CheckpointError> {
         self.file.sync_data().map_err(|e| CheckpointError::io("sync", &self.path, e))
     }
 }
 
-/// Elements on their way to a file.
+/// Elements to be written to a file.
 #[derive(Clone, Copy)]
 struct Patch<'a> {
-    places: &'a [Destination],
+    destinations: &'a [Destination],
     elements: &'a [u8],
     width: usize,
     max_write: u64,
 }
 
 impl<'a> Patch<'a> {
-    /// Puts the elements into `bytes`, which begin at `start` of the file.
+    /// Copies the elements into `bytes`, which begin at `start` of the file.
     fn put(&self, bytes: &mut [u8], start: u64) {
         let width = self.width;
-        for &(offset, at) in self.places {
+        for &(offset, at) in self.destinations {
             let place = (offset - start) as usize;
             bytes[place..place + width].copy_from_slice(&self.elements[at * width..(at + 1) * width]);
         }
     }
 
-    /// Runs of places at most `gap` bytes apart, at most `max_write` long.
+    /// Runs of destinations at most `gap` bytes apart, each at most `max_write` long.
     fn runs(self, gap: u64) -> impl Iterator<Item = Self> {
-        let mut rest = self.places;
+        let mut rest = self.destinations;
         std::iter::from_fn(move || {
             let first = rest.first()?.0;
             let is_in = |pair: &&[Destination]| pair[1].0 - pair[0].0 <= gap && pair[1].0 - first < self.max_write;
             let n = 1 + rest.windows(2).take_while(is_in).count();
             let (run, others) = rest.split_at(n);
             rest = others;
-            Some(Self { places: run, ..self })
+            Some(Self { destinations: run, ..self })
         })
     }
 
-    /// Where the first element begins and the last one ends.
+    /// From the start of the first element to the end of the last.
     fn span(&self) -> Range<u64> {
-        let (first, last) = (self.places[0].0, self.places[self.places.len() - 1].0);
+        let (first, last) = (self.destinations[0].0, self.destinations[self.destinations.len() - 1].0);
         first..last + self.width as u64
     }
 
-    /// Writes through the page cache; nothing but the elements is written.
+    /// Writes through the page cache, and only the elements themselves.
     fn write(self, file: &File) -> io::Result<()> {
         let mut buffer = Vec::new();
         for run in self.runs(CLOSE) {
             let span = run.span();
             buffer.resize((span.end - span.start) as usize, 0);
-            if run.places.len() > 1 {
+            if run.destinations.len() > 1 {
                 file.read_exact_at(&mut buffer, span.start)?;
             }
             run.put(&mut buffer, span.start);
@@ -188,13 +189,14 @@ impl<'a> Patch<'a> {
         Ok(())
     }
 
-    /// Writes whole pages of `own` past the page cache, everything else through it.
+    /// Writes whole pages of `own` with direct I/O, everything else through the page cache.
     fn write_past_cache(self, file: &File, direct: &File, own: &Range<u64>) -> io::Result<()> {
-        let before = self.places.partition_point(|place| place.0 < own.start);
-        let inside = before + self.places[before..].partition_point(|place| place.0 + self.width as u64 <= own.end);
-        let part = |places: &'a [Destination]| Self { places, ..self };
-        part(&self.places[..before]).write(file)?;
-        for run in part(&self.places[before..inside]).runs(CLOSE_ON_DISK) {
+        let before = self.destinations.partition_point(|place| place.0 < own.start);
+        let inside =
+            before + self.destinations[before..].partition_point(|place| place.0 + self.width as u64 <= own.end);
+        let part = |destinations: &'a [Destination]| Self { destinations, ..self };
+        part(&self.destinations[..before]).write(file)?;
+        for run in part(&self.destinations[before..inside]).runs(CLOSE_ON_DISK) {
             let page = ALIGNMENT as u64;
             let (start, end) = (run.span().start / page * page, run.span().end.next_multiple_of(page));
             if end - start < MIN_DIRECT {
@@ -205,7 +207,7 @@ impl<'a> Patch<'a> {
             run.put(bytes.as_mut(), start);
             direct.write_all_at(&bytes, start)?;
         }
-        part(&self.places[inside..]).write(file)
+        part(&self.destinations[inside..]).write(file)
     }
 }
 
@@ -213,32 +215,32 @@ impl<'a> Patch<'a> {
 mod tests {
     use super::*;
 
-    /// Places at many distances, in the file and at its edges.
-    fn places(n_bytes: u64, width: u64) -> Vec<u64> {
-        let mut places = vec![0, width, 4096 - width, 4096, 4096 + 2 * width];
+    /// Positions at many distances, in the middle of the file and at its edges.
+    fn destinations(n_bytes: u64, width: u64) -> Vec<u64> {
+        let mut destinations = vec![0, width, 4096 - width, 4096, 4096 + 2 * width];
         let gaps =
             [width, 1000 * width, CLOSE, CLOSE + width, 5000 / width * width, CLOSE_ON_DISK, CLOSE_ON_DISK + width];
         for gap in gaps.into_iter().cycle() {
-            let next = places[places.len() - 1] + gap;
+            let next = destinations[destinations.len() - 1] + gap;
             if next > n_bytes - width {
                 break;
             }
-            places.push(next);
+            destinations.push(next);
         }
-        places.extend((places[places.len() - 1] < n_bytes - width).then_some(n_bytes - width));
-        places
+        destinations.extend((destinations[destinations.len() - 1] < n_bytes - width).then_some(n_bytes - width));
+        destinations
     }
 
     #[test]
-    fn elements_go_where_they_belong_and_nowhere_else() {
+    fn only_the_chosen_elements_are_written() {
         let dir = tempfile::tempdir_in(".").unwrap();
         let path = dir.path().join("f");
         for (n_bytes, width) in [(9_000_000_u64, 2_u64), (300_000, 4), (5000, 1), (8, 8)] {
             let bytes: Vec<u8> = (0..n_bytes).map(|i| (i * 31 % 251) as u8).collect();
-            let mut offsets = places(n_bytes.max(9000), width);
+            let mut offsets = destinations(n_bytes.max(9000), width);
             offsets.retain(|&offset| offset + width <= n_bytes);
             let elements: Vec<u8> = (0..offsets.len() as u64 * width).map(|i| (i * 17 % 253) as u8).collect();
-            // The elements lie in another order than the places.
+            // The elements are in a different order than the places.
             let n = offsets.len();
             let placed: Vec<Destination> = offsets.iter().enumerate().map(|(i, &offset)| (offset, n - 1 - i)).collect();
             let mut expected = bytes.clone();
@@ -271,9 +273,9 @@ mod tests {
             for part in 0..N {
                 let patcher = &patcher;
                 scope.spawn(move || {
-                    let places: Vec<Destination> = (0..PART).map(|i| (part * PART + i, i as usize)).collect();
+                    let destinations: Vec<Destination> = (0..PART).map(|i| (part * PART + i, i as usize)).collect();
                     let elements = vec![part as u8 + 1; PART as usize];
-                    patcher.write(part * PART..(part + 1) * PART, &places, &elements, 1).unwrap();
+                    patcher.write(part * PART..(part + 1) * PART, &destinations, &elements, 1).unwrap();
                 });
             }
         });

@@ -19,7 +19,7 @@ use super::{
     mmap::is_cached,
 };
 
-/// Shorter runs are mapped, whether in memory or not: the page cache reads ahead for those who read little.
+/// Shorter ranges are mapped, cached or not: the page cache's read-ahead helps small reads.
 const MIN_DIRECT: usize = 64 << 10;
 
 /// One open safetensors file.
@@ -29,15 +29,15 @@ pub struct Shard {
     file: File,
     header: Header,
     stamp: Stamp,
-    /// The file once more, for direct reads; none inside where there are none.
+    /// The file reopened for direct reads, if supported.
     direct: OnceLock<Option<File>>,
-    /// Set by windows of which some bytes could not be read.
+    /// Set by windows some of whose bytes could not be read.
     lost: Arc<AtomicBool>,
-    /// No output replaces the file meanwhile.
+    /// Prevents outputs that replace the file.
     _in_use: Option<InUse>,
 }
 
-/// What must not change while a file is read.
+/// The properties that must not change while a file is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Stamp {
     file_bytes: u64,
@@ -51,22 +51,22 @@ impl Stamp {
 }
 
 impl Shard {
-    /// Opens a safetensors file and reads its header, strictly.
+    /// Opens a safetensors file and validates its header strictly.
     ///
-    /// Memory: the header, parsed; at most about three times its size while parsing.
+    /// Memory: the parsed header; at most about three times its size while parsing.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`] or, for a file that is not what it should be, what it is instead.
+    /// [`CheckpointError::Io`]; for an invalid file, a description of what it is instead.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let (file, meta) = open_regular(path, "open")?;
         let in_use = InUse::file(path, &meta);
         Self::of_file(path, file, &meta, Some(in_use))
     }
 
-    /// Opens a file of this program's own state; `None` where it does not exist.
+    /// Opens a file of this program's own state; `None` if it does not exist.
     ///
     /// # Errors
-    /// As [`Self::open`], and a link.
+    /// As [`Self::open`]; the file is a link.
     pub(crate) fn open_own(folder: &OwnFolder, name: &str) -> Result<Option<Self>, CheckpointError> {
         let Some((file, meta)) = folder.open_file(name)? else { return Ok(None) };
         Self::of_file(&folder.path().join(name), file, &meta, None).map(Some)
@@ -80,10 +80,10 @@ impl Shard {
         Ok(Self { path: path.to_owned(), file, header, stamp, direct, lost, _in_use: in_use })
     }
 
-    /// Opens the file once more, for reading and writing: this very file, not another that has its name by now.
+    /// Reopens the file for reading and writing: this very file, not another one that now has its name.
     ///
     /// # Errors
-    /// [`CheckpointError::Changed`] where another file lies there, or what the system says.
+    /// [`CheckpointError::Changed`] if another file is there; errors of the system.
     pub fn open_for_writing(&self) -> Result<File, CheckpointError> {
         let file = File::options().read(true).write(true).open(&self.path);
         let file = file.map_err(|e| CheckpointError::io("open for writing", &self.path, e))?;
@@ -92,28 +92,28 @@ impl Shard {
             Ok::<_, CheckpointError>(FileId::of(&meta))
         };
         if id(&file)? != id(&self.file)? {
-            let what = "another file has its name since it was examined".to_owned();
+            let what = "it was replaced by another file since it was examined".to_owned();
             return Err(CheckpointError::Changed { path: self.path.clone(), what });
         }
         Ok(file)
     }
 
-    /// Fails where the shard's name leads to another file by now, or to none.
+    /// Fails if the shard's path now leads to another file, or to none.
     ///
     /// # Errors
-    /// [`CheckpointError::Changed`], or a path that cannot be examined.
+    /// [`CheckpointError::Changed`]; the path cannot be examined.
     pub fn still_named(&self) -> Result<(), CheckpointError> {
         let meta = self.file.metadata().map_err(|e| CheckpointError::io("examine", &self.path, e))?;
         match super::probe::metadata(&self.path)? {
             Some(named) if FileId::of(&named) == FileId::of(&meta) => Ok(()),
             _ => {
-                let what = "another file has its name since it was examined".to_owned();
+                let what = "it was replaced by another file since it was examined".to_owned();
                 Err(CheckpointError::Changed { path: self.path.clone(), what })
             }
         }
     }
 
-    /// The number of names that the file has.
+    /// The number of names (hard links) of the file.
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
@@ -131,7 +131,7 @@ impl Shard {
         Ok((meta.dev(), meta.ino()))
     }
 
-    /// Where the file lies.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -139,35 +139,35 @@ impl Shard {
     pub fn file_name(&self) -> String {
         self.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
     }
-    /// The checked header.
+    /// The validated header.
     pub fn header(&self) -> &Header {
         &self.header
     }
-    /// The header's JSON as it stands in the file, read again.
+    /// The header's JSON as stored in the file, read again.
     pub fn header_json(&self) -> Result<Vec<u8>, CheckpointError> {
         let mut json = vec![0; self.header.header_bytes() as usize];
         self.read_at(&mut json, 8)?;
         Ok(json)
     }
-    /// The open file, for copies and locks.
+    /// The open file, for copying and locking.
     pub fn file(&self) -> &File {
         &self.file
     }
-    /// Bytes of the file when it was opened.
+    /// The size of the file when it was opened, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.stamp.file_bytes
     }
 
-    /// Where `tensor`'s bytes lie, in bytes from the start of the file.
+    /// The range of `tensor`'s data, in bytes from the start of the file.
     pub fn file_range(&self, tensor: &TensorInfo) -> Range<u64> {
         let start = self.header.data_start();
         start + tensor.data.start..start + tensor.data.end
     }
 
-    /// The bytes `range` of `tensor`, in bytes from its start. Whoever has looked at them calls [`Shard::confirm`].
+    /// The bytes `range` of `tensor`, relative to its start. Call [`Shard::confirm`] after using them.
     ///
     /// # Panics
-    /// Where `range` is not inside the tensor.
+    /// If `range` is outside the tensor.
     pub fn window(&self, ctx: &Context<'_>, tensor: &TensorInfo, range: Range<u64>) -> Result<Window, CheckpointError> {
         assert!(range.start <= range.end && range.end <= tensor.n_bytes(), "a window lies inside its tensor");
         let offset = self.file_range(tensor).start + range.start;
@@ -192,7 +192,7 @@ impl Shard {
         Window::map(&self.file, offset, len, &self.lost).map_err(|e| self.read_error(e))
     }
 
-    /// Reads past the page cache, or maps where that cannot be.
+    /// Reads with direct I/O, or maps if that is not supported.
     fn read_direct(&self, offset: u64, len: usize) -> Result<Window, CheckpointError> {
         let Some(file) = self.direct_file() else {
             return self.map(offset, len);
@@ -204,7 +204,7 @@ impl Shard {
         }
     }
 
-    /// Reads a run of the file into memory of its own, past the page cache where it is not there.
+    /// Reads a range of the file into owned memory, with direct I/O if it is not cached.
     pub(super) fn read_copy(&self, ctx: &Context<'_>, range: Range<u64>) -> Result<DirectBytes, CheckpointError> {
         let (offset, len) = (range.start, (range.end - range.start) as usize);
         let past_cache = match ctx.io {
@@ -227,12 +227,12 @@ impl Shard {
         self.direct.get_or_init(|| direct::open(&self.path, &self.file)).as_ref()
     }
 
-    /// Whether bytes are better read from the disk, past the page cache.
+    /// Whether these bytes should be read from disk with direct I/O.
     fn is_cold(&self, offset: u64, len: usize) -> bool {
         len >= MIN_DIRECT && !is_cached(&self.file, offset, len)
     }
 
-    /// Whether windows of `tensor` are going to be read from the disk, past the page cache, judged by one of them.
+    /// Whether windows of `tensor` will be read from disk with direct I/O, judged by one of them.
     pub(super) fn reads_directly(&self, ctx: &Context<'_>, tensor: &TensorInfo) -> bool {
         let range = self.file_range(tensor);
         let len = ctx.window_bytes().min(range.end - range.start);
@@ -243,19 +243,19 @@ impl Shard {
         }
     }
 
-    /// Fills `bytes` from `offset` of the file.
+    /// Fills `bytes` from the file at `offset`.
     pub fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
         self.file.read_exact_at(bytes, offset).map_err(|e| self.read_error(e))
     }
 
-    /// Length and modification time of the file when it was opened, as text: the same as long as nobody writes it.
+    /// The file's length and modification time at opening, as text: unchanged as long as nobody writes the file.
     pub fn stamp(&self) -> String {
         let (seconds, nanoseconds) = self.stamp.modified;
         format!("{} bytes, modified {seconds}.{nanoseconds:09}", self.stamp.file_bytes)
     }
 
-    /// Fails where some of the window's bytes were not the file's, because it shrank or the disk failed while they were looked
-    /// at; zeros stood in for them.
+    /// Fails if some of the window's bytes were replaced by zeros, because the file shrank or the disk failed while
+    /// they were read.
     ///
     /// # Errors
     /// [`CheckpointError::Changed`] or [`CheckpointError::Io`].
@@ -263,8 +263,8 @@ impl Shard {
         if window.is_intact() { Ok(()) } else { Err(self.loss()) }
     }
 
-    /// Fails where the file's length or modification time is no longer what it was at opening, or where some of its bytes could
-    /// not be read.
+    /// Fails if the file's length or modification time changed since opening, or if some of its bytes could not be
+    /// read.
     pub fn unchanged(&self) -> Result<(), CheckpointError> {
         if self.lost.load(SeqCst) {
             return Err(self.loss());
@@ -287,7 +287,7 @@ impl Shard {
         Ok(Stamp::of(&meta))
     }
 
-    /// Why a mapped page was missing.
+    /// The reason why a mapped page was missing.
     fn loss(&self) -> CheckpointError {
         match self.stamp_now() {
             Ok(now) if now.file_bytes < self.stamp.file_bytes => self.shrank(now.file_bytes),
@@ -346,7 +346,7 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<Vec<u8>, Che
     Ok(json)
 }
 
-/// What a file that is not safetensors is instead, told by its first bytes.
+/// Identifies a file that is not safetensors by its first bytes.
 fn sniff(start: &[u8]) -> Option<&'static str> {
     let text = start.trim_ascii_start();
     if start.starts_with(b"version https://git-lfs") {

@@ -1,13 +1,13 @@
-//! The files beside a checkpoint's shards, and which of them go into a new checkpoint.
+//! The files next to a checkpoint's shards, and which of them go into a new checkpoint.
 //!
-//! A new checkpoint has other weights than the one that it is made from. Config, tokenizer, templates, code, licences and pictures fit both. Files
-//! that would contradict it are left out and listed: other copies of the old weights, which some loaders prefer or take besides; the state of
-//! the run that trained the old weights; the old model's card.
+//! A new checkpoint has other weights than its source. Config, tokenizer, templates, code, licenses and pictures fit
+//! both. Files that would contradict it are left out and listed: other copies of the old weights, which some loaders
+//! prefer or also load; the state of the run that trained the old weights; the old model card.
 //!
-//! Names decide, as far as they can. A safetensors file in a folder below is another copy where it has a tensor of the checkpoint, else a further
-//! part of the model, such as the pooling layers of sentence-transformers or a speech tokenizer. A pickle without a well-known name is a
-//! copy only where it is large enough for one: speakers' embeddings and the like stay. A PEFT adapter that lies beside the weights
-//! (`adapter_model.*`) is no copy of them and stays.
+//! Names decide as far as possible. A safetensors file in a subfolder is another copy if it has a tensor of the
+//! checkpoint; otherwise it is a further part of the model, such as the pooling layers of sentence-transformers or a
+//! speech tokenizer. A pickle without a well-known name is a copy only if it is large enough; speaker embeddings and
+//! the like are kept. A PEFT adapter next to the weights (`adapter_model.*`) is not a copy and is kept.
 
 use std::{
     collections::BTreeSet,
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::error::{ErrorKind, Failure};
 
-/// Ends of the names of files that hold whole models.
+/// Suffixes of files that contain whole models.
 const MODEL_ENDINGS: &[&str] = &[
     ".gguf",
     ".ggml",
@@ -51,14 +51,14 @@ const MODEL_ENDINGS: &[&str] = &[
     ".mnn",
     ".distcp",
 ];
-/// Ends of the names of Python pickles, of weights or of anything else.
+/// Suffixes of Python pickles, of weights or anything else.
 const PICKLE_ENDINGS: &[&str] = &[".bin", ".pt", ".pth", ".pkl"];
-/// Beginnings of the names of pickles that are weights.
+/// Prefixes of pickles that contain weights.
 const PICKLED_MODELS: &[&str] = &["pytorch_model", "consolidated", "model"];
-/// Folders of the Hub that hold the same model in another form. Everything in them belongs to it, as far as it is weights.
+/// Folders on the Hub that hold the same model in another format. All weights in them are copies.
 const COPY_FOLDERS: &[&str] =
     &["original", "onnx", "openvino", "coreml", "gguf", "ggml", "tflite", "mlx", "metal", "flax"];
-/// Files of the run that trained the old weights. `training_args.bin` is a pickle that runs code when it is read.
+/// Files of the run that trained the old weights. `training_args.bin` is a pickle that runs code when loaded.
 const TRAINING_FILES: &[&str] = &[
     "optimizer.pt",
     "optimizer.bin",
@@ -68,15 +68,16 @@ const TRAINING_FILES: &[&str] = &[
     "trainer_state.json",
     "training_args.bin",
 ];
-/// A pickle that has no more than this share of the checkpoint's bytes is no copy of it, not even of two bits per weight.
+/// A pickle with less than this fraction (1/16) of the checkpoint's bytes is not a copy, not even at two bits per
+/// weight.
 const MIN_COPY_SHARE: u64 = 16;
 
-/// Why a file does not go into a new checkpoint.
+/// Why a file is left out of a new checkpoint.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum LeftOutReason {
-    /// It holds the old weights once more, or is an index of such files.
+    /// It is another copy of the old weights, or an index of such copies.
     OtherWeights,
     /// It is part of the state of the run that trained the old weights.
     TrainingState,
@@ -94,10 +95,10 @@ impl fmt::Display for LeftOutReason {
     }
 }
 
-/// A file of the old checkpoint that does not go into a new one.
+/// A file of the old checkpoint that is left out of a new one.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct LeftOut {
-    /// Its path from the checkpoint's folder; what is no UTF-8 is replaced.
+    /// Its path relative to the checkpoint's folder; invalid UTF-8 is replaced.
     pub path: String,
     /// Why.
     pub reason: LeftOutReason,
@@ -109,18 +110,18 @@ impl fmt::Display for LeftOut {
     }
 }
 
-/// The files beside a checkpoint's shards, sorted out.
+/// The files next to a checkpoint's shards, classified.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct SideFiles {
-    /// Go into a new checkpoint; paths from the folder, sorted.
+    /// Files that go into a new checkpoint: relative paths, sorted.
     pub kept: Vec<PathBuf>,
-    /// Do not, by path.
+    /// Files that do not, sorted by path.
     pub left_out: Vec<LeftOut>,
 }
 
-/// Copies what a checkpoint's folder holds beside its shards, such as config and tokenizer, into the new folder `root`, replacing what an
-/// earlier run left there. An index whose `total_size` is wrong is corrected. Files that would contradict a new checkpoint are left out and
-/// returned, by path, unless `keep_other_files`.
+/// Copies the files next to a checkpoint's shards, such as config and tokenizer, into the new folder `root`, replacing
+/// those of an earlier run. Corrects an index whose `total_size` is wrong. Files that would contradict a new
+/// checkpoint are left out and returned, sorted by path, unless `keep_other_files`.
 ///
 /// # Errors
 /// As [`Checkpoint::sorted_side_files`] and [`copy_file`].
@@ -147,7 +148,7 @@ pub fn copy_side_files(
     Ok(left_out)
 }
 
-/// Writes an index with the right `total_size`, synced.
+/// Writes an index with the correct `total_size`, synced.
 fn write_index(source: &Path, target: &Path, wrong: WrongTotal) -> Result<(), CheckpointError> {
     let json = read_whole(source, MAX_INDEX_BYTES)?;
     let json = wrong.corrected(&json).map_err(|e| CheckpointError::bad_file(source, e.to_string()))?;
@@ -158,12 +159,12 @@ fn write_index(source: &Path, target: &Path, wrong: WrongTotal) -> Result<(), Ch
 }
 
 impl Checkpoint {
-    /// Everything in the folder that is not a shard: config, tokenizer, index; paths from the folder, sorted.
-    /// Empty for a single file. Hidden entries (`.git`, `.cache`, ledgers) are left out.
+    /// Everything in the folder except shards: config, tokenizer, index; relative paths, sorted. Empty for a single
+    /// file. Hidden entries (`.git`, `.cache`, ledgers) are left out.
     ///
     /// # Errors
-    /// [`CheckpointError::Many`] lists links that lead out of the folder, to nothing, or to another folder: a copy would
-    /// hold what was never part of the checkpoint.
+    /// [`CheckpointError::Many`] lists links that lead out of the folder, to nothing, or to another folder: a copy
+    /// would contain files that were never part of the checkpoint.
     pub fn side_files(&self) -> Result<Vec<PathBuf>, CheckpointError> {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
         if self.layout() != Layout::File {
@@ -194,7 +195,8 @@ impl Checkpoint {
             let full = self.root().join(&path);
             let file = match kind {
                 EntryKind::Folder => {
-                    // A single file of the folder may have been merged into by itself: its ledger is not the copy's.
+                    // A single file of the folder may have been merged into by itself; its ledger does not apply to
+                    // the copy.
                     if !name.to_string_lossy().ends_with(STATE_FOLDER) {
                         self.collect_side_files(bounds, &path, found, problems)?;
                     }
@@ -220,11 +222,11 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The [side files](Self::side_files), those that would contradict a new checkpoint apart; all are kept where `keep_other_files`.
-    /// Reads the headers of safetensors files in folders below, one at a time.
+    /// The [side files](Self::side_files), separated from those that would contradict a new checkpoint; with
+    /// `keep_other_files` all are kept. Reads the headers of safetensors files in subfolders, one at a time.
     ///
     /// # Errors
-    /// As [`Self::side_files`], or a file that cannot be examined.
+    /// As [`Self::side_files`]; a file that cannot be examined.
     pub fn sorted_side_files(&self, keep_other_files: bool) -> Result<SideFiles, CheckpointError> {
         let found = self.side_files()?;
         if keep_other_files {
@@ -237,7 +239,7 @@ impl Checkpoint {
             let is_own_index = self.index_name().is_some_and(|own| path == Path::new(own));
             reasons.push(if is_own_index { None } else { self.contradiction(path, name, &copy_folders)? });
         }
-        // An index below goes where the files of its folder go.
+        // An index in a subfolder follows the files of its folder.
         let folders_left_out: BTreeSet<PathBuf> = (found.iter().zip(&reasons))
             .filter(|(_, reason)| **reason == Some(LeftOutReason::OtherWeights))
             .map(|(path, _)| folder_of(path).to_owned())
@@ -253,7 +255,8 @@ impl Checkpoint {
         Ok(side_files)
     }
 
-    /// The files in the folder that contradict its weights as soon as those change, by path. For work in place, where they stay, and for dry runs.
+    /// The files in the folder that contradict its weights once those change, sorted by path. For in-place changes,
+    /// where they stay, and for dry runs.
     ///
     /// # Errors
     /// As [`Self::sorted_side_files`].
@@ -261,7 +264,7 @@ impl Checkpoint {
         Ok(self.sorted_side_files(false)?.left_out)
     }
 
-    /// Why a side file must not lie beside other weights; `None` where it may.
+    /// Why a side file must not accompany other weights; `None` if it may.
     fn contradiction(
         &self,
         path: &Path,
@@ -282,7 +285,7 @@ impl Checkpoint {
         })
     }
 
-    /// Whether a safetensors file has a tensor of the checkpoint. One that nobody can read counts as if it had.
+    /// Whether a safetensors file has a tensor of the checkpoint. An unreadable file counts as if it had.
     fn shares_tensors(&self, path: &Path) -> Result<bool, CheckpointError> {
         match Shard::open(&self.root().join(path)) {
             Ok(file) => Ok(file.header().tensors().iter().any(|tensor| self.tensor(&tensor.name).is_some())),
@@ -292,18 +295,18 @@ impl Checkpoint {
     }
 }
 
-/// What a file's name says about it.
+/// The classification of a file by its name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Verdict {
     Keep,
     LeaveOut(LeftOutReason),
-    /// A pickle: another copy of the weights where it is large.
+    /// A pickle: another copy of the weights if it is large.
     AskSize,
-    /// Safetensors in a folder below: another copy where it has tensors of the checkpoint.
+    /// A safetensors file in a subfolder: another copy if it has tensors of the checkpoint.
     AskTensors,
 }
 
-/// A side file's path from the checkpoint's folder, in small letters.
+/// A side file's path relative to the checkpoint's folder, in lower case.
 struct Name {
     folders: Vec<String>,
     file: String,
@@ -329,14 +332,14 @@ impl Name {
         beginnings.iter().any(|beginning| self.file.starts_with(beginning))
     }
 
-    /// Whether it lists the shards of a model.
+    /// Whether it is an index of a model's shards.
     fn is_index(&self) -> bool {
         self.file.strip_suffix(".index.json").is_some_and(|stem| {
             [".safetensors", ".h5", ".msgpack"].iter().chain(PICKLE_ENDINGS).any(|ending| stem.ends_with(ending))
         })
     }
 
-    /// The known folder of another form of the model that this file lies in, where it is weights.
+    /// The folder of another format of the model that contains this file, if the file is weights.
     fn copy_folder_with_weights(&self) -> Option<&str> {
         let folder = self.folders.first().filter(|folder| COPY_FOLDERS.contains(&folder.as_str()))?;
         let is_weights = self.file.ends_with(".safetensors")
@@ -399,7 +402,7 @@ fn is_training_folder(folder: &str) -> bool {
     })
 }
 
-/// Whether a file's name says that it is one of several, as in `model-00001-of-00002.bin`.
+/// Whether the file name is numbered, as in `model-00001-of-00002.bin`.
 fn is_numbered(file: &str) -> bool {
     file.match_indices("-of-").any(|(at, of)| {
         let is_digit = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_digit);
@@ -443,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_every_model_of_its_kind_stays() {
+    fn files_that_fit_any_weights_are_kept() {
         let paths = "config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer.model tokenizer.model.v3 vocab.txt \
              vocab.json spiece.model merges.txt sentencepiece.bpe.model chat_template.jinja modeling_x.py LICENSE LICENSE.md NOTICE.txt \
              USE_POLICY.md logo.png params.json tekken.json modules.json 1_Pooling/config.json 1_Pooling/README.md figures/README.md \

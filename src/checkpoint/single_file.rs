@@ -1,9 +1,9 @@
-//! A checkpoint of one file and the ledger beside it, which appear together.
+//! A checkpoint of one file with its ledger; both are replaced together.
 //!
-//! Two names cannot change in one step, so the change is marked. The new state folder takes its place first, with `replacing` in it and
-//! in exchange for the old one; then the new file takes its name: that is the commit; then the mark goes. While the mark is there,
-//! whoever opens the file is told that a change waits for recovery, and whether the new file still has its temporary name says which of the
-//! two it is.
+//! Two names cannot change in one step, so the change is marked. First the new state folder, which contains the mark
+//! `replacing`, is exchanged for the old one. Then the new file is renamed into place; this is the commit. Then the
+//! mark is removed. While the mark exists, opening the file reports that recovery is needed. Whether the new file
+//! still has its temporary name tells which of the two states it is.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ const FILE: &str = "model.safetensors";
 /// The old state folder's name there, on file systems that cannot exchange two folders.
 const ASIDE: &str = "aside";
 
-/// A file and its state folder under temporary names; gone when dropped before [`SingleFile::commit`].
+/// A file and its state folder under temporary names; removed if dropped before [`SingleFile::commit`].
 pub struct SingleFile {
     target: PathBuf,
     existing: Existing,
@@ -36,17 +36,18 @@ pub struct SingleFile {
 }
 
 impl SingleFile {
-    /// Begins a checkpoint that will appear at `target`.
+    /// Starts a checkpoint that will appear at `target`.
     ///
     /// # Errors
-    /// What [`check_output`] refuses, a state folder of others beside it, or another run that is writing it.
+    /// Everything that [`check_output`] refuses; a state folder with files of others; another run that is writing the
+    /// same output.
     pub fn create(target: &Path, existing: Existing) -> Result<Self, CheckpointError> {
         let is_replaced = check_output(target, OutputKind::Checkpoint, existing)?;
         let mut partial = Partial::lock(target, "partial")?;
         let state = StateFolder::at(target, Layout::File)?;
         let is_marked = state.folder().has(StateFolder::REPLACING)? || stepped_aside(&partial.folder)?;
         if is_marked && is_replaced {
-            // What is in the temporary folder is needed for recovery.
+            // Recovery needs the contents of the temporary folder.
             partial.stays = true;
             return Err(CheckpointError::Interrupted { path: target.to_owned() });
         }
@@ -55,7 +56,7 @@ impl SingleFile {
             return Err(CheckpointError::ForeignEntries { path: state.path().to_owned(), entries: foreign });
         }
         if is_marked {
-            // What a run left that was cut short before the file had its name.
+            // Leftovers of a run that was interrupted before the file had its name.
             state.folder().remove_all()?;
         }
         partial.clear()?;
@@ -65,12 +66,12 @@ impl SingleFile {
         Ok(Self { target: target.to_owned(), existing, partial, state })
     }
 
-    /// The file under its temporary name; its state folder lies beside it.
+    /// The file under its temporary name; its state folder is next to it.
     pub fn root(&self) -> PathBuf {
         self.partial.path().join(FILE)
     }
 
-    /// Lets file and state folder appear.
+    /// Moves file and state folder into place.
     ///
     /// # Errors
     /// As [`super::AtomicDir::commit`].
@@ -79,22 +80,22 @@ impl SingleFile {
         let new = StateFolder::at(&self.root(), Layout::File)?;
         let (has_new, has_old) = (new.folder().open()?.is_some(), self.state.folder().open()?.is_some());
         if !has_new && !has_old {
-            self.give_name()?;
+            self.rename_into_place()?;
             self.partial.stays = false;
             let synced = sync_folder(folder_of(&self.target));
             return synced.map_err(|e| e.after_commit(&self.target, "sync the folder of"));
         }
         new.folder().create()?;
         write_mark(&new, &self.root())?;
-        // From here on, what is in the temporary folder is needed for recovery.
+        // From here on, recovery needs the contents of the temporary folder.
         self.partial.stays = true;
         let interrupted = || CheckpointError::Interrupted { path: self.target.clone() };
-        if let Err(e) = self.exchange(&new, has_old).and_then(|()| self.give_name()) {
+        if let Err(e) = self.exchange(&new, has_old).and_then(|()| self.rename_into_place()) {
             self.undo_exchange().map_err(|_| interrupted())?;
             self.partial.stays = false;
             return Err(e);
         }
-        // Only when the new name is durable may the mark go.
+        // The mark may be removed only when the new name is durable.
         sync_folder(folder_of(&self.target)).map_err(|_| interrupted())?;
         let finished = finish(&self.state, has_new);
         if finished.is_err() && self.state.is_interrupted().unwrap_or(true) {
@@ -104,7 +105,7 @@ impl SingleFile {
         finished.map_err(|e| e.after_commit(&self.target, "finish the replacement of"))
     }
 
-    /// Puts the old state folder back, where the new one has its place.
+    /// Restores the old state folder after the new one has replaced it.
     fn undo_exchange(&self) -> Result<(), CheckpointError> {
         match self.state.folder().has(StateFolder::REPLACING)? || stepped_aside(&self.partial.folder)? {
             true => roll_back(&self.partial, &self.state),
@@ -116,7 +117,7 @@ impl SingleFile {
         let (new, old) = (new.folder(), self.state.folder());
         let done = if has_old { new.exchange(old)? } else { new.move_to(old)? };
         if !done && has_old {
-            // File systems without exchange: the old one steps aside first.
+            // File systems without exchange: move the old one aside first.
             let aside = self.partial.path().join(ASIDE);
             fs::rename(old.path(), &aside).map_err(|e| CheckpointError::io("rename", old.path(), e))?;
         }
@@ -130,7 +131,7 @@ impl SingleFile {
         sync_folder(folder_of(&self.target))
     }
 
-    fn give_name(&self) -> Result<(), CheckpointError> {
+    fn rename_into_place(&self) -> Result<(), CheckpointError> {
         let io = |e: Errno| CheckpointError::io("create", &self.target, e.into());
         let from = self.root();
         if self.existing == Existing::Replace {
@@ -148,17 +149,17 @@ impl SingleFile {
     }
 }
 
-/// Marks a state folder as one that is taking its place, with that of the new file.
+/// Marks a state folder as being moved into place, with the stamp of the new file.
 fn write_mark(state: &StateFolder, file: &Path) -> Result<(), CheckpointError> {
     write_own(state.folder(), StateFolder::REPLACING, stamp(&probe::existing(file)?).as_bytes())
 }
 
-/// What tells the new file from the old one, wherever both are moved.
+/// Distinguishes the new file from the old one, wherever both are moved.
 fn stamp(meta: &fs::Metadata) -> String {
     format!("{} bytes, modified {}.{:09}\n", meta.len(), meta.mtime(), meta.mtime_nsec())
 }
 
-/// Fails where the file is not the one that the mark speaks of.
+/// Fails if the file is not the one that the mark describes.
 fn prove_mark(state: &StateFolder, target: &Path) -> Result<(), CheckpointError> {
     let mark = state.folder().read(StateFolder::REPLACING, 4096)?;
     if mark.as_deref() == Some(stamp(&probe::existing(target)?).as_bytes()) {
@@ -169,7 +170,7 @@ fn prove_mark(state: &StateFolder, target: &Path) -> Result<(), CheckpointError>
     Err(CheckpointError::bad_file(&state.path().join(StateFolder::REPLACING), what))
 }
 
-/// Removes the mark, and the state folder where the new file has none.
+/// Removes the mark, and also the state folder if the new file has none.
 fn finish(state: &StateFolder, is_kept: bool) -> Result<(), CheckpointError> {
     match is_kept {
         true => {
@@ -183,7 +184,7 @@ fn finish(state: &StateFolder, is_kept: bool) -> Result<(), CheckpointError> {
     }
 }
 
-/// Whether the old state folder lies in the temporary folder of a replacement, on its way there.
+/// Whether the old state folder was moved aside, into the temporary folder of a replacement.
 fn stepped_aside(partial: &OwnFolder) -> Result<bool, CheckpointError> {
     Ok(partial.inside(ASIDE).open()?.is_some())
 }
@@ -193,12 +194,12 @@ fn temporary_folder(target: &Path) -> Result<OwnFolder, CheckpointError> {
     OwnFolder::at(&target.with_file_name(temporary_name(target.file_name().unwrap_or_default(), "partial")))
 }
 
-/// Whether a replacement of the single file at `target` waits for recovery, of which its state folder says nothing.
+/// Whether a replacement of the single file at `target` must be recovered although its state folder does not show it.
 pub(super) fn is_without_state(target: &Path) -> Result<bool, CheckpointError> {
     stepped_aside(&temporary_folder(target)?)
 }
 
-/// Puts the old state folder back.
+/// Restores the old state folder.
 fn roll_back(partial: &Partial, state: &StateFolder) -> Result<(), CheckpointError> {
     let old = StateFolder::at(&partial.path().join(FILE), Layout::File)?;
     if stepped_aside(&partial.folder)? {
@@ -214,12 +215,12 @@ fn roll_back(partial: &Partial, state: &StateFolder) -> Result<(), CheckpointErr
     state.folder().sync_above()
 }
 
-/// Finishes or rolls back the replacement of the single file at `target`; `None` where none was interrupted, else whether it was
-/// finished.
+/// Finishes or rolls back the replacement of the single file at `target`. Returns `None` if none was interrupted,
+/// otherwise whether it was finished.
 ///
 /// # Errors
-/// Another run that is writing it, or a failure to rename; it can be asked for again. [`CheckpointError::BadFile`] where the temporary
-/// folder was taken away and the file is not the new one.
+/// Another run that is writing it; a failed rename, after which recovery can be repeated. [`CheckpointError::BadFile`]
+/// if the temporary folder was removed and the file is not the new one.
 pub fn recover_single_file(target: &Path) -> Result<Option<bool>, CheckpointError> {
     let state = StateFolder::at(target, Layout::File)?;
     let temporary = temporary_folder(target)?;
@@ -242,7 +243,7 @@ pub fn recover_single_file(target: &Path) -> Result<Option<bool>, CheckpointErro
     Ok(Some(!is_pending))
 }
 
-/// What is in a state folder, and is not this program's.
+/// Entries of a state folder that do not belong to this program.
 fn foreign_entries(folder: &OwnFolder, below: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut foreign = Vec::new();
     for (name, kind) in folder.entries()? {
@@ -256,7 +257,7 @@ fn foreign_entries(folder: &OwnFolder, below: &Path) -> Result<Vec<String>, Chec
     Ok(foreign)
 }
 
-/// Whether a merge is remembered beside the single file at `path`.
+/// Whether the single file at `path` has a ledger of a merge.
 pub(super) fn remembers_merge(path: &Path) -> Result<bool, CheckpointError> {
     let state = StateFolder::at(path, Layout::File)?;
     Ok(probe::is_present(state.path())? && state.remembers()?)
@@ -300,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replacement_cut_short_is_recovered_to_old_or_new() {
+    fn an_interrupted_replacement_is_recovered_to_old_or_new() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("m.safetensors");
         let output = SingleFile::create(&target, Existing::Keep).unwrap();
@@ -313,13 +314,13 @@ mod tests {
             write_mark(&new, &output.root()).unwrap();
             output.exchange(&new, true).unwrap();
             if is_named {
-                output.give_name().unwrap();
+                output.rename_into_place().unwrap();
             }
-            // Cut short here.
+            // Interrupted here.
             output.partial.stays = true;
             drop(output);
             assert!(StateFolder::at(&target, Layout::File).unwrap().is_interrupted().unwrap());
-            // Whoever comes next takes nothing away.
+            // The next run must not remove anything.
             let error = SingleFile::create(&target, Existing::Replace).err().unwrap();
             assert!(matches!(error, CheckpointError::Interrupted { .. }), "{error}");
             assert_eq!(recover_single_file(&target).unwrap(), Some(is_named));
@@ -331,13 +332,13 @@ mod tests {
     }
 
     #[test]
-    fn a_state_folder_that_stepped_aside_is_put_back() {
+    fn a_state_folder_that_was_moved_aside_is_restored() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("m.safetensors");
         let output = SingleFile::create(&target, Existing::Keep).unwrap();
         write(&output, "old");
         output.commit().unwrap();
-        // On file systems that cannot exchange: cut short with the old one aside, and with the new one in its place.
+        // On file systems that cannot exchange: interrupted with the old one aside, and with the new one in its place.
         for is_placed in [false, true] {
             let mut output = SingleFile::create(&target, Existing::Replace).unwrap();
             write(&output, "new");
@@ -377,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_ledger_s_stays() {
+    fn files_of_others_in_a_state_folder_stay() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("m.safetensors");
         fs::create_dir(dir.path().join("m.safetensors.neuroada")).unwrap();

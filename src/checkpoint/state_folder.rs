@@ -1,19 +1,19 @@
-//! The folder that remembers: `.neuroada/` in a checkpoint's folder, `FILE.neuroada/` beside a single file.
+//! The state folder: `.neuroada/` in a checkpoint's folder, `FILE.neuroada/` next to a single file.
 //!
 //! ```text
-//! ledger                      original bits of every touched position, the active adapters, checksums
-//! adapters/ID.safetensors     a copy of every active adapter: where the touched positions are, and what was added
-//! low-rank                    instead of a ledger: the record of a merge that changed whole tensors
-//! originals.safetensors       beside that record: the originals, where they are kept
-//! card                        the model card that was written beside the weights, and the one whose place it took
+//! ledger                      original bits of every changed position, the active adapters, checksums
+//! adapters/ID.safetensors     a copy of every active adapter: the changed positions and the added values
+//! low-rank                    the record of a merge that changed whole tensors, instead of a ledger
+//! originals.safetensors       the originals for that record, if they are kept
+//! card                        the model card that was written, and the one that it replaced
 //! files                       the names of the files that this program wrote into the checkpoint's folder
-//! ledger.new                  the ledger after the change under way
-//! txn                         the change under way: digests of both ledgers
+//! ledger.new                  the ledger after the pending change
+//! txn                         the pending change: digests of both ledgers
 //! replacing                   a single file and its ledger are being replaced
 //! ```
 //!
-//! What the entries say is known above this floor. Here lies what everybody who opens a checkpoint must know: whether a change
-//! waits for recovery.
+//! Upper layers define the contents of the entries. This file covers what everyone who opens a checkpoint must know:
+//! whether a change must be recovered.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,12 +28,12 @@ use super::{
     write_own,
 };
 
-/// The folder's name inside a checkpoint's folder, and its suffix behind a single file's name.
+/// The folder's name inside a checkpoint's folder, and the suffix after a single file's name.
 pub const STATE_FOLDER: &str = ".neuroada";
 
-/// The version of lists of file names that is written and read.
+/// The version of file lists that is written and read.
 const LIST_VERSION: u32 = 1;
-/// Lists of file names larger than this are refused.
+/// Maximum size of a file list.
 const MAX_LIST_BYTES: u64 = 64 << 20;
 
 /// A checkpoint's state folder, which may not exist; never reached through a link.
@@ -41,19 +41,19 @@ const MAX_LIST_BYTES: u64 = 64 << 20;
 pub struct StateFolder(OwnFolder);
 
 impl StateFolder {
-    /// The original bits of every touched position.
+    /// The original bits of every changed position.
     pub const LEDGER: &str = "ledger";
-    /// The ledger after the change under way.
+    /// The ledger after the pending change.
     pub const LEDGER_NEW: &str = "ledger.new";
-    /// The journal of the change under way.
+    /// The journal of the pending change.
     pub const TXN: &str = "txn";
     /// The record of a merge that changed whole tensors.
     pub const LOW_RANK: &str = "low-rank";
-    /// The originals beside that record.
+    /// The originals for that record.
     pub const ORIGINALS: &str = "originals.safetensors";
     /// The names of the files that this program wrote.
     pub const FILES: &str = "files";
-    /// The model card that was written beside the weights.
+    /// The model card that was written next to the weights.
     pub const CARD: &str = "card";
     /// A single file and its ledger are being replaced.
     pub const REPLACING: &str = "replacing";
@@ -62,12 +62,12 @@ impl StateFolder {
     /// The state folder of an open checkpoint.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`] where the folder that it would lie in cannot be opened.
+    /// [`CheckpointError::Io`] if its parent folder cannot be opened.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
         Self::at(checkpoint.root(), checkpoint.layout())
     }
 
-    /// The state folder of a checkpoint that lies, or will lie, at `root`.
+    /// The state folder of a checkpoint that is, or will be, at `root`.
     ///
     /// # Errors
     /// As [`Self::of`].
@@ -76,7 +76,7 @@ impl StateFolder {
         Ok(Self(OwnFolder::at(&path)?))
     }
 
-    /// Whether the folder at `path` is one, and in use: it remembers a merge, or a change waits in it.
+    /// Whether the folder at `path` is a state folder in use: it records a merge, or a change is pending.
     pub(super) fn is_state_folder(path: &Path) -> Result<bool, CheckpointError> {
         if !probe::is_present(path)? {
             return Ok(false);
@@ -85,7 +85,7 @@ impl StateFolder {
         Ok(state.remembers()? || state.is_interrupted()?)
     }
 
-    /// Where it lies.
+    /// Its path.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
@@ -93,20 +93,20 @@ impl StateFolder {
     pub fn folder(&self) -> &OwnFolder {
         &self.0
     }
-    /// The folder of the active adapters' copies.
+    /// The folder with the copies of the active adapters.
     pub fn adapters(&self) -> OwnFolder {
         self.0.inside(Self::ADAPTERS)
     }
 
-    /// Whether an interrupted change waits here.
+    /// Whether an interrupted change is pending.
     ///
     /// # Errors
-    /// A folder that cannot be examined: nobody knows then.
+    /// A folder that cannot be examined, since the answer is then unknown.
     pub fn is_interrupted(&self) -> Result<bool, CheckpointError> {
         Ok(self.0.has(Self::TXN)? || self.0.has(Self::LEDGER_NEW)? || self.0.has(Self::REPLACING)?)
     }
 
-    /// Whether it remembers a merge.
+    /// Whether it records a merge.
     ///
     /// # Errors
     /// As [`Self::is_interrupted`].
@@ -117,15 +117,16 @@ impl StateFolder {
     /// Creates the folder and its `adapters`, durably.
     ///
     /// # Errors
-    /// A link in the way, or a failure to create.
+    /// A link on the path; a failure to create.
     pub fn create(&self) -> Result<(), CheckpointError> {
         self.adapters().create()
     }
 
-    /// Removes what no ledger needs: entries of `adapters` that are not `kept`, an unfinished ledger, and, where nothing is kept, the
-    /// folder itself, so far as it is this program's.
+    /// Removes what no ledger needs: entries of `adapters` that are not in `kept`, an unfinished ledger and, if
+    /// nothing is kept, the folder itself, as far as it is this program's.
     ///
     /// # Errors
+    /// A failure to remove.
     /// A failure to remove.
     pub fn tidy(&self, kept: &[String]) -> Result<(), CheckpointError> {
         self.0.remove(Self::LEDGER_NEW)?;
@@ -141,7 +142,7 @@ impl StateFolder {
             }
         }
         if self.0.has(Self::LEDGER)? {
-            // What the ledger took the place of.
+            // The entries that the ledger replaced.
             self.0.remove(Self::LOW_RANK)?;
             self.0.remove(Self::ORIGINALS)?;
         }
@@ -157,7 +158,7 @@ impl StateFolder {
         Ok(())
     }
 
-    /// Removes temporary files that a killed run left.
+    /// Removes temporary files of killed runs.
     fn remove_leftovers(&self, folder: &OwnFolder) -> Result<(), CheckpointError> {
         for (name, kind) in folder.entries()? {
             let name = name.to_string_lossy();
@@ -168,7 +169,7 @@ impl StateFolder {
         Ok(())
     }
 
-    /// Writes the list of the files that this program wrote, with their lengths; paths from the checkpoint's folder.
+    /// Writes the list of the files that this program wrote, with their lengths; relative to the checkpoint's folder.
     ///
     /// # Errors
     /// A failure to examine a file, or to write.
@@ -179,13 +180,13 @@ impl StateFolder {
             names.insert(file.to_string_lossy().into_owned(), meta.map_or(0, |meta| meta.len()));
         }
         let mut json =
-            serde_json::to_vec(&FileList { version: LIST_VERSION, files: names }).expect("strings serialise");
+            serde_json::to_vec(&FileList { version: LIST_VERSION, files: names }).expect("strings serialize");
         json.push(b'\n');
         write_own(&self.0, Self::FILES, &json)
     }
 
-    /// The files that this program wrote, and their lengths then; empty where there is no list. A file of another length is somebody
-    /// else's by now.
+    /// The files that this program wrote, with their lengths at that time; empty if there is no list. A file whose
+    /// length has changed belongs to the user.
     ///
     /// # Errors
     /// A list that cannot be read.
@@ -201,7 +202,7 @@ impl StateFolder {
     }
 }
 
-/// Removes a copy of an adapter that is a folder, so far as it is this program's.
+/// Removes an adapter copy that is a folder, as far as it is this program's.
 fn remove_copy(copy: &OwnFolder) -> Result<(), CheckpointError> {
     for (name, kind) in copy.entries()? {
         let name = name.to_string_lossy();
@@ -213,10 +214,10 @@ fn remove_copy(copy: &OwnFolder) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// The files of a copy that is a folder.
+/// The files of an adapter copy that is a folder.
 const COPIED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-/// What the list of files says.
+/// The contents of the file list.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileList {
@@ -224,7 +225,7 @@ struct FileList {
     files: BTreeMap<String, u64>,
 }
 
-/// Whether an entry of a state folder is one that this program makes; `path` from the state folder.
+/// Whether this program creates an entry of this name; `path` is relative to the state folder.
 pub(super) fn is_own_entry(path: &Path) -> bool {
     let names: Vec<String> = path.iter().map(|name| name.to_string_lossy().into_owned()).collect();
     match &names[..] {
@@ -258,21 +259,21 @@ fn is_id(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether a name is that of a file which is being written, by this version or one before.
+/// Whether a name is that of a temporary file, of this version or an earlier one.
 fn is_temporary(name: &str) -> bool {
     name.starts_with('.')
         && (name.ends_with(".neuroada-tmp") || (name.starts_with(".neuroada-") && name.ends_with(".tmp")))
 }
 
-/// Where the ledger of a single file lies.
+/// The location of a single file's ledger.
 fn beside_file(file: &Path) -> PathBuf {
     let mut name = file.file_name().unwrap_or_default().to_owned();
     name.push(STATE_FOLDER);
     file.with_file_name(name)
 }
 
-/// The checkpoint that has to be recovered before `checkpoint` can be used: itself, the folder that its file belongs to, or one of
-/// its files.
+/// The checkpoint that must be recovered before `checkpoint` can be used: itself, the folder that its file belongs to,
+/// or one of its files.
 ///
 /// # Errors
 /// A state folder that cannot be examined.
@@ -299,7 +300,7 @@ pub(super) fn interrupted(checkpoint: &Checkpoint) -> Result<Option<PathBuf>, Ch
             }
         }
     }
-    // A link to a file of another checkpoint shows that one's weights.
+    // A link to a file of another checkpoint shares that file's weights.
     for shard in checkpoint.shards() {
         if probe::entry_kind(shard.path())? != Some(EntryKind::Link) {
             continue;

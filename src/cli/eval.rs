@@ -215,7 +215,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
         tokenizer: &tokenizer,
         task,
         generate: args.generate.then(|| GenerateOptions {
-            most_new: args.max_new_tokens.map_or(task.map_or(0, Task::max_new_tokens), |n| n as usize),
+            max_new_tokens: args.max_new_tokens.map_or(task.map_or(0, Task::max_new_tokens), |n| n as usize),
             stop: tokenizer.stops().to_vec(),
             max_tokens: args.batch_tokens,
         }),

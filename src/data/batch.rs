@@ -1,27 +1,28 @@
-//! An epoch as packed batches.
+//! Splits an epoch into packed batches.
 
 use super::Dataset;
 
-/// The label of a token after which nothing is learned.
+/// The label of a token without supervision (ignored by the loss).
 pub const IGNORE: u32 = u32::MAX;
 
-/// How many batches' worth of examples are sorted by length at a time: enough to fill batches well and to make them even,
-/// few enough that the order stays random.
+/// Examples are sorted by length within a window of this many batches: enough to fill batches well and evenly, few
+/// enough to keep the order random.
 const WINDOW: usize = 32;
 
-/// Examples packed end to end: no padding, and no attention across examples.
+/// Packed examples: no padding, and no attention across examples.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Batch {
     /// `[n_tokens]`.
     pub tokens: Vec<u32>,
-    /// `[n_tokens]`: the token that must follow each, or [`IGNORE`]; the last of every example is [`IGNORE`].
+    /// `[n_tokens]`: the next token to predict at each position, or [`IGNORE`]; always [`IGNORE`] at the end of an
+    /// example.
     pub labels: Vec<u32>,
-    /// `[n_examples + 1]`: where each example begins in `tokens`, and where the last one ends.
+    /// `[n_examples + 1]`: the start of each example in `tokens`, then the end of the last one.
     pub starts: Vec<usize>,
 }
 
 impl Batch {
-    /// The batch of some examples of a dataset, in this order.
+    /// The batch of the given examples of a dataset, in this order.
     pub fn of(dataset: &Dataset, examples: impl IntoIterator<Item = usize>) -> Self {
         let mut batch = Self { tokens: Vec::new(), labels: Vec::new(), starts: vec![0] };
         for i in examples {
@@ -33,67 +34,70 @@ impl Batch {
         batch
     }
 
-    /// How many examples it holds.
+    /// Number of examples.
     pub fn n_examples(&self) -> usize {
         self.starts.len() - 1
     }
 
-    /// How many tokens it holds.
+    /// Number of tokens.
     pub fn n_tokens(&self) -> usize {
         self.tokens.len()
     }
 
-    /// How many of its labels are tokens.
+    /// Number of supervised tokens.
     pub fn n_supervised(&self) -> usize {
         self.labels.iter().filter(|&&label| label != IGNORE).count()
     }
 
-    /// Tokens of its longest example.
+    /// Number of tokens of its longest example.
     pub fn longest(&self) -> usize {
         self.starts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
     }
 }
 
-/// What one batch may hold.
+/// The limits of one batch.
 ///
 /// An example longer than `max_tokens` is a batch of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BatchLimits {
-    /// Most tokens; `usize::MAX` for no limit.
+    /// Maximum number of tokens; `usize::MAX` for no limit.
     pub max_tokens: usize,
-    /// Most examples; `usize::MAX` for no limit.
+    /// Maximum number of examples; `usize::MAX` for no limit.
     pub max_examples: usize,
 }
 
-/// The batches of one epoch: every example once, in batches found by their numbers.
+/// The batches of one epoch: every example once, batches accessed by index.
 ///
-/// The plan is a pure function of the examples' lengths, the limits, the seed and the epoch. Memory: 8 bytes per example;
-/// a batch's tokens are copied when it is asked for.
+/// The order is a pure function of the examples' lengths, the limits, the seed and the epoch. Memory: 8 bytes per
+/// example; a batch's tokens are copied on access.
 #[derive(Clone, Debug)]
 pub struct Batches<'a> {
     dataset: &'a Dataset,
-    /// Examples in the order in which they are seen.
+    /// Examples in training order.
     order: Vec<u32>,
-    /// `[n_batches]`: where each batch ends in `order`.
+    /// `[n_batches]`: the end of each batch in `order`.
     ends: Vec<u32>,
 }
 
 impl<'a> Batches<'a> {
     /// A shuffled epoch.
     ///
-    /// With a limit on examples alone, batches are runs of the shuffled order. With a limit on tokens, batches are filled
-    /// from examples of similar length, and what then stays free with the longest example that fits; the order of the
-    /// batches is shuffled once more.
+    /// With a limit on examples alone, batches are consecutive parts of the shuffled order. With a limit on tokens,
+    /// batches are filled from examples of similar length, and remaining space with the longest example that fits;
+    /// then the order of the batches is shuffled.
     ///
     /// # Panics
-    /// Where a limit is 0, and beyond 2^32 examples.
+    /// If a limit is 0, or beyond 2^32 examples.
     pub fn shuffled(dataset: &'a Dataset, limits: BatchLimits, seed: u64, epoch: u64) -> Self {
         let mut random = Random::new(seed, epoch);
         let mut order = in_order(dataset);
         random.shuffle(&mut order);
-        let lists =
-            if limits.max_tokens == usize::MAX { runs(dataset, &order, limits) } else { fill(dataset, &order, limits) };
-        // The last batch is the one that is not full: shuffled too, so that no epoch ends with a small step by rule.
+        let lists = if limits.max_tokens == usize::MAX {
+            split_by_limits(dataset, &order, limits)
+        } else {
+            fill(dataset, &order, limits)
+        };
+        // Also shuffle the last batch, which may not be full, so that epochs do not always end with a small step.
         let mut numbers: Vec<u32> = (0..lists.len() as u32).collect();
         if limits.max_tokens != usize::MAX {
             random.shuffle(&mut numbers);
@@ -104,26 +108,26 @@ impl<'a> Batches<'a> {
     /// Every example once, in file order.
     ///
     /// # Panics
-    /// Where a limit is 0, and beyond 2^32 examples.
+    /// If a limit is 0, or beyond 2^32 examples.
     pub fn in_order(dataset: &'a Dataset, limits: BatchLimits) -> Self {
-        let lists = runs(dataset, &in_order(dataset), limits);
+        let lists = split_by_limits(dataset, &in_order(dataset), limits);
         Self::from_lists(dataset, lists.iter())
     }
 
-    /// How many batches there are.
+    /// Number of batches.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no batches.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// The numbers in the dataset of the examples of batch `i`.
+    /// The dataset indices of the examples of batch `i`.
     ///
     /// # Panics
-    /// Where there is no such batch.
+    /// If there is no such batch.
     pub fn examples(&self, i: usize) -> &[u32] {
         let begin = i.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
         &self.order[begin..self.ends[i] as usize]
@@ -132,17 +136,17 @@ impl<'a> Batches<'a> {
     /// Batch `i`.
     ///
     /// # Panics
-    /// Where there is no such batch.
+    /// If there is no such batch.
     pub fn get(&self, i: usize) -> Batch {
         Batch::of(self.dataset, self.examples(i).iter().map(|&example| example as usize))
     }
 
-    /// The batches from number `first` on.
+    /// The batches from index `first`.
     pub fn iter_from(&self, first: usize) -> impl Iterator<Item = Batch> + '_ {
         (first..self.len()).map(|i| self.get(i))
     }
 
-    /// Tokens of the largest batch: what memory must be there for.
+    /// Number of tokens of the largest batch, which determines the memory.
     pub fn max_tokens(&self) -> usize {
         let tokens = |i| self.examples(i).iter().map(|&example| self.dataset.n_tokens_of(example as usize)).sum();
         (0..self.len()).map(tokens).max().unwrap_or(0)
@@ -162,8 +166,8 @@ fn in_order(dataset: &Dataset) -> Vec<u32> {
     (0..u32::try_from(dataset.len()).expect("a dataset has fewer than 2^32 examples")).collect()
 }
 
-/// Cuts `order` into runs as long as the limits let them be.
-fn runs(dataset: &Dataset, order: &[u32], limits: BatchLimits) -> Vec<Vec<u32>> {
+/// Splits `order` into runs as long as the limits allow.
+fn split_by_limits(dataset: &Dataset, order: &[u32], limits: BatchLimits) -> Vec<Vec<u32>> {
     let mut open = Open::new(limits);
     for &example in order {
         let n_tokens = dataset.n_tokens_of(example as usize);
@@ -175,7 +179,7 @@ fn runs(dataset: &Dataset, order: &[u32], limits: BatchLimits) -> Vec<Vec<u32>> 
     open.finish()
 }
 
-/// Fills batches from examples of similar length, a window of `order` at a time.
+/// Fills batches with examples of similar length, one window of `order` at a time.
 fn fill(dataset: &Dataset, order: &[u32], limits: BatchLimits) -> Vec<Vec<u32>> {
     let mut open = Open::new(limits);
     let mean = (dataset.n_tokens() / dataset.len().max(1) as u64).max(1) as usize;
@@ -199,7 +203,7 @@ fn fill(dataset: &Dataset, order: &[u32], limits: BatchLimits) -> Vec<Vec<u32>> 
     open.finish()
 }
 
-/// Closed batches, and the one that is being filled.
+/// Finished batches, and the one being filled.
 struct Open {
     limits: BatchLimits,
     closed: Vec<Vec<u32>>,
@@ -209,7 +213,7 @@ struct Open {
 
 impl Open {
     fn new(limits: BatchLimits) -> Self {
-        assert!(limits.max_tokens > 0 && limits.max_examples > 0, "a batch has room for something");
+        assert!(limits.max_tokens > 0 && limits.max_examples > 0, "batch limits are positive");
         Self { limits, closed: Vec::new(), examples: Vec::new(), n_tokens: 0 }
     }
 
@@ -236,7 +240,7 @@ impl Open {
     }
 }
 
-/// A stream of random numbers: the BLAKE3 of seed and epoch (8 bytes each, little-endian), read on and on.
+/// A stream of random numbers: the BLAKE3 XOF of seed and epoch (8 bytes each, little-endian).
 struct Random(blake3::OutputReader);
 
 impl Random {
@@ -253,7 +257,7 @@ impl Random {
         ((u128::from(u64::from_le_bytes(bytes)) * n as u128) >> 64) as usize
     }
 
-    /// Fisher and Yates, from the end.
+    /// The Fisher-Yates shuffle, from the end.
     fn shuffle(&mut self, items: &mut [u32]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
@@ -282,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_lays_examples_end_to_end() {
+    fn a_batch_packs_examples_without_padding() {
         let mut dataset = Dataset::new();
         dataset.push(&[1, 2, 3], 1);
         dataset.push(&[4, 5], 1);
@@ -294,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn file_order_is_kept_where_it_is_asked_for() {
+    fn batches_in_order_keep_the_file_order() {
         let dataset = dataset(&[3, 3, 5, 9, 1]);
         let batches = Batches::in_order(&dataset, BatchLimits { max_tokens: 6, max_examples: NONE });
         assert_eq!(plan(&batches), [vec![0, 1], vec![2], vec![3], vec![4]]);
@@ -326,12 +330,12 @@ mod tests {
         let lengths: Vec<usize> = (0..1000).map(|i| 20 + i * 37 % 180).collect();
         let dataset = dataset(&lengths);
         let batches = Batches::shuffled(&dataset, BatchLimits { max_tokens: 2048, max_examples: NONE }, 3, 1);
-        let least = dataset.n_tokens().div_ceil(2048) as usize;
-        assert!(batches.len() <= least + 1, "{} batches where {least} would do", batches.len());
+        let minimum = dataset.n_tokens().div_ceil(2048) as usize;
+        assert!(batches.len() <= minimum + 1, "{} batches where {minimum} would suffice", batches.len());
     }
 
     #[test]
-    fn an_epoch_goes_on_where_it_stopped() {
+    fn an_epoch_resumes_where_it_stopped() {
         let dataset = dataset(&[4, 9, 2, 7, 7, 1, 3]);
         let batches = Batches::shuffled(&dataset, BatchLimits { max_tokens: 10, max_examples: NONE }, 5, 2);
         let all: Vec<Batch> = batches.iter_from(0).collect();

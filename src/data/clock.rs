@@ -1,8 +1,8 @@
-//! The date that chat templates may ask for.
+//! The date that chat templates may use.
 
-/// A moment, in seconds since 1970 in UTC: what `strftime_now` of a chat template tells.
+/// A moment in seconds since 1970 in UTC, returned by `strftime_now` in chat templates.
 ///
-/// It is given, not read from the system, so that the same input makes the same tokens.
+/// It is given by the caller, not read from the system, so that the same input gives the same tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Clock {
     seconds: u64,
@@ -11,11 +11,11 @@ pub struct Clock {
 impl Clock {
     /// `seconds` since 1970 in UTC.
     pub fn new(seconds: u64) -> Self {
-        // The end of the year 9999: beyond it dates need more digits than their formats have.
+        // The end of the year 9999: later dates need more digits than their formats have.
         Self { seconds: seconds.min(253_402_300_799) }
     }
 
-    /// What `strftime` makes of a format, in the C locale; what it does not know is left as it stands.
+    /// Formats like `strftime` in the C locale; unknown specifiers are left unchanged.
     pub(super) fn format(self, format: &str) -> String {
         let date = Date::of(self.seconds / 86_400);
         let (hour, minute, second) = (self.seconds / 3600 % 24, self.seconds / 60 % 60, self.seconds % 60);
@@ -91,7 +91,7 @@ struct Date {
 }
 
 impl Date {
-    /// The day `days` after 1970-01-01, a Thursday.
+    /// The date `days` after 1970-01-01, a Thursday.
     fn of(days: u64) -> Self {
         let (mut year, mut left) = (1970, days);
         let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn dates_match_the_calendar() {
         // date -u -d @1709210096
         let clock = Clock::new(1_709_210_096);
         assert_eq!(clock.format("%d %b %Y"), "29 Feb 2024");

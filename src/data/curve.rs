@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-/// The drawing and what it leaves for words around it, in pixels.
+/// The size of the image and its margins, in pixels.
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 420.0;
 const LEFT: f64 = 64.0;
@@ -10,13 +10,13 @@ const RIGHT: f64 = 24.0;
 const TOP: f64 = 44.0;
 const BOTTOM: f64 = 52.0;
 
-/// More points than this cannot be told apart.
+/// Maximum number of points per line; more could not be told apart.
 const MAX_POINTS: usize = 700;
 
-/// Draws losses over optimizer steps: the training loss, faint as it was and bold as it went, and the evaluation loss.
+/// Draws losses over optimizer steps: the training loss, raw (faint) and smoothed (bold), and the evaluation loss.
 ///
-/// `train` and `eval` are `(step, loss)`, steps ascending; losses that are not finite, or beyond all bounds, are left out. The colours can be read on
-/// white and on black. The same numbers give the same bytes.
+/// `train` and `eval` are `(step, loss)`, with ascending steps; losses that are not finite or extremely large are left
+/// out. The colors are readable on white and on black. The same numbers give the same bytes.
 pub fn loss_curve(train: &[(u64, f64)], eval: &[(u64, f64)]) -> String {
     let (train, eval) = (finite(train), finite(eval));
     let frame = Frame::around(train.iter().chain(&eval));
@@ -25,15 +25,15 @@ pub fn loss_curve(train: &[(u64, f64)], eval: &[(u64, f64)]) -> String {
          role=\"img\" font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif\" font-size=\"13\">\n\
          <title>Loss over optimizer steps</title>\n"
     );
-    // Grey has a contrast of 4.5 to white and to black alike.
+    // This gray has a contrast of 4.5 on both white and black.
     svg += "<g fill=\"#767676\" stroke=\"none\">\n";
     let mut lines = String::new();
     for loss in &frame.loss_ticks {
         let y = frame.y(*loss);
-        let words = decimal(*loss, frame.loss_step);
+        let message = decimal(*loss, frame.loss_step);
         line(
             &mut svg,
-            format_args!("<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{words}</text>", LEFT - 8.0, y + 4.5),
+            format_args!("<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{message}</text>", LEFT - 8.0, y + 4.5),
         );
         line(&mut lines, format_args!("<path d=\"M{LEFT} {y:.1}H{:.1}\"/>", WIDTH - RIGHT));
     }
@@ -89,15 +89,15 @@ pub fn loss_curve(train: &[(u64, f64)], eval: &[(u64, f64)]) -> String {
 }
 
 fn finite(points: &[(u64, f64)]) -> Vec<(f64, f64)> {
-    // What is larger is broken as well, and would overflow between here and a pixel.
+    // Larger values are broken too, and would overflow in the conversion to pixels.
     points.iter().filter(|(_, loss)| loss.abs() < 1e30).map(|&(step, loss)| (step as f64, loss)).collect()
 }
 
-fn line(out: &mut String, words: std::fmt::Arguments<'_>) {
-    writeln!(out, "{words}").expect("a string takes every word");
+fn line(out: &mut String, message: std::fmt::Arguments<'_>) {
+    writeln!(out, "{message}").expect("writing to a string cannot fail");
 }
 
-/// Where numbers lie on the drawing.
+/// The scales of the axes.
 struct Frame {
     first: f64,
     last: f64,
@@ -118,12 +118,12 @@ impl Frame {
         if first > last {
             (first, last, low, high) = (0.0, 1.0, 0.0, 1.0);
         }
-        // A run that begins within its first steps is shown from 0.
+        // A run whose first recorded step is small is shown from step 0.
         if first <= (last - first) / 20.0 || first == last {
             first = 0.0;
         }
         last = last.max(first + 1.0);
-        // A flat curve has room around it.
+        // A flat curve gets a margin.
         if high - low < 1e-9 * high.abs().max(1e-9) {
             let room = (high.abs() * 0.1).max(1e-3);
             (low, high) = (low - room, high + room);
@@ -148,7 +148,7 @@ impl Frame {
     }
 }
 
-/// 1, 2 or 5 times a power of ten, so that about `n` of them make `range`.
+/// 1, 2 or 5 times a power of ten, such that about `n` of them make up `range`.
 fn nice_step(range: f64, n: f64) -> f64 {
     let rough = range / n;
     let power = 10f64.powf(rough.log10().floor());
@@ -160,13 +160,13 @@ fn nice_step(range: f64, n: f64) -> f64 {
     }
 }
 
-/// As many decimals as ticks `step` apart need.
+/// Formats with as many decimals as ticks `step` apart need.
 fn decimal(x: f64, step: f64) -> String {
     let decimals = (-step.log10().floor()).clamp(0.0, 9.0) as usize;
     format!("{x:.decimals$}")
 }
 
-/// At most [`MAX_POINTS`] points: each the mean of as many neighbours.
+/// At most [`MAX_POINTS`] points; each is the mean of the same number of neighbors.
 fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.len() <= MAX_POINTS {
         return points.to_vec();
@@ -179,7 +179,8 @@ fn mean(points: &[(f64, f64)]) -> (f64, f64) {
     (step / points.len() as f64, loss / points.len() as f64)
 }
 
-/// Means over a window of a twentieth of the run around each point; narrower at the ends, so that it is never lopsided.
+/// The moving average over a window of a twentieth of the run, centered on each point; narrower at the ends, so that
+/// it stays centered.
 fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let half = (points.len() / 40).max(2);
     let mut sums = vec![0.0];
@@ -193,45 +194,45 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     (0..points.len()).map(smooth).collect()
 }
 
-fn polyline(frame: &Frame, points: &[(f64, f64)], colour: &str, width: f64, opacity: f64) -> String {
+fn polyline(frame: &Frame, points: &[(f64, f64)], color: &str, width: f64, opacity: f64) -> String {
     if points.len() < 2 {
         return String::new();
     }
     let mut out = String::from("<polyline points=\"");
     for &(step, loss) in points {
-        write!(out, "{:.1},{:.1} ", frame.x(step), frame.y(loss)).expect("a string takes every word");
+        write!(out, "{:.1},{:.1} ", frame.x(step), frame.y(loss)).expect("writing to a string cannot fail");
     }
     out.pop();
     line(
         &mut out,
         format_args!(
-            "\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" stroke-opacity=\"{opacity}\" stroke-linejoin=\"round\"/>"
+            "\" fill=\"none\" stroke=\"{color}\" stroke-width=\"{width}\" stroke-opacity=\"{opacity}\" stroke-linejoin=\"round\"/>"
         ),
     );
     out
 }
 
-fn dot(frame: &Frame, (step, loss): (f64, f64), colour: &str) -> String {
-    format!("<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{colour}\"/>\n", frame.x(step), frame.y(loss))
+fn dot(frame: &Frame, (step, loss): (f64, f64), color: &str) -> String {
+    format!("<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" fill=\"{color}\"/>\n", frame.x(step), frame.y(loss))
 }
 
-/// A single point makes no line.
-fn single(frame: &Frame, points: &[(f64, f64)], colour: &str) -> String {
-    if let [point] = points { dot(frame, *point, colour) } else { String::new() }
+/// A dot if there is a single point, which makes no line.
+fn single(frame: &Frame, points: &[(f64, f64)], color: &str) -> String {
+    if let [point] = points { dot(frame, *point, color) } else { String::new() }
 }
 
-/// Names of the series, side by side.
+/// The names of the series, side by side.
 struct Legend {
     x: f64,
 }
 
 impl Legend {
-    fn entry(&mut self, colour: &str, words: &str) -> String {
+    fn entry(&mut self, color: &str, message: &str) -> String {
         let (x, y) = (self.x, TOP - 20.0);
-        self.x += 56.0 + words.len() as f64 * 7.5;
+        self.x += 56.0 + message.len() as f64 * 7.5;
         format!(
-            "<path d=\"M{x:.1} {:.1}h24\" stroke=\"{colour}\" stroke-width=\"3\"/>\n\
-             <text x=\"{:.1}\" y=\"{y:.1}\" fill=\"#767676\">{words}</text>\n",
+            "<path d=\"M{x:.1} {:.1}h24\" stroke=\"{color}\" stroke-width=\"3\"/>\n\
+             <text x=\"{:.1}\" y=\"{y:.1}\" fill=\"#767676\">{message}</text>\n",
             y - 4.5,
             x + 32.0
         )
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn every_run_can_be_drawn() {
+    fn every_run_can_be_plotted() {
         let many: Vec<(u64, f64)> = (0..100_000).map(|step| (step, 2.0 + (step as f64).sin())).collect();
         for (train, eval) in [
             (&[][..], &[][..]),

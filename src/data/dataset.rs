@@ -10,9 +10,9 @@ use super::IGNORE;
 #[derive(Clone, Default, Debug)]
 pub struct Dataset {
     tokens: Vec<u32>,
-    /// `[n_examples]`: where each example's tokens and spans end.
+    /// `[n_examples]`: the ends of each example's tokens and spans.
     ends: Vec<(usize, usize)>,
-    /// What the model learns to write, as `(begin, end)` within the example; ascending, apart.
+    /// Supervised spans as `(begin, end)` within the example; ascending, disjoint.
     spans: Vec<(u32, u32)>,
     longest: usize,
     n_supervised: u64,
@@ -21,25 +21,25 @@ pub struct Dataset {
 /// One example of a [`Dataset`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Example<'a> {
-    /// Its token ids, the prompt's first.
+    /// Its token ids, starting with the prompt.
     pub tokens: &'a [u32],
-    /// The tokens that the model learns to write, as `(begin, end)`; ascending, apart, none begins at 0: nothing comes
-    /// before the first token that could predict it.
+    /// The supervised tokens, as `(begin, end)`; ascending, disjoint. None begins at 0, because no token precedes the
+    /// first one to predict it.
     pub spans: &'a [(u32, u32)],
 }
 
 impl Example<'_> {
-    /// How many tokens come before the first that the model learns to write.
+    /// Number of tokens before the first supervised one.
     pub fn n_prompt(&self) -> usize {
         self.spans.first().map_or(self.tokens.len(), |span| span.0 as usize)
     }
 
-    /// How many tokens the model learns to write.
+    /// Number of supervised tokens.
     pub fn n_supervised(&self) -> usize {
         self.spans.iter().map(|(begin, end)| (end - begin) as usize).sum()
     }
 
-    /// Writes the labels, `[n_tokens]`: at each place the token that must follow it, or [`IGNORE`].
+    /// Appends the labels, `[n_tokens]`: the next token at each position, or [`IGNORE`].
     pub(super) fn push_labels(&self, labels: &mut Vec<u32>) {
         let start = labels.len();
         labels.resize(start + self.tokens.len(), IGNORE);
@@ -51,25 +51,25 @@ impl Example<'_> {
 }
 
 impl Dataset {
-    /// No examples yet.
+    /// An empty dataset.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds an example: its tokens, of which all after the first `n_prompt` are what the model learns to write.
+    /// Adds an example; all tokens after the first `n_prompt` are supervised.
     ///
     /// # Panics
-    /// Beyond 2^32 tokens in one example.
+    /// If the example has 2^32 tokens or more.
     pub fn push(&mut self, tokens: &[u32], n_prompt: usize) {
         self.push_spans(tokens, std::slice::from_ref(&(n_prompt..tokens.len())));
     }
 
-    /// Adds an example: its tokens, and the spans of them that the model learns to write.
+    /// Adds an example with its supervised spans.
     ///
-    /// A span is cut to the tokens there are, and never holds the first token, which nothing comes before.
+    /// Spans are cut to the available tokens, and never include the first token, which no token precedes.
     ///
     /// # Panics
-    /// Where spans overlap or descend, and beyond 2^32 tokens in one example.
+    /// If spans overlap or descend, or if the example has 2^32 tokens or more.
     pub fn push_spans(&mut self, tokens: &[u32], supervised: &[Range<usize>]) {
         let n_tokens = u32::try_from(tokens.len()).expect("an example has fewer than 2^32 tokens");
         self.tokens.extend_from_slice(tokens);
@@ -88,32 +88,32 @@ impl Dataset {
         self.longest = self.longest.max(n_tokens as usize);
     }
 
-    /// How many examples there are.
+    /// Number of examples.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no examples.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// Tokens of all examples.
+    /// Total number of tokens.
     pub fn n_tokens(&self) -> u64 {
         self.tokens.len() as u64
     }
 
-    /// Tokens that the model learns to write, over all examples.
+    /// Total number of supervised tokens.
     pub fn n_supervised(&self) -> u64 {
         self.n_supervised
     }
 
-    /// Tokens of the longest example.
+    /// Number of tokens of the longest example.
     pub fn longest(&self) -> usize {
         self.longest
     }
 
-    /// Tokens of example `i`.
+    /// Number of tokens of example `i`.
     pub fn n_tokens_of(&self, i: usize) -> usize {
         self.ends[i].0 - self.start(i).0
     }
@@ -121,7 +121,7 @@ impl Dataset {
     /// Example `i`.
     ///
     /// # Panics
-    /// Where there is none.
+    /// If there is no such example.
     pub fn example(&self, i: usize) -> Example<'_> {
         let ((token, span), (token_end, span_end)) = (self.start(i), self.ends[i]);
         Example { tokens: &self.tokens[token..token_end], spans: &self.spans[span..span_end] }
@@ -132,7 +132,7 @@ impl Dataset {
         (0..self.len()).map(|i| self.example(i))
     }
 
-    /// The BLAKE3 of all examples in their order: equal where the same model would learn the same.
+    /// The BLAKE3 of all examples in order: equal digests mean equal training.
     pub fn digest(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         let mut bytes = Vec::new();
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_are_the_tokens_that_must_follow() {
+    fn labels_are_the_next_tokens() {
         let mut dataset = Dataset::new();
         dataset.push(&[10, 11, 12, 13], 2);
         let example = dataset.example(0);
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_token_is_never_learned_and_spans_end_with_the_tokens() {
+    fn the_first_token_is_never_supervised_and_spans_end_with_the_tokens() {
         let mut dataset = Dataset::new();
         dataset.push_spans(&[1, 2, 3], &[0..2, 2..9]);
         assert_eq!(dataset.example(0).spans, [(1, 2), (2, 3)]);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_that_of_tokens_spans_and_order() {
+    fn the_digest_depends_on_tokens_spans_and_order() {
         let of = |examples: &[(&[u32], usize)]| {
             let mut dataset = Dataset::new();
             for &(tokens, n_prompt) in examples {

@@ -1,4 +1,4 @@
-//! What can go wrong between a file of rows and token ids.
+//! Errors on the way from a file of rows to token ids.
 
 use std::{
     fmt,
@@ -10,12 +10,12 @@ use crate::{
     error::{ErrorKind, Failure},
 };
 
-/// Where a row stands in its file.
+/// The position of a row in its file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RowLocation {
-    /// JSON lines: the line, from 1.
+    /// JSON lines: the line number, from 1.
     Line(u64),
-    /// A JSON array: the element, from 0, as `jq` counts, and the line on which it begins, from 1.
+    /// A JSON array: the index, from 0 as in `jq`, and the line on which the element begins, from 1.
     Element(u64, u64),
 }
 
@@ -28,32 +28,32 @@ impl fmt::Display for RowLocation {
     }
 }
 
-/// What can go wrong while data is read.
+/// Errors of reading data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DataError {
-    /// A file could not be read, or is not what it should be.
+    /// A file could not be read, or is invalid.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A row is not what it should be.
+    /// An invalid row.
     #[error("{}: {place}: {what}", Printable::path(.path))]
     BadRow {
         /// The file.
         path: PathBuf,
-        /// Where the row stands.
+        /// The position of the row.
         place: RowLocation,
         /// The field, and what is wrong with it.
         what: String,
     },
-    /// No row is left.
+    /// No usable rows.
     #[error("{}: {what}", Printable::path(.path))]
     Empty {
         /// The file.
         path: PathBuf,
-        /// Where they went.
+        /// Why there are none.
         what: String,
     },
-    /// A request that makes no sense, whatever the files hold.
+    /// An invalid request, whatever the files contain.
     #[error("{0}")]
     Usage(String),
 }
@@ -82,11 +82,11 @@ impl Failure for DataError {
     }
 }
 
-/// Why nothing could be made of a row.
+/// Why a row could not be processed.
 pub(super) enum Failed {
-    /// The row is not what it should be.
+    /// The row is invalid.
     Row(String),
-    /// The fault lies elsewhere, or the user stopped the command.
+    /// Another error, or the user stopped the command.
     Other(DataError),
 }
 

@@ -1,4 +1,4 @@
-//! From the fields of a row to a prompt and a response.
+//! Formats the fields of a row as a prompt and a response.
 
 use std::path::PathBuf;
 
@@ -7,45 +7,45 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     Clock, DataError, Loss, Tokenizer,
-    chat::{ChatTemplate, learned_of},
+    chat::{ChatTemplate, supervised_of},
     error::Failed,
     jinja::{Jinja, Rendered, value},
     rows::kind,
 };
 use crate::checkpoint::{CheckpointError, Context, read_whole};
 
-/// A template written by a person.
+/// Maximum size of a template file.
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 
-/// What every commonsense answer begins with.
+/// The prefix of every commonsense answer.
 pub(super) const COMMONSENSE_ANSWER: &str = "the correct answer is ";
 
-/// How rows become text.
+/// How rows are formatted as text.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum Template {
-    /// By the fields of the first row: `messages`, `prompt` and `completion`, `text`, or `instruction`, which is
-    /// `commonsense` where the output is `the correct answer is {answer}` and else `alpaca`.
+    /// Chosen by the fields of the first row: `messages`, `prompt` and `completion`, `text`, or `instruction`. The
+    /// last is `commonsense` if the output is `the correct answer is {answer}`, otherwise `alpaca`.
     #[default]
     Auto,
-    /// The prompt of Stanford Alpaca around `instruction` and `input`; `output` follows.
+    /// The Stanford Alpaca prompt with `instruction` and `input`; followed by `output`.
     Alpaca,
-    /// `instruction` and a line end; `the correct answer is {answer}` follows.
+    /// `instruction` and a line break; followed by `the correct answer is {answer}`.
     Commonsense,
-    /// A Jinja file that sees the row's fields and the special tokens. What it puts in `{% generation %}` is learned; without
-    /// that, it makes the prompt, and `output` or `completion` follows.
+    /// A Jinja file with access to the row's fields and the special tokens. Text in `{% generation %}` is supervised.
+    /// Without such a block, the template gives the prompt, followed by `output` or `completion`.
     File(PathBuf),
 }
 
-/// A row as text.
+/// A formatted row.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Text {
     /// A prompt, then a response and an end token.
     EncodedPair { prompt: String, response: String },
-    /// A text that is complete, special tokens included.
+    /// A complete text, special tokens included.
     Marked(Rendered),
 }
 
-/// Makes text of rows, all of one form.
+/// Formats rows of one form.
 pub(super) enum Form {
     Alpaca,
     Commonsense,
@@ -56,7 +56,7 @@ pub(super) enum Form {
 }
 
 impl Form {
-    /// The form of a file, by its first row.
+    /// The form of a file, chosen by its first row.
     pub(super) fn of(
         ctx: &Context<'_>,
         template: &Template,
@@ -87,14 +87,14 @@ impl Form {
             Template::Auto => {
                 let names: Vec<&str> = first.keys().map(String::as_str).collect();
                 return Ok(Err(format!(
-                    "its fields [{}] are none of: messages; prompt and completion; instruction and output; text",
+                    "its fields [{}] match none of: messages; prompt and completion; instruction and output; text",
                     names.join(", ")
                 )));
             }
         }))
     }
 
-    /// Whether rows go through a template that writes answers itself, and marks them.
+    /// Whether the template itself writes and marks the answers.
     pub(super) fn writes_answers(&self) -> bool {
         matches!(self, Self::File { jinja, .. } if jinja.has_generation)
     }
@@ -111,13 +111,13 @@ impl Form {
         }
     }
 
-    /// The text of a row; the error names the field.
+    /// The formatted text of a row; the error names the field.
     pub(super) fn text(&self, ctx: &Context<'_>, row: &Map<String, Json>, loss: Loss) -> Result<Text, Failed> {
         let response = match self {
             Self::Chat(template) => return Ok(Text::Marked(template.render(ctx, row, loss)?)),
             Self::File { jinja, specials } if jinja.has_generation => {
                 let mut rendered = jinja.render(ctx, values(row, specials))?;
-                rendered.spans = learned_of(row, loss, &rendered)?;
+                rendered.spans = supervised_of(row, loss, &rendered)?;
                 return Ok(Text::Marked(rendered));
             }
             Self::Alpaca => field(row, "output")?.to_owned(),
@@ -130,13 +130,13 @@ impl Form {
         Ok(Text::EncodedPair { prompt: self.prompt(ctx, row)?, response })
     }
 
-    /// The prompt of a row alone, for a model to go on from.
+    /// Only the prompt of a row, for generation.
     pub(super) fn prompt(&self, ctx: &Context<'_>, row: &Map<String, Json>) -> Result<String, Failed> {
         Ok(match self {
             Self::Alpaca => alpaca(field(row, "instruction")?, optional(row, "input")?),
             Self::Commonsense => match optional(row, "input")? {
                 "" => format!("{}\n", field(row, "instruction")?),
-                _ => return Err("field \"input\": the commonsense template has no place for it".to_owned().into()),
+                _ => return Err("field \"input\": the commonsense template does not use it".to_owned().into()),
             },
             Self::EncodedPair => field(row, "prompt")?.to_owned(),
             Self::Plain => String::new(),
@@ -148,7 +148,7 @@ impl Form {
     }
 }
 
-/// The prompt of Stanford Alpaca.
+/// The Stanford Alpaca prompt.
 fn alpaca(instruction: &str, input: &str) -> String {
     if input.is_empty() {
         return format!(
@@ -168,7 +168,7 @@ fn values(row: &Map<String, Json>, specials: &[(String, String)]) -> Value {
     Value::from_pairs(specials.chain(row.iter().map(|(name, json)| (name.as_str(), value(json)))))
 }
 
-/// A field that holds a string.
+/// A string field.
 pub(super) fn field<'a>(row: &'a Map<String, Json>, name: &str) -> Result<&'a str, String> {
     match row.get(name) {
         Some(Json::String(text)) => Ok(text),
@@ -177,12 +177,12 @@ pub(super) fn field<'a>(row: &'a Map<String, Json>, name: &str) -> Result<&'a st
     }
 }
 
-/// A field that may be missing or null.
+/// A string field that may be missing or null.
 fn optional<'a>(row: &'a Map<String, Json>, name: &str) -> Result<&'a str, String> {
     if matches!(row.get(name), None | Some(Json::Null)) { Ok("") } else { field(row, name) }
 }
 
-/// A field that holds a string, or a number as it is written.
+/// A string field, or a number as it is written.
 pub(super) fn text_or_number(row: &Map<String, Json>, name: &str) -> Result<String, String> {
     match row.get(name) {
         Some(Json::Number(number)) => Ok(number.to_string()),

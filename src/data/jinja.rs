@@ -1,4 +1,4 @@
-//! Jinja as Hugging Face renders chat templates with it.
+//! Jinja, as Hugging Face renders chat templates.
 
 use std::{
     ops::Range,
@@ -22,50 +22,50 @@ use super::{
 };
 use crate::checkpoint::{CheckpointError, Context, Printable};
 
-/// Work that one rendering may do, in minijinja's measure: about an instruction or 64 bytes each. A conversation of a
-/// hundred turns needs a hundredth of it; a template that would loop forever stops within a second. It bounds instructions and most
-/// of what they make; [`LIMITS`] bound what a single instruction can still do.
+/// Limit on the work of one rendering, in minijinja's fuel: about one instruction or 64 bytes per unit. A conversation
+/// of a hundred turns needs 1 % of it, and an endless loop stops within a second. It limits instructions and most of
+/// their output; [`LIMITS`] limits what a single instruction can still do.
 const FUEL: u64 = 1_000_000;
 
-/// Templates of models in use have at most 30 kB.
+/// Templates in use have at most 30 kB.
 const MAX_SOURCE_BYTES: usize = 128 << 10;
 
-/// What compiling a template, or rendering one row with it, may take. Templates of models in use take milliseconds and less than a
+/// Limits for compiling a template, or rendering one row with it. Templates in use take milliseconds and less than a
 /// megabyte.
 const LIMITS: Limits = Limits { time: Duration::from_secs(10), n_bytes: 512 << 20 };
 
-/// Lists and objects that a template prints: a list that holds another twice, and so on, is small in memory and endless on
-/// paper.
+/// Maximum number of lists and objects that a template may print: nested references to the same list are small in
+/// memory, but exponentially large in print.
 const MAX_PRINTED: usize = 1 << 18;
 const MAX_PRINTED_DEPTH: usize = 128;
 const MAX_JSON_BYTES: usize = 16 << 20;
 
-/// What surrounds a `generation` block's text while it is rendered: noncharacters, which no text may hold.
+/// Delimiters of a `generation` block's text during rendering: noncharacters, which no text may contain.
 const BEGIN: char = '\u{fdd0}';
 const END: char = '\u{fdd1}';
 
 /// A compiled template.
 pub(super) struct Jinja {
-    /// The file that it comes from.
+    /// The template file.
     path: PathBuf,
     env: Arc<Environment<'static>>,
     watched: Watched,
     limits: Limits,
-    /// Whether it says itself what is learned, in `{% generation %}` blocks.
+    /// Whether it marks supervised text in `{% generation %}` blocks.
     pub has_generation: bool,
 }
 
-/// What a template made of a row.
+/// The text that a template rendered for a row.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Rendered {
     /// The text.
     pub text: String,
-    /// Bytes of it that came from `{% generation %}` blocks.
+    /// The byte ranges that came from `{% generation %}` blocks.
     pub spans: Vec<Range<usize>>,
 }
 
 impl Jinja {
-    /// Compiles a template of a file; `clock` is what its `strftime_now` tells.
+    /// Compiles a template; its `strftime_now` returns `clock`.
     pub(super) fn new(ctx: &Context<'_>, path: &Path, source: &str, clock: Clock) -> Result<Self, DataError> {
         Self::within(LIMITS, ctx, path, source, clock)
     }
@@ -86,7 +86,8 @@ impl Jinja {
     /// Renders a row's values, within [`LIMITS`].
     ///
     /// # Errors
-    /// [`Failed::Row`] for what the template finds wrong with the row; else the template is at fault, or the user stopped the command.
+    /// [`Failed::Row`] if the template rejects the row; otherwise the template is invalid, or the user stopped the
+    /// command.
     pub(super) fn render(&self, ctx: &Context<'_>, values: Value) -> Result<Rendered, Failed> {
         let env = Arc::clone(&self.env);
         let rendered = self.watched.run(ctx, move || render(&env, values));
@@ -94,11 +95,11 @@ impl Jinja {
     }
 }
 
-/// The error for a template whose work was abandoned.
+/// The error for a template whose evaluation was abandoned.
 fn abandoned(path: &Path, limits: Limits, why: Abandoned) -> DataError {
     let what = match why {
         Abandoned::Cancelled => return CheckpointError::Cancelled.into(),
-        Abandoned::TooLong => format!("the template takes longer than {} s for one row", limits.time.as_secs_f64()),
+        Abandoned::TooLong => format!("the template takes more than {} s for one row", limits.time.as_secs_f64()),
         Abandoned::TooLarge => {
             format!("the template takes more than {} MiB of memory for one row", limits.n_bytes >> 20)
         }
@@ -112,12 +113,12 @@ fn compile(source: &str, clock: Clock) -> Result<(Environment<'static>, bool), S
     let mut env = Environment::new();
     let mut syntax = SyntaxConfig::builder();
     syntax.trim_blocks(true).lstrip_blocks(true);
-    env.set_syntax(syntax.build().map_err(words)?);
+    env.set_syntax(syntax.build().map_err(message)?);
     env.set_fuel(Some(FUEL));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_formatter(|out, state, value| {
-        let mut left = MAX_PRINTED;
-        measure(value, 0, &mut left)?;
+        let mut budget = MAX_PRINTED;
+        measure(value, 0, &mut budget)?;
         minijinja::escape_formatter(out, state, value)
     });
     env.add_filter("tojson", to_json);
@@ -127,13 +128,13 @@ fn compile(source: &str, clock: Clock) -> Result<(Environment<'static>, bool), S
     });
     env.add_function("strftime_now", move |format: String| clock.format(&format));
     let (source, has_generation) = generation_as_filter(source);
-    env.add_template_owned("template", source).map_err(words)?;
+    env.add_template_owned("template", source).map_err(message)?;
     Ok((env, has_generation))
 }
 
 fn render(env: &Environment<'static>, values: Value) -> Result<Rendered, String> {
-    let template = env.get_template("template").map_err(words)?;
-    let marked = template.render(values).map_err(words)?;
+    let template = env.get_template("template").map_err(message)?;
+    let marked = template.render(values).map_err(message)?;
     let (mut text, mut spans, mut begin) = (String::with_capacity(marked.len()), Vec::new(), None);
     for c in marked.chars() {
         match (c, begin) {
@@ -142,15 +143,15 @@ fn render(env: &Environment<'static>, values: Value) -> Result<Rendered, String>
                 spans.push(start..text.len());
                 begin = None;
             }
-            (BEGIN | END, _) => return Err("a generation block within another, or U+FDD0 in the text".to_owned()),
+            (BEGIN | END, _) => return Err("nested generation blocks, or U+FDD0 in the text".to_owned()),
             _ => text.push(c),
         }
     }
     Ok(Rendered { text, spans })
 }
 
-/// Proves that a value is small enough to be printed.
-fn measure(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
+/// Checks that a value is small enough to be printed.
+fn measure(value: &Value, depth: usize, budget: &mut usize) -> Result<(), Error> {
     let is_map = value.kind() == ValueKind::Map;
     if !is_map && value.kind() != ValueKind::Seq {
         return Ok(());
@@ -160,17 +161,17 @@ fn measure(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
         return Err(too_large());
     }
     for item in value.try_iter()? {
-        *left = left.checked_sub(1).ok_or_else(too_large)?;
+        *budget = budget.checked_sub(1).ok_or_else(too_large)?;
         let item = if is_map { value.get_item(&item)? } else { item };
-        measure(&item, depth + 1, left)?;
+        measure(&item, depth + 1, budget)?;
     }
     Ok(())
 }
 
-/// minijinja's error in one line.
-fn words(error: Error) -> String {
+/// minijinja's error as one line.
+fn message(error: Error) -> String {
     let place = error.line().map_or(String::new(), |line| format!("template line {line}: "));
-    // A template, or `raise_exception`, says what it likes.
+    // The detail comes from the template, for instance through `raise_exception`, and may contain anything.
     let detail = error.detail().map(|detail| Printable(detail).to_string());
     match (error.kind(), detail) {
         (ErrorKind::OutOfFuel, _) => format!("{place}the template runs for too long"),
@@ -180,7 +181,8 @@ fn words(error: Error) -> String {
     }
 }
 
-/// `{% generation %}` is Hugging Face's own tag; a filter block has its syntax and its rules of white space.
+/// Rewrites `{% generation %}`, Hugging Face's own tag, as a filter block, which has the same syntax and whitespace
+/// rules.
 fn generation_as_filter(source: &str) -> (String, bool) {
     let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
     while let Some(at) = rest.find("{%") {
@@ -208,7 +210,7 @@ fn generation_as_filter(source: &str) -> (String, bool) {
     (out + rest, found)
 }
 
-/// JSON as a value of a template.
+/// Converts JSON to a template value.
 pub(super) fn value(json: &Json) -> Value {
     match json {
         Json::Null => Value::from(()),
@@ -224,7 +226,7 @@ pub(super) fn value(json: &Json) -> Value {
     }
 }
 
-/// Python's `json.dumps`, with the options that Hugging Face lets templates give.
+/// Python's `json.dumps`, with the options that Hugging Face exposes to templates.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
@@ -328,7 +330,7 @@ impl Style {
     }
 }
 
-/// A float as Python writes it: `1.0`, `1e-05`, `1e+16`.
+/// Formats a float like Python: `1.0`, `1e-05`, `1e+16`.
 fn python_float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() {
@@ -358,11 +360,11 @@ mod tests {
 
     fn render(source: &str, json: Json) -> Result<Rendered, String> {
         let ctx = Context::default();
-        let words = |e: DataError| e.to_string().replace("my.jinja: ", "");
-        let template = Jinja::new(&ctx, Path::new("my.jinja"), source, Clock::new(0)).map_err(words)?;
+        let message = |e: DataError| e.to_string().replace("my.jinja: ", "");
+        let template = Jinja::new(&ctx, Path::new("my.jinja"), source, Clock::new(0)).map_err(message)?;
         template.render(&ctx, value(&json)).map_err(|failed| match failed {
             Failed::Row(what) => what,
-            Failed::Other(error) => words(error),
+            Failed::Other(error) => message(error),
         })
     }
 
@@ -386,14 +388,14 @@ mod tests {
     }
 
     #[test]
-    fn python_methods_are_there() {
+    fn python_methods_are_available() {
         let values = json!({"m": {"content": " <think>x</think>\nyes ", "n": null}});
         let source = "{{ m.get('z', 'd') }}{{ m.content.split('</think>')[-1].strip() }}{{ m.content.startswith(' <') }}{{ m.n is none }}";
         assert_eq!(text(source, values), "dyesTrueTrue");
     }
 
     #[test]
-    fn json_is_that_of_python() {
+    fn json_is_written_as_by_python() {
         let values = json!({"x": {"b": ["é<\"\n", 1, 1.0, 1e16, 0.00001, true, null], "a": {}, "c": []}});
         assert_eq!(
             text("{{ x | tojson }}", values.clone()),
@@ -410,19 +412,19 @@ mod tests {
     }
 
     #[test]
-    fn generation_blocks_say_what_is_learned() {
+    fn generation_blocks_mark_supervised_text() {
         let source = "{% for m in ms %}<{{ m.r }}>{% if m.r == 'a' %}{% generation %}{{ m.c }}!{% endgeneration %}\n\n{% else %}{{ m.c }}{%- endif %}{% endfor %}";
         let rendered =
             render(source, json!({"ms": [{"r": "u", "c": "hé"}, {"r": "a", "c": "yes"}, {"r": "a", "c": ""}]}));
         let rendered = rendered.expect("a good template");
         assert_eq!(rendered.text, "<u>hé<a>yes!\n<a>!\n");
-        let learned: Vec<&str> = rendered.spans.iter().map(|span| &rendered.text[span.clone()]).collect();
-        assert_eq!(learned, ["yes!", "!"]);
+        let supervised: Vec<&str> = rendered.spans.iter().map(|span| &rendered.text[span.clone()]).collect();
+        assert_eq!(supervised, ["yes!", "!"]);
         assert!(!generation_as_filter("{% set generation = 1 %}{{ generation }}").1);
     }
 
     #[test]
-    fn templates_fail_in_words() {
+    fn templates_fail_with_a_message() {
         for (source, expected) in [
             ("a\n{{ raise_exception('roles must alternate') }}", "template line 2: roles must alternate"),
             ("{% if %}", "template line 1: syntax error: "),

@@ -1,14 +1,14 @@
-//! Training data: from a file of rows to packed batches of token ids, and how answers are judged.
+//! Training data: reads rows from a file into packed batches of token ids, and scores answers.
 //!
-//! [`read_dataset`] reads a JSON array or JSON lines, one row at a time (`rows`). The fields of a row become a prompt and a
-//! response through a [`Template`], or a conversation through the model's chat template (`form`, `chat`, `jinja`), and
-//! these token ids through the model's own [`Tokenizer`]. A [`Dataset`] holds the examples, in file order, and which tokens
-//! the model is to learn. An epoch is a list of [`Batches`]: examples laid end to end, without padding, in an order that a
-//! seed decides, each batch found by its number, so that an interrupted epoch goes on where it stopped. The trainer sees
-//! [`Batch`]es alone; nothing here knows of a model's weights.
+//! [`read_dataset`] reads a JSON array or JSON lines, one row at a time (`rows`). A [`Template`] formats the fields of
+//! a row as a prompt and a response, or the model's chat template formats a conversation (`form`, `chat`, `jinja`).
+//! The model's own [`Tokenizer`] encodes the text. A [`Dataset`] holds the examples, in file order, with the
+//! supervised tokens marked. An epoch is a list of [`Batches`]: packed examples without padding, in an order
+//! determined by a seed and accessed by index, so that an interrupted epoch can resume. The trainer sees only
+//! [`Batch`]es; nothing here knows a model's weights.
 //!
-//! [`read_questions`] reads the same files to be answered, [`Task`] holds the published rules by which answers are right,
-//! and [`loss_curve`] draws what training made of it all.
+//! [`read_questions`] reads the same files for evaluation, [`Task`] implements the published rules for scoring
+//! answers, and [`loss_curve`] plots the training losses.
 
 mod batch;
 mod chat;

@@ -1,4 +1,4 @@
-//! From a file of rows to a dataset.
+//! Reads a file of rows into a dataset.
 
 use std::{ops::Range, path::Path};
 
@@ -13,82 +13,84 @@ use super::{
 };
 use crate::checkpoint::Context;
 
-/// Rows that are encoded at a time, and their bytes: what is in memory beside the dataset.
+/// Rows that are encoded at a time, and their bytes: the memory beyond the dataset.
 const CHUNK_ROWS: usize = 1024;
 const CHUNK_BYTES: usize = 4 << 20;
 
-/// What is learned of a row.
+/// The supervised part of a row.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Loss {
-    /// The response alone; of a conversation, what assistants say.
+    /// The response; in a conversation, the assistant messages.
     #[default]
     Response,
-    /// Every token but the first.
+    /// Every token except the first.
     All,
 }
 
-/// How a file becomes a dataset.
+/// Options for reading a dataset.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReadOptions {
-    /// How rows become text.
+    /// How rows are formatted as text.
     pub template: Template,
-    /// What is learned of a row.
+    /// The supervised part of a row.
     pub loss: Loss,
-    /// Tokens that an example may have; what follows is cut.
+    /// Maximum number of tokens per example; the rest is cut off.
     pub max_length: usize,
-    /// Rows to read at most, from the start.
+    /// Maximum number of rows to read, from the start.
     pub limit: Option<u64>,
-    /// The date that a chat template may ask for.
+    /// The date that a chat template may use.
     pub clock: Clock,
 }
 
-/// What became of a file's rows.
+/// Statistics of reading a file.
 #[derive(Clone, PartialEq, Eq, Debug, Default, serde::Serialize)]
 #[non_exhaustive]
 pub struct DataReport {
     /// The file's name.
     pub name: String,
-    /// The BLAKE3 of the whole file, as `b3sum` prints it.
+    /// The BLAKE3 of the whole file, as printed by `b3sum`.
     pub blake3: String,
-    /// How rows became text: `alpaca`, `commonsense`, `prompt/completion`, `messages`, `text`, or `file`.
+    /// The format of the rows: `alpaca`, `commonsense`, `prompt/completion`, `messages`, `text`, or `file`.
     pub form: &'static str,
-    /// Rows read.
+    /// Number of rows read.
     pub n_rows: u64,
-    /// Examples made of them.
+    /// Number of resulting examples.
     pub n_examples: u64,
-    /// Tokens of all examples.
+    /// Total number of tokens.
     pub n_tokens: u64,
-    /// Tokens that are learned.
+    /// Number of supervised tokens.
     pub n_supervised: u64,
-    /// Tokens of the longest example.
+    /// Number of tokens of the longest example.
     pub longest: u64,
-    /// Rows that were cut, and the tokens cut from them.
+    /// Number of truncated rows.
     pub n_cut_rows: u64,
-    /// Tokens cut.
+    /// Number of tokens removed from them.
     pub n_cut_tokens: u64,
-    /// Rows left out: their response is empty, or their messages say that nothing of it is learned.
+    /// Rows left out because their response is empty, or because their messages exclude everything from supervision.
     pub n_empty: u64,
-    /// Rows left out: nothing that is learned is left within the length.
+    /// Rows left out because no supervised token remains within the length limit.
     pub n_unsupervised: u64,
-    /// Rows whose prompt would end within a token, had it been encoded with its response: the two were encoded apart.
+    /// Rows whose prompt would end inside a token if encoded with its response; prompt and response were encoded
+    /// separately.
     pub n_apart: u64,
-    /// Examples of which no token that ends a text is learned. Where that is every example, the model does not learn to stop.
+    /// Examples without a supervised end token. If this is all of them, the model does not learn to stop.
     pub n_without_stop: u64,
 }
 
 /// Reads a file of rows, a JSON array or JSON lines, as token ids.
 ///
-/// Prompt and response are encoded together, as transformers users expect. Where the tokens of the prompt alone are not
-/// how that begins, since a token would reach across, the two are encoded apart: a model that answers sees the prompt
-/// alone, and is to have learned from just these tokens. The begin token is added where the tokenizer's post-processor
-/// adds it, the end token always. A conversation is encoded as its chat template wrote it; where no token that ends a text is
-/// learned of an answer, the stop token right behind it is learned too, or, at the end of the text, the end token is added.
+/// Prompt and response are encoded together, as transformers users expect. If the result does not begin with the
+/// tokens of the prompt alone, because a token would span both, they are encoded separately: at inference the model
+/// sees the prompt alone, so it must be trained on exactly these tokens. The begin token is added if the tokenizer's
+/// post-processor adds it; the end token is always added. A conversation is encoded as its chat template formats it.
+/// If an answer has no supervised end token, a stop token right after it becomes supervised too; at the end of the
+/// text, the end token is added.
 ///
-/// Memory: the dataset, and some megabytes of rows under way. Threads: those of the current rayon pool; the order of
-/// examples is the file's.
+/// Memory: the dataset, and a few megabytes of rows in flight. Threads: the current rayon pool; examples stay in file
+/// order.
 ///
 /// # Errors
-/// [`DataError::BadRow`] for the first row that is not what it should be; [`DataError::Empty`] where none is left.
+/// [`DataError::BadRow`] for the first invalid row; [`DataError::Empty`] if none is left.
 pub fn read_dataset(
     ctx: &Context<'_>,
     path: &Path,
@@ -96,13 +98,15 @@ pub fn read_dataset(
     options: &ReadOptions,
 ) -> Result<(Dataset, DataReport), DataError> {
     if options.max_length < 2 {
-        return Err(DataError::Usage("an example needs two tokens at least: one to see and one to learn".to_owned()));
+        return Err(DataError::Usage(
+            "an example needs at least two tokens: one for context and one to predict".to_owned(),
+        ));
     }
     let (mut dataset, mut report) = (Dataset::new(), DataReport::default());
     let mut reader = FormReader::open(ctx, path, tokenizer, &options.template, options.clock, options.limit)?;
     while let Some(chunk) = reader.next_chunk()? {
         report.form = chunk.form.name();
-        // Each row's own result, so that the first bad row of the file is told, whichever thread ended first.
+        // One result per row, so that the first invalid row of the file is reported, whichever thread finishes first.
         let encoded: Vec<Result<Encoded, Failed>> =
             chunk.map(|form, row| encode(tokenizer, form.text(ctx, &row.fields, options.loss)?, options));
         for (row, encoded) in chunk.rows.iter().zip(encoded) {
@@ -118,10 +122,10 @@ pub fn read_dataset(
     report.longest = dataset.longest() as u64;
     if dataset.is_empty() {
         let what = match report.n_rows {
-            0 => "it holds no row".to_owned(),
+            0 => "it contains no rows".to_owned(),
             n => format!(
-                "nothing is left to learn from its {n} rows: {} have an empty response or one that is ruled out, {} have none \
-                 within {} tokens",
+                "none of its {n} rows has supervised tokens: {} have an empty or excluded response, {} have none within {} \
+                 tokens",
                 report.n_empty, report.n_unsupervised, options.max_length
             ),
         };
@@ -148,7 +152,7 @@ impl DataReport {
     }
 }
 
-/// Rows that are worked on together.
+/// Rows that are processed together.
 pub(super) struct Chunk<'r> {
     /// Their form.
     pub form: &'r Form,
@@ -157,13 +161,13 @@ pub(super) struct Chunk<'r> {
 }
 
 impl Chunk<'_> {
-    /// Makes something of each row, in their order.
+    /// Maps each row, in order.
     pub(super) fn map<T: Send>(&self, make: impl Fn(&Form, &Row) -> T + Send + Sync) -> Vec<T> {
         self.rows.par_iter().map(|row| make(self.form, row)).collect()
     }
 }
 
-/// Reads rows in chunks, and knows their form from the first.
+/// Reads rows in chunks; the first row determines their form.
 pub(super) struct FormReader<'a> {
     ctx: &'a Context<'a>,
     path: &'a Path,
@@ -173,7 +177,7 @@ pub(super) struct FormReader<'a> {
     tokenizer: &'a Tokenizer,
     clock: Clock,
     form: Option<Form>,
-    n_told: u64,
+    n_reported: u64,
 }
 
 impl<'a> FormReader<'a> {
@@ -187,7 +191,17 @@ impl<'a> FormReader<'a> {
     ) -> Result<Self, DataError> {
         let rows = RowReader::open(path)?;
         ctx.observer.begin("read data", rows.n_bytes());
-        Ok(Self { ctx, path, rows, left: limit.unwrap_or(u64::MAX), template, tokenizer, clock, form: None, n_told: 0 })
+        Ok(Self {
+            ctx,
+            path,
+            rows,
+            left: limit.unwrap_or(u64::MAX),
+            template,
+            tokenizer,
+            clock,
+            form: None,
+            n_reported: 0,
+        })
     }
 
     /// The next rows, at most [`CHUNK_ROWS`] and about [`CHUNK_BYTES`].
@@ -200,8 +214,8 @@ impl<'a> FormReader<'a> {
             n_bytes += row.n_bytes;
             chunk.push(row);
         }
-        self.ctx.observer.advance(self.rows.n_bytes_read() - self.n_told);
-        self.n_told = self.rows.n_bytes_read();
+        self.ctx.observer.advance(self.rows.n_bytes_read() - self.n_reported);
+        self.n_reported = self.rows.n_bytes_read();
         let Some(first) = chunk.first() else { return Ok(None) };
         if self.form.is_none() {
             let form = Form::of(self.ctx, self.template, &first.fields, self.tokenizer, self.clock)?;
@@ -211,7 +225,7 @@ impl<'a> FormReader<'a> {
         Ok(self.form.as_ref().map(|form| Chunk { form, rows: chunk }))
     }
 
-    /// The BLAKE3 of the whole file, what a limit left unread included.
+    /// The BLAKE3 of the whole file, including what a row limit left unread.
     pub(super) fn digest(&mut self) -> Result<blake3::Hash, DataError> {
         self.rows.drain()?;
         Ok(self.rows.digest())
@@ -226,7 +240,7 @@ struct Encoded {
     n_cut: usize,
     is_apart: bool,
     is_empty: bool,
-    /// Whether a token that ends a text is learned.
+    /// Whether a supervised token is an end token.
     has_stop: bool,
 }
 
@@ -240,8 +254,8 @@ fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<En
             if !tokens.ends_with(tokenizer.ending()) {
                 tokens.extend_from_slice(tokenizer.ending());
             }
-            let learned = if options.loss == Loss::All { 0..tokens.len() } else { n_prompt..tokens.len() };
-            Encoded { tokens, spans: vec![learned], is_apart, ..Encoded::default() }
+            let supervised = if options.loss == Loss::All { 0..tokens.len() } else { n_prompt..tokens.len() };
+            Encoded { tokens, spans: vec![supervised], is_apart, ..Encoded::default() }
         }
         Text::Marked(rendered) => {
             let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
@@ -251,29 +265,31 @@ fn encode(tokenizer: &Tokenizer, text: Text, options: &ReadOptions) -> Result<En
     };
     encoded.n_cut = encoded.tokens.len().saturating_sub(options.max_length);
     encoded.tokens.truncate(options.max_length);
-    let learned = encoded.spans.iter().map(|span| span.start..span.end.min(encoded.tokens.len()));
-    encoded.has_stop = learned.filter(|span| !span.is_empty()).any(|span| has_stop(tokenizer, &encoded.tokens[span]));
+    let supervised = encoded.spans.iter().map(|span| span.start..span.end.min(encoded.tokens.len()));
+    encoded.has_stop =
+        supervised.filter(|span| !span.is_empty()).any(|span| has_stop(tokenizer, &encoded.tokens[span]));
     Ok(encoded)
 }
 
-/// Encodes a text that is complete; of its spans, which tokens they are, the end of an answer included (see [`learn_to_stop`]).
+/// Encodes a complete text and converts its spans to token ranges, including the ends of answers (see
+/// [`learn_to_stop`]).
 pub(super) fn encode_marked(
     tokenizer: &Tokenizer,
     rendered: &Rendered,
 ) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
-    let (mut tokens, places) = tokenizer.encode_with_places(&rendered.text)?;
-    // Where a token reaches across the begin of a span it belongs to what comes before.
+    let (mut tokens, places) = tokenizer.encode_with_offsets(&rendered.text)?;
+    // A token that spans the start of a range belongs to the text before it.
     let index = |byte: usize| places.partition_point(|place| place.start < byte);
     let mut spans: Vec<Range<usize>> = rendered.spans.iter().map(|span| index(span.start)..index(span.end)).collect();
     learn_to_stop(tokenizer, &mut tokens, &mut spans);
     Ok((tokens, spans))
 }
 
-/// Lets every answer end with a token that ends a text, where that can be.
+/// Extends the supervised spans so that every answer ends with an end token, if possible.
 ///
-/// Some templates mark an answer's content alone and write the end token behind it: it is learned too. Others write none, since the next
-/// turn's marker ends an answer: behind the last answer, where the text ends, the end token is added. Where anything else follows, the
-/// template means what it writes.
+/// Some templates mark only an answer's content and write the end token after it: it becomes supervised too. Others
+/// write none, because the next turn's marker ends an answer: after the last answer, at the end of the text, the end
+/// token is added. If any other token follows, the template is left as it is.
 fn learn_to_stop(tokenizer: &Tokenizer, tokens: &mut Vec<u32>, spans: &mut [Range<usize>]) {
     for i in 0..spans.len() {
         let Range { start, end } = spans[i];
@@ -292,20 +308,20 @@ fn learn_to_stop(tokenizer: &Tokenizer, tokens: &mut Vec<u32>, spans: &mut [Rang
     }
 }
 
-/// Whether one of these tokens ends a text.
+/// Whether one of these tokens is an end token.
 fn has_stop(tokenizer: &Tokenizer, tokens: &[u32]) -> bool {
     tokens.iter().any(|token| tokenizer.stops().contains(token) || tokenizer.ending().contains(token))
 }
 
-/// A prompt and what follows it as token ids.
+/// A prompt and its continuation as token ids.
 pub(super) struct EncodedPair {
-    /// The prompt's, with what the tokenizer puts before a text, then the response's.
+    /// The prompt's tokens, with the tokenizer's prefix, then the response's tokens.
     pub tokens: Vec<u32>,
     pub n_prompt: usize,
     pub is_apart: bool,
 }
 
-/// Encodes a prompt and a response, so that the tokens of the prompt alone are how the whole begins.
+/// Encodes a prompt and a response, such that the result begins with the tokens of the prompt alone.
 pub(super) fn encode_pair(tokenizer: &Tokenizer, prompt: &str, response: &str) -> Result<EncodedPair, DataError> {
     let mut tokens = tokenizer.prefix().to_vec();
     if prompt.is_empty() {

@@ -1,4 +1,4 @@
-//! Rows of a file, one at a time: a JSON array or JSON lines, whichever it holds, whatever its name.
+//! Reads the rows of a file one at a time: a JSON array or JSON lines, detected from the content.
 
 use std::{
     fs::File,
@@ -11,33 +11,33 @@ use serde_json::{Map, Value};
 use super::{DataError, RowLocation};
 use crate::checkpoint::{CheckpointError, Printable, open_regular};
 
-/// Most bytes of one row: a long book; beyond it a missing quote or bracket is the likelier reason.
+/// Maximum size of one row, that of a long book; a larger one more likely has a missing quote or bracket.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
 
-/// Most values in one row. Parsed, each takes up to 100 bytes, however short it was in the file.
+/// Maximum number of values in one row. Parsed, each takes up to 100 bytes, however short it is in the file.
 const MAX_ROW_VALUES: usize = 1 << 18;
 
 /// One row, an object.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Row {
-    /// Where it stands.
+    /// Its position.
     pub place: RowLocation,
     /// Its fields.
     pub fields: Map<String, Value>,
-    /// Its length in the file.
+    /// Its length in the file in bytes.
     pub n_bytes: usize,
 }
 
-/// Reads the rows of a file in their order.
+/// Reads the rows of a file in order.
 ///
-/// A byte order mark, CRLF line ends and empty lines are let through. Memory: one row, at most [`MAX_ROW_BYTES`] of it.
+/// Accepts a byte order mark, CRLF line endings and empty lines. Memory: one row, at most [`MAX_ROW_BYTES`].
 pub struct RowReader {
     path: PathBuf,
     n_bytes: u64,
     bytes: Bytes,
     form: Form,
     n_rows: u64,
-    /// The current row's text, kept for its memory.
+    /// The current row's text; the allocation is reused.
     text: Vec<u8>,
     is_over: bool,
 }
@@ -49,7 +49,7 @@ enum Form {
 }
 
 impl RowReader {
-    /// Opens a file, and looks at its first byte that is no space.
+    /// Opens a file and reads up to its first non-space byte.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let (file, meta) = open_regular(path, "read")?;
         let mut rows = Self {
@@ -80,7 +80,7 @@ impl RowReader {
         Ok(rows)
     }
 
-    /// The next row, or nothing after the last.
+    /// The next row, or `None` after the last.
     pub fn next_row(&mut self) -> Result<Option<Row>, DataError> {
         if self.is_over {
             return Ok(None);
@@ -100,16 +100,16 @@ impl RowReader {
             Ok(Value::Object(fields)) => fields,
             Ok(other) => return Err(self.bad(place, format!("expected an object, found {}", kind(&other)))),
             Err(error) => {
-                let words = error.to_string();
-                let words = words.rsplit_once(" at line ").map_or(words.as_str(), |(words, _)| words);
-                let what = format!("{}, at column {} of the row", Printable(words), error.column());
+                let message = error.to_string();
+                let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+                let what = format!("{}, at column {} of the row", Printable(message), error.column());
                 return Err(self.bad(place, what));
             }
         };
         Ok(Some(Row { place, fields, n_bytes: self.text.len() }))
     }
 
-    /// Reads the rest of the file for its digest, and makes nothing of it.
+    /// Reads the rest of the file for its digest only.
     pub(super) fn drain(&mut self) -> Result<(), DataError> {
         self.is_over = true;
         while self.peek()?.is_some() {
@@ -118,22 +118,22 @@ impl RowReader {
         Ok(())
     }
 
-    /// Bytes of the file when it was opened.
+    /// Size of the file when it was opened.
     pub(super) fn n_bytes(&self) -> u64 {
         self.n_bytes
     }
 
-    /// Bytes read so far.
+    /// Number of bytes read so far.
     pub fn n_bytes_read(&self) -> u64 {
         self.bytes.n_read
     }
 
-    /// The BLAKE3 of the file, as `b3sum` prints it; known after the last row.
+    /// The BLAKE3 of the file, as printed by `b3sum`; known after the last row.
     pub fn digest(&self) -> blake3::Hash {
         self.bytes.hasher.finalize()
     }
 
-    /// Puts the next line that is not empty into `text`.
+    /// Reads the next non-empty line into `text`.
     fn next_line(&mut self) -> Result<Option<RowLocation>, DataError> {
         if self.skip_space()?.is_none() {
             return Ok(None);
@@ -155,7 +155,7 @@ impl RowReader {
         Ok(Some(place))
     }
 
-    /// Puts the next element of the array into `text`; after the last one, nothing but space may follow.
+    /// Reads the next element of the array into `text`; only whitespace may follow the last one.
     fn next_element(&mut self) -> Result<Option<RowLocation>, DataError> {
         let ends_early = "the array does not end: is the file complete?";
         let mut first = self.skip_space()?;
@@ -174,7 +174,7 @@ impl RowReader {
                 return match self.skip_space()? {
                     None => Ok(None),
                     Some(_) => {
-                        let what = format!("line {}: more follows after the array's end", self.bytes.line);
+                        let what = format!("line {}: unexpected data after the end of the array", self.bytes.line);
                         Err(CheckpointError::bad_file(&self.path, what).into())
                     }
                 };
@@ -195,10 +195,10 @@ impl RowReader {
         scan.see(byte);
         self.text.push(byte);
         if self.text.len() > MAX_ROW_BYTES {
-            return Err(self.bad(place, format!("longer than the {MAX_ROW_BYTES} bytes that a row may have")));
+            return Err(self.bad(place, format!("the row is longer than {MAX_ROW_BYTES} bytes")));
         }
         if scan.n_values > MAX_ROW_VALUES {
-            return Err(self.bad(place, format!("more than the {MAX_ROW_VALUES} values that a row may have")));
+            return Err(self.bad(place, format!("the row has more than {MAX_ROW_VALUES} values")));
         }
         Ok(())
     }
@@ -213,7 +213,7 @@ impl RowReader {
         Ok(())
     }
 
-    /// The next byte that is no space, left where it is.
+    /// Skips whitespace and peeks at the next byte.
     fn skip_space(&mut self) -> Result<Option<u8>, DataError> {
         loop {
             match self.peek()? {
@@ -241,7 +241,7 @@ impl RowReader {
     }
 }
 
-/// Where a scan stands within JSON, without judging it: serde_json does.
+/// Tracks nesting and strings in JSON without validating it; serde_json does that.
 #[derive(Default)]
 struct Scan {
     depth: usize,
@@ -274,7 +274,7 @@ impl Scan {
     }
 }
 
-/// A file's bytes one by one, hashed and counted as they come.
+/// A file's bytes one by one, hashed and counted.
 struct Bytes {
     file: File,
     buffer: Box<[u8]>,
@@ -307,7 +307,7 @@ impl Bytes {
     }
 }
 
-/// What a JSON value is, in words.
+/// The type of a JSON value as text.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -327,10 +327,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("rows");
         std::fs::write(&path, bytes).expect("written");
-        let words = |e: DataError| e.to_string().replace(&*path.to_string_lossy(), "F");
-        let mut rows = RowReader::open(&path).map_err(words)?;
+        let message = |e: DataError| e.to_string().replace(&*path.to_string_lossy(), "F");
+        let mut rows = RowReader::open(&path).map_err(message)?;
         let mut all = Vec::new();
-        while let Some(row) = rows.next_row().map_err(words)? {
+        while let Some(row) = rows.next_row().map_err(message)? {
             all.push(row);
         }
         assert_eq!(rows.n_bytes_read(), bytes.len() as u64);
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn the_form_is_seen_in_the_content() {
+    fn the_form_is_detected_from_the_content() {
         let lines = [(RowLocation::Line(1), 1.into()), (RowLocation::Line(2), 2.into())];
         assert_eq!(places(b"{\"a\":1}\n{\"a\":2}\n"), lines);
         let array = [(RowLocation::Element(0, 2), 1.into()), (RowLocation::Element(1, 5), 2.into())];
@@ -354,14 +354,14 @@ mod tests {
     }
 
     #[test]
-    fn byte_order_marks_line_ends_and_empty_lines_are_let_through() {
+    fn byte_order_marks_line_endings_and_empty_lines_are_accepted() {
         let rows = places("\u{feff}\r\n{\"a\":1}\r\n\r\n  {\"a\":\"[\\\"]\"}".as_bytes());
         assert_eq!(rows, [(RowLocation::Line(2), 1.into()), (RowLocation::Line(4), "[\"]".into())]);
         assert_eq!(places("\u{feff}[{\"a\":3}]\r\n".as_bytes()), [(RowLocation::Element(0, 1), 3.into())]);
     }
 
     #[test]
-    fn what_is_wrong_is_placed() {
+    fn errors_have_a_position() {
         for (bytes, expected) in [
             (&b"PAR1\x15\x04"[..], "F: neither a JSON array nor JSON lines: it begins with \"PAR1\\u{15}\\u{4}\""),
             (b"{\"a\":1}\n\n{\"a\":}\n", "F: line 3: expected value, at column 6 of the row"),
@@ -376,23 +376,23 @@ mod tests {
             (b"[{\"a\":1}\n{\"a\":1}]", "F: row [1] (line 2): expected `,` or `]` before it"),
             (b"[{\"a\":1},\n{\"a\":", "F: row [1] (line 2): the array does not end: is the file complete?"),
             (b"[{\"a\":1},", "F: the array does not end: is the file complete?"),
-            (b"[]\nx", "F: line 2: more follows after the array's end"),
+            (b"[]\nx", "F: line 2: unexpected data after the end of the array"),
         ] {
             assert_eq!(read(bytes), Err(expected.to_owned()));
         }
     }
 
     #[test]
-    fn hostile_rows_cost_no_more_than_they_may() {
+    fn hostile_rows_respect_the_limits() {
         let deep = [b"{\"a\":".to_vec(), vec![b'['; 5000]].concat();
         assert!(read(&[&b"["[..], &deep].concat()).is_err());
         let closed = [deep, vec![b']'; 5000], b"}".to_vec()].concat();
         assert!(read(&closed).expect_err("too deep").contains("recursion limit exceeded"));
         let wide = format!("{{\"a\":[{}1]}}", "1,".repeat(MAX_ROW_VALUES));
-        let words = read(wide.as_bytes()).expect_err("too many values");
-        assert_eq!(words, "F: line 1: more than the 262144 values that a row may have");
+        let message = read(wide.as_bytes()).expect_err("too many values");
+        assert_eq!(message, "F: line 1: the row has more than 262144 values");
         let long = format!("[{{\"a\":\"{}", "x".repeat(MAX_ROW_BYTES + 1));
-        let words = read(long.as_bytes()).expect_err("too long");
-        assert_eq!(words, "F: row [0] (line 1): longer than the 16777216 bytes that a row may have");
+        let message = read(long.as_bytes()).expect_err("too long");
+        assert_eq!(message, "F: row [0] (line 1): the row is longer than 16777216 bytes");
     }
 }

@@ -1,4 +1,4 @@
-//! Questions with known answers, and the published rules by which a model's answers are judged.
+//! Questions with known answers, and the published rules for scoring a model's answers.
 
 use std::path::Path;
 
@@ -12,17 +12,17 @@ use super::{
 };
 use crate::checkpoint::Context;
 
-/// By which rules answers are judged.
+/// The rules by which answers are scored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Task {
-    /// The answer is one of those that the instruction names.
+    /// The answer is one of those listed in the instruction.
     Commonsense,
     /// The answer is a number, or a letter from A to E.
     Math,
 }
 
 impl Task {
-    /// Most tokens of a generated answer.
+    /// Maximum number of tokens of a generated answer.
     pub fn max_new_tokens(self) -> usize {
         match self {
             Self::Commonsense => 32,
@@ -30,7 +30,7 @@ impl Task {
         }
     }
 
-    /// Whether a generated text gives the right answer.
+    /// Whether a generated text gives the correct answer.
     pub fn is_right(self, generated: &str, answer: &str) -> bool {
         match self {
             Self::Commonsense => commonsense_answer(generated) == Some(answer),
@@ -44,16 +44,16 @@ impl Task {
 pub struct Question {
     /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// The right answer.
+    /// The correct answer.
     pub answer: String,
-    /// For [`Task::Commonsense`] the answers to choose from, each with the token ids that follow the prompt.
+    /// For [`Task::Commonsense`], the answer choices, each with the token ids that follow the prompt.
     pub candidates: Vec<(String, Vec<u32>)>,
-    /// Where a template writes the answers to choose from: what it writes for the right one.
+    /// If a template writes the answer choices, its text for the correct one.
     pub text: Option<String>,
 }
 
 impl Question {
-    /// Whether a generated text gives the right answer: by the task's rule, or by being what the template writes.
+    /// Whether a generated text is correct, by the task's rule or by equality with the template's text.
     pub fn is_right(&self, task: Task, generated: &str) -> bool {
         match &self.text {
             Some(text) => generated.trim() == text.trim(),
@@ -62,13 +62,14 @@ impl Question {
     }
 }
 
-/// Reads the questions of a file; prompts are whole, whatever the options' length.
+/// Reads the questions of a file; prompts are not truncated, whatever the length option.
 ///
-/// What is ranked follows the prompt: `the correct answer is …`, or, of a template that writes answers itself
-/// (`{% generation %}`), what it writes for a row with that `answer`: the text of an option in place of its label, say.
+/// The ranked continuation is `the correct answer is …`. For a template that writes answers itself
+/// (`{% generation %}`), it is the template's text for a row with that `answer`, for instance the text of an option
+/// instead of its label.
 ///
 /// # Errors
-/// As [`super::read_dataset`]; [`DataError::BadRow`] also where the answer is none that the task knows.
+/// As [`super::read_dataset`]; also [`DataError::BadRow`] if the task does not allow the answer.
 pub fn read_questions(
     ctx: &Context<'_>,
     path: &Path,
@@ -90,7 +91,7 @@ pub fn read_questions(
         }
     }
     if questions.is_empty() {
-        return Err(DataError::Empty { path: path.to_owned(), what: "it holds no row".to_owned() });
+        return Err(DataError::Empty { path: path.to_owned(), what: "it contains no rows".to_owned() });
     }
     Ok(questions)
 }
@@ -112,7 +113,7 @@ fn question(
             let (prompt, tokens) = written(ctx, tokenizer, form, row, &candidate)?;
             match question.candidates.first() {
                 Some((first, _)) if prompt != question.prompt => {
-                    let what = format!("its prompt for the answer \"{candidate}\" is not that for \"{first}\"");
+                    let what = format!("its prompts for the answers \"{candidate}\" and \"{first}\" differ");
                     return Err(Failed::Row(what));
                 }
                 _ => question.prompt = prompt,
@@ -131,12 +132,12 @@ fn question(
         }
     }
     if question.prompt.is_empty() {
-        return Err(Failed::Row("its prompt has no token".to_owned()));
+        return Err(Failed::Row("its prompt has no tokens".to_owned()));
     }
     Ok(question)
 }
 
-/// A row's answer, and those that are ranked.
+/// A row's answer, and the answer choices to rank.
 fn answers(task: Task, row: &Map<String, Json>) -> Result<(String, Vec<String>), String> {
     let answer = text_or_number(row, "answer")?;
     if task == Task::Math {
@@ -146,15 +147,15 @@ fn answers(task: Task, row: &Map<String, Json>) -> Result<(String, Vec<String>),
         return Ok((answer, Vec::new()));
     }
     let named = candidates(field(row, "instruction")?);
-    let named = named.ok_or("field \"instruction\": no \"Answer format: a/b/…\" names the answers")?;
+    let named = named.ok_or("field \"instruction\": it has no \"Answer format: a/b/…\" with the answers")?;
     if !named.contains(&answer.as_str()) {
         let named = named.join("/");
-        return Err(format!("field \"answer\": \"{answer}\" is none of those that its instruction names: {named}"));
+        return Err(format!("field \"answer\": \"{answer}\" is not among the answers in the instruction: {named}"));
     }
     Ok((answer, named.into_iter().map(str::to_owned).collect()))
 }
 
-/// The prompt, and what a template that writes answers itself writes for one: the tokens of its `{% generation %}` block.
+/// The prompt, and the tokens of the template's `{% generation %}` block for an answer.
 fn written(
     ctx: &Context<'_>,
     tokenizer: &Tokenizer,
@@ -165,18 +166,20 @@ fn written(
     let mut row = row.clone();
     row.insert("answer".to_owned(), answer.into());
     row.insert("output".to_owned(), format!("{COMMONSENSE_ANSWER}{answer}").into());
-    let Text::Marked(rendered) = form.text(ctx, &row, Loss::Response)? else { unreachable!("it marks what it writes") };
+    let Text::Marked(rendered) = form.text(ctx, &row, Loss::Response)? else {
+        unreachable!("such a template marks its answers")
+    };
     let (tokens, spans) = encode_marked(tokenizer, &rendered)?;
     match &spans[..] {
         [span] if span.is_empty() => {
             Err(Failed::Row(format!("its template writes nothing for the answer \"{answer}\"")))
         }
         [span] => Ok((tokens[..span.start].to_vec(), tokens[span.clone()].to_vec())),
-        spans => Err(Failed::Row(format!("its template marks {} answers; one can be ranked", spans.len()))),
+        spans => Err(Failed::Row(format!("its template marks {} answers, expected one", spans.len()))),
     }
 }
 
-/// The task that a file's first row looks like: none where it has no answer that a task knows.
+/// The task that a file's first row matches; `None` if it has no answer that a task knows.
 pub fn task_of(path: &Path) -> Result<Option<Task>, DataError> {
     let Some(row) = super::rows::RowReader::open(path)?.next_row()? else { return Ok(None) };
     let Ok(answer) = text_or_number(&row.fields, "answer") else { return Ok(None) };
@@ -188,19 +191,19 @@ pub fn task_of(path: &Path) -> Result<Option<Task>, DataError> {
     Ok((is_letter(&answer) || number(&answer).is_some()).then_some(Task::Math))
 }
 
-/// The answers that an instruction ends with: `Answer format: a/b/…`.
+/// The answer choices at the end of an instruction: `Answer format: a/b/…`.
 pub fn candidates(instruction: &str) -> Option<Vec<&str>> {
     let (_, list) = instruction.rsplit_once("Answer format: ")?;
     let named: Vec<&str> = list.lines().next()?.trim().split('/').map(str::trim).collect();
     (named.len() > 1 && named.iter().all(|name| !name.is_empty())).then_some(named)
 }
 
-/// What a generated text gives as its answer: what follows the first `the correct answer is `.
+/// The answer in a generated text: what follows the first `the correct answer is `.
 pub fn commonsense_answer(generated: &str) -> Option<&str> {
     generated.split_once(COMMONSENSE_ANSWER).map(|(_, answer)| answer.trim())
 }
 
-/// Whether a generated text ends with the right number, or names the right letter first.
+/// Whether a generated text ends with the correct number, or contains the correct letter first.
 fn is_right_number(generated: &str, answer: &str) -> bool {
     if is_letter(answer) {
         return math_letter(generated) == answer.chars().next();
@@ -209,7 +212,7 @@ fn is_right_number(generated: &str, answer: &str) -> bool {
     (found - expected).abs() <= 0.001
 }
 
-/// The last number of a text, commas left out: the last match of `-?\d+\.?\d*`.
+/// The last number of a text, without commas: the last match of `-?\d+\.?\d*`.
 pub fn math_number(generated: &str) -> Option<f64> {
     let text: Vec<u8> = generated.bytes().filter(|&byte| byte != b',').collect();
     let digits = |from: usize| text[from.min(text.len())..].iter().take_while(|byte| byte.is_ascii_digit()).count();
@@ -249,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn candidates_are_those_that_the_instruction_names() {
+    fn candidates_are_listed_in_the_instruction() {
         let of = |instruction| candidates(instruction).unwrap_or_default();
         assert_eq!(
             of("Please answer the following question with true or false, question: x?\n\nAnswer format: true/false"),
@@ -283,7 +286,7 @@ mod tests {
 
     #[test]
     fn the_last_number_counts() {
-        // The outputs of real rows of gsm8k, svamp and math_10k, shortened.
+        // Shortened outputs of real rows of gsm8k, svamp and math_10k.
         for (generated, expected) in [
             ("\nA: He needs 24 tiles. 24 * 24 = 576 tiles. The answer is 576.", Some(576.0)),
             ("5 tickets and 10 more. The answer in Arabic numerals is:\n\n16", Some(16.0)),
@@ -303,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_right_within_a_thousandth() {
+    fn numbers_are_correct_within_a_thousandth() {
         for (generated, answer, is_right) in [
             ("so 576.", "576.0", true),
             ("so 0.3333", "0.33333", true),

@@ -11,7 +11,7 @@ use crate::{
     error::{ErrorKind, Failure},
 };
 
-/// A folder with the tiny tokenizer, and what else a test puts there.
+/// A folder with the tiny tokenizer, to which tests add files.
 struct Workspace(tempfile::TempDir);
 
 impl Workspace {
@@ -36,17 +36,17 @@ impl Workspace {
         Tokenizer::open(self.0.path()).expect("the tiny tokenizer")
     }
 
-    /// Reads rows; errors are words without the folder's name.
+    /// Reads rows; errors are messages without the folder's name.
     fn read(&self, rows: &str, options: &ReadOptions) -> Result<(Dataset, DataReport), String> {
         let path = self.write("rows", rows);
-        read_dataset(&Context::default(), &path, &self.tokenizer(), options).map_err(|e| self.words(&e))
+        read_dataset(&Context::default(), &path, &self.tokenizer(), options).map_err(|e| self.message(&e))
     }
 
-    fn words(&self, error: &DataError) -> String {
+    fn message(&self, error: &DataError) -> String {
         error.to_string().replace(&format!("{}/", self.0.path().display()), "")
     }
 
-    /// Each example with `[` and `]` around what is learned, special tokens written out.
+    /// Each example with `[` and `]` around the supervised tokens and special tokens written out.
     fn shown(&self, rows: &str, options: &ReadOptions) -> Result<Vec<String>, String> {
         let (dataset, _) = self.read(rows, options)?;
         let tokenizer = tokenizers::Tokenizer::from_file(self.path("tokenizer.json")).expect("a tokenizer");
@@ -84,7 +84,7 @@ const CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + message['r
 const TALK: &str = r#"{"messages":[{"role":"user","content":"hé?"},{"role":"assistant","content":"in"},{"role":"user","content":"so"},{"role":"assistant","content":"the end"}]}"#;
 
 #[test]
-fn a_tokenizer_brings_its_special_tokens() {
+fn a_tokenizer_encodes_special_tokens() {
     let tokenizer = Workspace::new().tokenizer();
     assert_eq!((tokenizer.prefix(), tokenizer.eos(), tokenizer.stops()), (&[1][..], Some(2), &[2][..]));
     let the = tokenizer.encode(" the</s>").expect("tokens");
@@ -93,7 +93,7 @@ fn a_tokenizer_brings_its_special_tokens() {
 }
 
 #[test]
-fn the_form_is_seen_in_the_fields() {
+fn the_form_is_detected_from_the_fields() {
     let workspace = Workspace::new();
     let shown = |rows: &str| workspace.shown(rows, &options()).expect("good rows").remove(0);
     assert_eq!(
@@ -114,7 +114,7 @@ fn the_form_is_seen_in_the_fields() {
 }
 
 #[test]
-fn all_of_a_row_is_learned_where_that_is_asked_for() {
+fn loss_all_supervises_the_whole_row() {
     let workspace = Workspace::new();
     let all = ReadOptions { loss: Loss::All, ..options() };
     assert_eq!(workspace.shown(r#"{"prompt":"a","completion":"b"}"#, &all).expect("good"), ["<s>[ab</s>]"]);
@@ -124,7 +124,7 @@ fn all_of_a_row_is_learned_where_that_is_asked_for() {
 }
 
 #[test]
-fn what_assistants_say_is_learned_of_a_conversation() {
+fn assistant_messages_are_supervised() {
     let workspace = Workspace::new();
     workspace.write("chat_template.jinja", CHATML);
     let expected = "<|im_start|>user\nhé?<|im_end|>\n<|im_start|>assistant\n[in<|im_end|>\n]<|im_start|>user\nso<|im_end|>\n\
@@ -132,28 +132,28 @@ fn what_assistants_say_is_learned_of_a_conversation() {
     assert_eq!(workspace.shown(TALK, &options()).expect("good"), [expected]);
 }
 
-/// Two answers, of which the first carries a field.
+/// Two answers; the first has the given field.
 fn weighed(field: &str) -> String {
     TALK.replacen("\"content\":\"in\"", &format!("\"content\":\"in\",{field}"), 1)
 }
 
 #[test]
-fn a_message_that_is_ruled_out_is_not_learned() {
+fn an_excluded_message_is_not_supervised() {
     let workspace = Workspace::new();
     let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
                    {% else %}({{ m.content }}){% endif %}{% endfor %}";
     for field in ["weight", "train", "loss_mask", "trainable"] {
-        for (value, is_learned) in
+        for (value, is_supervised) in
             [("0", false), ("false", false), ("0.0", false), ("1", true), ("true", true), ("null", true)]
         {
             let row = weighed(&format!("\"{field}\":{value}"));
-            let answer = if is_learned { "[in<|im_end|>\n]" } else { "in<|im_end|>\n" };
+            let answer = if is_supervised { "[in<|im_end|>\n]" } else { "in<|im_end|>\n" };
             workspace.write("chat_template.jinja", CHATML);
             let shown = workspace.shown(&row, &options()).expect("good").remove(0);
             assert!(shown.contains(&format!("assistant\n{answer}<|im_start|>")), "{field}: {value}: {shown}");
             assert!(shown.ends_with("[the end<|im_end|>\n</s>]"), "{shown}");
             workspace.write("chat_template.jinja", marking);
-            let answer = if is_learned { "[in</s>]" } else { "in</s>" };
+            let answer = if is_supervised { "[in</s>]" } else { "in</s>" };
             let expected = format!("(hé?){answer}(so)[the end</s>]");
             assert_eq!(workspace.shown(&row, &options()).expect("good"), [expected], "{field}: {value}");
         }
@@ -161,15 +161,19 @@ fn a_message_that_is_ruled_out_is_not_learned() {
     workspace.write("chat_template.jinja", CHATML);
     let all = ReadOptions { loss: Loss::All, ..options() };
     let shown = workspace.shown(&weighed("\"weight\":0"), &all).expect("good").remove(0);
-    assert!(shown.contains("assistant\n]in<|im_end|>\n[<|im_start|>"), "of all, too: {shown}");
+    assert!(shown.contains("assistant\n]in<|im_end|>\n[<|im_start|>"), "also with loss all: {shown}");
     let (_, report) = workspace
         .read(&format!("{TALK}\n{}", weighed("\"weight\":0").replace("\"the end\"", "\"x\",\"weight\":0")), &options())
         .expect("good");
-    assert_eq!((report.n_rows, report.n_examples, report.n_empty), (2, 1, 1), "nothing is learned of the second row");
+    assert_eq!(
+        (report.n_rows, report.n_examples, report.n_empty),
+        (2, 1, 1),
+        "the second row has no supervised tokens"
+    );
 }
 
 #[test]
-fn a_template_file_obeys_what_messages_say_too() {
+fn a_template_file_respects_excluded_messages() {
     let workspace = Workspace::new();
     let marking = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\
                    {% else %}({{ m.content }}){% endif %}{% endfor %}";
@@ -178,17 +182,17 @@ fn a_template_file_obeys_what_messages_say_too() {
     let shown = workspace.shown(&weighed("\"weight\":0"), &options).expect("good");
     assert_eq!(shown, ["(hé?)in</s>(so)[the end</s>]"]);
     assert_eq!(workspace.shown(&weighed("\"weight\":1"), &options).expect("good"), ["(hé?)[in</s>](so)[the end</s>]"]);
-    let words = workspace.shown(&weighed("\"weight\":0.5"), &options).expect_err("unclear");
-    assert_eq!(words, "rows: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5");
+    let message = workspace.shown(&weighed("\"weight\":0.5"), &options).expect_err("unclear");
+    assert_eq!(message, "rows: line 1: field \"messages\": message 1: weight: expected 0 or 1, found 0.5");
     let all = ReadOptions { loss: Loss::All, ..options.clone() };
-    let words = workspace.shown(&weighed("\"train\":false"), &all).expect_err("where is it");
-    assert!(words.contains("some are not to be learned"), "{words}");
-    // Rows of other forms may call anything messages.
+    let message = workspace.shown(&weighed("\"train\":false"), &all).expect_err("where is it");
+    assert!(message.contains("some messages are excluded"), "{message}");
+    // Rows of other forms may use the name messages for anything.
     assert!(workspace.shown("{\"messages\":[{\"role\":\"assistant\",\"content\":\"x\"}]}", &options).is_ok());
 }
 
 #[test]
-fn a_weight_that_means_nothing_clear_is_refused_by_name() {
+fn an_ambiguous_weight_names_the_field() {
     let workspace = Workspace::new();
     workspace.write("chat_template.jinja", CHATML);
     for (field, expected) in [
@@ -198,23 +202,26 @@ fn a_weight_that_means_nothing_clear_is_refused_by_name() {
         ("\"loss_mask\":[1]", "message 1: loss_mask: expected 0 or 1, true or false, found an array"),
         ("\"weight\":1,\"trainable\":false", "message 1: trainable: it contradicts weight"),
     ] {
-        let words = workspace.shown(&weighed(field), &options()).expect_err("unclear");
-        assert_eq!(words, format!("rows: line 1: field \"messages\": {expected}"));
+        let message = workspace.shown(&weighed(field), &options()).expect_err("unclear");
+        assert_eq!(message, format!("rows: line 1: field \"messages\": {expected}"));
     }
     let row = TALK.replacen("\"role\":\"user\"", "\"role\":\"user\",\"train\":true", 1);
-    let words = workspace.shown(&row, &options()).expect_err("not what is learned");
-    assert!(words.starts_with("rows: line 1: field \"messages\": message 0: train: it asks to learn"), "{words}");
+    let message = workspace.shown(&row, &options()).expect_err("not supervised");
+    assert!(
+        message.starts_with("rows: line 1: field \"messages\": message 0: train: it includes a message"),
+        "{message}"
+    );
     assert!(workspace.shown(&row, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
     workspace.write(
         "chat_template.jinja",
         "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
     );
-    let words = workspace.shown(&weighed("\"weight\":0"), &options()).expect_err("which is it");
-    assert!(words.contains("marks 1 answers with {% generation %} where 2 assistant messages are"), "{words}");
+    let message = workspace.shown(&weighed("\"weight\":0"), &options()).expect_err("which is it");
+    assert!(message.contains("marks 1 answers with {% generation %}, but there are 2 assistant messages"), "{message}");
 }
 
 #[test]
-fn an_answer_ends_with_the_token_that_ends_a_text() {
+fn an_answer_ends_with_an_end_token() {
     let workspace = Workspace::new();
     let shown = |template: &str| {
         workspace.write("chat_template.jinja", template);
@@ -224,16 +231,16 @@ fn an_answer_ends_with_the_token_that_ends_a_text() {
     let marks_content = "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\
                          {% else %}{{ m.content }}{% endif %}{{ eos_token }}\n{% endfor %}";
     let expected = "u:hé?</s>\na:[in</s>]\nu:so</s>\na:[the end</s>]\n";
-    assert_eq!(shown(marks_content), (expected.to_owned(), 0), "the token right behind what is marked");
+    assert_eq!(shown(marks_content), (expected.to_owned(), 0), "the token right after the marked text");
     let roles_alone = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
     let expected = "<u>hé?<a>[in]<u>so<a>[the end</s>]";
-    assert_eq!(shown(roles_alone), (expected.to_owned(), 0), "added where the text ends");
+    assert_eq!(shown(roles_alone), (expected.to_owned(), 0), "added at the end of the text");
     let no_end = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}";
-    assert_eq!(shown(no_end).1, 1, "what the template writes is believed, and reported");
+    assert_eq!(shown(no_end).1, 1, "the template's text is kept, and reported");
 }
 
 #[test]
-fn a_template_may_mark_what_is_learned() {
+fn a_template_may_mark_supervised_text() {
     let workspace = Workspace::new();
     let config = fs::read_to_string(workspace.path("tokenizer_config.json")).expect("there");
     let template = r#""chat_template": [{"name": "other", "template": "x"}, {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}({{ m.content }}){% endif %}{% endfor %}"}],"#;
@@ -242,22 +249,22 @@ fn a_template_may_mark_what_is_learned() {
 }
 
 #[test]
-fn a_template_that_rewrites_earlier_turns_is_refused_in_words() {
+fn a_template_that_rewrites_earlier_turns_is_refused() {
     let workspace = Workspace::new();
     workspace.write(
         "chat_template.jinja",
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content[:1] }};{% endfor %}",
     );
-    let words = workspace.shown(TALK, &options()).expect_err("cannot be told");
+    let message = workspace.shown(TALK, &options()).expect_err("cannot be located");
     assert!(
-        words.starts_with("rows: line 1: field \"messages\": the template writes the turns before message"),
-        "{words}"
+        message.starts_with("rows: line 1: field \"messages\": the template changes the turns before message"),
+        "{message}"
     );
     assert!(workspace.shown(TALK, &ReadOptions { loss: Loss::All, ..options() }).is_ok());
 }
 
 #[test]
-fn a_template_file_makes_a_prompt_or_all() {
+fn a_template_file_gives_the_prompt_or_the_whole_text() {
     let workspace = Workspace::new();
     let row = r#"{"question":"Q","output":"O"}"#;
     let of = |source: &str| {
@@ -273,15 +280,15 @@ fn a_template_file_makes_a_prompt_or_all() {
         of("{{ question.x.y }}"),
         Err("rows: line 1: template line 1: undefined value: `question.x` is undefined".to_owned())
     );
-    let words = of("{% if %}").expect_err("broken");
-    assert!(words.starts_with("my.jinja: template line 1: syntax error"), "{words}");
-    let words =
+    let message = of("{% if %}").expect_err("broken");
+    assert!(message.starts_with("my.jinja: template line 1: syntax error"), "{message}");
+    let message =
         of("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").expect_err("endless");
-    assert_eq!(words, "rows: line 1: template line 1: the template runs for too long");
+    assert_eq!(message, "rows: line 1: template line 1: the template runs for too long");
 }
 
 #[test]
-fn dates_are_those_of_the_clock() {
+fn dates_come_from_the_clock() {
     let workspace = Workspace::new();
     workspace.write(
         "chat_template.jinja",
@@ -295,10 +302,10 @@ fn dates_are_those_of_the_clock() {
 }
 
 #[test]
-fn a_prompt_that_ends_within_a_token_is_encoded_apart() {
+fn a_prompt_that_ends_inside_a_token_is_encoded_separately() {
     let workspace = Workspace::new();
     let (dataset, report) = workspace.read("{\"prompt\":\"x t\",\"completion\":\"he\"}", &options()).expect("good");
-    // " t" and "he" would be " the" together.
+    // Together, " t" and "he" would be " the".
     assert_eq!(dataset.example(0).tokens, [1, 90, 259, 260, 2]);
     assert_eq!((report.n_apart, dataset.example(0).n_prompt()), (1, 3));
     let (dataset, report) = workspace.read("{\"prompt\":\"x\",\"completion\":\" the\"}", &options()).expect("good");
@@ -306,7 +313,7 @@ fn a_prompt_that_ends_within_a_token_is_encoded_apart() {
 }
 
 #[test]
-fn long_rows_are_cut_and_counted() {
+fn long_rows_are_truncated_and_counted() {
     let workspace = Workspace::new();
     let rows = r#"[{"prompt":"ab","completion":"cd"},{"prompt":"abcdef","completion":"gh"},{"prompt":"a","completion":" \n"},
         {"prompt":"a","completion":"b"}]"#;
@@ -316,16 +323,15 @@ fn long_rows_are_cut_and_counted() {
     assert_eq!((report.n_rows, report.n_examples, report.n_cut_rows, report.n_cut_tokens), (4, 2, 2, 2 + 6));
     assert_eq!((report.n_empty, report.n_unsupervised, report.longest, report.n_tokens), (1, 1, 4, 8));
     assert_eq!(report.blake3, blake3::hash(rows.as_bytes()).to_hex().as_str());
-    let words = workspace.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
+    let message = workspace.read(rows, &ReadOptions { max_length: 2, ..options() }).expect_err("nothing is left");
     assert_eq!(
-        words,
-        "rows: nothing is left to learn from its 4 rows: 1 have an empty response or one that is ruled out, 3 have none within 2 \
-         tokens"
+        message,
+        "rows: none of its 4 rows has supervised tokens: 1 have an empty or excluded response, 3 have none within 2 tokens"
     );
 }
 
 #[test]
-fn a_limit_takes_the_first_rows_and_the_digest_of_all() {
+fn a_limit_reads_the_first_rows_and_hashes_the_whole_file() {
     let workspace = Workspace::new();
     let rows = "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\n";
     let (_, report) = workspace.read(rows, &ReadOptions { limit: Some(2), ..options() }).expect("good");
@@ -333,7 +339,7 @@ fn a_limit_takes_the_first_rows_and_the_digest_of_all() {
 }
 
 #[test]
-fn bad_rows_are_named_with_line_and_field() {
+fn invalid_rows_name_line_and_field() {
     let workspace = Workspace::new();
     let good = r#"{"prompt":"a","completion":"b"}"#;
     for (row, expected) in [
@@ -348,44 +354,44 @@ fn bad_rows_are_named_with_line_and_field() {
     for (row, expected) in [
         (
             r#"{"a":1,"b":2}"#,
-            "its fields [a, b] are none of: messages; prompt and completion; instruction and output; text",
+            "its fields [a, b] match none of: messages; prompt and completion; instruction and output; text",
         ),
         (r#"{"messages":"x"}"#, "field \"messages\": expected an array, found a string"),
         (r#"{"messages":[]}"#, "field \"messages\": it is empty"),
         (r#"{"messages":[{"role":"user"},1]}"#, "field \"messages\": message 1: expected an object, found a number"),
-        (r#"{"messages":[{"content":"x"}]}"#, "field \"messages\": message 0: it has no role"),
+        (r#"{"messages":[{"content":"x"}]}"#, "field \"messages\": message 0: role is missing"),
         (r#"{"messages":[{"role":"user","content":"x"}]}"#, "template line 1: roles must alternate"),
     ] {
         assert_eq!(workspace.read(row, &options()).expect_err("a bad row"), format!("rows: line 1: {expected}"));
     }
     let commonsense = ReadOptions { template: Template::Commonsense, ..options() };
     let row = r#"[{"instruction":"Q","input":"I","answer":"true"}]"#;
-    let expected = "rows: row [0] (line 1): field \"input\": the commonsense template has no place for it";
+    let expected = "rows: row [0] (line 1): field \"input\": the commonsense template does not use it";
     assert_eq!(workspace.read(row, &commonsense).expect_err("a bad row"), expected);
-    assert_eq!(workspace.read("[]", &options()).expect_err("no row"), "rows: it holds no row");
+    assert_eq!(workspace.read("[]", &options()).expect_err("no row"), "rows: it contains no rows");
 }
 
 #[test]
-fn the_first_bad_row_is_told_for_any_number_of_threads() {
+fn the_first_invalid_row_is_reported_for_any_number_of_threads() {
     let workspace = Workspace::new();
     let mut rows = "{\"text\":\"a\"}\n".repeat(500);
     rows += &"{\"text\":1}\n".repeat(1500);
     for n_threads in [1, 3, 8] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
-        let words = pool.install(|| workspace.read(&rows, &options()).expect_err("bad rows"));
-        assert_eq!(words, "rows: line 501: field \"text\": expected a string, found a number");
+        let message = pool.install(|| workspace.read(&rows, &options()).expect_err("bad rows"));
+        assert_eq!(message, "rows: line 501: field \"text\": expected a string, found a number");
     }
 }
 
 #[test]
-fn what_is_no_tokenizer_is_said() {
+fn an_invalid_tokenizer_is_reported() {
     let workspace = Workspace::new();
     let open = || Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("no tokenizer");
     for broken in ["", "{}", "[1]", "not json", "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":-1},\"merges\":[]}}"] {
         workspace.write("tokenizer.json", broken);
         let error = open();
         assert_eq!(error.kind(), ErrorKind::BadInput);
-        assert!(workspace.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+        assert!(workspace.message(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
     }
     let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
     workspace.write("tokenizer.json", deep);
@@ -395,7 +401,7 @@ fn what_is_no_tokenizer_is_said() {
 }
 
 #[test]
-fn a_tokenizer_that_makes_its_library_panic_is_a_bad_file() {
+fn a_tokenizer_that_makes_its_library_panic_is_an_invalid_file() {
     let workspace = Workspace::new();
     let text = fs::read_to_string(workspace.path("tokenizer.json")).expect("there");
     let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -404,22 +410,22 @@ fn a_tokenizer_that_makes_its_library_panic_is_a_bad_file() {
     workspace.write("tokenizer.json", json.to_string().replace("DECODER", "\\ud800"));
     let error = Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("broken");
     assert_eq!(error.kind(), ErrorKind::BadInput);
-    assert!(workspace.words(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
+    assert!(workspace.message(&error).starts_with("tokenizer.json: not a tokenizer: "), "{error}");
 }
 
 #[test]
-fn a_tokenizer_that_adds_what_it_does_not_define_is_refused() {
+fn a_tokenizer_that_adds_an_undefined_token_is_refused() {
     let workspace = Workspace::new();
     let text = fs::read_to_string(workspace.path("tokenizer.json")).expect("there");
     let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     json["post_processor"]["special_tokens"] = serde_json::json!({});
     workspace.write("tokenizer.json", json.to_string());
     let error = Tokenizer::open(workspace.0.path()).map(|_| ()).expect_err("broken");
-    assert_eq!(workspace.words(&error), "tokenizer.json: its post-processor adds \"<s>\", which it does not define");
+    assert_eq!(workspace.message(&error), "tokenizer.json: its post-processor adds \"<s>\", which is not defined");
 }
 
 #[test]
-fn hostile_templates_fail_in_words() {
+fn hostile_templates_fail_with_a_message() {
     let workspace = Workspace::new();
     let grown =
         "{% set ns = namespace(x=['x' * 1000]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
@@ -437,8 +443,8 @@ fn hostile_templates_fail_in_words() {
         let template = Template::File(workspace.write("my.jinja", &source));
         let read = workspace.read("{\"output\":\"O\"}", &ReadOptions { template, ..options() });
         if let Some(expected) = expected {
-            let words = read.map(|_| ()).expect_err("hostile");
-            assert!(words.contains(expected), "{words}");
+            let message = read.map(|_| ()).expect_err("hostile");
+            assert!(message.contains(expected), "{message}");
         }
     }
 }
@@ -447,22 +453,22 @@ fn hostile_templates_fail_in_words() {
 fn tokens_beyond_the_model_are_refused() {
     let workspace = Workspace::new();
     workspace.write("config.json", r#"{"vocab_size":261}"#);
-    let words = workspace.read(r#"{"text":"a"}"#, &options()).map(|_| ());
-    assert_eq!(words, Ok(()));
-    let words = workspace.read(r#"{"text":"all the rest"}"#, &options()).expect_err("beyond");
-    assert_eq!(words, "tokenizer.json: token 261 \"Ġthe\" is beyond the model's vocab_size of 261");
+    let message = workspace.read(r#"{"text":"a"}"#, &options()).map(|_| ());
+    assert_eq!(message, Ok(()));
+    let message = workspace.read(r#"{"text":"all the rest"}"#, &options()).expect_err("beyond");
+    assert_eq!(message, "tokenizer.json: token 261 \"Ġthe\" is outside the model's vocab_size of 261");
 }
 
 #[test]
 fn a_conversation_needs_a_chat_template() {
-    let words = Workspace::new().read(TALK, &options()).expect_err("none");
+    let message = Workspace::new().read(TALK, &options()).expect_err("none");
     let expected =
         "tokenizer.json: the model has no chat template: neither chat_template.jinja nor one in tokenizer_config.json";
-    assert_eq!(words, expected);
+    assert_eq!(message, expected);
 }
 
 #[test]
-fn real_rows_become_questions() {
+fn real_rows_are_read_as_questions() {
     let (workspace, ctx) = (Workspace::new(), Context::default());
     let tokenizer = workspace.tokenizer();
     let path = fixtures().join("data/commonsense.jsonl");
@@ -485,7 +491,7 @@ fn real_rows_become_questions() {
 }
 
 #[test]
-fn what_a_template_writes_for_each_answer_is_ranked() {
+fn the_template_s_text_for_each_answer_is_ranked() {
     let (workspace, ctx) = (Workspace::new(), Context::default());
     let (tokenizer, data) = (workspace.tokenizer(), fixtures().join("data"));
     let template = Template::File(data.join("commonsense-options.jinja"));
@@ -528,7 +534,7 @@ fn what_a_template_writes_for_each_answer_is_ranked() {
     ] {
         assert_eq!(shown(kind), expected);
     }
-    // What is ranked for the right answer is what is learned.
+    // The text ranked for the correct answer is the supervised text.
     let (dataset, _) = read_dataset(&ctx, &path, &tokenizer, &options).expect("good rows");
     for (example, question) in dataset.iter().zip(&questions) {
         let (_, right) = question.candidates.iter().find(|(name, _)| *name == question.answer).expect("it is named");
@@ -541,19 +547,19 @@ fn what_a_template_writes_for_each_answer_is_ranked() {
 }
 
 #[test]
-fn templates_that_cannot_be_ranked_are_named() {
+fn templates_that_cannot_be_ranked_are_refused() {
     let (workspace, ctx) = (Workspace::new(), Context::default());
     let read = |source: &str, row: &str, task| {
         let template = Template::File(workspace.write("my.jinja", source));
         let path = workspace.write("rows", row);
         let options = ReadOptions { template, ..options() };
-        read_questions(&ctx, &path, &workspace.tokenizer(), task, &options).map_err(|e| workspace.words(&e))
+        read_questions(&ctx, &path, &workspace.tokenizer(), task, &options).map_err(|e| workspace.message(&e))
     };
     let row = r#"{"instruction":"Q\n\nAnswer format: a/b","answer":"b"}"#;
     for (source, expected) in [
         (
             "{{ answer }}{% generation %}{{ answer }}{% endgeneration %}",
-            "its prompt for the answer \"b\" is not that for \"a\"",
+            "its prompts for the answers \"b\" and \"a\" differ",
         ),
         (
             "Q{% generation %}{{ 'yes' if answer == 'a' }}{% endgeneration %}",
@@ -561,15 +567,15 @@ fn templates_that_cannot_be_ranked_are_named() {
         ),
         (
             "Q{% generation %}{{ answer }}{% endgeneration %}.{% generation %}{{ answer }}{% endgeneration %}",
-            "its template marks 2 answers; one can be ranked",
+            "its template marks 2 answers, expected one",
         ),
-        ("{% generation %}{{ answer }}{% endgeneration %}", "its prompt has no token"),
+        ("{% generation %}{{ answer }}{% endgeneration %}", "its prompt has no tokens"),
         ("Q{% generation %}{{ 1 // 0 }}{% endgeneration %}", "template line 1: unable to calculate 1 // 0"),
     ] {
         let error = read(source, row, Task::Commonsense).expect_err("it cannot be ranked");
         assert!(error.starts_with(&format!("rows: line 1: {expected}")), "{error}");
     }
-    // Nothing of arithmetic is ranked; the prompt is what comes before the answer.
+    // Math tasks rank nothing; the prompt is the text before the answer.
     let row = r#"{"instruction":"Q","answer":7}"#;
     let source = "{{ instruction }} is{% generation %} {{ answer }}{% endgeneration %}";
     let questions = read(source, row, Task::Math).expect("a good row");
@@ -577,26 +583,27 @@ fn templates_that_cannot_be_ranked_are_named() {
 }
 
 #[test]
-fn published_outputs_are_judged_by_the_published_rules() {
+fn published_outputs_are_scored_by_the_published_rules() {
     let mut rows = RowReader::open(&fixtures().join("data/math.json")).expect("rows");
     let mut right = Vec::new();
     while let Some(row) = rows.next_row().expect("good rows") {
         let field = |name: &str| row.fields[name].as_str().expect("a string").to_owned();
         right.push(Task::Math.is_right(&field("output"), &field("answer")));
     }
-    // Teachers err: 60 for 120, 32 for 8, 8 for 8 …; where the answer is a letter, the first of A to E in the text counts.
+    // The published outputs contain errors: 60 for 120, 32 for 8, 8 for 8 …; if the answer is a letter, the first of A
+    // to E in the text counts.
     let expected = [true, false, true, true, false, true, true, true, true, true, true];
     assert_eq!(right[..11], expected);
     assert!(!right[14], "an empty output is wrong");
 }
 
 #[test]
-fn questions_that_cannot_be_judged_are_named() {
+fn questions_that_cannot_be_scored_are_refused() {
     let (workspace, ctx) = (Workspace::new(), Context::default());
     let read = |row: &str, task| {
         let path = workspace.write("rows", row);
         let questions = read_questions(&ctx, &path, &workspace.tokenizer(), task, &options());
-        workspace.words(&questions.map(|_| ()).expect_err("a bad row"))
+        workspace.message(&questions.map(|_| ()).expect_err("a bad row"))
     };
     for (row, task, expected) in [
         (
@@ -607,12 +614,12 @@ fn questions_that_cannot_be_judged_are_named() {
         (
             r#"{"instruction":"Q","answer":"a"}"#,
             Task::Commonsense,
-            "field \"instruction\": no \"Answer format: a/b/…\" names the answers",
+            "field \"instruction\": it has no \"Answer format: a/b/…\" with the answers",
         ),
         (
             r#"{"instruction":"Q\n\nAnswer format: a/b","answer":"c"}"#,
             Task::Commonsense,
-            "field \"answer\": \"c\" is none of those that its instruction names: a/b",
+            "field \"answer\": \"c\" is not among the answers in the instruction: a/b",
         ),
         (r#"{"instruction":"Q"}"#, Task::Math, "field \"answer\" is missing"),
     ] {

@@ -1,4 +1,4 @@
-//! A model's tokenizer, its special tokens and its chat template, as they lie beside its weights.
+//! A model's tokenizer, its special tokens and its chat template, as stored next to its weights.
 
 use std::{
     ops::Range,
@@ -10,31 +10,32 @@ use serde_json::{Map, Value};
 use super::DataError;
 use crate::checkpoint::{CheckpointError, Printable, guarded, probe, read_whole};
 
-/// The largest tokenizer.json in use has 35 MB.
+/// Maximum size of tokenizer.json; the largest in use has 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// Configurations and templates have some kilobytes; a tokenizer_config.json that lists its added tokens a megabyte.
+/// Maximum size of configurations and templates: they have a few kilobytes, or a megabyte if a tokenizer_config.json
+/// lists its added tokens.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A Hugging Face tokenizer.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
-    /// What the post-processor puts before a text, such as the begin token, and behind it.
+    /// The tokens that the post-processor adds before a text, such as the begin token, and after it.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
     eos: Option<u32>,
     stops: Vec<u32>,
-    /// `bos_token`, `eos_token` and their kin, as templates know them.
+    /// `bos_token`, `eos_token` and other special tokens, for templates.
     specials: Vec<(String, String)>,
     chat_template: Option<(PathBuf, String)>,
-    /// Rows of the model's embedding, where config.json tells.
+    /// Number of rows of the model's embedding, if config.json states it.
     n_vocab: Option<u64>,
 }
 
 impl Tokenizer {
     /// Opens the tokenizer of a checkpoint: a folder, or a file in that folder.
     ///
-    /// Reads `tokenizer.json`, and as far as they are there `tokenizer_config.json` (special tokens, chat template),
+    /// Reads `tokenizer.json` and, if they exist, `tokenizer_config.json` (special tokens, chat template),
     /// `chat_template.jinja`, `generation_config.json` (stop tokens) and `config.json`.
     pub fn open(checkpoint: &Path) -> Result<Self, DataError> {
         let folder = if probe::is_folder(checkpoint)? { checkpoint } else { crate::checkpoint::folder_of(checkpoint) };
@@ -43,7 +44,7 @@ impl Tokenizer {
         let bytes = read_whole(&path, MAX_TOKENIZER_BYTES)?;
         if let Some(missing) = undefined_special(&bytes) {
             return Err(
-                bad(format!("its post-processor adds \"{}\", which it does not define", Printable(&missing))).into()
+                bad(format!("its post-processor adds \"{}\", which is not defined", Printable(&missing))).into()
             );
         }
         let parsed = guarded(|| parse(&bytes))
@@ -79,44 +80,44 @@ impl Tokenizer {
         Ok(Self { inner, path, prefix, suffix, eos, stops, specials, chat_template, n_vocab })
     }
 
-    /// The file.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Token ids of a text, without those that the tokenizer puts around it.
+    /// Encodes a text, without the tokens that the tokenizer adds around it.
     ///
-    /// Special tokens that are written out in the text become themselves, as in transformers.
+    /// Special tokens in the text are recognized, as in transformers.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
         let encoding = self.guarded(|inner| inner.encode_fast(text, false))?;
         self.within_vocabulary(encoding.get_ids())?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The same, and where in the text each token stands, in bytes.
-    pub(super) fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
+    /// The same, with the byte range of each token in the text.
+    pub(super) fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), DataError> {
         let encoding = self.guarded(|inner| inner.encode(text, false))?;
         self.within_vocabulary(encoding.get_ids())?;
         let places = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
         Ok((encoding.get_ids().to_vec(), places))
     }
 
-    /// The text of token ids, without special tokens.
+    /// Decodes token ids, without special tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, DataError> {
         self.guarded(|inner| inner.decode(tokens, true))
     }
 
-    /// The text of token ids, special tokens written out.
+    /// Decodes token ids, with special tokens written out.
     pub fn decode_all(&self, tokens: &[u32]) -> Result<String, DataError> {
         self.guarded(|inner| inner.decode(tokens, false))
     }
 
-    /// What the tokenizer puts before a text: the begin token, or nothing.
+    /// The tokens added before a text: the begin token, or none.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
     }
 
-    /// What ends a response: the end token, and what the tokenizer puts behind a text if that is more.
+    /// The tokens that end a response: the end token, or what the tokenizer adds after a text if that is longer.
     pub(super) fn ending(&self) -> &[u32] {
         match (&self.eos, self.suffix.last()) {
             (Some(eos), Some(last)) if last == eos => &self.suffix,
@@ -130,17 +131,17 @@ impl Tokenizer {
         self.eos
     }
 
-    /// Tokens that end a generated text; ascending.
+    /// Tokens that end generation, ascending.
     pub fn stops(&self) -> &[u32] {
         &self.stops
     }
 
-    /// `bos_token`, `eos_token` and their kin, as templates know them.
+    /// `bos_token`, `eos_token` and other special tokens, for templates.
     pub(super) fn specials(&self) -> &[(String, String)] {
         &self.specials
     }
 
-    /// The chat template's file and text.
+    /// The path and text of the chat template.
     pub(super) fn chat_template(&self) -> Option<(&Path, &str)> {
         self.chat_template.as_ref().map(|(path, source)| (path.as_path(), source.as_str()))
     }
@@ -150,11 +151,11 @@ impl Tokenizer {
         let beyond = tokens.iter().find(|&&token| u64::from(token) >= n_vocab);
         let Some(&token) = beyond else { return Ok(()) };
         let text = self.inner.id_to_token(token).unwrap_or_default();
-        let what = format!("token {token} \"{}\" is beyond the model's vocab_size of {n_vocab}", Printable(&text));
+        let what = format!("token {token} \"{}\" is outside the model's vocab_size of {n_vocab}", Printable(&text));
         Err(CheckpointError::bad_file(&self.path, what).into())
     }
 
-    /// Lets the tokenizers library work; what it fails at, in whatever way, is the file's fault.
+    /// Calls the tokenizers library; any failure is reported as an invalid file.
     fn guarded<T>(&self, work: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>) -> Result<T, DataError> {
         let what = match guarded(|| work(&self.inner)) {
             Ok(Ok(done)) => return Ok(done),
@@ -165,23 +166,23 @@ impl Tokenizer {
     }
 }
 
-/// What the post-processor puts before a text, and behind it.
+/// The tokens that the post-processor adds before and after a text.
 type Surroundings = (Vec<u32>, Vec<u32>);
 
-/// A tokenizer that encodes texts as they are, and what its file puts around them.
+/// A tokenizer that encodes texts without additions, and the additions from its file.
 fn parse(bytes: &[u8]) -> Result<(tokenizers::Tokenizer, Surroundings), String> {
     let mut inner: tokenizers::Tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
         .map_err(|e| format!("not a tokenizer: {}", Printable(&e.to_string())))?;
-    // What a file says of cutting and padding is a memory of its last use, not a property of the model.
+    // Truncation and padding in the file record its last use; they are not properties of the model.
     inner.with_truncation(None).map_err(|e| e.to_string())?;
     inner.with_padding(None);
     let surroundings = surroundings(&inner)?;
-    // From here on texts are encoded without it: it would move offsets besides.
+    // Texts are encoded without the post-processor, which would also shift offsets.
     inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
     Ok((inner, surroundings))
 }
 
-/// A token that a template of the post-processor adds and does not define; the crate would panic over it.
+/// A token that a template of the post-processor adds but does not define; the crate would panic on it.
 fn undefined_special(tokenizer: &[u8]) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Part {
@@ -200,7 +201,7 @@ fn undefined_specials(template: &Value) -> Vec<String> {
     added.filter(|id| !defined.contains_key(*id)).map(str::to_owned).collect()
 }
 
-/// What the post-processor puts before and behind a text.
+/// The tokens that the post-processor adds before and after a text.
 fn surroundings(inner: &tokenizers::Tokenizer) -> Result<Surroundings, String> {
     let ids = |with: bool| {
         let encoding = inner.encode_fast("a", with).map_err(|e| Printable(&e.to_string()).to_string())?;
@@ -216,7 +217,7 @@ fn find<'a>(specials: &'a [(String, String)], name: &str) -> Option<&'a str> {
     specials.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
 }
 
-/// A whole file, or nothing where there is none.
+/// A whole file; `None` if it does not exist.
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, CheckpointError> {
     match read_whole(path, MAX_CONFIG_BYTES) {
         Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -224,7 +225,7 @@ fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, CheckpointError> {
     }
 }
 
-/// A JSON configuration; empty where there is no such file.
+/// A JSON configuration; empty if the file does not exist.
 struct Config {
     path: PathBuf,
     fields: Map<String, Value>,
@@ -250,14 +251,14 @@ impl Config {
         }
     }
 
-    /// `NAME_token` fields: a text, or an object that holds it as `content`.
+    /// `NAME_token` fields: a string, or an object with a `content` field.
     fn special_tokens(&self) -> Vec<(String, String)> {
         let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
         let of_tokens = self.fields.iter().filter(|(name, _)| name.ends_with("_token"));
         of_tokens.filter_map(|(name, value)| Some((name.clone(), text(value)?))).collect()
     }
 
-    /// `chat_template.jinja`, or the field: a text, or a list of named ones, of which `default` counts.
+    /// `chat_template.jinja`, or the field: a string, or a list of named templates, of which `default` is used.
     fn chat_template(&self, folder: &Path) -> Result<Option<(PathBuf, String)>, DataError> {
         let path = folder.join("chat_template.jinja");
         if let Some(bytes) = read_if_there(&path)? {

@@ -1,9 +1,10 @@
-//! Work on a stranger's template, watched from outside while it is under way.
+//! Runs untrusted templates on separate threads with limits on time and memory.
 //!
-//! minijinja's fuel bounds almost all that a template does, but single instructions can still be endless: a list that holds itself
-//! twice, forty times over, is small until it is compared, joined or concatenated. Nothing stops a thread from outside. So the work is
-//! done on a thread of its own, and who waits for it looks at the clock, at the process's memory and at the user's wish to stop. Where a
-//! limit is passed the waiting thread returns an error at once and the work is abandoned: it ends with the process, or by itself.
+//! minijinja's fuel limits almost everything a template does, but a single instruction can still be endless: a list
+//! that contains itself twice, forty levels deep, is small until it is compared, joined or concatenated. A thread
+//! cannot be stopped from outside. So the work runs on its own thread, and the waiting thread checks the clock, the
+//! process's memory and cancellation. If a limit is exceeded, the waiting thread returns an error at once and abandons
+//! the work, which ends by itself or with the process.
 
 use std::{
     fs,
@@ -16,40 +17,40 @@ use std::{
 
 use crate::checkpoint::{CheckpointError, Context, guarded};
 
-/// How long a piece of work runs before it is looked at, and between two looks.
+/// Time until the first check of a task, and between checks.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// Stack for what a template of the largest size nests, and for values as deep as its fuel can make them: each level takes some
-/// hundred bytes to compile, to print and to drop. Only what is used of it is ever memory.
+/// Stack size for the deepest nesting of a template of maximum size, and for values as deep as its fuel allows: each
+/// level takes a few hundred bytes to compile, print and drop. Only used pages are resident.
 const STACK_BYTES: usize = 256 << 20;
 
-/// What one piece of work may take.
+/// The limits of one task.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Limits {
-    /// Time on the clock.
+    /// Wall-clock time.
     pub time: Duration,
-    /// Growth of the process's resident memory while it is under way. Known on Linux alone.
+    /// Growth of the process's resident memory during the task. Known only on Linux.
     pub n_bytes: u64,
 }
 
 /// Why there is no result.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Abandoned {
-    /// The user asked to stop.
+    /// The user stopped the command.
     Cancelled,
-    /// It took more time than it may.
+    /// The time limit was exceeded.
     TooLong,
-    /// It took more memory than it may.
+    /// The memory limit was exceeded.
     TooLarge,
-    /// It panicked.
+    /// The task panicked.
     Panicked,
 }
 
-/// Threads that work on a stranger's template.
+/// Threads for untrusted templates.
 pub(super) struct Watched {
     pool: rayon::ThreadPool,
     limits: Limits,
-    /// Why work was abandoned, once it was: its thread may still run, and no more work is begun.
+    /// Set once a task was abandoned: its thread may still be running, and no new task is started.
     abandoned: OnceLock<Abandoned>,
 }
 
@@ -65,9 +66,9 @@ impl Watched {
         Ok(Self { pool, limits, abandoned: OnceLock::new() })
     }
 
-    /// Does the work on another thread, and waits for it.
+    /// Runs the work on another thread and waits for it.
     ///
-    /// Costs a hand-over between two threads; only work that takes longer than [`INTERVAL`] is looked at.
+    /// Costs one hand-over between threads; only work that takes longer than [`INTERVAL`] is checked.
     pub(super) fn run<T: Send + 'static>(
         &self,
         ctx: &Context<'_>,
@@ -78,7 +79,7 @@ impl Watched {
         }
         let (sender, receiver) = sync_channel(1);
         self.pool.spawn(move || {
-            // Nobody may wait any more.
+            // The receiver may be gone.
             let _abandoned = sender.send(guarded(work));
         });
         let began = Instant::now();
@@ -108,7 +109,7 @@ impl Watched {
     }
 }
 
-/// The process's resident memory, where the system tells.
+/// The process's resident memory, if the system reports it.
 fn resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let n_pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
@@ -133,13 +134,13 @@ mod tests {
     }
 
     #[test]
-    fn work_that_is_abandoned_says_why_and_ends_the_rest() {
+    fn abandoned_work_reports_the_reason_and_stops_later_work() {
         let endless = || std::thread::sleep(Duration::from_secs(600));
         let ctx = Context::default();
         let quick = watched(Duration::from_millis(50), u64::MAX);
         assert_eq!(quick.run(&ctx, || 7), Ok(7));
         assert_eq!(quick.run(&ctx, endless), Err(Abandoned::TooLong));
-        assert_eq!(quick.run(&ctx, || 7), Err(Abandoned::TooLong), "no more work is begun");
+        assert_eq!(quick.run(&ctx, || 7), Err(Abandoned::TooLong), "no new work is started");
         let stopped = Context { observer: &Stop, ..ctx };
         let slow = watched(Duration::from_secs(600), u64::MAX);
         assert_eq!(slow.run(&stopped, endless), Err(Abandoned::Cancelled));
@@ -151,7 +152,7 @@ mod tests {
 
     #[test]
     fn work_that_grows_is_abandoned() {
-        // Where the system does not tell how much memory a process has, there is nothing to see.
+        // Skip if the system does not report the memory of a process.
         if resident_bytes().is_none() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Choosing rows on a GPU: the scores that the CPU knows, and the CPU for the rest.
+//! Chooses rows on a GPU if it supports the score, otherwise on the CPU.
 
 use std::{
     fmt,
@@ -15,10 +15,10 @@ impl From<GpuError> for ChooseError {
     }
 }
 
-/// Chooses on a GPU what it can take, looks over a part of it, and counts.
+/// Chooses on the GPU what it supports, checks a sample of the results, and counts rows.
 pub struct GpuChooser {
     ranker: RowRanker,
-    /// The share of rows that are chosen again on the CPU.
+    /// The fraction of rows that are chosen again on the CPU.
     check: f64,
     seed: u64,
     n_rows: AtomicU64,
@@ -33,16 +33,16 @@ impl fmt::Debug for GpuChooser {
 }
 
 impl GpuChooser {
-    /// A chooser over a ranker, which chooses the share `check` (0 to 1) of all rows again on the CPU: a random sample, and at
-    /// least one row of each block where the share is not 0.
+    /// A chooser that uses a ranker and chooses the fraction `check` (0 to 1) of all rows again on the CPU: a random
+    /// sample, with at least one row of each block unless the fraction is 0.
     pub fn new(ranker: RowRanker, check: f64) -> Self {
         let [n_rows, n_left, n_checked] = [0, 0, 0].map(AtomicU64::new);
-        // Another sample in each run: what is wrong here and there is found in the end.
+        // A different sample in each run, so that intermittent errors are eventually found.
         Self { ranker, check, seed: RandomState::new().hash_one(0), n_rows, n_left, n_checked }
     }
 
-    /// Chooses a random sample of the rows again.
-    fn look_over(&self, rows: &ScoredRows<'_>, k: usize, columns: &[u32]) -> Result<(), ChooseError> {
+    /// Chooses a random sample of the rows again and compares.
+    fn check_sample(&self, rows: &ScoredRows<'_>, k: usize, columns: &[u32]) -> Result<(), ChooseError> {
         let n_rows = rows.weights().n_rows();
         if self.check <= 0.0 || n_rows == 0 || k == 0 {
             return Ok(());
@@ -54,7 +54,7 @@ impl GpuChooser {
         for row in (0..n_rows).filter(|&row| row == at_least || random(row) <= bound) {
             let expected = topk_rows(&rows.slice(row..row + 1), k)?;
             if expected != columns[row * k..(row + 1) * k] {
-                return Err(self.wrong(row, n_rows, "other columns are the largest").into());
+                return Err(self.wrong(row, n_rows, "its columns are not the largest").into());
             }
             self.n_checked.fetch_add(1, Ordering::Relaxed);
         }
@@ -79,7 +79,7 @@ impl RowChooser for GpuChooser {
             Score::Snip(gradients) => Some(Factor::Product(gradients)),
             Score::Fisher(gradients) => Some(Factor::Square(gradients)),
             Score::Wanda(of) => {
-                // Of the matrices that the rows belong to.
+                // The matrices that the rows belong to.
                 let (first, last) = (of.first_row / of.d_out, (of.first_row + n_rows.max(1) as u64 - 1) / of.d_out);
                 let d_in = weights.d_in();
                 let range = first as usize * d_in..(last as usize + 1) * d_in;
@@ -93,18 +93,18 @@ impl RowChooser for GpuChooser {
             }
             Score::Random { .. } => None,
         };
-        let Some(factor) = factor.filter(|factor| RowRanker::takes(weights.dtype(), weights.d_in(), factor)) else {
+        let Some(factor) = factor.filter(|factor| RowRanker::supports(weights.dtype(), weights.d_in(), factor)) else {
             self.n_left.fetch_add(n_rows as u64, Ordering::Relaxed);
             return Ok(topk_rows(rows, k)?);
         };
         let Ranked { columns, first_nan } = self.ranker.topk_rows(weights, &factor, k)?;
         if let Some((row, _)) = first_nan {
-            // The CPU names it, and has the last word on whether it is one.
+            // The CPU reports the NaN, and decides whether there is one.
             topk_rows(&rows.slice(0..row + 1), k)?;
-            return Err(self.wrong(row, n_rows, "it was said to hold a NaN").into());
+            return Err(self.wrong(row, n_rows, "a NaN was reported, but there is none").into());
         }
         self.n_rows.fetch_add(n_rows as u64, Ordering::Relaxed);
-        self.look_over(rows, k.min(weights.d_in()), &columns)?;
+        self.check_sample(rows, k.min(weights.d_in()), &columns)?;
         Ok(columns)
     }
 

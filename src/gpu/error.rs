@@ -1,4 +1,4 @@
-//! What can go wrong on the way to a GPU and on it.
+//! Errors of finding and using a GPU.
 
 use std::path::PathBuf;
 
@@ -7,95 +7,95 @@ use crate::{
     error::{ErrorKind, Failure},
 };
 
-/// What can go wrong on the way to a GPU and on it.
+/// Errors of finding and using a GPU.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum GpuError {
-    /// There is no GPU that can be used, and why.
+    /// No GPU can be used.
     #[error("no GPU can be used: {why}")]
     Unusable {
-        /// Why, in a few words.
+        /// The reason.
         why: String,
     },
-    /// The device asked for is not there.
+    /// The requested device does not exist.
     #[error("there is no GPU {ordinal}: {}", found(*.count))]
     NoSuchDevice {
         /// Its number, from 0.
         ordinal: usize,
-        /// How many there are.
+        /// The number of devices.
         count: usize,
     },
-    /// The driver refused something.
+    /// A driver call failed.
     #[error("GPU {ordinal}: {doing}: {code}")]
     Driver {
         /// The device.
         ordinal: usize,
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// The driver's name for the failure.
+        /// The driver's name of the error.
         code: String,
     },
-    /// Work that was under way failed; the device takes no more from this process.
-    #[error("GPU {ordinal}: kernel `{kernel}`, or what was started before it, failed: {code}")]
+    /// A kernel failed; the device cannot be used any more in this process.
+    #[error("GPU {ordinal}: kernel `{kernel}`, or one started before it, failed: {code}")]
     Kernel {
         /// The device.
         ordinal: usize,
         /// The last kernel that was started.
         kernel: &'static str,
-        /// The driver's name for the failure.
+        /// The driver's name of the error.
         code: String,
     },
-    /// The device has too little memory, even for the smallest piece of the work.
-    #[error("GPU {ordinal}: {what} needs {needed} bytes of device memory, {available} can be had")]
+    /// Not enough device memory, even for the smallest piece of the work.
+    #[error("GPU {ordinal}: {what} needs {needed} bytes of device memory, {available} are available")]
     OutOfMemory {
         /// The device.
         ordinal: usize,
-        /// What the memory is for.
+        /// The purpose of the memory.
         what: &'static str,
-        /// Bytes that are needed.
+        /// The required bytes.
         needed: u64,
-        /// Bytes that are free, or that the work may use.
+        /// The bytes that are free, or that the operation may use.
         available: u64,
     },
-    /// The device's result is not what the CPU computes.
+    /// The device's result differs from the CPU's.
     #[error("GPU {ordinal}: kernel `{kernel}` gave a wrong result: row {row} of {n_rows}, {why}")]
     WrongResult {
         /// The device.
         ordinal: usize,
         /// The kernel.
         kernel: &'static str,
-        /// The row, counted in the block that was handled.
+        /// The row within the block.
         row: u64,
-        /// Rows of that block.
+        /// Number of rows of that block.
         n_rows: u64,
-        /// What is wrong with it.
+        /// What is wrong.
         why: &'static str,
     },
-    /// cuBLASLt, which only training needs, is not there.
-    #[error("cuBLASLt ({names}) was not found; it was looked for in: {}", .looked.join(", "))]
+    /// cuBLASLt, which only training needs, was not found.
+    #[error("cuBLASLt ({names}) was not found; searched: {}", .searched.join(", "))]
     NoLibrary {
-        /// The names that were looked for.
+        /// The file names that were searched.
         names: String,
-        /// Every place, and what the loader said where there was a file.
-        looked: Vec<String>,
+        /// Every location, with the loader's message if there was a file.
+        searched: Vec<String>,
     },
-    /// A library was found that is not what its name says.
+    /// A library was found that cannot be used.
     #[error("`{}` cannot be used: {why}", .path.display())]
     BadLibrary {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// cuBLASLt refused something.
+    /// A call of cuBLASLt failed.
     #[error("GPU {ordinal}: cuBLASLt {version}: {doing}: {code}")]
     Library {
         /// The device.
         ordinal: usize,
         /// The library's version.
         version: String,
-        /// What was being done: a product names its shape and type.
+        /// The operation; for a product its shape and dtype.
         doing: String,
-        /// The library's name for the failure.
+        /// The library's name of the error.
         code: String,
     },
 }
@@ -113,7 +113,7 @@ fn found(count: usize) -> String {
     }
 }
 
-/// A GPU that cannot be used was asked for; one that fails is a failing device.
+/// An unusable GPU is a usage error; a failing one is an I/O error.
 impl Failure for GpuError {
     fn kind(&self) -> ErrorKind {
         match self {
@@ -131,7 +131,7 @@ mod tests {
     use crate::backend::ChooseError;
 
     #[test]
-    fn an_error_keeps_its_words_and_fields_on_the_floors_below() {
+    fn an_error_keeps_its_message_and_fields_in_lower_layers() {
         let error = GpuError::NoSuchDevice { ordinal: 3, count: 1 };
         let below = ChooseError::from(error.clone());
         assert_eq!(below.to_string(), "there is no GPU 3: only GPU 0 was found");

@@ -1,20 +1,22 @@
-//! Where cuBLASLt is: the driver alone is needed for all but training, so the library is looked for when somebody wants it.
+//! The location of cuBLASLt. Everything except training needs only the driver, so the library is searched for on first
+//! use.
 //!
-//! It comes with a CUDA toolkit, with PyTorch, or from the system's packages. Folders are listed here; only the loader opens files.
+//! It is part of a CUDA toolkit, of PyTorch, or of the system's packages. Folders are listed here; only the loader
+//! opens files.
 
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
 };
 
-/// The folder that is looked in, and no other, where this variable is set.
+/// If this variable is set, only its folder is searched.
 const FOLDER_VARIABLE: &str = "NEUROADA_CUDA_LIB";
-/// Versions that can be used, the newest first.
+/// Supported versions, newest first.
 const VERSIONS: [u32; 2] = [13, 12];
-/// Where the nvidia packages of CUDA 13 and 12 keep their libraries, inside a folder of Python packages.
+/// Library folders of the nvidia packages for CUDA 13 and 12, relative to a folder of Python packages.
 const IN_PACKAGES: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cublas/lib"];
 
-/// cuBLASLt, as it was found.
+/// The cuBLASLt library that was found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BlasLibrary {
     /// Its version, such as `13.4.1`.
@@ -23,16 +25,16 @@ pub struct BlasLibrary {
     pub path: PathBuf,
 }
 
-/// A place to look in.
+/// A location to search.
 pub(super) struct SearchLocation {
-    /// As people know it.
+    /// Its name for display.
     pub(super) name: String,
-    /// What can be loaded there, the best first.
+    /// The files to load there, best first.
     pub(super) files: Vec<PathBuf>,
 }
 
-/// The names of the library that a driver of this CUDA version, such as `12.4`, can serve, and every place it may be in.
-pub(super) fn where_to_look(driver: Option<&str>) -> (Vec<String>, Vec<SearchLocation>) {
+/// The library's file names that work with a driver of this CUDA version, such as `12.4`, and all locations to search.
+pub(super) fn search_locations(driver: Option<&str>) -> (Vec<String>, Vec<SearchLocation>) {
     let driver = driver.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
     let served = |version: &u32| driver.is_none_or(|driver| *version <= driver);
     let names: Vec<_> =
@@ -51,7 +53,7 @@ fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<
             files: inside(&folder),
         }];
     }
-    // Nothing is loaded from where the program happens to stand.
+    // Nothing is loaded from the current directory.
     let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|folder| folder.is_absolute());
     let mut places = vec![
         SearchLocation { name: format!("{FOLDER_VARIABLE} (not set)"), files: Vec::new() },
@@ -78,7 +80,8 @@ fn places(names: &[String], variable: impl Fn(&str) -> Option<OsString>) -> Vec<
     places
 }
 
-/// What the `python3` on `path` has packages under: the folder it stands in, what that links to, and Debian's place for added ones.
+/// Prefixes of the packages of the `python3` on `path`: its folder, the target of its link, and Debian's folder for
+/// added packages.
 fn prefixes_of_python(path: &OsString) -> Vec<PathBuf> {
     let folders = std::env::split_paths(path).filter(|folder| folder.is_absolute());
     let Some(python) = folders.map(|folder| folder.join("python3")).find(|file| file.is_file()) else {
@@ -94,7 +97,7 @@ fn prefixes_of_python(path: &OsString) -> Vec<PathBuf> {
     prefixes
 }
 
-/// The folders of nvidia packages under `prefix`, in the order of their names.
+/// The folders of nvidia packages under `prefix`, sorted by name.
 fn package_folders(prefix: &Path) -> Vec<PathBuf> {
     let Ok(entries) = prefix.join("lib").read_dir() else { return Vec::new() };
     let mut pythons: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -113,14 +116,14 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_named_is_the_only_one() {
+    fn an_explicit_folder_is_the_only_location() {
         let found = places(&names(), |name| (name == FOLDER_VARIABLE).then(|| "/nowhere".into()));
         assert!(found.len() == 1 && found[0].files.is_empty());
         assert_eq!(found[0].name, "NEUROADA_CUDA_LIB=/nowhere");
     }
 
     #[test]
-    fn folders_that_depend_on_where_one_stands_are_left_out() {
+    fn relative_folders_are_ignored() {
         let found = places(&names(), |name| match name {
             "PATH" => Some("bin:.".into()),
             FOLDER_VARIABLE => None,
@@ -131,11 +134,11 @@ mod tests {
     }
 
     #[test]
-    fn every_place_has_a_name() {
+    fn every_location_has_a_name() {
         let found = places(&names(), |_| None);
-        let told: Vec<_> = found.iter().map(|place| place.name.as_str()).collect();
+        let names: Vec<_> = found.iter().map(|place| place.name.as_str()).collect();
         assert_eq!(
-            told,
+            names,
             ["NEUROADA_CUDA_LIB (not set)", "the loader's path", "$CUDA_HOME/lib64", "/usr/local/cuda/lib64"]
         );
     }

@@ -1,16 +1,16 @@
 //! `W + s * B A`, for weights that stream through a device.
 //!
-//! cuBLAS has no part in it: its sums run in an order of its own, so that files would not be the CPU's. Nor would it be faster. Each
-//! 16-bit weight comes and goes over the link: at 50 GB/s each way, PCIe 5's, 25 billion weights a second. Of rank 16 that
-//! asks for 25e9 * 2 * 16 = 0.8 TFLOP/s, of rank 256 for 12.8: a fifth of an H100's 67 in float32, and the factors, which take their
-//! part of the link, make it less.
+//! cuBLAS is not used: its order of summation would give other bits than the CPU. It would also not be faster. Each
+//! 16-bit weight crosses the link twice: at 50 GB/s each way (PCIe 5) that is 25 billion weights per second. Rank 16
+//! needs 25e9 * 2 * 16 = 0.8 TFLOP/s, rank 256 needs 12.8: a fifth of an H100's 67 in float32. The factors also use
+//! the link, which lowers the requirement.
 
 use std::{
     ops::Range,
     sync::{Arc, Weak},
 };
 
-use super::{DeviceVec, Gpu, GpuError, Pinned, Queue, launch::is_known};
+use super::{DeviceVec, Gpu, GpuError, Pinned, Queue, launch::is_supported};
 use crate::tensor::{Accumulator, Dtype, Float, RowBlock, with_float};
 
 /// The factors of a low-rank delta, widened to `f32`.
@@ -22,18 +22,19 @@ pub struct LowRankFactors<'a> {
     pub a: &'a [f32],
     /// The rank.
     pub rank: usize,
-    /// The product is multiplied by this.
+    /// Multiplied into the product.
     pub scale: f32,
 }
 
-/// The plain form of [`LowRank::merge`], and its judge: for each element the products are summed in `f32` over the rank,
-/// ascending, with fused steps; then `weight + sum * scale`, two roundings, and one to the weight's type.
+/// The plain reference implementation of [`LowRank::merge`]. For each element the products are summed in `f32` over
+/// the rank, ascending, with fused multiply-adds; then `weight + sum * scale`, with two roundings, and one rounding to
+/// the weight's dtype.
 ///
-/// Another order of the sum, as matrix libraries choose it, moves the sum by a few units of `f32`'s last place; after rounding
-/// to BF16 or F16 the result is the same or the neighbour of it. A weight that is a NaN keeps its bits.
+/// A different order of the sum, as in matrix libraries, changes the sum by a few units in the last place of `f32`;
+/// after rounding to BF16 or F16 the result is the same or a neighboring value. A NaN weight keeps its bits.
 ///
 /// # Panics
-/// Where lengths disagree, or the elements are not BF16, F16 or F32.
+/// If the lengths are inconsistent, or the elements are not BF16, F16 or F32.
 pub fn merged_low_rank(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> Vec<u8> {
     fn merged<T: Float>(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> Vec<u8> {
         let (d_in, rank) = (rows.d_in(), factors.rank);
@@ -57,41 +58,42 @@ pub fn merged_low_rank(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> Vec<
 
 impl LowRankFactors<'_> {
     fn check(&self, rows: RowBlock<'_>) {
-        assert!(is_known(rows.dtype()), "kernels know BF16, F16 and F32");
+        assert!(is_supported(rows.dtype()), "kernels support BF16, F16 and F32");
         assert_eq!(self.b.len(), rows.n_rows() * self.rank, "b is [n_rows, rank]");
         assert_eq!(self.a.len(), self.rank * rows.d_in(), "a is [rank, d_in]");
     }
 }
 
-/// What became of weights, counted as `crate::gpu`'s callers count on the CPU.
+/// The effects on weights, counted as on the CPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LowRankCounts {
     /// Weights whose delta is not zero.
     pub nonzero: u64,
-    /// Of those, numbers that kept their bits.
+    /// Those among them that kept their bits, NaNs excluded.
     pub absorbed: u64,
-    /// Weights that got other bits.
+    /// Weights that changed their bits.
     pub changed: u64,
     /// Finite weights that became infinite or NaN.
     pub overflowed: u64,
 }
 
-/// Rows of one launch at most: a grid's second dimension is bounded.
+/// Maximum number of rows per launch, because a grid's second dimension is limited.
 const MAX_ROWS: usize = 65_535 * 64;
 
-/// Bytes of the counts of one piece.
+/// Size of the counts of one piece in bytes.
 const COUNTS_BYTES: usize = 32;
 
-/// Device memory beside the pieces.
+/// Device memory besides the pieces.
 fn fixed_bytes(a_len: usize) -> usize {
     4 * a_len + 2 * COUNTS_BYTES
 }
 
-/// Merges low-rank deltas on a device: while one piece of the rows is there, the next is copied in and the last copied out.
+/// Merges low-rank deltas on a device. While one piece of the rows is processed, the next is copied in and the
+/// previous copied out.
 pub struct LowRank {
     queue: Queue,
     slots: [Slot; 2],
-    /// The factor that is on the device, and where it came from.
+    /// The factor on the device, and its source.
     a: DeviceVec<f32>,
     held: Weak<Vec<f32>>,
     device_bytes: usize,
@@ -105,7 +107,7 @@ struct Slot {
     staged: Option<Pinned>,
     /// Weights, then counts.
     result: Option<Pinned>,
-    /// The rows under way.
+    /// The rows in flight.
     rows: Option<Range<usize>>,
 }
 
@@ -116,7 +118,7 @@ impl Slot {
     }
 }
 
-/// A block of rows in the host's memory, and what is added to it.
+/// A block of rows in host memory, and the delta to add.
 struct Work<'a> {
     bytes: &'a mut [u8],
     dtype: Dtype,
@@ -128,10 +130,11 @@ struct Work<'a> {
 }
 
 impl LowRank {
-    /// A merger that takes at most `device_bytes` of device memory. Its pieces are pinned on the host, three times their size.
+    /// A merger that uses at most `device_bytes` of device memory, and three times the size of a piece of pinned host
+    /// memory.
     ///
     /// # Errors
-    /// What the driver answers.
+    /// Errors of the driver.
     pub fn new(gpu: &Gpu, device_bytes: u64) -> Result<Self, GpuError> {
         let queue = Queue::new(gpu)?;
         let (slots, a) = ([Slot::new(&queue)?, Slot::new(&queue)?], queue.alloc(0, "nothing")?);
@@ -139,20 +142,20 @@ impl LowRank {
         Ok(Self { queue, slots, a, held: Weak::new(), device_bytes })
     }
 
-    /// Whether weights of this type can be merged on a device.
-    pub fn takes(dtype: Dtype) -> bool {
-        is_known(dtype)
+    /// Whether weights of this dtype can be merged on a device.
+    pub fn supports(dtype: Dtype) -> bool {
+        is_supported(dtype)
     }
 
-    /// The least device memory that rows of `row_bytes` are merged in; the factor `a` has `a_len` elements.
-    pub fn least_bytes(row_bytes: usize, rank: usize, a_len: usize) -> u64 {
+    /// The minimum device memory for rows of `row_bytes`; the factor `a` has `a_len` elements.
+    pub fn min_bytes(row_bytes: usize, rank: usize, a_len: usize) -> u64 {
         (2 * (row_bytes + 4 * rank) + fixed_bytes(a_len)) as u64
     }
 
-    /// The bytes of `rows + scale * b a`, which equal [`merged_low_rank`] bit for bit, and what became of them.
+    /// The bytes of `rows + scale * b a`, bit for bit as in [`merged_low_rank`], and the counts.
     ///
     /// # Errors
-    /// [`GpuError::OutOfMemory`] where not even one row fits, [`GpuError::Kernel`] where the device failed.
+    /// [`GpuError::OutOfMemory`] if not even one row fits, [`GpuError::Kernel`] if the device failed.
     ///
     /// # Panics
     /// As [`merged_low_rank`].
@@ -169,14 +172,14 @@ impl LowRank {
         Ok((bytes, counts))
     }
 
-    /// As [`Self::merge`], in place: `bytes` are `[n_rows, d_in]` of type `dtype`, the factors `b`, `a` and their rank. `a` is copied to
-    /// the device where the one before was another.
+    /// As [`Self::merge`], in place: `bytes` are `[n_rows, d_in]` of `dtype`, with the factors `b`, `a` and their
+    /// rank. `a` is copied to the device if it differs from the previous one.
     ///
     /// # Errors
-    /// As [`Self::merge`]. Without room nothing is changed; after a failure of the device some rows are.
+    /// As [`Self::merge`]. Without enough memory nothing is changed; after a failure of the device some rows may be.
     ///
     /// # Panics
-    /// Where lengths disagree, or the elements are not BF16, F16 or F32.
+    /// If the lengths are inconsistent, or the elements are not BF16, F16 or F32.
     pub fn merge_in_place(
         &mut self,
         dtype: Dtype,
@@ -184,7 +187,7 @@ impl LowRank {
         (b, a, rank): (&[f32], &Arc<Vec<f32>>, usize),
         scale: f32,
     ) -> Result<LowRankCounts, GpuError> {
-        assert!(is_known(dtype), "kernels know BF16, F16 and F32");
+        assert!(is_supported(dtype), "kernels support BF16, F16 and F32");
         let mut counts = LowRankCounts::default();
         if bytes.is_empty() {
             return Ok(counts);
@@ -192,9 +195,9 @@ impl LowRank {
         assert!(rank > 0 && a.len() % rank == 0 && b.len() % rank == 0, "b is [n_rows, rank], a is [rank, d_in]");
         let (n_rows, d_in) = (b.len() / rank, a.len() / rank);
         let row_bytes = d_in * dtype.bitsize() / 8;
-        assert_eq!(bytes.len(), n_rows * row_bytes, "a row of b for each of the weights");
-        let n_piece = self.make_room(n_rows, row_bytes, rank, a)?;
-        // What an earlier failure left is nobody's any more.
+        assert_eq!(bytes.len(), n_rows * row_bytes, "one row of b per row of weights");
+        let n_piece = self.allocate_slots(n_rows, row_bytes, rank, a)?;
+        // Discard the results of an earlier failed call.
         self.slots.iter_mut().for_each(|slot| slot.rows = None);
         let mut work = Work { bytes, dtype, d_in, row_bytes, b, rank, scale };
         let mut starts = (0..n_rows).step_by(n_piece);
@@ -213,9 +216,9 @@ impl LowRank {
         }
     }
 
-    /// Brings `a` to the device and makes room for pieces in both slots, the smaller the less memory there is; how many rows a piece
-    /// has.
-    fn make_room(
+    /// Copies `a` to the device and allocates pieces in both slots, smaller if memory is short; returns the number of
+    /// rows per piece.
+    fn allocate_slots(
         &mut self,
         n_rows: usize,
         row_bytes: usize,
@@ -225,12 +228,12 @@ impl LowRank {
         let (needed, fixed) = (row_bytes + 4 * rank, fixed_bytes(a.len()));
         let mut n_piece = (self.device_bytes.saturating_sub(fixed) / 2 / needed).min(n_rows).min(MAX_ROWS);
         if n_piece == 0 {
-            let (needed, available) = (Self::least_bytes(row_bytes, rank, a.len()), self.device_bytes as u64);
+            let (needed, available) = (Self::min_bytes(row_bytes, rank, a.len()), self.device_bytes as u64);
             let (ordinal, what) = (self.queue.gpu().ordinal(), "merging one row");
             return Err(GpuError::OutOfMemory { ordinal, what, needed, available });
         }
         loop {
-            // What grew for other shapes may leave too little for this one.
+            // Buffers that grew for other shapes may leave too little for this one.
             let grown =
                 |slot: &Slot| slot.weights.len().max(n_piece * row_bytes) + 4 * slot.b.len().max(n_piece * rank);
             if self.slots.iter().map(grown).sum::<usize>() + fixed > self.device_bytes {
@@ -247,7 +250,7 @@ impl LowRank {
     }
 
     fn hold(&mut self, a: &Arc<Vec<f32>>) -> Result<(), GpuError> {
-        // While it is known here, no other factor lies at its address.
+        // The address identifies the factor: while it is held here, no other can have the same address.
         if std::ptr::eq(self.held.as_ptr(), Arc::as_ptr(a)) {
             return Ok(());
         }
@@ -287,8 +290,8 @@ impl LowRank {
     fn submit(&mut self, at: usize, piece: Range<usize>, work: &Work<'_>) -> Result<(), GpuError> {
         let Self { queue, slots, a, .. } = self;
         let slot = &mut slots[at];
-        let staged = slot.staged.as_mut().expect("room was made");
-        let result = slot.result.as_mut().expect("room was made");
+        let staged = slot.staged.as_mut().expect("buffers were allocated");
+        let result = slot.result.as_mut().expect("buffers were allocated");
         let (n_rows, rank) = (piece.len(), work.rank);
         let weights = &work.bytes[piece.start * work.row_bytes..piece.end * work.row_bytes];
         let b = &work.b[piece.start * rank..piece.end * rank];
@@ -313,7 +316,7 @@ impl LowRank {
         let slot = &mut self.slots[at];
         let Some(rows) = slot.rows.take() else { return Ok(()) };
         let (merged, counted) =
-            slot.result.as_ref().expect("room was made").bytes()?.split_at(rows.len() * work.row_bytes);
+            slot.result.as_ref().expect("buffers were allocated").bytes()?.split_at(rows.len() * work.row_bytes);
         work.bytes[rows.start * work.row_bytes..rows.end * work.row_bytes].copy_from_slice(merged);
         let (counted, _) = counted.as_chunks::<8>();
         let count = |at: usize| u64::from_ne_bytes(counted[at]);

@@ -1,4 +1,4 @@
-//! Merging low-rank products on a GPU, with the CPU for what has no room there.
+//! Merges low-rank products on a GPU, and on the CPU if the GPU has not enough memory.
 
 use std::{
     fmt,
@@ -14,15 +14,15 @@ use crate::{
     tensor::Dtype,
 };
 
-/// Merges on a GPU what it can take, and counts.
+/// Merges on the GPU what it supports, and counts weights.
 pub struct GpuMerger {
     gpu: Gpu,
-    /// Of one lane.
+    /// Device memory per lane.
     device_bytes: u64,
-    /// Lanes that nobody uses.
+    /// Lanes that are not in use.
     free: Mutex<Vec<LowRank>>,
     n_made: AtomicUsize,
-    most_made: AtomicUsize,
+    max_lanes: AtomicUsize,
     n_merged: AtomicU64,
     n_left: AtomicU64,
 }
@@ -34,8 +34,8 @@ impl fmt::Debug for GpuMerger {
 }
 
 impl GpuMerger {
-    /// A merger with a lane for each of `n_lanes` threads, which together use at most `device_bytes` on the device. Nothing is
-    /// allocated yet.
+    /// A merger with one lane per thread for `n_lanes` threads, which together use at most `device_bytes` on the
+    /// device. Nothing is allocated yet.
     pub fn new(gpu: &Gpu, n_lanes: usize, device_bytes: u64) -> Self {
         let (n_merged, n_left) = (AtomicU64::new(0), AtomicU64::new(0));
         Self {
@@ -43,18 +43,18 @@ impl GpuMerger {
             device_bytes: device_bytes / n_lanes.max(1) as u64,
             free: Mutex::new(Vec::new()),
             n_made: AtomicUsize::new(0),
-            most_made: AtomicUsize::new(n_lanes.max(1)),
+            max_lanes: AtomicUsize::new(n_lanes.max(1)),
             n_merged,
             n_left,
         }
     }
 
-    /// A lane, or `None` where the device has room for no more than there are.
-    fn take(&self) -> Result<Option<LowRank>, GpuError> {
+    /// A lane, or `None` if device memory does not allow another one.
+    fn acquire_lane(&self) -> Result<Option<LowRank>, GpuError> {
         if let Some(lane) = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             return Ok(Some(lane));
         }
-        if self.n_made.fetch_add(1, Ordering::Relaxed) >= self.most_made.load(Ordering::Relaxed) {
+        if self.n_made.fetch_add(1, Ordering::Relaxed) >= self.max_lanes.load(Ordering::Relaxed) {
             self.n_made.fetch_sub(1, Ordering::Relaxed);
             return Ok(None);
         }
@@ -69,10 +69,10 @@ impl GpuMerger {
         scale: f32,
     ) -> Result<Option<PatchCounts>, GpuError> {
         let row_bytes = v.len() / rank * dtype.bitsize() / 8;
-        if LowRank::least_bytes(row_bytes, rank, v.len()) > self.device_bytes {
+        if LowRank::min_bytes(row_bytes, rank, v.len()) > self.device_bytes {
             return Ok(None);
         }
-        let Some(mut lane) = self.take()? else { return Ok(None) };
+        let Some(mut lane) = self.acquire_lane()? else { return Ok(None) };
         match lane.merge_in_place(dtype, weights, (u, v, rank), scale) {
             Ok(LowRankCounts { nonzero, absorbed, changed, overflowed }) => {
                 self.free.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
@@ -80,11 +80,11 @@ impl GpuMerger {
                 self.n_merged.fetch_add(touched, Ordering::Relaxed);
                 Ok(Some(PatchCounts { touched, nonzero, absorbed, changed, overflowed }))
             }
-            // Nothing was changed. The other lanes go on with what they have; this one was too many.
+            // Nothing was changed. The other lanes continue with the memory they have; this one was too many.
             Err(GpuError::OutOfMemory { .. }) => {
                 drop(lane);
                 let n_left = self.n_made.fetch_sub(1, Ordering::Relaxed) - 1;
-                self.most_made.fetch_min(n_left, Ordering::Relaxed);
+                self.max_lanes.fetch_min(n_left, Ordering::Relaxed);
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -93,8 +93,8 @@ impl GpuMerger {
 }
 
 impl LowRankMerger for GpuMerger {
-    fn takes(&self, dtype: Dtype) -> bool {
-        LowRank::takes(dtype)
+    fn supports(&self, dtype: Dtype) -> bool {
+        LowRank::supports(dtype)
     }
 
     fn merge(
@@ -107,7 +107,7 @@ impl LowRankMerger for GpuMerger {
         Ok(self.merge_in_lane(dtype, weights, factors, scale)?)
     }
 
-    fn left(&self, n_weights: u64) {
+    fn count_on_cpu(&self, n_weights: u64) {
         self.n_left.fetch_add(n_weights, Ordering::Relaxed);
     }
 

@@ -1,19 +1,20 @@
-//! NVIDIA GPUs: what the machine has, memory on a device, and the kernels that work there.
+//! NVIDIA GPUs: detection, device memory, and the kernels.
 //!
-//! The driver is looked for when the program runs; nothing of CUDA is needed to build it, and the driver alone to use it: kernels are
-//! PTX, compiled ahead from `kernels/*.cu` by `.ci/kernels.py` and carried in the binary under zstd. [`detect()`] says what was found and
-//! why a GPU cannot be used. A [`Gpu`] is one device, a [`Queue`] a line of work on it, [`DeviceVec`] memory that belongs to a
-//! queue, [`Pinned`] host memory that copies straight to the device. `launch` is the one folder that talks to the driver: every call
-//! that Rust cannot check is proven there, one function per kernel.
+//! The driver is loaded at run time. The build needs no part of CUDA, and running needs only the driver: kernels are
+//! PTX, compiled ahead of time from `kernels/*.cu` by `.ci/kernels.py` and embedded in the binary, compressed with
+//! zstd. [`detect()`] reports the devices and why a GPU cannot be used. A [`Gpu`] is one device, a [`Queue`] a CUDA
+//! stream on it, [`DeviceVec`] memory that belongs to a queue, [`Pinned`] host memory for direct copies. Only `launch`
+//! calls the driver: every call that Rust cannot check is justified there, with one function per kernel.
 //!
-//! On top of that stand the jobs: [`RowRanker`] streams rows through the device and chooses the largest of each,
-//! [`DeviceMatrix`] holds a weight that stays on the device and is patched there, [`LowRank`] merges `W + s * B A`. Each has a plain
-//! judge on the CPU that it equals. [`Blas`] multiplies activations by weights for the trainer, through cuBLASLt, which is looked for
-//! when it is wanted ([`blas_library`]). Nothing here reads a file.
+//! On top of these: [`RowRanker`] streams rows through the device and chooses the largest entries of each;
+//! [`DeviceMatrix`] is a weight that stays on the device and is patched there; [`LowRank`] merges `W + s * B A`. Each
+//! is tested for equality against a plain reference implementation on the CPU. [`Blas`] multiplies activations by
+//! weights for the trainer, with cuBLASLt, which is searched for on first use ([`blas_library`]). Nothing here reads a
+//! file.
 //!
-//! The rest of the library does not know of this folder. It says in traits what an accelerator can do for it, and this folder does that:
-//! [`GpuChooser`] is a [`RowChooser`](crate::backend::RowChooser), [`GpuMerger`] a [`LowRankMerger`](crate::backend::LowRankMerger), and
-//! `CudaDevice` a `Device` of the trainer.
+//! The rest of the library does not depend on this folder. It defines traits for accelerators, and this folder
+//! implements them: [`GpuChooser`] is a [`RowChooser`](crate::backend::RowChooser), [`GpuMerger`] a
+//! [`LowRankMerger`](crate::backend::LowRankMerger), and `CudaDevice` a `Device` of the trainer.
 
 mod chooser;
 mod error;
@@ -40,5 +41,5 @@ pub use ranker::{Factor, Ranked, RowRanker};
 #[cfg(feature = "train")]
 pub use train::{CudaDevice, CudaWeight};
 
-/// The most columns that rows chosen on a device may have.
+/// Maximum number of columns of rows that are chosen on a device.
 pub const MAX_COLUMNS: usize = 131_072;

@@ -1,8 +1,9 @@
-//! Choosing the largest of each row, for rows that stream through a device.
+//! Chooses the largest entries of each row, for rows that stream through a device.
 //!
-//! A block of rows is cut into pieces. Each thread that has a block takes a lane: a queue with two slots of pinned and device memory.
-//! While the device works on one piece (copy in, kernels, copy out), the thread copies the next one into pinned memory, and the
-//! lanes of other threads do the same beside it. All memory is bounded when the ranker is made.
+//! A block of rows is split into pieces. Each thread with a block takes a lane: a queue with two slots of pinned and
+//! device memory. While the device processes one piece (copy in, kernels, copy out), the thread copies the next one
+//! into pinned memory, and the lanes of other threads work in parallel. The memory limits are fixed when the ranker is
+//! created.
 
 use std::{
     ops::Range,
@@ -11,16 +12,16 @@ use std::{
 
 use super::{
     Copyable, DeviceVec, Gpu, GpuError, MAX_COLUMNS, Pinned, Queue,
-    launch::{KeyRows, is_known},
+    launch::{KeyRows, is_supported},
 };
 use crate::tensor::{Dtype, Float, RowBlock, with_float};
 
-/// What rows are ranked by, beside the weights' magnitude. Gradients are rows of the weights' shape.
+/// What enters the score besides the weights' magnitude. Gradients are rows of the weights' shape.
 #[derive(Clone, Copy)]
 pub enum Factor<'a> {
     /// `|w|`.
     None,
-    /// `|w|`, least first.
+    /// `|w|`, smallest first.
     Smallest,
     /// `|g|`.
     Gradient(RowBlock<'a>),
@@ -30,11 +31,11 @@ pub enum Factor<'a> {
     Square(RowBlock<'a>),
     /// `|w| * norm[column]`.
     Norms {
-        /// `[n_matrices, d_in]`, of the matrices that the rows belong to.
+        /// `[n_matrices, d_in]`, for the matrices that the rows belong to.
         norms: &'a [f32],
-        /// Which row of the first matrix the rows begin with.
+        /// The row of the first matrix at which the rows begin.
         first_row: u32,
-        /// Rows of one matrix.
+        /// Number of rows of one matrix.
         d_out: u32,
     },
 }
@@ -47,7 +48,7 @@ impl<'a> Factor<'a> {
         }
     }
 
-    /// The kind of score as `score.cu` counts them, or `None` where the weights are their own keys.
+    /// The kind of score as numbered in `score.cu`; `None` if the weights are their own keys.
     fn kind(&self) -> Option<u32> {
         match self {
             Self::None => None,
@@ -60,19 +61,19 @@ impl<'a> Factor<'a> {
     }
 }
 
-/// What was chosen in a block of rows.
+/// The columns chosen in a block of rows.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Ranked {
     /// `[n_rows, k]`, ascending within a row.
     pub columns: Vec<u32>,
-    /// The first row and its first column with a weight, gradient or score that is no number; the columns mean nothing then.
+    /// The row and column of the first NaN weight, gradient or score; the columns are then meaningless.
     pub first_nan: Option<(usize, usize)>,
 }
 
-/// Chooses the largest of each row on a device, for as many threads at once as it has lanes.
+/// Chooses the largest entries of each row on a device, for as many concurrent threads as there are lanes.
 pub struct RowRanker {
     gpu: Gpu,
-    /// Device memory and pinned memory that one slot may use.
+    /// Device memory and pinned memory per slot.
     slot_bytes: usize,
     pinned_bytes: usize,
     lanes: Mutex<Lanes>,
@@ -83,20 +84,20 @@ struct Lanes {
     free: Vec<Lane>,
     n_made: usize,
     most: usize,
-    /// Why nobody gets a lane any more.
+    /// Set after a fatal failure: no more lanes are handed out.
     failure: Option<GpuError>,
 }
 
-/// A queue and the two pieces that are on their way in it.
+/// A queue with its two pieces in flight.
 struct Lane {
     queue: Queue,
     slots: [Slot; 2],
     norms: DeviceVec<f32>,
-    /// Device memory that a slot may use; shrinks where the device has less than was hoped for.
+    /// Device memory per slot; reduced if the device has less than expected.
     slot_bytes: usize,
 }
 
-/// Memory of one piece; grows to what is asked of it.
+/// Memory of one piece; grows on demand.
 struct Slot {
     weights: DeviceVec<u8>,
     gradients: DeviceVec<u8>,
@@ -107,11 +108,11 @@ struct Slot {
     staged: Option<Pinned>,
     /// `first_nan`, then columns.
     result: Option<Pinned>,
-    /// The rows under way.
+    /// The rows in flight.
     rows: Option<Range<usize>>,
 }
 
-/// Bytes of one row's part of a slot.
+/// Bytes per row in a slot.
 #[derive(Clone, Copy)]
 struct RowBytes {
     weights: usize,
@@ -129,13 +130,13 @@ impl RowBytes {
     }
 }
 
-/// Beside the rows: `first_nan`.
+/// Extra bytes per slot: `first_nan`.
 const SLOT_EXTRA: usize = 8;
 const SLOTS: usize = 2;
 
 impl RowRanker {
-    /// A ranker with a lane for each of `n_lanes` threads, which together use at most `device_bytes` on the device and
-    /// `pinned_bytes` of the host's memory. Nothing is allocated yet.
+    /// A ranker with one lane per thread for `n_lanes` threads, which together use at most `device_bytes` on the
+    /// device and `pinned_bytes` of host memory. Nothing is allocated yet.
     pub fn new(gpu: &Gpu, n_lanes: usize, device_bytes: u64, pinned_bytes: u64) -> Self {
         let share = |n_bytes: u64| usize::try_from(n_bytes).unwrap_or(usize::MAX) / (SLOTS * n_lanes.max(1));
         Self {
@@ -152,27 +153,28 @@ impl RowRanker {
         &self.gpu
     }
 
-    /// Whether rows of this type and length, ranked so, can be chosen on a device: BF16, F16 and F32, up to [`MAX_COLUMNS`].
-    pub fn takes(dtype: Dtype, d_in: usize, factor: &Factor<'_>) -> bool {
-        let known = |rows: RowBlock<'_>| is_known(rows.dtype());
-        is_known(dtype) && (1..=MAX_COLUMNS).contains(&d_in) && factor.rows().is_none_or(known)
+    /// Whether rows of this dtype and length can be chosen on a device with this score: BF16, F16 and F32, up to
+    /// [`MAX_COLUMNS`].
+    pub fn supports(dtype: Dtype, d_in: usize, factor: &Factor<'_>) -> bool {
+        let known = |rows: RowBlock<'_>| is_supported(rows.dtype());
+        is_supported(dtype) && (1..=MAX_COLUMNS).contains(&d_in) && factor.rows().is_none_or(known)
     }
 
-    /// Chooses the `k` entries of largest key in each row; equal keys are settled in favour of the lower column.
+    /// Chooses the `k` entries with the largest keys in each row; ties go to the lower column.
     ///
-    /// Waits for a lane where all are in use.
+    /// Blocks until a lane is free.
     ///
     /// # Errors
-    /// [`GpuError::OutOfMemory`] where not even one row fits, [`GpuError::Kernel`] where the device failed,
-    /// [`GpuError::WrongResult`] where what came back is no choice of columns.
+    /// [`GpuError::OutOfMemory`] if not even one row fits, [`GpuError::Kernel`] if the device failed,
+    /// [`GpuError::WrongResult`] if the result is not a valid choice of columns.
     ///
     /// # Panics
-    /// Where [`Self::takes`] says no, or gradients or norms have another shape.
+    /// If [`Self::supports`] is false, or gradients or norms have another shape.
     pub fn topk_rows(&self, weights: RowBlock<'_>, factor: &Factor<'_>, k: usize) -> Result<Ranked, GpuError> {
         let (n_rows, d_in) = (weights.n_rows(), weights.d_in());
-        assert!(Self::takes(weights.dtype(), d_in, factor), "rows that a device can rank");
+        assert!(Self::supports(weights.dtype(), d_in, factor), "the device supports these rows");
         if let Some(rows) = factor.rows() {
-            assert_eq!((rows.n_rows(), rows.d_in()), (n_rows, d_in), "one gradient for each weight");
+            assert_eq!((rows.n_rows(), rows.d_in()), (n_rows, d_in), "one gradient per weight");
         }
         let k = k.min(d_in);
         if k == 0 || n_rows == 0 {
@@ -185,8 +187,8 @@ impl RowRanker {
             columns: 4 * k,
         };
         loop {
-            let mut lane = self.take()?;
-            let room = self.make_room(&mut lane, row_bytes, n_rows, factor);
+            let mut lane = self.acquire_lane()?;
+            let room = self.allocate_slots(&mut lane, row_bytes, n_rows, factor);
             let ranked = room.and_then(|n_piece| lane.rank(weights, factor, k, n_piece));
             match ranked {
                 Ok(ranked) => {
@@ -196,17 +198,17 @@ impl RowRanker {
                 }
                 Err(error) => {
                     drop(lane);
-                    self.lane_is_lost(error)?;
+                    self.drop_lane(error)?;
                 }
             }
         }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Lanes> {
-        self.lanes.lock().expect("no thread panics holding the lock")
+        self.lanes.lock().expect("no thread panics while holding the lock")
     }
 
-    fn take(&self) -> Result<Lane, GpuError> {
+    fn acquire_lane(&self) -> Result<Lane, GpuError> {
         let mut lanes = self.lock();
         loop {
             if let Some(error) = &lanes.failure {
@@ -220,21 +222,21 @@ impl RowRanker {
                 drop(lanes);
                 match Lane::new(&self.gpu, self.slot_bytes) {
                     Ok(lane) => return Ok(lane),
-                    Err(error) => self.lane_is_lost(error)?,
+                    Err(error) => self.drop_lane(error)?,
                 }
                 lanes = self.lock();
                 continue;
             }
-            lanes = self.returned.wait(lanes).expect("no thread panics holding the lock");
+            lanes = self.returned.wait(lanes).expect("no thread panics while holding the lock");
         }
     }
 
-    /// Counts a lane out. Where it had no room beside the others, these go on; any other failure is everybody's.
-    fn lane_is_lost(&self, error: GpuError) -> Result<(), GpuError> {
+    /// Removes a lane. If it only lacked memory next to the others, those continue; any other failure is permanent.
+    fn drop_lane(&self, error: GpuError) -> Result<(), GpuError> {
         let mut lanes = self.lock();
         lanes.n_made -= 1;
         if lanes.n_made > 0 && lanes.failure.is_none() && matches!(error, GpuError::OutOfMemory { .. }) {
-            // Fewer lanes, each with room.
+            // Continue with fewer lanes, which have enough memory.
             lanes.most = lanes.n_made;
             return Ok(());
         }
@@ -243,8 +245,14 @@ impl RowRanker {
         Err(error)
     }
 
-    /// Makes room for pieces in both slots, the smaller the less memory there is; how many rows a piece has.
-    fn make_room(&self, lane: &mut Lane, row: RowBytes, n_rows: usize, factor: &Factor<'_>) -> Result<usize, GpuError> {
+    /// Allocates pieces in both slots, smaller if memory is short; returns the number of rows per piece.
+    fn allocate_slots(
+        &self,
+        lane: &mut Lane,
+        row: RowBytes,
+        n_rows: usize,
+        factor: &Factor<'_>,
+    ) -> Result<usize, GpuError> {
         let needed = |n: usize| n * row.on_device() + SLOT_EXTRA;
         if needed(1) > self.slot_bytes {
             let ordinal = self.gpu.ordinal();
@@ -252,11 +260,11 @@ impl RowRanker {
             return Err(GpuError::OutOfMemory { ordinal, what: "choosing in one row", needed, available });
         }
         loop {
-            // One row is always tried: rows differ in length, and what was too much for others may be little.
+            // One row is always tried: rows differ in length, so a failure for others need not be one here.
             let by_device = (lane.slot_bytes.max(needed(1)) - SLOT_EXTRA) / row.on_device();
             let by_host = (self.pinned_bytes / row.pinned()).max(1);
             let n_piece = by_device.min(by_host).min(n_rows);
-            match lane.make_room(n_piece, row, factor) {
+            match lane.allocate_slots(n_piece, row, factor) {
                 Err(GpuError::OutOfMemory { .. }) if n_piece > 1 => {
                     lane.free_memory()?;
                     lane.slot_bytes = needed(n_piece / 2);
@@ -267,10 +275,10 @@ impl RowRanker {
     }
 }
 
-/// Lets `memory` hold `len` numbers at least; what it held is lost.
+/// Grows `memory` to at least `len` values; its content is lost.
 fn grow<T: Copyable>(queue: &Queue, memory: &mut DeviceVec<T>, len: usize) -> Result<(), GpuError> {
     if memory.len() < len {
-        // Freed first, so that old and new need not fit together.
+        // Freed first, so that old and new memory need not fit together.
         *memory = queue.alloc(0, "nothing")?;
         *memory = queue.alloc(len, "choosing in rows")?;
     }
@@ -312,7 +320,7 @@ impl Lane {
         Ok(())
     }
 
-    fn make_room(&mut self, n_piece: usize, row: RowBytes, factor: &Factor<'_>) -> Result<(), GpuError> {
+    fn allocate_slots(&mut self, n_piece: usize, row: RowBytes, factor: &Factor<'_>) -> Result<(), GpuError> {
         let queue = &self.queue;
         for slot in &mut self.slots {
             grow(queue, &mut slot.weights, n_piece * row.weights)?;
@@ -329,7 +337,7 @@ impl Lane {
         Ok(())
     }
 
-    /// All pieces of a block: one is on the device while the next is made ready.
+    /// Processes all pieces of a block: one is on the device while the next is prepared.
     fn rank(
         &mut self,
         weights: RowBlock<'_>,
@@ -347,7 +355,7 @@ impl Lane {
             if let Some(rows) = next {
                 self.submit(turn % SLOTS, rows, weights, factor, k)?;
             }
-            // The piece before, or, at the end, the last.
+            // The previous piece, or, at the end, the last.
             turn += 1;
             self.collect(turn % SLOTS, weights.d_in(), n_rows, k, &mut ranked)?;
             if is_last || ranked.first_nan.is_some() {
@@ -359,7 +367,7 @@ impl Lane {
         }
     }
 
-    /// Starts to work on a piece.
+    /// Starts to process a piece.
     fn submit(
         &mut self,
         at: usize,
@@ -370,8 +378,8 @@ impl Lane {
     ) -> Result<(), GpuError> {
         let Self { queue, slots, norms, .. } = self;
         let slot = &mut slots[at];
-        let staged = slot.staged.as_mut().expect("room was made");
-        let result = slot.result.as_mut().expect("room was made");
+        let staged = slot.staged.as_mut().expect("buffers were allocated");
+        let result = slot.result.as_mut().expect("buffers were allocated");
         let (n_rows, d_in) = (rows.len(), weights.d_in());
         let of_weights = weights.slice(rows.clone()).bytes();
         let of_factor = factor.rows().map(|all| (all.slice(rows.clone()).bytes(), all.dtype()));
@@ -385,7 +393,7 @@ impl Lane {
         queue.upload(staged, 0..of_weights.len(), &mut slot.weights)?;
         queue.upload(staged, of_weights.len()..end, &mut slot.gradients)?;
         let dtype = weights.dtype();
-        let (mask, largest) = with_float!(dtype, T => T::KEY_BITS, else unreachable!("kernels know floats alone"));
+        let (mask, largest) = with_float!(dtype, T => T::KEY_BITS, else unreachable!("kernels support only floats"));
         let keys = match factor.kind() {
             None => {
                 let (mask, largest) = (mask as u32, largest as u32);
@@ -393,14 +401,14 @@ impl Lane {
             }
             Some(kind) => {
                 let place = match *factor {
-                    // Rows of the piece follow those before it.
+                    // Row numbers continue after the previous pieces.
                     Factor::Norms { first_row, d_out, .. } => (first_row + rows.start as u32, d_out),
                     _ => (0, u32::MAX),
                 };
                 let gradients = of_factor.map(|(_, dtype)| (&slot.gradients, dtype));
                 let (shape, weights) = ((n_rows, d_in), (&slot.weights, dtype));
                 queue.score_keys(weights, gradients, norms, place, kind, shape, &mut slot.keys, &mut slot.first_nan)?;
-                // What is no number was found by now.
+                // NaNs have been found by this time.
                 let (mask, largest) = (u32::MAX >> 1, u32::MAX >> 1);
                 KeyRows { bytes: &slot.keys, key_bytes: 4, n_rows, d_in, mask, largest }
             }
@@ -412,13 +420,13 @@ impl Lane {
         Ok(())
     }
 
-    /// Waits for a piece, where one is under way, and takes what was chosen in it.
+    /// Waits for a piece, if one is in flight, and appends its columns.
     fn collect(&mut self, at: usize, d_in: usize, n_all: usize, k: usize, ranked: &mut Ranked) -> Result<(), GpuError> {
         let slot = &mut self.slots[at];
         let Some(rows) = slot.rows.take() else { return Ok(()) };
         let kernel = self.queue.gpu().last_kernel();
         let ordinal = self.queue.gpu().ordinal();
-        let bytes = slot.result.as_ref().expect("room was made").bytes()?;
+        let bytes = slot.result.as_ref().expect("buffers were allocated").bytes()?;
         let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
         let (column, row) = (number(0), number(4));
         if (column, row) != (u32::MAX, u32::MAX) {

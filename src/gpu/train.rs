@@ -1,9 +1,9 @@
 //! The trainer's operations on an NVIDIA GPU.
 //!
-//! Weights and activations have one type, that of the checkpoint: BF16, F16 or F32. Sums, norms, softmax, losses and all state are
-//! float32. Products are cuBLASLt's, all else are the kernels of `gpu/kernels`. Everything happens in the order of one queue; the host
-//! waits only where it reads a number. Each operation adds in an order that shapes alone decide, so that a run gives the same bytes each
-//! time on the same GPU.
+//! Weights and activations have the dtype of the checkpoint: BF16, F16 or F32. Sums, norms, softmax, losses and all
+//! state are float32. Matrix products use cuBLASLt, everything else the kernels of `gpu/kernels`. All work runs in
+//! order in one queue; the host waits only where it reads a value. The order of every sum depends only on shapes, so a
+//! run gives the same bits each time on the same GPU.
 
 use std::cell::{Cell, RefCell};
 
@@ -15,22 +15,23 @@ use crate::{
     checkpoint::{Checkpoint, Printable},
     tensor::{Accumulator, Dtype, Float, dtype_name, widened, with_float},
     train::{
-        AdamNumbers, AdamW, Deltas, Device, DeviceError, DeviceResult, EMBEDDING, MemoryEstimate, ModelConfig, RunSize,
+        AdamScalars, AdamW, Deltas, Device, DeviceError, DeviceResult, EMBEDDING, MemoryEstimate, ModelConfig, RunSize,
         Spans, TrainError, config::Heads,
     },
 };
 
-/// Bytes that pass between host and device at a time; there are two such buffers.
+/// Bytes per copy between host and device; there are two such buffers.
 const STAGED: usize = 16 << 20;
-/// Bytes of logits, in float32, that are there at once, or those of one token.
+/// Maximum size of the float32 logits in memory, in bytes, or those of one token.
 const MAX_LOGITS: usize = 128 << 20;
-/// Bytes of a dense gradient, in float32, that are there at once, or those of one row.
+/// Maximum size of a dense float32 gradient tile in bytes, or that of one row.
 const MAX_DENSE: usize = 64 << 20;
-/// Entries in a row above which a tile of the dense gradient is made, and they are taken from it.
+/// With more entries per row than this, a tile of the dense gradient is computed and the entries are taken from it.
 const MANY_ENTRIES: usize = 64;
-/// The widest head that attention takes.
+/// The maximum head width of attention.
 const MAX_HEAD: usize = Attention::MAX_HEAD;
-/// What losses are multiplied by in F16, whose smallest number is 6e-8; a mean loss has gradients of about 1e-6 by its logits.
+/// The loss scale in F16, whose smallest value is 6e-8; a mean loss has gradients of about 1e-6 with respect to its
+/// logits.
 const F16_LOSS_SCALE: f32 = 4096.0;
 
 impl From<GpuError> for DeviceError {
@@ -49,20 +50,20 @@ pub struct CudaDevice {
     scratch: RefCell<Scratch>,
 }
 
-/// Memory that operations need while they run; it grows to the largest need.
+/// Scratch memory of operations; it grows to the largest need.
 struct Scratch {
-    /// Logits, or a tile of a dense gradient, or sums by slices of tokens.
+    /// Logits, a tile of a dense gradient, or sums by slices of tokens.
     numbers: DeviceVec<f32>,
-    /// The gradient by logits.
+    /// The gradient with respect to the logits.
     acts: DeviceVec<u8>,
-    /// `sum(dout * out)` of each token and query head.
+    /// `sum(dout * out)` per token and query head.
     delta: DeviceVec<f32>,
     sums: DeviceVec<f64>,
-    /// Ones, in the type of activations.
+    /// Ones, in the dtype of activations.
     ones: DeviceVec<u8>,
 }
 
-/// A matrix on a GPU, as it is stored.
+/// A matrix on a GPU, in its stored dtype.
 pub struct CudaWeight {
     bytes: DeviceVec<u8>,
     d_out: usize,
@@ -70,13 +71,13 @@ pub struct CudaWeight {
 }
 
 impl CudaDevice {
-    /// Takes a GPU into use for weights of type `dtype`: BF16, F16 or F32.
+    /// Opens a GPU for weights of `dtype`: BF16, F16 or F32.
     ///
     /// # Errors
-    /// The driver's; [`GpuError::NoLibrary`] says where cuBLASLt was looked for.
+    /// Errors of the driver; [`GpuError::NoLibrary`] lists where cuBLASLt was searched.
     ///
     /// # Panics
-    /// Where the type is another.
+    /// If the dtype is not one of these.
     pub fn new(gpu: &Gpu, dtype: Dtype) -> Result<Self, DeviceError> {
         assert!(matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32), "weights are BF16, F16 or F32");
         let queue = Queue::new(gpu)?;
@@ -92,14 +93,14 @@ impl CudaDevice {
         Ok(Self { queue, blas, dtype, staging, turn: Cell::new(0), scratch })
     }
 
-    /// The one type that the matrices of a model have.
+    /// The common dtype of all matrices of a model.
     ///
     /// # Errors
-    /// A list of all matrices whose type is another than the embedding's; heads that are too wide.
+    /// A list of all matrices whose dtype differs from the embedding's; heads that are too wide.
     pub fn dtype_of(checkpoint: &Checkpoint) -> Result<Dtype, TrainError> {
         let d_head = ModelConfig::of(checkpoint)?.heads.d_head;
         if d_head > MAX_HEAD {
-            let what = format!("heads have {d_head} numbers, at most {MAX_HEAD} can be trained on a GPU");
+            let what = format!("heads are {d_head} wide, at most {MAX_HEAD} is supported on a GPU");
             return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
         }
         let matrices = || checkpoint.tensors().filter(|tensor| tensor.info.shape.len() > 1);
@@ -114,30 +115,30 @@ impl CudaDevice {
         if problems.is_empty() {
             return Ok(dtype);
         }
-        let what = "on a GPU all matrices must have the type of the embedding, these have another";
+        let what = "on a GPU all matrices must have the type of the embedding; these do not";
         Err(TrainError::Tensors { path: checkpoint.root().to_owned(), what, problems })
     }
 
-    /// What training takes of a GPU's memory, beside what its driver takes; `dtype` is the type of activations, that of
-    /// [`Self::dtype_of`].
+    /// The GPU memory that training needs, besides the driver's own; `dtype` is the dtype of activations, as returned
+    /// by [`Self::dtype_of`].
     pub fn memory_of_run(config: &ModelConfig, base: &Checkpoint, dtype: Dtype, run: RunSize) -> MemoryEstimate {
         let scratch = Self::scratch_bytes(config, dtype, run);
         MemoryEstimate::of_run(config, base, run, dtype.bitsize() / 8, scratch)
     }
 
-    /// Bytes that operations of a run take beside a model's buffers.
+    /// Scratch bytes of the operations of a run, beyond the model's buffers.
     fn scratch_bytes(config: &ModelConfig, dtype: Dtype, run: RunSize) -> u64 {
         let logits = at_once(config.n_vocab).min(run.max_supervised) * config.n_vocab;
-        // Of the largest matrix, as if all matrices had their share.
+        // Those of the largest matrix, as if the entries were spread evenly over all matrices.
         let k = run.n_entries.div_ceil(config.n_rows().max(1) as u64) as usize;
-        let most_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
-        let partial = Queue::gather_room(run.max_tokens, most_entries);
+        let max_entries = k * (2 * config.d_ff).max(config.heads.d_qkv());
+        let partial = Queue::gather_scratch_len(run.max_tokens, max_entries);
         let delta = run.max_tokens * config.heads.n_q;
         let acts = logits * dtype.bitsize() / 8;
         (logits.max(partial) * 4 + acts + delta * 4) as u64 + Blas::MAX_SCRATCH
     }
 
-    /// Fills `to` from its byte `at` on, through pinned memory.
+    /// Copies to `to`, at byte offset `at`, through pinned memory.
     fn put<T: Copyable>(
         &self,
         n_bytes: usize,
@@ -178,7 +179,7 @@ impl CudaDevice {
         self.dtype.bitsize() / 8
     }
 
-    /// Grows memory to `n` numbers; what it held is lost.
+    /// Grows memory to `n` values; its content is lost.
     fn grow<T: Copyable>(&self, memory: &mut DeviceVec<T>, n: usize, what: &'static str) -> DeviceResult {
         if memory.len() < n {
             *memory = self.queue.alloc(0, what)?;
@@ -188,7 +189,7 @@ impl CudaDevice {
     }
 }
 
-/// Tokens whose logits are there at once: whole tiles of a product where there is room for some.
+/// Number of tokens whose logits are computed at once: whole tiles of a product if possible.
 fn at_once(n_vocab: usize) -> usize {
     let n = MAX_LOGITS / 4 / n_vocab;
     if n >= 64 { n / 64 * 64 } else { n.max(1) }
@@ -231,7 +232,9 @@ impl Device for CudaDevice {
     fn weight(&self, dtype: Dtype, d_out: usize, d_in: usize) -> Result<CudaWeight, DeviceError> {
         if dtype != self.dtype {
             let (found, all) = (dtype_name(dtype), dtype_name(self.dtype));
-            return Err(DeviceError::Failed(format!("a {found} matrix cannot be used beside {all} ones on a GPU")));
+            return Err(DeviceError::Failed(format!(
+                "a {found} matrix cannot be used together with {all} matrices on a GPU"
+            )));
         }
         let mut bytes = self.queue.alloc(d_out * d_in * self.act_size(), "weights")?;
         self.queue.fill(&mut bytes, 0)?;
@@ -257,7 +260,7 @@ impl Device for CudaDevice {
             let elements = to.chunks_exact_mut(width).zip(&from[first / width..]);
             with_float!(dtype, T => {
                 elements.for_each(|(le, value)| T::from_acc(Accumulator::from_f64(f64::from(*value))).write_le(le));
-            }, else unreachable!("seen when the device was made"));
+            }, else unreachable!("checked when the device was created"));
         })
     }
     fn read_act(&self, from: &DeviceVec<u8>, n: usize) -> Result<Vec<f32>, DeviceError> {
@@ -289,17 +292,17 @@ impl Device for CudaDevice {
         n: usize,
         w: &CudaWeight,
         bias: Option<&DeviceVec<f32>>,
-        adds: bool,
+        accumulate: bool,
         y: &mut DeviceVec<u8>,
     ) -> DeviceResult {
         if let Some(bias) = bias {
-            self.queue.add_bias(bias, (y, self.dtype), adds, n, w.d_out)?;
+            self.queue.add_bias(bias, (y, self.dtype), accumulate, n, w.d_out)?;
         }
-        let adds = adds || bias.is_some();
-        Ok(self.blas.times_transposed(x, 0, self.factor(w), n, adds, y)?)
+        let accumulate = accumulate || bias.is_some();
+        Ok(self.blas.times_transposed(x, 0, self.factor(w), n, accumulate, y)?)
     }
 
-    fn linear_back(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> DeviceResult {
+    fn linear_backward(&self, dy: &DeviceVec<u8>, n: usize, w: &CudaWeight, dx: &mut DeviceVec<u8>) -> DeviceResult {
         Ok(self.blas.times(dy, self.factor(w), n, dx, 0)?)
     }
 
@@ -315,7 +318,7 @@ impl Device for CudaDevice {
         Ok(self.queue.rms_norm(self.matrix(x, d), n, gain, eps, y)?)
     }
 
-    fn rms_norm_back(
+    fn rms_norm_backward(
         &self,
         dy: &DeviceVec<u8>,
         x: &DeviceVec<u8>,
@@ -325,7 +328,7 @@ impl Device for CudaDevice {
         eps: f32,
         dx: &mut DeviceVec<u8>,
     ) -> DeviceResult {
-        Ok(self.queue.rms_norm_back(dy, self.matrix(x, d), n, gain, eps, dx)?)
+        Ok(self.queue.rms_norm_backward(dy, self.matrix(x, d), n, gain, eps, dx)?)
     }
 
     fn head_norm(
@@ -340,7 +343,7 @@ impl Device for CudaDevice {
         Ok(self.queue.head_norm(qkv, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
-    fn head_norm_back(
+    fn head_norm_backward(
         &self,
         dqkv: &mut DeviceVec<u8>,
         raw: &DeviceVec<u8>,
@@ -350,7 +353,7 @@ impl Device for CudaDevice {
         k_gain: &DeviceVec<f32>,
         eps: f32,
     ) -> DeviceResult {
-        Ok(self.queue.head_norm_back(dqkv, raw, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
+        Ok(self.queue.head_norm_backward(dqkv, raw, self.dtype, n, shape_of(heads), [q_gain, k_gain], eps)?)
     }
 
     fn rope(
@@ -376,7 +379,7 @@ impl Device for CudaDevice {
         Ok(self.queue.attention(&self.attending(spans, heads), qkv, out, lse)?)
     }
 
-    fn attention_back(
+    fn attention_backward(
         &self,
         dout: &DeviceVec<u8>,
         qkv: &DeviceVec<u8>,
@@ -388,7 +391,7 @@ impl Device for CudaDevice {
     ) -> DeviceResult {
         let delta = &mut self.scratch.borrow_mut().delta;
         self.grow(delta, spans.n_tokens() * heads.n_q, "the gradient of attention")?;
-        Ok(self.queue.attention_back(&self.attending(spans, heads), dout, qkv, out, lse, delta, dqkv)?)
+        Ok(self.queue.attention_backward(&self.attending(spans, heads), dout, qkv, out, lse, delta, dqkv)?)
     }
 
     fn attention_cached(
@@ -410,7 +413,7 @@ impl Device for CudaDevice {
         Ok(self.queue.swiglu(gate_up, self.dtype, n, d_ff, h)?)
     }
 
-    fn swiglu_back(
+    fn swiglu_backward(
         &self,
         dh: &DeviceVec<u8>,
         gate_up: &DeviceVec<u8>,
@@ -418,7 +421,7 @@ impl Device for CudaDevice {
         d_ff: usize,
         d_gate_up: &mut DeviceVec<u8>,
     ) -> DeviceResult {
-        Ok(self.queue.swiglu_back(dh, gate_up, self.dtype, n, d_ff, d_gate_up)?)
+        Ok(self.queue.swiglu_backward(dh, gate_up, self.dtype, n, d_ff, d_gate_up)?)
     }
 
     fn take_rows(
@@ -457,13 +460,13 @@ impl Device for CudaDevice {
     ) -> DeviceResult {
         let Scratch { numbers: logits, acts, .. } = &mut *self.scratch.borrow_mut();
         let n_vocab = head.d_out;
-        let most = at_once(n_vocab).min(n_rows);
-        self.grow(logits, most * n_vocab, "logits")?;
+        let max_rows = at_once(n_vocab).min(n_rows);
+        self.grow(logits, max_rows * n_vocab, "logits")?;
         if grad_scale.is_some() {
-            self.grow(acts, most * n_vocab * self.act_size(), "the gradient by logits")?;
+            self.grow(acts, max_rows * n_vocab * self.act_size(), "the gradient of the logits")?;
         }
-        for first in (0..n_rows).step_by(most.max(1)) {
-            let n = most.min(n_rows - first);
+        for first in (0..n_rows).step_by(max_rows.max(1)) {
+            let n = max_rows.min(n_rows - first);
             self.blas.times_transposed_f32(x, first, self.factor(head), n, logits)?;
             let gradient = grad_scale.is_some().then_some((&mut *acts, self.dtype));
             let scale = grad_scale.unwrap_or(0.0);
@@ -477,12 +480,12 @@ impl Device for CudaDevice {
 
     fn argmax(&self, x: &DeviceVec<u8>, n_rows: usize, head: &CudaWeight) -> Result<Vec<u32>, DeviceError> {
         let logits = &mut self.scratch.borrow_mut().numbers;
-        let most = at_once(head.d_out).min(n_rows);
-        self.grow(logits, most * head.d_out, "logits")?;
-        let mut on_device = self.queue.alloc(most, "tokens")?;
+        let max_rows = at_once(head.d_out).min(n_rows);
+        self.grow(logits, max_rows * head.d_out, "logits")?;
+        let mut on_device = self.queue.alloc(max_rows, "tokens")?;
         let mut tokens = Vec::with_capacity(n_rows);
-        for first in (0..n_rows).step_by(most.max(1)) {
-            let n = most.min(n_rows - first);
+        for first in (0..n_rows).step_by(max_rows.max(1)) {
+            let n = max_rows.min(n_rows - first);
             self.blas.times_transposed_f32(x, first, self.factor(head), n, logits)?;
             self.queue.argmax_rows(logits, n, head.d_out, &mut on_device)?;
             tokens.extend(self.queue.download_first(&on_device, n)?);
@@ -502,13 +505,13 @@ impl Device for CudaDevice {
         let Deltas { offsets, columns, grad, nnz, .. } = deltas;
         let of = EntriesOf { offsets, columns, nnz: *nnz, shape: (d_out, d_in) };
         if *nnz <= MANY_ENTRIES * d_out {
-            self.grow(scratch, Queue::gather_room(n, *nnz), "the gradient of deltas")?;
+            self.grow(scratch, Queue::gather_scratch_len(n, *nnz), "the gradient of deltas")?;
             return Ok(self.queue.gather_dot((dy, x, self.dtype), n, of, grad, scratch)?);
         }
-        let most = (MAX_DENSE / 4 / d_in).clamp(1, d_out);
-        self.grow(scratch, most * d_in, "the gradient of deltas")?;
-        for first in (0..d_out).step_by(most) {
-            let n_rows = most.min(d_out - first);
+        let max_rows = (MAX_DENSE / 4 / d_in).clamp(1, d_out);
+        self.grow(scratch, max_rows * d_in, "the gradient of deltas")?;
+        for first in (0..d_out).step_by(max_rows) {
+            let n_rows = max_rows.min(d_out - first);
             self.blas.outer((dy, d_out, first..first + n_rows), (x, d_in), self.dtype, n, scratch)?;
             self.queue.take_entries(scratch, (first, n_rows), of, grad)?;
         }
@@ -523,7 +526,7 @@ impl Device for CudaDevice {
         }
         let Deltas { offsets, columns, grad, nnz, .. } = deltas;
         let of = EntriesOf { offsets, columns, nnz: *nnz, shape: (d_out, 1) };
-        self.grow(scratch, Queue::gather_room(n, *nnz), "the gradient of biases")?;
+        self.grow(scratch, Queue::gather_scratch_len(n, *nnz), "the gradient of biases")?;
         Ok(self.queue.gather_dot((dy, ones, self.dtype), n, of, grad, scratch)?)
     }
 
@@ -554,8 +557,18 @@ impl Device for CudaDevice {
 
     fn adamw(&self, deltas: &mut Deltas<Self>, step: AdamW) -> DeviceResult {
         let Deltas { theta, grad, mean, variance, nnz, .. } = deltas;
-        let AdamNumbers { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step.numbers();
-        let numbers = [grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps];
+        let AdamScalars {
+            grad_scale,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            decay,
+            step_size,
+            bias_correction2_sqrt,
+            eps,
+        } = step.scalars();
+        let numbers =
+            [grad_scale, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, bias_correction2_sqrt, eps];
         Ok(self.queue.adamw(theta, grad, [mean, variance], *nnz, numbers)?)
     }
 }

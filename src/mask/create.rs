@@ -1,4 +1,4 @@
-//! Choosing connections, out of core.
+//! Creates masks out of core.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,63 +24,63 @@ use crate::{
     weights::{Answers, TargetPattern, WeightMap},
 };
 
-/// Bytes that an entry takes while its block is chosen at a cut: its column, twice, the weight, whether it is a tie.
+/// Bytes per entry while its block is cut at a key: its column, twice, the weight, and whether it is a tie.
 const CUT_BYTES: u64 = 20;
 
-/// What was chosen in one kind of projection.
+/// The selection in one kind of projection.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct MaskKind {
-    /// Such as `q_proj`.
+    /// The name of the kind, such as `q_proj`.
     pub kind: String,
-    /// Tensors.
+    /// Number of tensors.
     pub n_tensors: u64,
-    /// Their rows.
+    /// Number of rows.
     pub n_rows: u64,
-    /// Their elements.
+    /// Number of elements.
     pub n_parameters: u64,
-    /// Chosen entries.
+    /// Number of chosen entries.
     pub n_chosen: u64,
     /// `n_chosen / n_parameters`.
     pub share: f64,
 }
 
-/// What was chosen.
+/// The result of creating a mask.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct MaskReport {
     /// The checkpoint's name.
     pub base: String,
-    /// Whether nothing was written.
+    /// Whether this was a dry run: nothing was written.
     pub dry_run: bool,
-    /// What weights were ranked by.
+    /// The score that ranks the weights.
     pub score: String,
-    /// Within what they competed.
+    /// The scope in which weights compete.
     pub scope: String,
-    /// The part of the targets that was handled, as in `2/8`, where not all were.
+    /// The partition of the targets that was processed, as in `2/8`, if not all were.
     pub partition: Option<Partition>,
-    /// Entries per row, where all rows have as many (but for shorter rows).
+    /// Entries per row, if all rows have the same number (except for shorter rows).
     pub k: Option<u64>,
-    /// Per kind of projection.
+    /// The selection per kind of projection.
     pub kinds: Vec<MaskKind>,
-    /// All kinds together.
+    /// The selection over all kinds.
     pub total: MaskKind,
-    /// Elements of all tensors of the model.
+    /// Number of elements of all tensors of the model.
     pub n_model_parameters: u64,
-    /// `total.n_chosen / n_model_parameters`: the trainable share as the paper counts it.
+    /// `total.n_chosen / n_model_parameters`: the trainable fraction as defined in the paper.
     pub trainable_share: f64,
-    /// Targets whose rows are shorter than k, so that all of each row was chosen.
+    /// Targets whose rows are shorter than k, so that each row was chosen completely.
     pub clamped: Vec<String>,
-    /// Tensors that patterns named but that cannot take part.
+    /// Tensors that match a pattern but cannot be masked.
     pub skipped: Vec<SkippedTensor>,
 }
 
-/// Chooses connections of `checkpoint` and writes the mask to `output`, or only reports what it would hold.
+/// Chooses connections of `checkpoint` and writes the mask to `output`, or only reports the result.
 ///
-/// Ranks by score; equal scores go to the smaller column (in wider scopes: to the smaller tensor name, row, column). The
-/// same mask comes out for any thread count and window size. Reads the targets once in row scope and twice in the wider scopes, where
-/// the chosen entries' keys fit into a quarter of [`Context::max_memory`] at 8 bytes each; where not, once for every 16 bits of
-/// a key and once more. Memory: a few windows per thread, and those keys.
+/// Ranks by score; ties go to the smaller column (in wider scopes: to the smaller tensor name, row, column). The mask
+/// is the same for any number of threads and any window size. Row scope reads the targets once. The wider scopes read
+/// them twice if the keys of the chosen entries, at 8 bytes each, fit in a quarter of [`Context::max_memory`];
+/// otherwise once per 16 bits of a key, plus once. Memory: a few windows per thread, and those keys.
 ///
 /// ```
 /// use neuroada_ckpt::{Checkpoint, Context, Existing, MaskFile, MaskOptions, create_mask};
@@ -135,7 +135,7 @@ pub fn create_mask(
             }
         }
         _ => {
-            let n = job.in_all(checkpoint);
+            let n = job.n_total(checkpoint);
             job.choose_at_cut(&mine, n)?;
         }
     }
@@ -151,8 +151,8 @@ pub fn create_mask(
     Ok(report)
 }
 
-/// The patterns that name the targets which are stored as `[d_in, d_out]` and no others: those that were given, then kinds, and names
-/// where a kind is stored both ways.
+/// Patterns that match exactly the targets stored as `[d_in, d_out]`: the given ones, then kinds, and full names if a
+/// kind is stored both ways.
 fn transposed_patterns(options: &MaskOptions<'_>, selection: &Selection<'_>) -> Vec<String> {
     let given: Vec<TargetPattern> = options.transposed.iter().filter_map(|text| text.parse().ok()).collect();
     let (transposed, others): (Vec<_>, Vec<_>) = selection.targets.iter().partition(|scan| scan.layout.transposed);
@@ -166,7 +166,7 @@ fn transposed_patterns(options: &MaskOptions<'_>, selection: &Selection<'_>) -> 
     options.transposed.iter().cloned().chain(found).collect()
 }
 
-/// Enough to choose the same again.
+/// Everything needed to repeat the selection.
 fn recipe(options: &MaskOptions<'_>, selection: &Selection<'_>, k: Option<u64>) -> Recipe {
     let patterns = match &options.targets[..] {
         [] => LLAMA_PROJECTIONS.map(str::to_owned).into(),
@@ -193,20 +193,20 @@ fn recipe(options: &MaskOptions<'_>, selection: &Selection<'_>, k: Option<u64>) 
     }
 }
 
-/// One mask on its way.
+/// A mask being created.
 struct MaskRun<'a> {
     ctx: &'a Context<'a>,
     options: &'a MaskOptions<'a>,
     sources: &'a [Source<'a>],
-    /// Which of them belong to this partition, ascending.
+    /// Indices of the targets in this partition, ascending.
     mine: &'a [usize],
     writer: Option<MaskWriter>,
-    /// Chosen entries by target.
+    /// Number of chosen entries per target.
     counts: Vec<u64>,
 }
 
 impl MaskRun<'_> {
-    /// Entries per row, where that was asked for or follows from a budget in row scope.
+    /// Entries per row, as given or as derived from a budget in row scope.
     fn k(&self, checkpoint: &Checkpoint) -> Result<Option<u64>, MaskError> {
         let budget = match self.options.amount {
             Amount::K(k) => return Ok(Some(k)),
@@ -219,14 +219,14 @@ impl MaskRun<'_> {
         let n_rows: u64 = self.sources.iter().map(Source::n_rows).sum();
         match budget / n_rows {
             0 => Err(MaskError::Usage(format!(
-                "a budget of {budget} entries is less than one for each of {n_rows} rows; a wider scope can share it out"
+                "a budget of {budget} entries is less than one per row for {n_rows} rows; use a wider scope"
             ))),
             k => Ok(Some(k)),
         }
     }
 
-    /// Entries to choose over all targets.
-    fn in_all(&self, checkpoint: &Checkpoint) -> u64 {
+    /// Number of entries to choose over all targets.
+    fn n_total(&self, checkpoint: &Checkpoint) -> u64 {
         let elements = |source: &Source<'_>| source.n_rows() * source.scan.layout.d_in;
         let most: u64 = self.sources.iter().map(elements).sum();
         let wanted = match self.options.amount {
@@ -237,16 +237,17 @@ impl MaskRun<'_> {
         wanted.min(most)
     }
 
-    /// Entries to choose in each target: k per row, or a budget shared out by size, the largest remainders rounded up.
+    /// Number of entries to choose per target: k per row, or the budget divided in proportion to size, with the
+    /// largest remainders rounded up.
     fn per_tensor(&self, checkpoint: &Checkpoint) -> Vec<u64> {
         if let Amount::K(k) = self.options.amount {
             return self.sources.iter().map(|source| k.min(source.scan.layout.d_in) * source.n_rows()).collect();
         }
         let sizes: Vec<u64> = self.sources.iter().map(|source| source.n_rows() * source.scan.layout.d_in).collect();
-        share_out(self.in_all(checkpoint), &sizes)
+        apportion(self.n_total(checkpoint), &sizes)
     }
 
-    /// Each row's `k` best.
+    /// Chooses the `k` best entries of each row.
     fn choose_per_row(&mut self, k: u64) -> Result<(), MaskError> {
         if self.writer.is_none() {
             for &target in self.mine {
@@ -294,7 +295,7 @@ impl MaskRun<'_> {
         )
     }
 
-    /// The `n` best of all rows of `targets`, which compete with one another.
+    /// Chooses the `n` best entries among all rows of `targets`.
     fn choose_at_cut(&mut self, targets: &[usize], n: u64) -> Result<(), MaskError> {
         let (ctx, sources) = (self.ctx, self.sources);
         let space = targets.iter().map(|&target| sources[target].key_space()).reduce(KeySpace::common);
@@ -302,11 +303,11 @@ impl MaskRun<'_> {
         let scans: Vec<RowScan<'_>> = targets.iter().map(|&target| sources[target].scan).collect();
         let competing: Vec<&Source<'_>> = targets.iter().map(|&target| &sources[target]).collect();
         let Cut { key, mut n_ties } = find_cut(ctx, &competing, space, n)?;
-        let most_ties = n_ties;
+        let max_ties = n_ties;
         let mut progress = Progress::default();
         let held = |target: usize| {
             let source = &sources[targets[target]];
-            // Chosen entries may all lie close together.
+            // The chosen entries may all be close together.
             source.held(ROW_BYTES + n.min(source.scan.layout.d_in) * CUT_BYTES)
         };
         scan_rows_keeping(
@@ -321,7 +322,7 @@ impl MaskRun<'_> {
                 let mut is_tie = Vec::new();
                 source.for_each_run(ctx, space, span, block, |run, scored| {
                     rows.skip_to(run.start);
-                    let CutRows { columns, is_tie: ties } = cut_rows(scored, key, most_ties)?;
+                    let CutRows { columns, is_tie: ties } = cut_rows(scored, key, max_ties)?;
                     (0..columns.n_rows()).for_each(|row| rows.columns.push_row(columns.row(row)));
                     is_tie.extend(ties);
                     Ok(())
@@ -329,14 +330,14 @@ impl MaskRun<'_> {
                 Ok((Chosen::new(rows.finish(span.n_rows), block), is_tie))
             },
             |span, (chosen, is_tie), window| {
-                // Ties go to what comes first; blocks did not know how many were left.
+                // Ties go to the first entries in order; the blocks did not know how many were left.
                 let chosen = chosen.without_ties_past(&mut n_ties, &is_tie);
                 self.push(&mut progress, targets[span.target], span, (chosen, window), None)
             },
         )
     }
 
-    /// Hands a block's rows to the writer, target after target; `window` holds them where whole tensors are hashed.
+    /// Passes a block's rows to the writer, target by target; `window` is set if whole tensors are hashed.
     fn push(
         &mut self,
         progress: &mut Progress,
@@ -363,7 +364,7 @@ impl MaskRun<'_> {
             let whole = match (self.options.hash, is_as_stored) {
                 (false, _) => None,
                 (true, true) => Some(progress.whole.finalize()),
-                // Rows did not come as they are stored.
+                // The rows arrived in another form or order than they are stored.
                 (true, false) => Some(whole_tensor(self.ctx, tensor)?),
             };
             writer.end_target(whole);
@@ -411,14 +412,14 @@ fn empty_kind(kind: &str) -> MaskKind {
     MaskKind { kind: kind.to_owned(), n_tensors: 0, n_rows: 0, n_parameters: 0, n_chosen: 0, share: 0.0 }
 }
 
-/// What is known of the target being written.
+/// State of the target being written.
 #[derive(Default)]
 struct Progress {
-    /// Of all its bytes so far.
+    /// The hash of its bytes so far.
     whole: blake3::Hasher,
 }
 
-/// Columns of a block, rows that take no part left empty.
+/// The columns of a block; rows that do not take part stay empty.
 struct BlockColumns {
     columns: RowColumns,
 }
@@ -438,7 +439,7 @@ impl BlockColumns {
     }
 }
 
-/// Chosen columns of a block, and the base's bytes there.
+/// The chosen columns of a block, and the base's bytes there.
 struct Chosen {
     columns: RowColumns,
     base_values: Vec<u8>,
@@ -450,7 +451,7 @@ impl Chosen {
         Self { columns, base_values }
     }
 
-    /// Keeps the first `n_ties` of the entries marked as ties, and counts down.
+    /// Keeps the first `n_ties` of the entries marked as ties, and decreases the count.
     fn without_ties_past(self, n_ties: &mut u64, is_tie: &[bool]) -> Self {
         let n = is_tie.iter().filter(|&&is_tie| is_tie).count() as u64;
         if n <= *n_ties {
@@ -478,8 +479,8 @@ impl Chosen {
     }
 }
 
-/// Shares `n` out in proportion to `sizes`: rounded down, and the largest remainders rounded up (equal ones: the first).
-fn share_out(n: u64, sizes: &[u64]) -> Vec<u64> {
+/// Divides `n` in proportion to `sizes`: rounded down, with the largest remainders rounded up (ties: the first).
+fn apportion(n: u64, sizes: &[u64]) -> Vec<u64> {
     let total: u128 = sizes.iter().map(|&size| u128::from(size)).sum();
     let exact = |size: u64| u128::from(n) * u128::from(size);
     let mut shares: Vec<u64> = sizes.iter().map(|&size| (exact(size) / total) as u64).collect();
@@ -492,7 +493,7 @@ fn share_out(n: u64, sizes: &[u64]) -> Vec<u64> {
     shares
 }
 
-/// The BLAKE3 of all of a weight's stored bytes; of a quantized one, codes and then scales.
+/// The BLAKE3 hash of all stored bytes of a weight; for a quantized weight, codes before scales.
 fn whole_tensor(ctx: &Context<'_>, tensor: TensorRef<'_>) -> Result<blake3::Hash, CheckpointError> {
     let mut hasher = blake3::Hasher::new();
     for (shard, info) in tensor.stored() {
@@ -511,10 +512,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budgets_are_shared_out_by_largest_remainder() {
-        assert_eq!(share_out(10, &[1, 1, 1]), [4, 3, 3]);
-        assert_eq!(share_out(7, &[100, 10, 1]), [6, 1, 0]);
-        assert_eq!(share_out(0, &[5, 5]), [0, 0]);
-        assert_eq!(share_out(u64::MAX / 2, &[u64::MAX / 2, 1]).iter().sum::<u64>(), u64::MAX / 2);
+    fn budgets_are_divided_by_largest_remainder() {
+        assert_eq!(apportion(10, &[1, 1, 1]), [4, 3, 3]);
+        assert_eq!(apportion(7, &[100, 10, 1]), [6, 1, 0]);
+        assert_eq!(apportion(0, &[5, 5]), [0, 0]);
+        assert_eq!(apportion(u64::MAX / 2, &[u64::MAX / 2, 1]).iter().sum::<u64>(), u64::MAX / 2);
     }
 }

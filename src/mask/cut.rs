@@ -1,8 +1,8 @@
-//! The key at which a budget ends, found without sorting.
+//! Finds the key at which a budget is exhausted, without sorting.
 //!
-//! Keys are counted by their first 16 bits; where the budget ends is then known to 16 bits, and counting the next 16 bits of
-//! the keys that begin so tells more. As soon as enough keys were seen, those too small to matter are passed over, and what is
-//! left is few: where they fit into the memory allowed, all bits of them are kept, and one pass over the data is enough.
+//! Keys are counted by their leading 16 bits, which gives the first 16 bits of the cut. Counting the next 16 bits of
+//! the keys with that prefix refines it. Once enough keys have been seen, keys too small to matter are skipped and few
+//! remain. If those fit in the allowed memory, all their bits are kept, and one pass over the data suffices.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -12,26 +12,27 @@ use crate::{
     checkpoint::{Context, Held, RowScan, scan_rows},
 };
 
-/// The key of the last entry that is chosen.
+/// The key of the last chosen entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Cut {
     pub(super) key: u64,
-    /// How many entries of that very key are chosen.
+    /// Number of chosen entries with exactly this key.
     pub(super) n_ties: u64,
 }
 
-/// The key of the `n`-th best entry of all rows of `sources`.
+/// Finds the key of the `n`-th best entry of all rows of `sources`.
 ///
-/// Reads them once, or once for every 16 bits of a key where the best do not fit into a quarter of the memory allowed.
+/// Reads them once, or once per 16 bits of a key if the best keys do not fit in a quarter of the allowed memory.
 pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpace, n: u64) -> Result<Cut, MaskError> {
     let scans: Vec<RowScan<'_>> = sources.iter().map(|source| source.scan).collect();
-    // Counts, twice: a block's, and widened for a moment. Until enough keys were seen all of a block's are kept, and copied once.
+    // The counts twice: those of a block, and temporarily widened. At first all keys of a block are kept, and copied
+    // once.
     let found_bytes = 12 * Digit::VALUES as u64;
     let mut digit = Digit::first(space);
     let mut left = n;
     loop {
         let mut counts = vec![0u64; Digit::VALUES];
-        // What is known so far to be no part of the best: as soon as enough keys were seen, few are left to look at.
+        // The bound below which keys cannot be among the best; once enough keys have been seen, few are above it.
         let floor = AtomicU64::new(digit.floor());
         let best = Best::new(if digit.shift == 0 { 0 } else { (ctx.max_memory / 4 / 8) as usize });
         let mut kept = Vec::new();
@@ -45,7 +46,7 @@ pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpa
                 let floor = floor.load(Relaxed);
                 sources[span.target].for_each_run(ctx, space, span, block, |_, scored| {
                     if floor == 0 && !best.fits() {
-                        // Where most keys are counted, finding them first does not pay.
+                        // If most keys are counted, filtering them first does not pay off.
                         return Ok(count_keys(scored, digit, &mut found.counts)?);
                     }
                     let keys = keys_from(scored, floor)?;
@@ -67,7 +68,7 @@ pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpa
                 Ok(())
             },
         )?;
-        let (value, n_above) = reach(&counts, left).expect("no more are wanted than there are");
+        let (value, n_above) = reach(&counts, left).expect("n is at most the number of keys");
         left -= n_above;
         let (key, below) = digit.then(value);
         let Some(below) = below else { return Ok(Cut { key, n_ties: left }) };
@@ -79,10 +80,10 @@ pub(super) fn find_cut(ctx: &Context<'_>, sources: &[&Source<'_>], space: KeySpa
     }
 }
 
-/// What a block of rows holds.
+/// The counts and keys of a block of rows.
 struct Found {
     counts: Vec<u32>,
-    /// Those that may belong to the best.
+    /// Keys that may be among the best.
     keys: Vec<u64>,
 }
 
@@ -93,7 +94,7 @@ impl Default for Found {
 }
 
 impl Found {
-    /// Forgets keys that cannot be among the `n` best, judged by this block alone.
+    /// Drops keys that cannot be among the `n` best, judging by this block alone.
     fn keep_best(&mut self, digit: Digit, n: u64) {
         let counts: Vec<u64> = self.counts.iter().map(|&count| count.into()).collect();
         if let Some((value, _)) = reach(&counts, n) {
@@ -104,28 +105,28 @@ impl Found {
     }
 }
 
-/// Whether the best keys are kept in memory.
+/// Whether the best keys fit in memory.
 struct Best {
-    most: usize,
+    max_keys: usize,
     fit: AtomicBool,
 }
 
 impl Best {
-    fn new(most: usize) -> Self {
-        Self { most, fit: AtomicBool::new(most > 0) }
+    fn new(max_keys: usize) -> Self {
+        Self { max_keys, fit: AtomicBool::new(max_keys > 0) }
     }
     fn fits(&self) -> bool {
         self.fit.load(Relaxed)
     }
-    /// Adds `keys` to `kept`, or gives up.
+    /// Adds `keys` to `kept`, or gives up if they do not fit.
     fn keep(&self, kept: &mut Vec<u64>, keys: Vec<u64>, floor: u64) {
         if !self.fits() {
             return;
         }
-        if kept.len() + keys.len() > self.most {
+        if kept.len() + keys.len() > self.max_keys {
             kept.retain(|&key| key >= floor);
         }
-        if kept.len() + keys.len() > self.most {
+        if kept.len() + keys.len() > self.max_keys {
             self.fit.store(false, Relaxed);
             *kept = Vec::new();
         } else {
@@ -134,7 +135,7 @@ impl Best {
     }
 }
 
-/// The value at which `n` are reached, counted from the largest, and how many lie above it.
+/// The value at which the count from the largest value down reaches `n`, and the count above that value.
 fn reach(counts: &[u64], n: u64) -> Option<(usize, u64)> {
     let mut n_above = 0;
     for (value, count) in counts.iter().enumerate().rev() {
@@ -146,7 +147,7 @@ fn reach(counts: &[u64], n: u64) -> Option<(usize, u64)> {
     None
 }
 
-/// The `n`-th largest of `keys`, counted from 1, and how many of the `n` are equal to it.
+/// The `n`-th largest of `keys` (from 1), and how many of the `n` largest are equal to it.
 fn nth_largest(keys: &mut [u64], n: u64) -> Cut {
     let (above, &mut key, _) = keys.select_nth_unstable_by(n as usize - 1, |a, b| b.cmp(a));
     Cut { key, n_ties: n - above.iter().filter(|&&other| other > key).count() as u64 }
@@ -157,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nth_largest_knows_its_ties() {
+    fn the_nth_largest_counts_its_ties() {
         for n in 1..=7 {
             let cut = nth_largest(&mut [5, 9, 5, 1, 5, 9, 0], n);
             let expected = [(9, 1), (9, 2), (5, 1), (5, 2), (5, 3), (1, 1), (0, 1)][n as usize - 1];
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_given_up_for_good() {
+    fn keys_that_do_not_fit_are_dropped_for_good() {
         let best = Best::new(4);
         let mut kept = Vec::new();
         best.keep(&mut kept, vec![1, 2, 3], 2);

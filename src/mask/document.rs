@@ -1,13 +1,13 @@
-//! The JSON document in `__metadata__["neuroada"]` that makes a safetensors file a mask or an adapter.
+//! The JSON document in `__metadata__["neuroada"]` that marks a safetensors file as a mask or an adapter.
 //!
 //! ```json
 //! {"kind": "mask", "version": 1, "recipe": {...}, "base": {"name": "...", "model_type": "..."},
 //!  "targets": {"model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": [64, 32], "anchor": "<64 hex digits>"}}}
 //! ```
 //!
-//! A target may also have `"blake3"` (of the whole tensor), `"transposed": true`, and from version 2 on `"layout"`: how a quantized weight
-//! is stored, whose `dtype` is then F32, what it is decoded to. Unknown fields are refused: what this version does not know it would
-//! drop in silence. Documents are bounded before they are parsed.
+//! A target may also have `"blake3"` (of the whole tensor) and `"transposed": true`. From version 2 on, a target that is a quantized
+//! weight has a `"layout"`, such as `"fp8-block"`, and the dtype F32 of its decoded numbers. Unknown fields are refused, because
+//! this version would silently drop them. The size of documents is limited before they are parsed.
 
 use std::{collections::BTreeMap, fmt, path::Path};
 
@@ -21,44 +21,44 @@ use serde::{
     de::{self, MapAccess, SeqAccess, Visitor},
 };
 
-/// The newest format version that this program reads. It writes version 1 where no target has a layout.
+/// The newest format version that is read. Version 1 is written unless a target has a layout.
 const FORMAT_VERSION: u64 = 2;
-/// Documents larger than this are refused: twice that of an adapter for every expert of the largest published model.
+/// Maximum size of a document: twice that of an adapter with every expert of the largest published model.
 const MAX_DOCUMENT_BYTES: usize = 32 << 20;
-/// Shapes longer than this are refused while parsing.
+/// Maximum number of dimensions of a shape.
 const MAX_RANK: usize = 8;
 
-/// How the columns were chosen: enough to choose them again.
+/// How the columns were chosen: everything needed to repeat the selection.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// What weights were ranked by, such as `magnitude`; `custom` where the columns came from elsewhere.
+    /// The score that ranks the weights, such as `magnitude`; `custom` if the columns come from elsewhere.
     pub score: String,
-    /// Columns per row, where that was fixed.
+    /// Columns per row, if given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub k: Option<u64>,
-    /// The share of the targets' elements to choose, 0 to 1, where that was fixed instead.
+    /// The fraction of the targets' elements to choose, 0 to 1, if given instead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<f64>,
-    /// Within what weights compete: `row`, `tensor` or `global`.
+    /// The scope in which weights compete: `row`, `tensor` or `global`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
-    /// The seed of whatever was random.
+    /// The seed of random choices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Patterns that selected the targets.
+    /// Patterns that select the targets.
     #[serde(default)]
     pub targets: Vec<String>,
-    /// Patterns that selected the targets stored as `[d_in, d_out]`.
+    /// Patterns that select the targets stored as `[d_in, d_out]`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub transposed: Vec<String>,
-    /// The share of rows that take part, 0 to 1, where not all do.
+    /// The fraction of rows that take part, 0 to 1, if not all do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub neuron_fraction: Option<f64>,
-    /// The part of the targets that this file has, where it is a part of a mask.
+    /// The partition of the targets in this file, if it is part of a mask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partition: Option<Partition>,
-    /// Names of other files that the scores came from, by what they are, such as `gradients`.
+    /// Names of the other files that the scores were computed from, by their role, such as `gradients`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub extra: BTreeMap<String, String>,
 }
@@ -70,7 +70,7 @@ impl Recipe {
     }
 }
 
-/// What the base is called, for people; its content decides whether it is the right one.
+/// The base's name, for display; whether a base is the right one depends on its content.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BaseInfo {
@@ -82,7 +82,7 @@ pub struct BaseInfo {
 }
 
 impl BaseInfo {
-    /// What `checkpoint` is called.
+    /// The name of `checkpoint`.
     pub fn of(checkpoint: &Checkpoint) -> Self {
         Self { name: checkpoint.name(), model_type: checkpoint.model_type().map(str::to_owned) }
     }
@@ -98,7 +98,7 @@ impl fmt::Display for BaseInfo {
     }
 }
 
-/// One target's entry in the document.
+/// The entry of one target in the document.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TargetEntry {
@@ -116,7 +116,7 @@ pub(crate) struct TargetEntry {
     pub layout: Option<String>,
 }
 
-/// All targets, sorted by name, each name once.
+/// All targets, sorted by name, unique.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TargetEntries(pub Vec<(String, TargetEntry)>);
 
@@ -231,20 +231,20 @@ pub(crate) struct MaskDocument {
     pub targets: TargetEntries,
 }
 
-/// What a safetensors file says it is.
+/// The kind of a safetensors file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum FileKind {
-    /// It holds a document of this kind, `mask` or `adapter` above all.
+    /// It has a document of this kind, usually `mask` or `adapter`.
     Document(String),
-    /// It holds none: a checkpoint's shard, or another tool's adapter.
+    /// It has no document: a checkpoint's shard, or another tool's adapter.
     Plain,
 }
 
 impl FileKind {
-    /// Reads what the file says it is; nothing else about it is checked.
+    /// Reads the kind of the file; checks nothing else.
     ///
     /// # Errors
-    /// A document that is too large, malformed, or without a kind.
+    /// The document is too large, malformed, or without a kind.
     pub fn of(shard: &Shard) -> Result<Self, CheckpointError> {
         match shard.header().metadata().get(DOCUMENT_KEY) {
             None => Ok(Self::Plain),
@@ -253,22 +253,22 @@ impl FileKind {
     }
 }
 
-/// The part of a document that every version has.
+/// The fields that documents of every version have.
 #[derive(Deserialize)]
 struct Head {
     kind: String,
     version: u64,
 }
 
-/// Parses the document of a file that should be of the kind `expected`, such as `mask`.
+/// Parses the document of a file of the kind `expected`, such as `mask`.
 ///
 /// # Errors
-/// [`MaskError::WrongKind`] says what the file is instead, [`MaskError::NewerVersion`] that it comes from the future.
+/// [`MaskError::WrongKind`] states what the file is instead; [`MaskError::NewerVersion`] if a newer program wrote it.
 pub(crate) fn parse_document<'a, T: Deserialize<'a>>(shard: &'a Shard, expected: &'static str) -> Result<T, MaskError> {
     parse_header(shard.path(), shard.header(), expected)
 }
 
-/// The same for a file whose header alone is at hand.
+/// The same for a file of which only the header is available.
 pub(crate) fn parse_header<'a, T: Deserialize<'a>>(
     path: &Path,
     header: &'a Header,
@@ -311,11 +311,11 @@ fn malformed(path: &Path, what: &dyn fmt::Display) -> CheckpointError {
     CheckpointError::bad_file(path, format!("the `{DOCUMENT_KEY}` document in its metadata is malformed: {what}"))
 }
 
-/// What the names in LoRA files of diffusers begin with: the parts of a pipeline.
+/// Prefixes of names in LoRA files of diffusers: the components of a pipeline.
 const DIFFUSERS: [&str; 4] =
     ["unet.", "text_encoder", "transformer.transformer_blocks.", "transformer.single_transformer_"];
 
-/// What a safetensors file without a document is.
+/// Describes a safetensors file without a document.
 fn plain_file(header: &Header) -> String {
     let has = |part: &str| header.tensors().iter().any(|tensor| tensor.name.contains(part));
     let begins = |starts: &[&str]| {
@@ -323,7 +323,7 @@ fn plain_file(header: &Header) -> String {
     };
     let is_low_rank = [".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lora_A"].into_iter().any(has);
     if is_low_rank && begins(&["lora_"]) {
-        // Underscores stand for dots, so the names do not tell which module they mean.
+        // Underscores replace dots, so the names do not identify the modules.
         "a LoRA file of kohya's sd-scripts, which is not supported"
     } else if is_low_rank && (!has(".lora_A") || begins(&DIFFUSERS)) {
         "a LoRA file of diffusers, which is not supported"

@@ -1,4 +1,4 @@
-//! What can go wrong while choosing connections or reading a mask.
+//! Errors of choosing connections and reading masks.
 
 use std::path::{Path, PathBuf};
 
@@ -7,14 +7,14 @@ use crate::{
     error::{ErrorKind, Failure},
 };
 
-/// What can go wrong while choosing connections or reading a mask.
+/// Errors of choosing connections and reading masks.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MaskError {
-    /// A file could not be read or written, or is not what it should be.
+    /// A file could not be read or written, or is invalid.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A NaN has no rank.
+    /// A NaN cannot be ranked.
     #[error(
         "{}: tensor \"{}\": row {row}, column {column}: the {what} is not a number",
         Printable::path(.path),
@@ -25,55 +25,55 @@ pub enum MaskError {
         path: PathBuf,
         /// The tensor's name as stored.
         tensor: String,
-        /// The first row with one (a stored column where the tensor is transposed).
+        /// The first row with a NaN (a stored column if the tensor is transposed).
         row: u64,
-        /// The first column of that row with one.
+        /// The first column with a NaN in that row.
         column: u64,
         /// `weight`, `gradient` or `score`.
         what: &'static str,
     },
-    /// Target patterns that no tensor of the model fits.
+    /// Target patterns that match no tensor of the model.
     #[error("{}: no tensor that can be masked matches {}; the model has:{}", Printable::path(.path), quoted(.patterns), indented_list(.kinds))]
     NoMatch {
         /// The checkpoint.
         path: PathBuf,
         /// The patterns.
         patterns: Vec<String>,
-        /// What the model has, one line for each kind of tensor.
+        /// The tensors of the model, one line per kind.
         kinds: Vec<String>,
     },
-    /// The file is something else than what was asked for.
-    #[error("{}: this is {found}; {expected} is needed", Printable::path(.path))]
+    /// The file is of another kind than expected.
+    #[error("{}: this is {found}; expected {expected}", Printable::path(.path))]
     WrongKind {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The kind of the file.
         found: String,
-        /// What it should be.
+        /// The expected kind.
         expected: &'static str,
     },
     /// The file's format is newer than this program.
-    #[error("{}: its format is version {version}, at most {known} is known: made by a newer neuroada-ckpt?", Printable::path(.path))]
+    #[error("{}: its format is version {version}, at most {known} is supported: was it made by a newer neuroada-ckpt?", Printable::path(.path))]
     NewerVersion {
         /// The file.
         path: PathBuf,
         /// Its version.
         version: u64,
-        /// The newest version that this program reads.
+        /// The newest version that this program supports.
         known: u64,
     },
-    /// Parts that do not make a whole mask.
+    /// Parts that do not form a whole mask.
     #[error("{}: {what}", Printable::path(.path))]
     Parts {
-        /// The part that does not fit.
+        /// The part that does not match.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         what: String,
     },
     /// The GPU failed.
     #[error(transparent)]
     Gpu(#[from] crate::backend::AcceleratorError),
-    /// Nothing tells which way round a weight is stored.
+    /// The orientation of a weight is unknown.
     #[error(
         "{}: tensor \"{}\": neither its shape nor the model's type tells whether it is stored as [d_out, d_in] or as [d_in, d_out]",
         Printable::path(.path),
@@ -87,7 +87,7 @@ pub enum MaskError {
         /// Its kind.
         kind: String,
     },
-    /// A request that makes no sense, whatever the files hold.
+    /// An invalid request, whatever the files contain.
     #[error("{0}")]
     Usage(String),
 }
@@ -130,7 +130,7 @@ impl Failure for MaskError {
     }
 }
 
-/// Names in double quotes, with commas between them.
+/// Names in double quotes, separated by commas.
 fn quoted(names: &[String]) -> String {
     names.iter().map(|name| format!("\"{}\"", Printable(name))).collect::<Vec<_>>().join(", ")
 }

@@ -1,4 +1,4 @@
-//! Mask files: which columns of which rows were chosen.
+//! Mask files: the chosen columns of each row.
 
 use std::{ops::Range, path::Path};
 
@@ -23,21 +23,21 @@ pub struct MaskFile {
 }
 
 impl MaskFile {
-    /// Opens a mask file and proves all that its header can show. Reads the header only.
+    /// Opens a mask file and validates everything its header contains. Reads the header only.
     ///
     /// # Errors
-    /// [`MaskError::WrongKind`] and [`MaskError::NewerVersion`]; else a list of all that does not fit together.
+    /// [`MaskError::WrongKind`] and [`MaskError::NewerVersion`]; otherwise a list of all inconsistencies.
     pub fn open(path: &Path) -> Result<Self, MaskError> {
         let shard = Shard::open(path)?;
         let MaskDocument { recipe, base, targets, .. } = parse_document(&shard, KIND)?;
         Ok(Self { file: SparseFile::check(shard, targets, false)?, recipe, base })
     }
 
-    /// The file.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         self.file.shard().path()
     }
-    /// The open file, for its header and for noticing changes.
+    /// The open file, for its header and for detecting changes.
     pub fn shard(&self) -> &Shard {
         self.file.shard()
     }
@@ -45,11 +45,11 @@ impl MaskFile {
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
     }
-    /// What the base is called.
+    /// The name of the base.
     pub fn base(&self) -> &BaseInfo {
         &self.base
     }
-    /// All targets, by name.
+    /// All targets, sorted by name.
     pub fn targets(&self) -> &[TargetInfo] {
         self.file.targets()
     }
@@ -57,33 +57,38 @@ impl MaskFile {
     pub fn target(&self, name: &str) -> Option<&TargetInfo> {
         self.file.target(name)
     }
-    /// Chosen positions in all.
+    /// Total number of chosen positions.
     pub fn nnz(&self) -> u64 {
         self.targets().iter().map(|target| target.nnz).sum()
     }
 
-    /// Cuts a target's rows into runs of at most about `most` positions and rows, for reading one run at a time.
+    /// Splits a target's rows into runs of at most about `max_len` positions and rows, to be read one at a time.
     ///
     /// # Errors
     /// Row offsets that do not ascend from 0 to the number of columns.
-    pub fn row_ranges(&self, ctx: &Context<'_>, target: &TargetInfo, most: u64) -> Result<Vec<Range<u64>>, MaskError> {
-        Ok(self.file.row_ranges(ctx, target, most)?)
+    pub fn row_ranges(
+        &self,
+        ctx: &Context<'_>,
+        target: &TargetInfo,
+        max_len: u64,
+    ) -> Result<Vec<Range<u64>>, MaskError> {
+        Ok(self.file.row_ranges(ctx, target, max_len)?)
     }
 
-    /// Bytes of memory that `rows` of a target take at most while they are worked on.
+    /// Maximum bytes of memory to process `rows` of a target.
     pub(crate) fn rows_bytes(&self, ctx: &Context<'_>, target: &TargetInfo, rows: &Range<u64>) -> u64 {
         self.file.n_positions(ctx, target, rows) * POSITION_BYTES + (rows.end - rows.start) * ROW_BYTES
     }
 
-    /// Reads the columns of `rows` of a target, proven to ascend within their row and to lie inside it.
+    /// Reads the columns of `rows` of a target and checks that they ascend within each row and are in range.
     ///
     /// Memory: about 4 bytes per position and 16 per row, and one window.
     ///
     /// # Errors
-    /// Columns that are out of range, doubled or unsorted, naming the row.
+    /// Columns that are out of range, duplicate or unsorted, with the row.
     ///
     /// # Panics
-    /// Where the target is not this file's or has no such rows.
+    /// If the target is not in this file or has no such rows.
     pub fn read_columns(
         &self,
         ctx: &Context<'_>,
@@ -96,29 +101,29 @@ impl MaskFile {
 
 /// Writes a mask file in one pass over the rows.
 ///
-/// Targets may come in any order, the rows of each in theirs. The file appears whole, at [`MaskWriter::finish`], or not
-/// at all. The same content gives the same bytes, however the rows were cut into runs.
+/// Targets may come in any order; the rows of each must come in order. The file is written atomically by
+/// [`MaskWriter::finish`]. The same content gives the same bytes, however the rows are split into runs.
 ///
-/// Memory: a buffer, and about 300 bytes per target.
+/// Memory: one buffer, and about 300 bytes per target.
 pub struct MaskWriter(pub(super) SparseWriter);
 
 impl MaskWriter {
-    /// Begins a mask that will appear at `path`.
+    /// Starts a mask that will appear at `path`.
     ///
     /// # Errors
-    /// A file that exists and must be kept.
+    /// The file exists and must be kept.
     pub fn create(path: &Path, existing: Existing) -> Result<Self, MaskError> {
         Ok(Self(SparseWriter::create(path, existing, None)?))
     }
 
-    /// Begins a target: the base's tensor `name`, its type and shape as stored. With `uniform_k` every row has that many
-    /// columns; without, rows may differ.
+    /// Starts a target: the base's tensor `name` with its dtype and shape as stored. With `uniform_k` every row has
+    /// that many columns; without it, rows may differ.
     ///
     /// # Errors
-    /// A type or shape that has no rows of floats, or a `k` that does not fit.
+    /// A dtype or shape without rows of floats; a `k` that is out of range.
     ///
     /// # Panics
-    /// Where the target before was not ended.
+    /// If the previous target was not ended.
     pub fn begin_target(
         &mut self,
         name: &str,
@@ -142,27 +147,28 @@ impl MaskWriter {
     /// Appends rows to the open target. `base_values` are the base's bytes at their columns, in the same order.
     ///
     /// # Panics
-    /// Where a row does not fit the target, or `base_values` is not one element per column.
+    /// If a row does not match the target, or `base_values` is not one element per column.
     pub fn push_rows(&mut self, columns: &RowColumns, base_values: &[u8]) -> Result<(), MaskError> {
         Ok(self.0.push_rows(columns, &[], base_values)?)
     }
 
-    /// Ends the open target; `whole` is the BLAKE3 of all of the base's bytes, where it was asked for. Returns the number
-    /// of chosen positions and the anchor.
+    /// Ends the open target; `whole` is the BLAKE3 of all of the base's bytes, if requested. Returns the number of
+    /// chosen positions and the anchor.
     ///
     /// # Panics
-    /// Where not all rows came.
+    /// If rows are missing.
     pub fn end_target(&mut self, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
         self.0.end_target(whole)
     }
 
-    /// Writes the document and lets the file appear.
+    /// Writes the document and commits the file.
     ///
     /// # Errors
-    /// A failure to write, a mask without targets, two targets of one name, output that came to exist meanwhile.
+    /// A failure to write; a mask without targets; two targets of the same name; an output that appeared in the
+    /// meantime.
     ///
     /// # Panics
-    /// Where the last target was not ended.
+    /// If the last target was not ended.
     pub fn finish(self, ctx: &Context<'_>, recipe: &Recipe, base: &BaseInfo) -> Result<(), MaskError> {
         let (recipe, base) = (recipe.clone(), base.clone());
         Ok(self.0.finish(ctx, |targets| {
@@ -212,7 +218,7 @@ mod tests {
             write(&path, &samples, step);
             let bytes = std::fs::read(&path).unwrap();
             write(&path, &samples, usize::MAX / 2);
-            prop_assert_eq!(&bytes, &std::fs::read(&path).unwrap(), "however the rows were cut");
+            prop_assert_eq!(&bytes, &std::fs::read(&path).unwrap(), "however the rows were split");
             safetensors::SafeTensors::deserialize(&bytes).unwrap();
 
             let (mask, ctx) = (MaskFile::open(&path).unwrap(), Context::default());
@@ -242,7 +248,7 @@ mod tests {
         }
     }
 
-    /// A mask of one [2, 4] target "w" with this document and the columns 0 and 1.
+    /// A mask with one [2, 4] target "w", this document and the columns 0 and 1.
     fn mask_of(document: Option<&str>) -> MaskError {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.safetensors");
@@ -255,22 +261,25 @@ mod tests {
         MaskFile::open(&path).unwrap_err()
     }
 
-    fn said(error: &MaskError) -> String {
+    fn message(error: &MaskError) -> String {
         let error = error.to_string();
         error[error.find("m.safetensors: ").unwrap() + 15..].to_owned()
     }
 
     #[test]
-    fn other_kinds_of_files_are_named() {
+    fn files_of_another_kind_are_described() {
         let plain = mask_of(None);
-        assert_eq!(said(&plain), "this is a plain checkpoint file; a mask is needed");
+        assert_eq!(message(&plain), "this is a plain checkpoint file; expected a mask");
         assert_eq!(plain.kind(), ErrorKind::BadInput);
         let adapter = mask_of(Some(r#"{"kind":"adapter","version":7,"scale":1}"#));
-        assert_eq!(said(&adapter), "this is an adapter; a mask is needed");
+        assert_eq!(message(&adapter), "this is an adapter; expected a mask");
         let unknown = mask_of(Some(r#"{"kind":"mosk\u001b","version":1}"#));
-        assert_eq!(said(&unknown), "this is a file of the unknown kind \"mosk\\u{1b}\"; a mask is needed");
+        assert_eq!(message(&unknown), "this is a file of the unknown kind \"mosk\\u{1b}\"; expected a mask");
         let newer = mask_of(Some(r#"{"kind":"mask","version":2,"colour":"red"}"#));
-        assert_eq!(said(&newer), "its format is version 2, at most 1 is known: made by a newer neuroada-ckpt?");
+        assert_eq!(
+            message(&newer),
+            "its format is version 2, at most 1 is supported: was it made by a newer neuroada-ckpt?"
+        );
     }
 
     #[test]
@@ -280,14 +289,14 @@ mod tests {
                 r#"{{"kind":"mask","version":1,"recipe":{{"score":"magnitude"}},"base":{{"name":"b"}},
                     "targets":{{"w":{{"dtype":"F32","shape":[2,4],"anchor":"{ANCHOR}"{target}}}}}{more}}}"#
             );
-            said(&mask_of(Some(&json)))
+            message(&mask_of(Some(&json)))
         };
         let malformed = "the `neuroada` document in its metadata is malformed: ";
         assert!(with(r#","scale":1"#, "").starts_with(&format!("{malformed}unknown field `scale`")));
         assert!(with(r#","base":{"name":"c"}"#, "").starts_with(&format!("{malformed}duplicate field `base`")));
         assert!(with("", r#","blake3":"00""#).starts_with(&format!("{malformed}target \"w\": anchor and blake3 are")));
         assert!(with("", r#","transposed":1"#).starts_with(&format!("{malformed}target \"w\": invalid type")));
-        assert_eq!(with("", r#","transposed":true"#), "tensor \"w.columns\": 2 rows, the target [2, 4] has 4");
+        assert_eq!(with("", r#","transposed":true"#), "tensor \"w.columns\": 2 rows, but the target [2, 4] has 4");
     }
 
     #[test]
@@ -296,7 +305,7 @@ mod tests {
         let path = folder.path().join("m.safetensors");
         let writer = MaskWriter::create(&path, Existing::Keep).unwrap();
         let error = writer.finish(&Context::default(), &Recipe::custom(), &BaseInfo::default()).unwrap_err();
-        assert_eq!(said(&error), "it would have no targets");
+        assert_eq!(message(&error), "it would have no targets");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Parts of a mask put together.
+//! Joins the parts of a mask.
 
 use std::{
     collections::BTreeMap,
@@ -10,29 +10,29 @@ use serde::Serialize;
 use super::{BaseInfo, MaskError, MaskFile, MaskWriter, Partition, Recipe};
 use crate::checkpoint::{Context, Existing, Printable};
 
-/// What was put together.
+/// The result of a join.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct JoinReport {
     /// The name of the checkpoint that the parts were made from.
     pub base: String,
-    /// Parts.
+    /// Number of parts.
     pub n_parts: usize,
-    /// Targets of all parts.
+    /// Number of targets of all parts.
     pub n_targets: usize,
-    /// Their rows.
+    /// Number of rows.
     pub n_rows: u64,
-    /// Chosen entries.
+    /// Number of chosen entries.
     pub n_chosen: u64,
 }
 
-/// Writes the mask that [`create_mask`](super::create_mask) without a partition would have written, from all its parts in
-/// any order: the same bytes.
+/// Writes the mask that [`create_mask`](super::create_mask) would have written without a partition, from all its parts
+/// in any order: the same bytes.
 ///
-/// Reads the parts once, and proves their columns on the way. Memory: one window, and the headers.
+/// Reads the parts once and validates their columns. Memory: one window, and the headers.
 ///
 /// # Errors
-/// [`MaskError::Parts`] where a part is missing, given twice, or of another mask; nothing was written.
+/// [`MaskError::Parts`] if a part is missing, duplicate, or of another mask; nothing is written.
 pub fn join_masks(
     ctx: &Context<'_>,
     parts: &[PathBuf],
@@ -68,27 +68,27 @@ pub fn join_masks(
     Ok(report)
 }
 
-/// The recipe and the base of the whole, on which all parts agree.
+/// The recipe and base of the whole mask, on which all parts must agree.
 fn agree(parts: &[MaskFile]) -> Result<(Recipe, BaseInfo), MaskError> {
     let refuse = |part: &MaskFile, what: String| Err(MaskError::Parts { path: part.path().to_owned(), what });
     let whole = |part: &MaskFile| Recipe { partition: None, ..part.recipe().clone() };
     let Some(first) = parts.first() else {
-        return Err(MaskError::Usage("there are no parts to put together".to_owned()));
+        return Err(MaskError::Usage("there are no parts to join".to_owned()));
     };
     let mut found: BTreeMap<usize, &MaskFile> = BTreeMap::new();
     for part in parts {
         let Some(partition) = part.recipe().partition else {
-            return refuse(part, "it is a whole mask, not a part of one".to_owned());
+            return refuse(part, "it is a complete mask, not a part of one".to_owned());
         };
         let name = Printable::path(first.path());
         if Some(partition.count()) != first.recipe().partition.map(Partition::count) {
-            return refuse(part, format!("it is part {partition}, {name} is of another number of parts"));
+            return refuse(part, format!("it is part {partition}, but {name} has another number of parts"));
         }
         if whole(part) != whole(first) {
-            return refuse(part, format!("its recipe is not that of {name}"));
+            return refuse(part, format!("its recipe differs from that of {name}"));
         }
         if part.base() != first.base() {
-            return refuse(part, format!("it was made from {}, {name} from {}", part.base(), first.base()));
+            return refuse(part, format!("it was made from {}, but {name} from {}", part.base(), first.base()));
         }
         if let Some(other) = found.insert(partition.number(), part) {
             return refuse(part, format!("it is part {partition}, and so is {}", Printable::path(other.path())));
@@ -105,14 +105,14 @@ fn agree(parts: &[MaskFile]) -> Result<(Recipe, BaseInfo), MaskError> {
 }
 
 impl MaskWriter {
-    /// Copies a target of another mask, columns proven, anchor as it stands.
+    /// Copies a target of another mask; validates the columns and keeps the anchor.
     pub(super) fn copy_target(
         &mut self,
         ctx: &Context<'_>,
         from: &MaskFile,
         target: &super::TargetInfo,
     ) -> Result<(), MaskError> {
-        /// Positions proven at a time.
+        /// Positions validated at a time.
         const POSITIONS: u64 = 1 << 20;
         for rows in from.row_ranges(ctx, target, POSITIONS)? {
             from.read_columns(ctx, target, rows)?;

@@ -1,8 +1,9 @@
-//! Policy: which weights of a checkpoint take part.
+//! Masks: the weights of a checkpoint that take part.
 //!
-//! A mask lists chosen columns for each row of each target tensor, and the recipe that chose them. [`create_mask`] selects the
-//! targets by pattern, ranks their weights by a score and chooses within rows, tensors or the whole model. What masks and adapters have
-//! in common on disk (columns, row offsets, the JSON document) is read and written here, a run of rows at a time.
+//! A mask lists the chosen columns of each row of each target tensor, with the recipe that chose them. [`create_mask`]
+//! selects targets by pattern, ranks their weights by a score and chooses within rows, tensors or the whole model. The
+//! on-disk structures that masks and adapters share (columns, row offsets, the JSON document) are read and written
+//! here, one run of rows at a time.
 
 mod create;
 mod cut;

@@ -1,4 +1,4 @@
-//! What a mask is asked to be.
+//! Options of a mask.
 
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -11,7 +11,7 @@ use crate::{
     weights::KindAxes,
 };
 
-/// Within what weights compete.
+/// The scope in which weights compete.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
@@ -21,7 +21,7 @@ pub enum Scope {
     Row,
     /// Within each tensor.
     Tensor,
-    /// All targets together.
+    /// Across all targets.
     Global,
 }
 
@@ -40,20 +40,21 @@ impl Scope {
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum Amount {
-    /// Entries per row; in the wider scopes as many as this would give in all.
+    /// Entries per row; in wider scopes, the same total number.
     K(u64),
-    /// A share of all parameters of the model, 0 to 1.
+    /// A fraction of all parameters of the model, 0 to 1.
     Share(f64),
-    /// Entries in all.
+    /// Total number of entries.
     Count(u64),
 }
 
 impl FromStr for Amount {
     type Err = MaskError;
 
-    /// Reads a budget: `0.02%`, a share such as `0.0002`, or a count such as `1000000`.
+    /// Parses a budget: `0.02%`, a fraction such as `0.0002`, or a count such as `1000000`.
     fn from_str(text: &str) -> Result<Self, MaskError> {
-        let bad = || MaskError::Usage(format!("budget {text:?}: expected a percentage, a share below 1, or a count"));
+        let bad =
+            || MaskError::Usage(format!("budget {text:?}: expected a percentage, a fraction below 1, or a count"));
         if let Some(percent) = text.strip_suffix('%') {
             let share = percent.trim().parse::<f64>().map_err(|_| bad())? / 100.0;
             return if share > 0.0 && share <= 1.0 { Ok(Self::Share(share)) } else { Err(bad()) };
@@ -68,37 +69,38 @@ impl FromStr for Amount {
     }
 }
 
-/// How to choose. [`MaskOptions::new`] gives the paper's mask.
+/// Options of the selection. [`MaskOptions::new`] gives the paper's mask.
 #[derive(Clone, Debug)]
 pub struct MaskOptions<'a> {
     /// How much to choose.
     pub amount: Amount,
-    /// What weights are ranked by.
+    /// The score that ranks the weights.
     pub score: ScoreKind,
-    /// Within what they compete.
+    /// The scope in which they compete.
     pub scope: Scope,
-    /// For random scores and the neuron fraction.
+    /// The seed of random scores and of the neuron fraction.
     pub seed: u64,
-    /// The share of each tensor's rows that take part; 1 for all.
+    /// The fraction of each tensor's rows that take part; 1 for all.
     pub neuron_fraction: f64,
-    /// Patterns of tensors that take part; the seven Llama projections where empty.
+    /// Patterns of the tensors that take part; if empty, the seven Llama projections.
     pub targets: Vec<String>,
-    /// Patterns of targets stored as `[d_in, d_out]`, beside those that the map of weights knows.
+    /// Patterns of targets stored as `[d_in, d_out]`, in addition to those that the weight map knows.
     pub transposed: Vec<String>,
-    /// Which way round kinds of weights are stored, where neither shapes nor the model's type tell.
+    /// The orientation of kinds of weights for which neither shape nor model type determines it.
     pub axes: Vec<KindAxes>,
-    /// The very targets, and whether each is read as `[d_in, d_out]`, in place of patterns.
+    /// Exact targets, instead of patterns, each with whether it is read as `[d_in, d_out]`.
     pub named: Option<BTreeMap<String, bool>>,
-    /// Gradients by the names and shapes of the weights, for scores that need them.
+    /// Gradients, with the names and shapes of the weights, for scores that need them.
     pub gradients: Option<&'a Checkpoint>,
-    /// Norms of activations per column, `[d_in]` (or `[E, d_in]` for stacks) by the names of weights or their modules, for `wanda`.
+    /// Activation norms per column, `[d_in]` (or `[E, d_in]` for stacks), under the names of weights or their modules,
+    /// for `wanda`.
     pub activations: Option<&'a Checkpoint>,
-    /// The part of the targets that is handled; all where none. The parts of one mask can be made on different machines, in any
-    /// order, and put together by [`join_masks`](super::join_masks).
+    /// The partition of the targets to process; `None` for all. The parts of a mask can be made on different machines,
+    /// in any order, and joined by [`join_masks`](super::join_masks).
     pub partition: Option<Partition>,
-    /// Whether the mask names each whole target by its BLAKE3.
+    /// Whether the mask records the BLAKE3 of each whole target.
     pub hash: bool,
-    /// Who chooses within rows; the wider scopes stay on the CPU. The mask is the same.
+    /// The device that chooses within rows; wider scopes always run on the CPU. The mask is the same.
     pub chooser: Chooser<'a>,
 }
 
@@ -123,9 +125,9 @@ impl MaskOptions<'_> {
         }
     }
 
-    /// How to choose again what `recipe` chose in targets of these names, each with whether it is read as `[d_in, d_out]`, where that
-    /// takes nothing but the base and rows compete among themselves. Which tensors the recipe's patterns named, and which way round
-    /// they were read, is not asked again: what is known about models grows.
+    /// The options that repeat the choice of `recipe` in targets of these names, each with whether it is read as
+    /// `[d_in, d_out]`; `None` if that needs more than the base, or if rows compete with each other. Targets and
+    /// orientation are not derived from the recipe again, because what is known about models may have changed.
     pub(crate) fn following(recipe: &Recipe, targets: BTreeMap<String, bool>) -> Option<MaskOptions<'static>> {
         let score = match recipe.score.as_str() {
             "magnitude" => ScoreKind::Magnitude,
@@ -144,7 +146,7 @@ impl MaskOptions<'_> {
         })
     }
 
-    /// What cannot be asked for.
+    /// Rejects invalid combinations.
     pub(super) fn check(&self) -> Result<(), MaskError> {
         let usage = |what: &str| Err(MaskError::Usage(what.to_owned()));
         if self.amount == Amount::K(0) {
@@ -162,7 +164,9 @@ impl MaskOptions<'_> {
             return usage(&format!("score {} {need} activations", self.score.name()));
         }
         if let (Some(partition), Scope::Global) = (self.partition, self.scope) {
-            let what = format!("partition {partition}: in global scope all weights compete, so no part stands alone");
+            let what = format!(
+                "partition {partition}: in global scope all weights compete, so parts cannot be made separately"
+            );
             return Err(MaskError::Usage(what));
         }
         Ok(())
@@ -174,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budgets_are_percentages_shares_or_counts() {
+    fn budgets_are_percentages_fractions_or_counts() {
         let amount = |text: &str| text.parse::<Amount>().ok();
         assert_eq!(amount("0.02%"), Some(Amount::Share(0.0002)));
         assert_eq!(amount("100 %"), Some(Amount::Share(1.0)));

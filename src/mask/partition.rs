@@ -1,4 +1,4 @@
-//! A job cut into parts that need not know of each other.
+//! Partitions that split a job into independent parts.
 
 use std::{cmp::Reverse, fmt, str::FromStr};
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::MaskError;
 
-/// One of several equal parts of the targets, written `2/8`: the second of eight.
+/// One of several similar parts of the targets, written `2/8`: the second of eight.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Partition {
@@ -18,7 +18,7 @@ impl Partition {
     /// Part `number` (1 to `count`) of `count`.
     ///
     /// # Errors
-    /// [`MaskError::Usage`] where there is no such part.
+    /// [`MaskError::Usage`] if there is no such part.
     pub fn new(number: usize, count: usize) -> Result<Self, MaskError> {
         if number == 0 || number > count {
             return Err(MaskError::Usage(format!("partition {number}/{count}: parts are numbered from 1 to {count}")));
@@ -26,20 +26,20 @@ impl Partition {
         Ok(Self { number, count })
     }
 
-    /// Which part this is, from 1.
+    /// The number of this part, from 1.
     pub fn number(self) -> usize {
         self.number
     }
-    /// How many parts there are.
+    /// The number of parts.
     pub fn count(self) -> usize {
         self.count
     }
 
-    /// Which of `sizes` belong to this part, ascending: the largest first, each to the part that has least (equal ones: the
-    /// first), so that all parts have about as much to do.
+    /// The indices of `sizes` that belong to this part, ascending. Items are assigned from the largest down, each to
+    /// the part with the smallest total (ties: the first), so that all parts have a similar amount of work.
     ///
     /// # Errors
-    /// [`MaskError::Usage`] where there are more parts than sizes.
+    /// [`MaskError::Usage`] if there are more parts than sizes.
     pub(super) fn of(self, sizes: &[u64]) -> Result<Vec<usize>, MaskError> {
         if self.count > sizes.len() {
             let what = format!("partition {self}: there are {} targets, use at most as many parts", sizes.len());
@@ -50,10 +50,10 @@ impl Partition {
         let mut loads = vec![(0u64, 0usize); self.count];
         let mut mine = Vec::new();
         for i in order {
-            let least = (0..self.count).min_by_key(|&part| loads[part]).expect("there is a part");
-            // Parts of no bytes get their share too.
-            loads[least] = (loads[least].0 + sizes[i], loads[least].1 + 1);
-            if least + 1 == self.number {
+            let lightest = (0..self.count).min_by_key(|&part| loads[part]).expect("there is a part");
+            // Empty items count too, so that they are spread over the parts.
+            loads[lightest] = (loads[lightest].0 + sizes[i], loads[lightest].1 + 1);
+            if lightest + 1 == self.number {
                 mine.push(i);
             }
         }
@@ -75,7 +75,9 @@ impl FromStr for Partition {
         let parse = |(number, count): (&str, &str)| Some((number.parse().ok()?, count.parse().ok()?));
         match text.split_once('/').and_then(parse) {
             Some((number, count)) => Self::new(number, count),
-            None => Err(MaskError::Usage(format!("partition {text:?}: expected a part and their number, such as 2/8"))),
+            None => Err(MaskError::Usage(format!(
+                "partition {text:?}: expected a part and the number of parts, such as 2/8"
+            ))),
         }
     }
 }
@@ -99,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_whole_disjoint_and_balanced() {
+    fn parts_are_complete_disjoint_and_balanced() {
         let sizes: Vec<u64> = (0..100).map(|i| 1000 + i * 37 % 900).collect();
         for count in [1, 2, 7, 100] {
             let parts: Vec<Vec<usize>> =
@@ -108,8 +110,8 @@ mod tests {
             all.sort_unstable();
             assert_eq!(all, (0..100).collect::<Vec<_>>());
             let loads = parts.iter().map(|part| part.iter().map(|&i| sizes[i]).sum::<u64>());
-            let (least, most) = (loads.clone().min().unwrap(), loads.max().unwrap());
-            assert!(most - least <= 1900, "{least} {most}");
+            let (lightest, most) = (loads.clone().min().unwrap(), loads.max().unwrap());
+            assert!(most - lightest <= 1900, "{lightest} {most}");
         }
         assert!(Partition::new(1, 4).unwrap().of(&[0, 0, 0, 0]).unwrap() == [0]);
         assert!(Partition::new(1, 4).unwrap().of(&[5, 5, 5]).is_err());

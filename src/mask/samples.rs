@@ -1,4 +1,4 @@
-//! Generated targets for the laws of masks and adapters.
+//! Generated targets for the property tests of masks and adapters.
 
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 
@@ -16,7 +16,8 @@ pub(crate) struct Sample {
     pub base_values: Vec<u8>,
 }
 
-/// Targets of few rows: vectors, matrices and stacks, transposed or not, short rows (16-bit columns) or long ones (32-bit).
+/// Small targets: vectors, matrices and stacks, transposed or not, with short rows (16-bit columns) or long ones
+/// (32-bit).
 pub(crate) fn sample() -> impl Strategy<Value = Sample> {
     let sizes =
         (prop_oneof![Just(None), (1u64..4).prop_map(Some)], 1u64..9, prop_oneof![1u64..12, Just(1), Just(70_000)]);
@@ -54,7 +55,7 @@ pub(crate) fn sample() -> impl Strategy<Value = Sample> {
 }
 
 impl Sample {
-    /// The rows in runs of `step`: columns, and where their positions lie among all.
+    /// The rows in runs of `step`: their columns, and the range of their positions.
     pub fn runs(&self, step: usize) -> Vec<(RowColumns, std::ops::Range<usize>)> {
         (0..self.columns.n_rows())
             .step_by(step)
@@ -67,7 +68,7 @@ impl Sample {
             .collect()
     }
 
-    /// Bytes of one base value.
+    /// Size of one base value in bytes.
     pub fn width(&self) -> usize {
         self.dtype.bitsize() / 8
     }

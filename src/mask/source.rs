@@ -1,4 +1,4 @@
-//! Where scores come from: the weights, and what stands beside them.
+//! The inputs of scores: the weights, and their gradients or activations.
 
 use std::ops::Range;
 
@@ -9,21 +9,22 @@ use crate::{
     tensor::{RowBlock, dtype_name, is_float, module_of},
 };
 
-/// One target with all that its scores need.
+/// One target with everything that its scores need.
 pub(super) struct Source<'a> {
     pub(super) scan: RowScan<'a>,
     gradients: Option<RowScan<'a>>,
     activations: Option<TensorRef<'a>>,
     score: ScoreKind,
     seed: u64,
-    /// Rows that take part, ascending; `None` for all.
+    /// The rows that take part, ascending; `None` for all.
     rows: Option<Vec<u32>>,
 }
 
 /// Pairs every target with its gradients or activations.
 ///
 /// # Errors
-/// Gradients or activations that are stored as codes; a list of all targets for which they are missing or have another shape.
+/// Gradients or activations that are stored as codes; a list of all targets for which they are missing or have the
+/// wrong shape.
 pub(super) fn sources<'a>(options: &MaskOptions<'a>, selection: &Selection<'a>) -> Result<Vec<Source<'a>>, MaskError> {
     for from in [options.gradients, options.activations].into_iter().flatten() {
         let names = selection.targets.iter().map(|scan| scan.tensor.info.name.as_str());
@@ -52,7 +53,7 @@ pub(super) fn sources<'a>(options: &MaskOptions<'a>, selection: &Selection<'a>) 
     match options.gradients.or(options.activations).filter(|_| !problems.is_empty()) {
         None => Ok(sources),
         Some(from) => {
-            let what = "it does not fit the base".to_owned();
+            let what = "it does not match the base".to_owned();
             Err(CheckpointError::Many { path: from.root().to_owned(), what, problems }.into())
         }
     }
@@ -62,10 +63,10 @@ fn gradients_of<'a>(from: &'a Checkpoint, scan: RowScan<'a>) -> Result<RowScan<'
     let weights = scan.tensor.info;
     let tensor = from.tensor(&weights.name).ok_or("it has no such tensor")?;
     if tensor.info.shape != weights.shape {
-        return Err(format!("shape {:?}, the base has {:?}", tensor.info.shape, weights.shape));
+        return Err(format!("shape {:?}, but the base has {:?}", tensor.info.shape, weights.shape));
     }
     if !is_float(tensor.info.dtype) {
-        return Err(format!("elements are {}, floats are needed", dtype_name(tensor.info.dtype)));
+        return Err(format!("elements are {}, expected floats", dtype_name(tensor.info.dtype)));
     }
     Ok(RowScan { tensor, layout: scan.layout })
 }
@@ -75,26 +76,26 @@ fn activations_of<'a>(from: &'a Checkpoint, scan: RowScan<'a>) -> Result<TensorR
     let tensor = from.tensor(name).or_else(|| from.tensor(module_of(name))).ok_or("it has no such tensor")?;
     let (d_in, n_stacks) = (scan.layout.d_in, scan.layout.n_stacks);
     if tensor.info.shape != [d_in] && tensor.info.shape != [n_stacks, d_in] {
-        return Err(format!("shape {:?}, [{d_in}] or [{n_stacks}, {d_in}] is needed", tensor.info.shape));
+        return Err(format!("shape {:?}, expected [{d_in}] or [{n_stacks}, {d_in}]", tensor.info.shape));
     }
     if !is_float(tensor.info.dtype) {
-        return Err(format!("elements are {}, floats are needed", dtype_name(tensor.info.dtype)));
+        return Err(format!("elements are {}, expected floats", dtype_name(tensor.info.dtype)));
     }
     Ok(tensor)
 }
 
-/// A seed of the tensor's own: the first 8 bytes, little-endian, of the BLAKE3 of the seed (8 bytes) and the name.
+/// A seed per tensor: the first 8 bytes, little-endian, of the BLAKE3 of the seed (8 bytes) and the name.
 fn tensor_seed(seed: u64, name: &str) -> u64 {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes()).update(name.as_bytes());
     u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight bytes"))
 }
 
-/// `round(fraction * rows)` rows, at least one: those of the smallest hash, ties by row.
+/// `round(fraction * rows)` rows, at least one: those with the smallest hash, ties by row.
 fn fraction_of_rows(options: &MaskOptions<'_>, scan: RowScan<'_>) -> Vec<u32> {
     let n_rows = scan.layout.n_rows();
     let n = ((options.neuron_fraction * n_rows as f64).round() as usize).max(1);
-    // Another stream than the scores', which use the seed itself.
+    // A different stream than that of the scores, which use the seed itself.
     let seed = mix(tensor_seed(options.seed, &scan.tensor.info.name));
     let mut ranked: Vec<(u64, u32)> = (0..n_rows).map(|row| (mix(seed.wrapping_add(row)), row as u32)).collect();
     if n < ranked.len() {
@@ -107,7 +108,7 @@ fn fraction_of_rows(options: &MaskOptions<'_>, scan: RowScan<'_>) -> Vec<u32> {
 }
 
 impl Source<'_> {
-    /// Rows that take part.
+    /// Number of rows that take part.
     pub(super) fn n_rows(&self) -> u64 {
         self.rows.as_ref().map_or(self.scan.layout.n_rows(), |rows| rows.len() as u64)
     }
@@ -116,19 +117,19 @@ impl Source<'_> {
         self.rows.is_none()
     }
 
-    /// What is held while rows are scored, where the caller holds `row_bytes` for each.
+    /// Memory held while rows are scored, given the caller's `row_bytes` per row.
     pub(super) fn held(&self, row_bytes: u64) -> Held {
         let norms = self.activations.map_or(0, |tensor| tensor.info.n_bytes() + 8 * tensor.info.n_elements());
         Held { span: norms, row: row_bytes + self.gradients.map_or(0, |scan| scan.read_bytes()) }
     }
 
-    /// The space of this target's keys.
+    /// The key space of this target.
     pub(super) fn key_space(&self) -> KeySpace {
         let gradients = self.gradients.map(|scan| scan.tensor.info.dtype);
         self.score.key_space(self.scan.tensor.info.dtype, gradients)
     }
 
-    /// Runs of rows of a span that take part, counted from the span's first row.
+    /// The runs of rows of a span that take part, relative to the span's first row.
     fn runs(&self, span: RowSpan) -> Vec<Range<usize>> {
         let Some(rows) = &self.rows else { return std::iter::once(0..span.n_rows).collect() };
         let end = span.first_row + span.n_rows as u64;
@@ -147,7 +148,7 @@ impl Source<'_> {
         runs
     }
 
-    /// Hands every run of rows of a block that takes part to `visit`, with its scores.
+    /// Calls `visit` with every run of participating rows of a block, and with its scores.
     ///
     /// # Errors
     /// [`MaskError::NotANumber`], or a failure to read gradients or activations.
@@ -179,7 +180,7 @@ impl Source<'_> {
                         let d_out = if is_shared { self.scan.layout.n_rows() } else { self.scan.layout.d_out };
                         Score::Wanda(ColumnNorms { norms, first_row, d_out })
                     }
-                    (_, None) => unreachable!("scores of gradients have gradients"),
+                    (_, None) => unreachable!("gradient scores have gradients"),
                 };
                 visit(run.clone(), &ScoredRows::new(block, score).in_space(space))
             };
@@ -205,7 +206,7 @@ impl Source<'_> {
         }
     }
 
-    /// The norms of all columns, widened; finite and not negative.
+    /// The norms of all columns, widened; checked to be finite and not negative.
     fn read_norms(&self, ctx: &Context<'_>, tensor: TensorRef<'_>) -> Result<Vec<f64>, MaskError> {
         let bytes = tensor.window(ctx, 0..tensor.info.n_bytes())?;
         let norms: Vec<f64> = crate::tensor::with_float!(tensor.info.dtype, T => {
@@ -213,7 +214,7 @@ impl Source<'_> {
             bytes.chunks_exact(T::BYTES).map(|le| T::from_le(le).widen().to_f64()).collect()
         }, else unreachable!("activations are floats"));
         if let Some(at) = norms.iter().position(|norm| !norm.is_finite() || *norm < 0.0) {
-            let what = format!("norm {at} is {}, norms are finite and not negative", norms[at]);
+            let what = format!("norm {at} is {}, expected a finite number of at least 0", norms[at]);
             return Err(CheckpointError::bad_tensor(tensor.shard.path(), &tensor.info.name, what).into());
         }
         Ok(norms)

@@ -1,9 +1,10 @@
-//! What masks and adapters have in common: per target a tensor of columns, and of row offsets where rows differ.
+//! The common structure of masks and adapters: a tensor of columns per target, and row offsets if rows differ in
+//! length.
 //!
-//! Every row with the same number of columns `k`: `T.columns` `[rows, k]`. Rows that differ: `T.columns` `[nnz]` and
-//! `T.row_offsets` `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32, U16 only up to `d_in` = 65,536. A target that is a
-//! vector, a bias, has rows of one element: its columns are `[rows, 1]`, all 0, where all of it takes part.
-//! [`SparseFile::check`] proves all that headers can show; rows are proven as they are read.
+//! If every row has `k` columns: `T.columns` `[rows, k]`. Otherwise: `T.columns` `[nnz]` and `T.row_offsets`
+//! `[rows + 1]`, from 0 to `nnz` (CSR). Columns are U16 or U32; U16 only up to `d_in` = 65,536. A target that is a
+//! vector, such as a bias, has rows of one element: if all of it takes part, its columns are `[rows, 1]`, all 0.
+//! [`SparseFile::check`] validates everything in the headers; rows are validated when they are read.
 
 use std::{collections::BTreeSet, ops::Range, path::Path};
 
@@ -13,13 +14,13 @@ use crate::{
     tensor::{Dtype, RowColumns, RowLayout, dtype_name},
 };
 
-/// The most elements in a row whose columns fit in 16 bits.
+/// Maximum row length whose columns fit in 16 bits.
 pub(crate) const MAX_U16: u64 = 1 << 16;
 
-/// Bytes of memory that a chosen position takes, at most, while rows of one mask or adapter are worked on: its column, its value as
-/// stored and widened, the weight there before and after, copies of those on their way.
+/// Maximum bytes of memory per chosen position while rows of one mask or adapter are processed: its column, its value
+/// as stored and widened, the weight before and after, and copies in flight.
 pub(crate) const POSITION_BYTES: u64 = 64;
-/// The same for a row: its place among the columns, in a few lists.
+/// The same per row: its entries in a few offset lists.
 pub(crate) const ROW_BYTES: u64 = 64;
 
 /// A target of a mask or adapter.
@@ -27,32 +28,32 @@ pub(crate) const ROW_BYTES: u64 = 64;
 pub struct TargetInfo {
     /// The tensor's name in the base.
     pub name: String,
-    /// The base's element type.
+    /// The base's dtype.
     pub dtype: Dtype,
     /// The base's shape, as stored.
     pub shape: Vec<u64>,
-    /// How the base stores a quantized weight, such as `fp8-block`; `dtype` and `shape` are then those of what it is decoded to.
+    /// The layout of a quantized weight, such as `fp8-block`; `dtype` and `shape` are then those of the decoded weight.
     pub quantized: Option<String>,
     /// Whether the base stores each matrix as `[d_in, d_out]`.
     pub transposed: bool,
-    /// The base as rows.
+    /// The base's row layout.
     pub layout: RowLayout,
-    /// BLAKE3 over the base's bytes, as stored, at the chosen positions, rows ascending and columns ascending in a row. Of a quantized
-    /// weight the bytes are those of the decoded float32 numbers, -0 as +0.
+    /// BLAKE3 of the base's bytes, as stored, at the chosen positions, in ascending order of rows and of columns
+    /// within a row. For a quantized weight, the bytes of the decoded float32 numbers, -0 as +0.
     pub anchor: blake3::Hash,
-    /// BLAKE3 over all of the base's bytes, where that was asked for; of a quantized weight, codes and then scales.
+    /// BLAKE3 of all of the base's bytes, if recorded; for a quantized weight, codes before scales.
     pub blake3: Option<blake3::Hash>,
-    /// Chosen positions in all.
+    /// Total number of chosen positions.
     pub nnz: u64,
-    /// The number of columns of each row, where the file stores them as `[rows, k]`.
+    /// The number of columns per row, if the file stores them as `[rows, k]`.
     pub uniform_k: Option<u64>,
 }
 
 impl TargetInfo {
-    /// The weight of `base` that this is a target of: of this name, type, shape and layout.
+    /// The weight of `base` with the target's name, dtype, shape and layout.
     ///
     /// # Errors
-    /// A quantized weight that cannot be decoded; a failure to read.
+    /// A quantized weight that cannot be decoded, or a read failure.
     pub fn find_in<'b>(&self, base: &'b Checkpoint) -> Result<Option<TensorRef<'b>>, CheckpointError> {
         Ok(base.weight(&self.name)?.filter(|tensor| {
             let layout = tensor.layout().map(CodedLayout::name);
@@ -60,7 +61,7 @@ impl TargetInfo {
         }))
     }
 
-    /// The most positions that `n_rows` of its rows can have, judged by the header.
+    /// Maximum number of positions in `n_rows` of its rows, judging by the header.
     pub(crate) fn max_positions(&self, n_rows: u64) -> u64 {
         n_rows.saturating_mul(self.uniform_k.unwrap_or(self.layout.d_in)).min(self.nnz)
     }
@@ -86,19 +87,19 @@ impl Part {
     }
 }
 
-/// An open mask or adapter whose header is proven.
+/// An open mask or adapter with a validated header.
 #[derive(Debug)]
 pub(crate) struct SparseFile {
     shard: Shard,
-    /// By name.
+    /// Sorted by name.
     targets: Vec<TargetInfo>,
 }
 
 impl SparseFile {
-    /// Checks that tensors and document tell of the same targets and that all shapes and types fit.
+    /// Checks that tensors and document describe the same targets, and that all shapes and dtypes match.
     ///
     /// # Errors
-    /// All that is wrong, one line for each tensor.
+    /// All problems, one line per tensor.
     pub fn check(shard: Shard, entries: TargetEntries, with_values: bool) -> Result<Self, CheckpointError> {
         let targets = check_targets(shard.path(), shard.header(), entries, with_values)?;
         Ok(Self { shard, targets })
@@ -118,26 +119,26 @@ impl SparseFile {
     /// One of a target's tensors.
     ///
     /// # Panics
-    /// Where the target is not this file's.
+    /// If the target is not in this file.
     pub fn tensor(&self, target: &TargetInfo, part: Part) -> &TensorInfo {
-        self.shard.header().tensor(&part.name(&target.name)).expect("the target is this file's")
+        self.shard.header().tensor(&part.name(&target.name)).expect("the target is in this file")
     }
 
-    /// A malformed tensor of this file.
+    /// The error for an invalid tensor of this file.
     pub fn bad(&self, target: &TargetInfo, part: Part, what: impl Into<String>) -> CheckpointError {
         CheckpointError::bad_tensor(self.shard.path(), &part.name(&target.name), what)
     }
 
-    /// Cuts a target's rows into runs of at most about `most` positions and rows.
+    /// Splits a target's rows into runs of at most about `max_len` positions and rows.
     pub fn row_ranges(
         &self,
         ctx: &Context<'_>,
         target: &TargetInfo,
-        most: u64,
+        max_len: u64,
     ) -> Result<Vec<Range<u64>>, CheckpointError> {
         let n_rows = target.layout.n_rows();
         if let Some(k) = target.uniform_k {
-            let step = (most / k).max(1);
+            let step = (max_len / k).max(1);
             return Ok((0..n_rows).step_by(step as usize).map(|row| row..n_rows.min(row + step)).collect());
         }
         let mut ranges = Vec::new();
@@ -146,7 +147,7 @@ impl SparseFile {
         for first in (0..n_rows).step_by(step as usize) {
             let offsets = self.read_offsets(ctx, target, first..n_rows.min(first + step))?;
             for (row, pair) in (first..).zip(offsets.windows(2)) {
-                if row > start && (pair[1] - start_offset > most || row - start >= most) {
+                if row > start && (pair[1] - start_offset > max_len || row - start >= max_len) {
                     ranges.push(start..row);
                     (start, start_offset) = (row, pair[0]);
                 }
@@ -156,7 +157,7 @@ impl SparseFile {
         Ok(ranges)
     }
 
-    /// How many positions stand before `row`.
+    /// Number of positions before `row`.
     pub fn first_position(&self, ctx: &Context<'_>, target: &TargetInfo, row: u64) -> Result<u64, CheckpointError> {
         match target.uniform_k {
             Some(k) => Ok(row * k),
@@ -164,25 +165,26 @@ impl SparseFile {
         }
     }
 
-    /// How many positions `rows` have; the most that they can have where that cannot be read, which is told when they are.
+    /// Number of positions in `rows`; the maximum possible number if it cannot be read, an error that is reported when
+    /// the rows are read.
     pub fn n_positions(&self, ctx: &Context<'_>, target: &TargetInfo, rows: &Range<u64>) -> u64 {
-        let most = target.max_positions(rows.end - rows.start);
+        let max_len = target.max_positions(rows.end - rows.start);
         if target.uniform_k.is_some() {
-            return most;
+            return max_len;
         }
         let before = |row| self.first_position(ctx, target, row);
         match (before(rows.start), before(rows.end)) {
-            (Ok(start), Ok(end)) => end.checked_sub(start).map_or(most, |n| n.min(most)),
-            _ => most,
+            (Ok(start), Ok(end)) => end.checked_sub(start).map_or(max_len, |n| n.min(max_len)),
+            _ => max_len,
         }
     }
 
-    /// Reads the columns of `rows`, proven to ascend within their row and to lie inside it.
+    /// Reads the columns of `rows` and checks that they ascend within each row and are in range.
     ///
-    /// Memory: 4 bytes per position, 16 per row, one window.
+    /// Memory: 4 bytes per position, 16 per row, and one window.
     ///
     /// # Panics
-    /// Where the target is not this file's or has no such rows.
+    /// If the target is not in this file or has no such rows.
     pub fn read_columns(
         &self,
         ctx: &Context<'_>,
@@ -220,14 +222,14 @@ impl SparseFile {
                 false => format!("row {row}: columns must ascend, found {} after {}", pair[1], pair[0]),
             }
         } else if let Some(&column) = columns.last().filter(|&&column| u64::from(column) >= d_in) {
-            format!("row {row}: column {column} lies outside of a row of {d_in}")
+            format!("row {row}: column {column} is outside a row of length {d_in}")
         } else {
             return Ok(());
         };
         Err(self.bad(target, Part::Columns, what))
     }
 
-    /// The offsets of `rows` and of the row behind them, proven to ascend from 0 to the number of columns.
+    /// The offsets of `rows` and of the next row, checked to ascend from 0 to the number of columns.
     fn read_offsets(
         &self,
         ctx: &Context<'_>,
@@ -247,14 +249,14 @@ impl SparseFile {
         })?;
         let bad = |what: String| Err(self.bad(target, Part::RowOffsets, what));
         if rows.start == 0 && offsets[0] != 0 {
-            return bad(format!("the first of row_offsets is 0, found {}", offsets[0]));
+            return bad(format!("row_offsets must start at 0, found {}", offsets[0]));
         }
         let (last, nnz) = (offsets[offsets.len() - 1], target.nnz);
         if last > nnz {
-            return bad(format!("row_offsets reach {last}, there are {nnz} columns"));
+            return bad(format!("row_offsets reach {last}, but there are {nnz} columns"));
         }
         if rows.end == target.layout.n_rows() && last != nnz {
-            return bad(format!("row_offsets end at {last}, there are {nnz} columns"));
+            return bad(format!("row_offsets end at {last}, but there are {nnz} columns"));
         }
         for (row, pair) in (rows.start..).zip(offsets.windows(2)) {
             if pair[0] > pair[1] {
@@ -262,13 +264,13 @@ impl SparseFile {
             }
             if pair[1] - pair[0] > target.layout.d_in {
                 let found = pair[1] - pair[0];
-                return bad(format!("row {row} has {found} columns, at most {} fit", target.layout.d_in));
+                return bad(format!("row {row} has {found} columns, at most {} are possible", target.layout.d_in));
             }
         }
         Ok(offsets)
     }
 
-    /// Hands the elements `range` of a tensor to `sink`, in order, in windows of whole elements.
+    /// Passes the elements `range` of a tensor to `sink`, in order, in windows of whole elements.
     pub fn for_each_window(
         &self,
         ctx: &Context<'_>,
@@ -276,7 +278,7 @@ impl SparseFile {
         range: Range<u64>,
         mut sink: impl FnMut(&[u8]),
     ) -> Result<(), CheckpointError> {
-        /// Pieces up to this size are read into a buffer: mapping them costs more.
+        /// Ranges up to this size are read into a buffer, because mapping them costs more.
         const SMALL: u64 = 64 << 10;
         let element_bytes = tensor.dtype.bitsize() as u64 / 8;
         let step = ctx.window_bytes() / 8 * 8;
@@ -299,10 +301,10 @@ impl SparseFile {
     }
 }
 
-/// The targets that a header and a document tell of.
+/// The targets that a header and a document describe.
 ///
 /// # Errors
-/// All that is wrong, one line for each tensor.
+/// All problems, one line per tensor.
 pub(crate) fn check_targets(
     path: &Path,
     header: &Header,
@@ -328,7 +330,7 @@ pub(crate) fn check_targets(
     }
     for tensor in header.by_name() {
         if !known.contains(&tensor.name) {
-            problems.push((tensor.name.clone(), "belongs to no target of the `neuroada` document".to_owned()));
+            problems.push((tensor.name.clone(), "does not belong to a target of the `neuroada` document".to_owned()));
         }
     }
     match problems.len() {
@@ -336,7 +338,7 @@ pub(crate) fn check_targets(
         1 => Err(CheckpointError::bad_tensor(path, &problems[0].0, &*problems[0].1)),
         n => Err(CheckpointError::Many {
             path: path.to_owned(),
-            what: format!("{n} things are wrong"),
+            what: format!("{n} problems"),
             problems: problems
                 .into_iter()
                 .map(|(tensor, what)| format!("tensor \"{}\": {what}", Printable(&tensor)))
@@ -345,7 +347,7 @@ pub(crate) fn check_targets(
     }
 }
 
-/// Proves one target by the headers; an error names the tensor and what is wrong.
+/// Validates one target by the headers; an error names the tensor and the problem.
 fn check_target(
     header: &Header,
     name: String,
@@ -364,36 +366,36 @@ fn check_target(
         Dtype::U16 if layout.d_in <= MAX_U16 => {}
         Dtype::U16 => return bad(Part::Columns, format!("rows of {} need U32, found U16", layout.d_in)),
         Dtype::U32 => {}
-        other => return bad(Part::Columns, format!("elements are U16 or U32, found {}", dtype_name(other))),
+        other => return bad(Part::Columns, format!("elements must be U16 or U32, found {}", dtype_name(other))),
     }
     let n_rows = layout.n_rows();
     let uniform_k = match (find(Part::RowOffsets), &columns.shape[..]) {
         (None, &[rows, k]) => {
             if rows != n_rows {
-                return bad(Part::Columns, format!("{rows} rows, the target {shape:?} has {n_rows}"));
+                return bad(Part::Columns, format!("{rows} rows, but the target {shape:?} has {n_rows}"));
             }
             if k == 0 || k > layout.d_in {
-                return bad(Part::Columns, format!("k is {k}, it must be between 1 and {}", layout.d_in));
+                return bad(Part::Columns, format!("k is {k}, must be from 1 to {}", layout.d_in));
             }
             Some(k)
         }
         (Some(offsets), &[_nnz]) => {
             if !matches!(offsets.dtype, Dtype::U32 | Dtype::U64) {
                 let found = dtype_name(offsets.dtype);
-                return bad(Part::RowOffsets, format!("elements are U32 or U64, found {found}"));
+                return bad(Part::RowOffsets, format!("elements must be U32 or U64, found {found}"));
             }
             if offsets.shape.len() != 1 || offsets.shape[0].checked_sub(1) != Some(n_rows) {
                 let needed = n_rows.saturating_add(1);
-                return bad(Part::RowOffsets, format!("shape [{needed}] is needed, found {:?}", offsets.shape));
+                return bad(Part::RowOffsets, format!("expected shape [{needed}], found {:?}", offsets.shape));
             }
             None
         }
         (None, found) => {
-            let what = format!("shape [{n_rows}, k] is needed where there are no row_offsets, found {found:?}");
+            let what = format!("expected shape [{n_rows}, k] without row_offsets, found {found:?}");
             return bad(Part::Columns, what);
         }
         (Some(_), found) => {
-            return bad(Part::Columns, format!("one dimension is needed beside row_offsets, found {found:?}"));
+            return bad(Part::Columns, format!("expected one dimension with row_offsets, found {found:?}"));
         }
     };
     if with_values {
@@ -402,10 +404,10 @@ fn check_target(
         };
         if !matches!(values.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
             let found = dtype_name(values.dtype);
-            return bad(Part::Values, format!("elements are F32, BF16 or F16, found {found}"));
+            return bad(Part::Values, format!("elements must be F32, BF16 or F16, found {found}"));
         }
         if values.shape != columns.shape {
-            let what = format!("shape {:?}, the columns have {:?}", values.shape, columns.shape);
+            let what = format!("shape {:?}, but the columns have {:?}", values.shape, columns.shape);
             return bad(Part::Values, what);
         }
     }

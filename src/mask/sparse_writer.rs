@@ -1,4 +1,4 @@
-//! Writes what masks and adapters have in common, in one pass over the rows.
+//! Writes the common structure of masks and adapters, in one pass over the rows.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -11,9 +11,9 @@ use crate::{
     tensor::{Dtype, RowColumns, RowLayout},
 };
 
-/// A mask or adapter on its way to disk; appears whole when finished, or not at all.
+/// A mask or adapter being written; appears atomically when it is finished.
 ///
-/// Memory: a buffer, and about 300 bytes per target.
+/// Memory: one buffer, and about 300 bytes per target.
 pub(crate) struct SparseWriter {
     file: TensorFileWriter,
     path: std::path::PathBuf,
@@ -39,14 +39,14 @@ struct OpenTarget {
 }
 
 impl SparseWriter {
-    /// Begins a file at `path`, with `T.values` of the type `values` for each target where there is one.
+    /// Starts a file at `path`; with a dtype `values`, each target also has `T.values` of that dtype.
     pub fn create(path: &Path, existing: Existing, values: Option<Dtype>) -> Result<Self, CheckpointError> {
         let file = TensorFileWriter::create(path, existing)?;
         let path = path.to_owned();
         Ok(Self { file, path, values, open: None, entries: Vec::new(), bytes: Vec::new() })
     }
 
-    /// The type of the values of the targets that begin from here on.
+    /// Sets the dtype of the values of the targets that follow.
     pub fn store_as(&mut self, values: Dtype) {
         assert!(self.open.is_none(), "one target at a time");
         self.values = Some(values);
@@ -67,12 +67,13 @@ impl SparseWriter {
             Err(what) => return bad(what),
         };
         if let Some(k) = uniform_k.filter(|&k| k == 0 || k > layout.d_in) {
-            return bad(format!("k is {k}, it must be between 1 and {}", layout.d_in));
+            return bad(format!("k is {k}, must be from 1 to {}", layout.d_in));
         }
         let columns_dtype = if layout.d_in <= MAX_U16 { Dtype::U16 } else { Dtype::U32 };
         let columns = self.file.add_tensor(Part::Columns.name(name), columns_dtype);
         let offsets = uniform_k.is_none().then(|| {
-            // The type must be known before the last offset is: by what would fit, not by what came.
+            // The dtype must be chosen before the last offset is known: by the maximum possible, not the actual
+            // number.
             let dtype = if u32::try_from(layout.n_elements()).is_ok() { Dtype::U32 } else { Dtype::U64 };
             (self.file.add_tensor(Part::RowOffsets.name(name), dtype), dtype)
         });
@@ -118,7 +119,7 @@ impl SparseWriter {
         self.push_rows_unanchored(columns, values)
     }
 
-    /// Appends rows of a target whose anchor is known.
+    /// Appends rows of a target whose anchor is already known.
     pub fn push_rows_unanchored(&mut self, columns: &RowColumns, values: &[u8]) -> Result<(), CheckpointError> {
         let target = self.open.as_mut().expect("a target is open");
         let n_bytes = |dtype: Dtype| columns.nnz() * dtype.bitsize() / 8;
@@ -127,13 +128,13 @@ impl SparseWriter {
         for row in 0..columns.n_rows() {
             let row = columns.row(row);
             assert!(row.is_sorted_by(|a, b| a < b), "columns ascend within a row");
-            assert!(row.last().is_none_or(|&column| u64::from(column) < d_in), "columns lie inside the row");
+            assert!(row.last().is_none_or(|&column| u64::from(column) < d_in), "columns are in range");
             assert!(target.uniform_k.is_none_or(|k| k == row.len() as u64), "every row has k columns");
         }
         let before = target.nnz;
         target.n_rows += columns.n_rows() as u64;
         target.nnz += columns.nnz() as u64;
-        assert!(target.n_rows <= target.layout.n_rows(), "no more rows than the target has");
+        assert!(target.n_rows <= target.layout.n_rows(), "at most as many rows as the target has");
         self.bytes.clear();
         if d_in <= MAX_U16 {
             put_le(&mut self.bytes, columns.columns(), |column| (column as u16).to_le_bytes());
@@ -162,17 +163,17 @@ impl SparseWriter {
         self.file.append(id, &self.bytes)
     }
 
-    /// Closes the open target; returns its positions and its anchor.
+    /// Ends the open target; returns its number of positions and its anchor.
     pub fn end_target(&mut self, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
         let anchor = self.open.as_ref().expect("a target is open").anchor.finalize();
         self.end_target_anchored(anchor, whole)
     }
 
-    /// Closes the open target, whose anchor is known.
+    /// Ends the open target, whose anchor is already known.
     pub fn end_target_anchored(&mut self, anchor: blake3::Hash, whole: Option<blake3::Hash>) -> (u64, blake3::Hash) {
         let target = self.open.take().expect("a target is open");
         let OpenTarget { name, dtype, shape, quantized, layout, nnz, .. } = target;
-        assert_eq!(target.n_rows, layout.n_rows(), "all rows of \"{name}\" came");
+        assert_eq!(target.n_rows, layout.n_rows(), "all rows of \"{name}\" were written");
         let listed = match target.uniform_k {
             Some(k) => vec![layout.n_rows(), k],
             None => vec![nnz],
@@ -190,7 +191,7 @@ impl SparseWriter {
         (nnz, anchor)
     }
 
-    /// Copies a target of another file of the same kind of values, as it stands.
+    /// Copies a target of another file with the same dtype of values, unchanged.
     pub fn copy_target(
         &mut self,
         ctx: &Context<'_>,
@@ -216,10 +217,10 @@ impl SparseWriter {
         Ok(())
     }
 
-    /// Writes what `document` makes of the targets' entries as the document, and lets the file appear.
+    /// Builds the document from the targets' entries with `document`, writes it and commits the file.
     ///
     /// # Errors
-    /// A failure to write, a file without targets, two targets of one name.
+    /// A failure to write; a file without targets; two targets of the same name.
     pub fn finish(
         self,
         ctx: &Context<'_>,
@@ -237,7 +238,7 @@ impl SparseWriter {
     }
 }
 
-/// Appends each number as its bytes.
+/// Appends the little-endian bytes of each number.
 fn put_le<const BYTES: usize>(bytes: &mut Vec<u8>, numbers: &[u32], le: impl Fn(u32) -> [u8; BYTES]) {
     let start = bytes.len();
     bytes.resize(start + numbers.len() * BYTES, 0);

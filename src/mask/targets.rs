@@ -1,4 +1,4 @@
-//! Which tensors take part.
+//! Selects the tensors that take part.
 
 use std::collections::BTreeMap;
 
@@ -11,13 +11,13 @@ use crate::{
     weights::{ALL_LINEAR, Axes, TargetPattern, WeightMap},
 };
 
-/// The seven projections of a Llama layer: what takes part where nothing else is asked for.
+/// The seven projections of a Llama layer: the default targets.
 pub const LLAMA_PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// A way to name tensors.
+/// A way to select tensors.
 ///
-/// - `all-linear`: every matrix or stack of matrices of floats but embeddings, output heads and norms
-/// - else a [`TargetPattern`]
+/// - `all-linear`: every matrix or stack of matrices of floats, except embeddings, output heads and norms
+/// - anything else: a [`TargetPattern`]
 #[derive(Debug)]
 enum Pattern {
     AllLinear,
@@ -42,7 +42,7 @@ impl Pattern {
         }
     }
 
-    /// The same for a quantized weight, before its layout is known; the name of its codes means it too.
+    /// The same for a quantized weight, before its layout is resolved. The name of its codes matches too.
     fn matches_quantized(&self, map: &WeightMap<'_>, weight: &CodedWeight) -> bool {
         match self {
             Self::AllLinear => map.is_linear(&weight.name),
@@ -53,38 +53,38 @@ impl Pattern {
         }
     }
 
-    /// Whether the pattern is this very name, so that nothing else can be meant.
+    /// Whether the pattern is exactly this name, so that it cannot mean anything else.
     fn is_exact(&self, name: &str) -> bool {
         matches!(self, Self::Of(pattern) if pattern.is_exact(name))
     }
 }
 
-/// A tensor that a pattern named but that cannot take part.
+/// A tensor that matches a pattern but cannot be masked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct SkippedTensor {
     /// The tensor's name.
     pub tensor: String,
-    /// Why it was left out.
+    /// The reason.
     pub why: String,
 }
 
 /// The tensors that take part.
 #[derive(Debug, Default)]
 pub struct Selection<'a> {
-    /// By name.
+    /// Sorted by name.
     pub targets: Vec<RowScan<'a>>,
-    /// What patterns named besides, and why it cannot take part.
+    /// Other tensors that match a pattern, and why they cannot be masked.
     pub skipped: Vec<SkippedTensor>,
 }
 
-/// Selects the tensors that `patterns` name. Which way round each is stored the map says; those that `transposed` name are
-/// `[d_in, d_out]` in any case.
+/// Selects the tensors that match `patterns`. The weight map determines the orientation of each; those that match
+/// `transposed` are always read as `[d_in, d_out]`.
 ///
-/// With no pattern, [`LLAMA_PROJECTIONS`].
+/// Without patterns, selects [`LLAMA_PROJECTIONS`].
 ///
 /// # Errors
-/// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, where none was given); a tensor that was
-/// named in full and is no matrix of floats; [`MaskError::Axes`] for a weight of which nothing tells how it is stored; weights that
+/// [`MaskError::NoMatch`] for patterns that select nothing (all seven together, if none was given); a fully named
+/// tensor that is not a matrix of floats; [`MaskError::Axes`] for a weight whose orientation is unknown; weights that
 /// are stored as codes.
 pub fn select_targets<'a>(
     map: &WeightMap<'a>,
@@ -97,7 +97,7 @@ pub fn select_targets<'a>(
 /// Selects exactly the tensors of these names, each with whether it is read as `[d_in, d_out]`.
 ///
 /// # Errors
-/// A name that no tensor has, or one that is no matrix of floats.
+/// A name without a tensor, or a tensor that is not a matrix of floats.
 pub(super) fn select_named<'a>(
     checkpoint: &'a Checkpoint,
     names: &BTreeMap<String, bool>,
@@ -114,10 +114,10 @@ pub(super) fn select_named<'a>(
     Ok(selection)
 }
 
-/// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] where vectors take part.
+/// How tensors are read as rows: [`TensorRef::rows`], or [`TensorRef::any_rows`] if vectors may take part.
 pub(crate) type Read<'a> = fn(&TensorRef<'a>, bool) -> Result<RowLayout, CheckpointError>;
 
-/// The same, where more can be read as rows.
+/// As [`select_targets`], with a function that reads tensors as rows.
 pub(crate) fn select_rows<'a>(
     map: &WeightMap<'a>,
     patterns: &[String],
@@ -132,7 +132,7 @@ pub(crate) fn select_rows<'a>(
     let mut n_selected = vec![0usize; parsed.len()];
     let mut n_transposed = vec![0usize; parsed_transposed.len()];
     let mut selection = Selection::default();
-    // Scales, zero points and the like are no weights.
+    // Scales, zero points and similar tensors are not weights.
     let plain = checkpoint.tensors().filter(|tensor| tensor.coded().is_none());
     let mut tensors: Vec<TensorRef<'a>> =
         plain.filter(|tensor| parsed.iter().any(|pattern| pattern.matches(map, tensor))).collect();
@@ -143,14 +143,14 @@ pub(crate) fn select_rows<'a>(
     }
     tensors.sort_unstable_by(|a, b| a.info.name.cmp(&b.info.name));
     for tensor in tensors {
-        let is_told =
+        let is_declared =
             tensor.layout().is_none() && parsed_transposed.iter().any(|pattern| pattern.matches(map, &tensor));
         let is_matrix = tensor.info.shape.len() > 1 && is_float(tensor.info.dtype);
-        if is_told && map.is_told_out_in(&tensor.info.name) {
+        if is_declared && map.is_told_out_in(&tensor.info.name) {
             let name = Printable(&tensor.info.name);
             return Err(MaskError::Usage(format!("\"{name}\": --transposed and --axes contradict each other")));
         }
-        let is_transposed = is_told || (is_matrix && is_stored_transposed(map, tensor)?);
+        let is_transposed = is_declared || (is_matrix && is_stored_transposed(map, tensor)?);
         match rows_of(tensor, is_transposed, read) {
             Ok(scan) => selection.targets.push(scan),
             Err(error) if parsed.iter().any(|pattern| pattern.is_exact(&tensor.info.name)) => return Err(error),
@@ -207,7 +207,7 @@ fn rows_of<'a>(tensor: TensorRef<'a>, transposed: bool, read: Read<'a>) -> Resul
     Ok(RowScan { tensor, layout })
 }
 
-/// One line for each kind of tensor that the checkpoint has.
+/// One line per kind of tensor in the checkpoint.
 fn kinds(checkpoint: &Checkpoint) -> Vec<String> {
     let mut kinds: BTreeMap<(&str, String), u64> = BTreeMap::new();
     for tensor in checkpoint.tensors() {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_are_names_ends_of_modules_globs_and_all_linear() {
+    fn patterns_are_names_module_suffixes_globs_and_all_linear() {
         let (_folder, found) = checkpoint(&[
             ("lm_head.weight", Dtype::BF16, &[4, 2]),
             ("model.embed_tokens.weight", Dtype::BF16, &[4, 2]),
@@ -277,7 +277,7 @@ mod tests {
         let error = select(&found, &["q_proj", "v_proj"]).unwrap_err();
         assert!(error.contains("\"v_proj\"") && error.contains("gate_up_proj: 1 tensor of BF16 [3, 4, 2]"), "{error}");
         let error = select(&found, &["model.layers.0.input_layernorm.weight"]).unwrap_err();
-        assert!(error.contains("shape [2] is no matrix"), "{error}");
+        assert!(error.contains("shape [2] is neither a matrix"), "{error}");
         assert!(select(&found, &["a[b"]).unwrap_err().contains("pattern \"a[b\""));
     }
 

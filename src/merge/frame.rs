@@ -21,8 +21,8 @@ use crate::{
     adapter::AdapterId,
     checkpoint::{
         Checkpoint, CheckpointError, CheckpointLock, Context, EntryKind, Index, MERGED_KEY, OwnFolder, Printable,
-        Shard, StateFolder, check_free_space, folder_of, give_name, probe, read_whole, rewrite_shard, string_at,
-        windows, write_own,
+        Shard, StateFolder, check_free_space, folder_of, probe, read_whole, rename_into_place, rewrite_shard,
+        string_at, windows, write_own,
     },
 };
 
@@ -239,7 +239,7 @@ fn replace_header(
     )?;
     shard.still_named()?;
     lock.extend(&part)?;
-    Ok(give_name(&part, shard.path())?)
+    Ok(rename_into_place(&part, shard.path())?)
 }
 
 /// What the names of temporary files end with, which the state folder removes.

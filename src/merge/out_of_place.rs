@@ -25,7 +25,7 @@ use super::{
 use crate::{
     checkpoint::{
         Checkpoint, Context, CopyMode, Header, Layout, OwnFolder, Patcher, Piece, Resume, Shard, Silent, StateFolder,
-        give_name, remove_file, rewrite_shard, share_file,
+        remove_file, rename_into_place, rewrite_shard, share_file,
     },
     tensor::projection_kind,
 };
@@ -106,7 +106,7 @@ pub(super) fn apply(
         if let Some((resume, written)) = resume.as_ref().zip(written) {
             resume.record(&shard.file_name(), written)?;
         }
-        give_name(&part, &path)?;
+        rename_into_place(&part, &path)?;
     }
     let findings = examination.findings;
     if let Err(e) = findings.judge(change, allow_overflow) {
@@ -143,7 +143,7 @@ pub(super) fn apply(
         if let Some(resume) = resume.as_ref().filter(|_| is_recorded) {
             resume.record_file(ctx, &checkpoint.shards()[index].file_name(), &part)?;
         }
-        give_name(&part, &path)?;
+        rename_into_place(&part, &path)?;
     }
     report.left_out = output.copy_side_files(ctx)?;
     if checkpoint.index_name().is_some_and(|name| frame.is_own(name)) {

@@ -1,12 +1,12 @@
-//! What an element type can do: be read, ordered by magnitude, widened and rounded.
+//! Operations of an element type: reading, ordering by magnitude, widening and rounding.
 
 use half::{bf16, f16};
 
 use super::{Dtype, F8E4M3, F8E5M2};
 
-/// The type that merge arithmetic runs in: `f32`, and `f64` for `f64` weights.
+/// The type in which merge arithmetic runs: `f32`, or `f64` for `f64` weights.
 pub trait Accumulator: Copy + PartialEq + Send + Sync + 'static {
-    /// Converts a delta or a scale; exact from `f32`.
+    /// Converts a delta or a scale; exact for `f32` values.
     fn from_f64(x: f64) -> Self;
     /// Exact for every accumulator.
     fn to_f64(self) -> f64;
@@ -66,32 +66,32 @@ impl Accumulator for f64 {
 ///
 /// Bytes are little-endian and need no alignment.
 pub trait Float: Copy + Send + Sync + 'static {
-    /// The type's name in safetensors headers.
+    /// The dtype in safetensors headers.
     const DTYPE: Dtype;
     /// Bytes of one element.
     const BYTES: usize;
-    /// The bits of an element that make its magnitude key, and the largest key of a number.
+    /// The bits of an element that form its magnitude key, and the largest key that is not NaN.
     const KEY_BITS: (u64, u64);
     /// The unsigned integer of the same width.
     type Key: Copy + Ord + Into<u64> + Send + Sync;
-    /// The type that arithmetic runs in.
+    /// The type in which arithmetic runs.
     type Acc: Accumulator;
 
     /// Reads the element at the start of `bytes` (at least [`Self::BYTES`] long).
     fn from_le(bytes: &[u8]) -> Self;
     /// Writes the element to the start of `bytes`.
     fn write_le(self, bytes: &mut [u8]);
-    /// Larger key, larger magnitude: without its sign bit a float orders like an integer. A NaN ranks above infinity.
+    /// Larger key, larger magnitude: without its sign bit a float orders like an integer. NaN ranks above infinity.
     fn magnitude_key(self) -> Self::Key;
     /// Whether both have the same bits.
     fn same_bits(self, other: Self) -> bool;
-    /// Whether the element is a NaN.
+    /// Whether the element is NaN.
     fn is_nan(self) -> bool;
     /// Whether the element is neither NaN nor infinite.
     fn is_finite(self) -> bool;
     /// The same number in the accumulator's type; exact.
     fn widen(self) -> Self::Acc;
-    /// Rounds once, nearest even. A NaN becomes the one quiet NaN with a clear sign, on every machine.
+    /// Rounds once, nearest even. NaN becomes the quiet NaN with a clear sign bit, on every machine.
     fn from_acc(acc: Self::Acc) -> Self;
 }
 
@@ -164,12 +164,12 @@ impl_float!(bf16, BF16, u16, f32, 0x7fff, to_bits, from_bits, bf16::to_f32, bf16
 impl_float!(F8E4M3, F8_E4M3, u8, f32, 0x7f, to_bits, from_bits, F8E4M3::to_f32, F8E4M3::from_f32, 0x7f, 0x7e);
 impl_float!(F8E5M2, F8_E5M2, u8, f32, 0x7f, to_bits, from_bits, F8E5M2::to_f32, F8E5M2::from_f32, 0x7e, 0x7c);
 
-/// Whether weights of this type can be scored and merged: F64, F32, F16, BF16, F8_E4M3 and F8_E5M2.
+/// Whether weights of this dtype can be scored and merged: F64, F32, F16, BF16, F8_E4M3 and F8_E5M2.
 pub fn is_float(dtype: Dtype) -> bool {
     with_float!(dtype, T => true, else false)
 }
 
-/// Runs an expression with `T` standing for the [`Float`] type of a [`Dtype`], or the `else` expression for the others.
+/// Evaluates an expression with `T` as the [`Float`] type of a [`Dtype`], or the `else` expression for other dtypes.
 ///
 /// ```
 /// use neuroada_ckpt::{Dtype, internals::tensor::{Float, with_float}};
@@ -217,14 +217,14 @@ macro_rules! __with_float {
 }
 pub use __with_float as with_float;
 
-/// Elements as they are stored, little-endian, in float32: exactly, but for F64.
+/// Stored little-endian elements in float32: exact, except for F64.
 ///
 /// # Panics
-/// Where `dtype` is no float.
+/// If `dtype` is not a float.
 pub fn widened(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     with_float!(dtype, T => {
         bytes.chunks_exact(T::BYTES).map(|le| T::from_le(le).widen().to_f64() as f32).collect()
-    }, else panic!("{dtype:?} is no float"))
+    }, else panic!("{dtype:?} is not a float"))
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! The two 8-bit floats that weights are stored in.
+//! The two 8-bit float formats of weights.
 //!
 //! Source: Micikevicius et al., "FP8 Formats for Deep Learning", <https://arxiv.org/abs/2209.05433>. E4M3 has no
-//! infinity (what overflows is NaN, as in torch), E5M2 has one.
+//! infinity (overflow gives NaN, as in PyTorch), E5M2 has one.
 
-/// A number `sign : EXP bits : MAN bits` of the given bias, widened exactly.
+/// A number `sign : EXP bits : MAN bits` with the given bias, widened exactly.
 fn widen(bits: u8, man_bits: u32, bias: i32) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let exponent = i32::from((bits & 0x7f) >> man_bits);
@@ -19,7 +19,7 @@ fn widen(bits: u8, man_bits: u32, bias: i32) -> f32 {
 }
 
 /// Rounds a finite or infinite `x` to `man_bits` of mantissa, nearest even, and returns the code without its sign.
-/// Codes past `max_code` are returned as `over_code`.
+/// Codes above `max_code` are replaced by `over_code`.
 fn round(x: f32, man_bits: u32, bias: i32, max_code: u32, over_code: u8) -> u8 {
     let bits = x.to_bits() & 0x7fff_ffff;
     if bits >= 0x7f80_0000 {
@@ -28,7 +28,7 @@ fn round(x: f32, man_bits: u32, bias: i32, max_code: u32, over_code: u8) -> u8 {
     let exponent = (bits >> 23) as i32 - 127;
     let smallest_normal = 1 - bias;
     let code = if exponent >= smallest_normal {
-        // Drop the low mantissa bits of the f32; a carry runs into the exponent, as it should.
+        // Drop the low mantissa bits of the f32; a carry correctly runs into the exponent.
         let shift = 23 - man_bits;
         let rounded = round_shift(bits, shift);
         rounded - (((127 - bias) as u32) << man_bits)
@@ -63,7 +63,7 @@ macro_rules! float8 {
             pub const fn to_bits(self) -> u8 {
                 self.0
             }
-            /// The same number; exact.
+            /// The same number, exactly.
             pub fn to_f32(self) -> f32 {
                 if self.is_nan() {
                     return f32::NAN;
@@ -138,8 +138,8 @@ mod tests {
         assert_eq!(F8E5M2::from_bits(0x7b).to_f32(), 57344.0);
         assert_eq!(F8E5M2::from_bits(0x01).to_f32(), 2f32.powi(-16));
         assert_eq!(F8E5M2::from_bits(0xfc).to_f32(), f32::NEG_INFINITY);
-        assert_eq!(F8E4M3::from_f32(464.0).to_bits(), 0x7e, "halfway to 480 goes to the even code");
-        assert_eq!(F8E4M3::from_f32(464.1).to_bits(), 0x7f, "past it there is only NaN");
+        assert_eq!(F8E4M3::from_f32(464.0).to_bits(), 0x7e, "halfway to 480 rounds to the even code");
+        assert_eq!(F8E4M3::from_f32(464.1).to_bits(), 0x7f, "above it there is only NaN");
         assert_eq!(F8E5M2::from_f32(1e9).to_bits(), 0x7c);
     }
 
@@ -156,7 +156,7 @@ mod tests {
         }
     }
 
-    /// Rounding judged by search: the nearest code, the even one of two equally near.
+    /// Rounding by search: the nearest code, with ties to the even one.
     fn nearest(x: f32, codes: impl Fn(u8) -> f32, max_code: u8) -> u8 {
         (0..=max_code)
             .min_by(|&a, &b| {

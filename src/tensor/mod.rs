@@ -1,8 +1,9 @@
-//! Plain values: element types, shapes, rows.
+//! Plain values: dtypes, shapes, rows.
 //!
-//! Nothing here reads a file or starts a thread. A linear weight is `[d_out, d_in]`, row-major, as stored; its rows are
-//! neurons. [`Float`] says what each element type can do (order by magnitude, widen, round), [`RowLayout`] how a stored
-//! tensor is read as rows, [`RowBlock`] borrows a run of rows, and [`RowColumns`] lists chosen columns row by row.
+//! Nothing here reads a file or starts a thread. A linear weight is `[d_out, d_in]`, row-major, as stored; its rows
+//! are neurons. [`Float`] defines the operations of each element type (order by magnitude, widen, round),
+//! [`RowLayout`] how a stored tensor is read as rows. [`RowBlock`] borrows a run of rows, and [`RowColumns`] lists
+//! chosen columns row by row.
 
 mod codes;
 mod float;
@@ -21,24 +22,24 @@ pub use names::{module_of, projection_kind};
 pub use rows::{RowBlock, RowColumns};
 pub use safetensors::Dtype;
 
-/// The name of an element type as safetensors headers spell it, such as `BF16`.
+/// The name of a dtype in safetensors headers, such as `BF16`.
 pub fn dtype_name(dtype: Dtype) -> String {
-    // The crate's Debug form is the spelling of the format.
+    // The crate's Debug form is the format's spelling.
     format!("{dtype:?}")
 }
 
-/// The element type that safetensors headers spell `name`, or `None`.
+/// The dtype with this name in safetensors headers.
 pub fn parse_dtype(name: &str) -> Option<Dtype> {
     serde_json::from_value(serde_json::Value::String(name.to_owned())).ok()
 }
 
-/// Bytes of `n` elements, or `None` where that is no whole number of bytes or overflows.
+/// Bytes of `n` elements; `None` if that is not a whole number of bytes, or overflows.
 pub fn checked_bytes(dtype: Dtype, n: u64) -> Option<u64> {
     let bits = n.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// Rounds to an element type, nearest even, and widens again. Types wider than 16 bits are rounded to float32.
+/// Rounds to a dtype, nearest even, and widens again. Dtypes wider than 16 bits round to float32.
 pub fn round_to(dtype: Dtype, x: f64) -> f32 {
     match dtype {
         Dtype::BF16 => bf16_of(x).to_f32(),

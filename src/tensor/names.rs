@@ -1,4 +1,4 @@
-//! What a tensor's name says about its place in the model.
+//! What a tensor's name reveals about its role in the model.
 
 /// The module a parameter belongs to: its name without `.weight` or `.bias`.
 pub fn module_of(name: &str) -> &str {

@@ -15,21 +15,21 @@ impl<'a> RowBlock<'a> {
     /// Rows over `bytes`.
     ///
     /// # Panics
-    /// Where `bytes` is not exactly `n_rows * d_in` elements long.
+    /// If `bytes` is not exactly `n_rows * d_in` elements long.
     pub fn new(bytes: &'a [u8], dtype: Dtype, n_rows: usize, d_in: usize) -> Self {
         assert_eq!(bytes.len() * 8, n_rows * d_in * dtype.bitsize(), "a row block covers whole rows");
         Self { bytes, dtype, n_rows, d_in }
     }
 
-    /// All rows, one after the other.
+    /// All rows, one after another.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
-    /// The element type.
+    /// The dtype.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
-    /// How many rows.
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
     }
@@ -40,7 +40,7 @@ impl<'a> RowBlock<'a> {
     /// The run `rows` of these rows.
     ///
     /// # Panics
-    /// Where it is not inside them.
+    /// If the range is outside the rows.
     pub fn slice(&self, rows: std::ops::Range<usize>) -> RowBlock<'a> {
         let row_bytes = self.bytes.len() / self.n_rows.max(1);
         let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
@@ -68,7 +68,7 @@ impl Default for RowColumns {
 }
 
 impl RowColumns {
-    /// No rows yet, with room for some.
+    /// No rows yet, with the given capacity.
     pub fn with_capacity(n_rows: usize, n_columns: usize) -> Self {
         let mut offsets = Vec::with_capacity(n_rows + 1);
         offsets.push(0);
@@ -78,7 +78,7 @@ impl RowColumns {
     /// Rows of `k` columns each, from `[n_rows, k]`.
     ///
     /// # Panics
-    /// Where the length is no multiple of `k`.
+    /// If the length is not a multiple of `k`.
     pub fn uniform(columns: Vec<u32>, k: usize) -> Self {
         assert!(k > 0 && columns.len().is_multiple_of(k), "whole rows of k columns");
         let offsets = (0..=columns.len() / k).map(|row| row * k).collect();
@@ -92,11 +92,11 @@ impl RowColumns {
         self.offsets.push(self.columns.len());
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.offsets.len() - 1
     }
-    /// Chosen columns in all.
+    /// Total number of chosen columns.
     pub fn nnz(&self) -> usize {
         self.columns.len()
     }
@@ -104,15 +104,15 @@ impl RowColumns {
     pub fn row(&self, row: usize) -> &[u32] {
         &self.columns[self.offsets[row]..self.offsets[row + 1]]
     }
-    /// Where in [`Self::columns`] the columns of one row lie.
+    /// The range of one row's columns in [`Self::columns`].
     pub fn row_range(&self, row: usize) -> std::ops::Range<usize> {
         self.offsets[row]..self.offsets[row + 1]
     }
-    /// The row that element `at` of [`Self::columns`] belongs to.
+    /// The row to which element `at` of [`Self::columns`] belongs.
     pub fn row_of(&self, at: usize) -> usize {
         self.offsets.partition_point(|&offset| offset <= at) - 1
     }
-    /// All columns, row after row.
+    /// All columns, row by row.
     pub fn columns(&self) -> &[u32] {
         &self.columns
     }
@@ -120,7 +120,7 @@ impl RowColumns {
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
-    /// The number of columns that every row has, or `None` where rows differ.
+    /// The number of columns per row; `None` if rows differ.
     pub fn uniform_k(&self) -> Option<usize> {
         let k = *self.offsets.get(1)?;
         self.offsets.windows(2).all(|pair| pair[1] - pair[0] == k).then_some(k)

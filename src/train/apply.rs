@@ -1,8 +1,8 @@
-//! An adapter on a model that is loaded: the weights that a merge would write, without writing them.
+//! Applies an adapter to a loaded model: the weights that a merge would write, without writing them.
 
 use super::{
     TrainError,
-    attach::{Entries, Targets, anchored},
+    attach::{Entries, Targets, verified_originals},
     device::{Deltas, Device},
     model::{Linear, Model, Part},
 };
@@ -12,13 +12,14 @@ use crate::{
 };
 
 impl<D: Device> Model<D> {
-    /// Adds an adapter's deltas, times `scale`, to weights and biases: `round(original + delta * scale)`, bit for bit what a merge of
-    /// this adapter alone writes.
+    /// Adds an adapter's deltas, times `scale`, to weights and biases: `round(original + delta * scale)`, bit for bit
+    /// what a merge of this adapter alone writes.
     ///
     /// `base` is the checkpoint that the model was loaded from. Memory: the deltas of one matrix at a time.
     ///
     /// # Errors
-    /// [`AdapterError::WrongBase`] where the adapter was made from other weights; a list of all targets that the model has not.
+    /// [`AdapterError::WrongBase`] if the adapter was made from other weights; otherwise a list of all targets that
+    /// the model does not have.
     pub fn apply(
         &mut self,
         ctx: &Context<'_>,
@@ -37,7 +38,7 @@ impl<D: Device> Model<D> {
     }
 }
 
-/// Where deltas come from.
+/// The source of the deltas.
 struct Source<'a, D: Device> {
     ctx: &'a Context<'a>,
     device: &'a D,
@@ -62,7 +63,7 @@ impl<D: Device> Source<'_, D> {
         Ok(())
     }
 
-    /// The deltas of these parts, scaled.
+    /// The scaled deltas of these parts.
     fn deltas(&self, mut entries: Entries, parts: &[Part]) -> Result<Option<Deltas<D>>, TrainError> {
         let Self { ctx, device, base, adapter, scale } = self;
         let mut theta = Vec::new();
@@ -72,13 +73,13 @@ impl<D: Device> Source<'_, D> {
                 continue;
             };
             let deltas = adapter.read_rows(ctx, target, 0..target.layout.n_rows())?;
-            let stored = anchored(ctx, base, target, &deltas.columns)?.ok_or_else(|| {
+            let stored = verified_originals(ctx, base, target, &deltas.columns)?.ok_or_else(|| {
                 AdapterError::other_base("the adapter", adapter.path(), &target.name, adapter.base(), base)
             })?;
             entries.push(part, &deltas.columns, stored);
             theta.extend(deltas.values.iter().map(|value| value * scale));
         }
-        // Nothing is trained: no state.
+        // Nothing is trained here, so no optimizer state is needed.
         let Some(mut deltas) = entries.upload(*device, 1)? else { return Ok(None) };
         device.write(&theta, &mut deltas.theta)?;
         Ok(Some(deltas))

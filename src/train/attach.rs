@@ -1,7 +1,7 @@
-//! What of a loaded model is trained: the entries that a mask chose, and biases whole.
+//! Selects the trainable parts of a loaded model: the entries that a mask chose, and whole biases.
 //!
-//! A bias is trained as the matrix `[d_out, 1]` that an adapter takes it for, every entry of it: what holds for the deltas of weights
-//! (their state, their optimizer, their rounding) holds for it.
+//! A bias is trained as a matrix `[d_out, 1]`, which is also how an adapter stores it; every entry is trainable.
+//! State, optimizer and rounding work as for the deltas of weights.
 
 use std::path::Path;
 
@@ -17,27 +17,27 @@ use crate::{
     tensor::{Dtype, RowColumns, RowLayout, dtype_name, module_of},
 };
 
-/// The biases that `base` has of the projections that `mask` chose, by name. Reads headers only.
+/// The biases in `base` of the projections that `mask` chose, found by name. Reads headers only.
 ///
 /// # Errors
-/// [`TrainError::Usage`] where there are none.
+/// [`TrainError::Usage`] if there are none.
 pub fn biases<'b>(base: &'b Checkpoint, mask: &MaskFile) -> Result<Vec<TensorRef<'b>>, TrainError> {
     let names = mask.targets().iter().map(|target| bias_of(&target.name));
     let found: Vec<_> = names.filter_map(|name| base.tensor(&name)).collect();
     if found.is_empty() {
-        let what = "the chosen projections have no bias: an adapter can only add to tensors that exist";
+        let what = "the chosen projections have no biases, and an adapter can only add to existing tensors";
         return Err(TrainError::Usage(format!("{}: {what}", Printable::path(base.root()))));
     }
     Ok(found)
 }
 
-/// The name of the bias beside a weight.
+/// The name of the bias that belongs to a weight.
 pub(super) fn bias_of(weight: &str) -> String {
     format!("{}.bias", module_of(weight))
 }
 
-/// A vector's columns: each row has one.
-pub(super) fn whole(n_rows: usize) -> RowColumns {
+/// The columns of a bias: one per row.
+pub(super) fn bias_columns(n_rows: usize) -> RowColumns {
     RowColumns::uniform(vec![0; n_rows], 1)
 }
 
@@ -49,10 +49,11 @@ pub(super) enum Targets {
 }
 
 impl<D: Device> Model<D> {
-    /// Makes the entries that `mask` chose trainable, at zero.
+    /// Makes the entries that `mask` chose trainable, initialized to zero.
     ///
     /// # Errors
-    /// [`AdapterError::WrongBase`] where the mask was made from other weights; a list of all targets that cannot be trained.
+    /// [`AdapterError::WrongBase`] if the mask was made from other weights; otherwise a list of all targets that
+    /// cannot be trained.
     pub fn attach(
         &mut self,
         ctx: &Context<'_>,
@@ -68,7 +69,7 @@ impl<D: Device> Model<D> {
                     None => entries.skip(part),
                     Some(target) => {
                         let columns = mask.read_columns(ctx, target, 0..target.layout.n_rows())?;
-                        let stored = anchored(ctx, base, target, &columns)?.ok_or_else(|| {
+                        let stored = verified_originals(ctx, base, target, &columns)?.ok_or_else(|| {
                             AdapterError::other_base("the mask", mask.path(), &target.name, mask.base(), base)
                         })?;
                         entries.push(part, &columns, stored)
@@ -80,10 +81,10 @@ impl<D: Device> Model<D> {
         Ok(base.unchanged()?)
     }
 
-    /// Makes the biases of the projections that `mask` chose trainable too, where there are any, at zero.
+    /// Also makes the biases of the projections that `mask` chose trainable, where they exist, initialized to zero.
     ///
     /// # Errors
-    /// Those of [`biases`]; biases side by side that have different types.
+    /// The errors of [`biases`]; fused biases that have different dtypes.
     pub fn attach_biases(
         &mut self,
         ctx: &Context<'_>,
@@ -98,8 +99,8 @@ impl<D: Device> Model<D> {
                 part.entries = match base.tensor(&part.name).filter(|_| mask.target(&weight.name).is_some()) {
                     None => entries.skip(part),
                     Some(tensor) => {
-                        let columns = whole(part.rows.len());
-                        entries.push(part, &columns, gather_rows(ctx, tensor, vector(tensor), 0, &columns)?)
+                        let columns = bias_columns(part.rows.len());
+                        entries.push(part, &columns, gather_rows(ctx, tensor, bias_layout(tensor), 0, &columns)?)
                     }
                 };
             }
@@ -108,7 +109,8 @@ impl<D: Device> Model<D> {
         Ok(base.unchanged()?)
     }
 
-    /// Proves that targets of a mask or an adapter, read from `path`, are projections of this model, or their biases.
+    /// Checks that the targets of a mask or an adapter, read from `path`, are projections of this model or their
+    /// biases.
     pub(super) fn check_targets(
         &self,
         base: &Checkpoint,
@@ -125,10 +127,10 @@ impl<D: Device> Model<D> {
             let why = match base.tensor(&target.name) {
                 None => "the base has no such tensor".to_owned(),
                 Some(_) if is_bias && allowed == Targets::Weights => {
-                    "biases are trained whole, without a mask".to_owned()
+                    "biases are trained as a whole, not through a mask".to_owned()
                 }
-                Some(_) if !is_weight && !is_bias => "only projections inside of layers are trained".to_owned(),
-                Some(_) if target.transposed => "only weights stored as [d_out, d_in] are trained".to_owned(),
+                Some(_) if !is_weight && !is_bias => "only projections inside layers can be trained".to_owned(),
+                Some(_) if target.transposed => "only weights stored as [d_out, d_in] can be trained".to_owned(),
                 Some(found) if (found.info.dtype, &found.info.shape) != (target.dtype, &target.shape) => format!(
                     "it was made for {} {:?}, the base has {} {:?}",
                     dtype_name(target.dtype),
@@ -147,13 +149,14 @@ impl<D: Device> Model<D> {
     }
 }
 
-/// A bias as rows.
-pub(super) fn vector(bias: TensorRef<'_>) -> RowLayout {
+/// The row layout of a bias.
+pub(super) fn bias_layout(bias: TensorRef<'_>) -> RowLayout {
     RowLayout::new(&bias.info.shape, false).expect("the shapes of biases were checked")
 }
 
-/// The base's elements at all columns of a target, or none where they are not those that the target's file was made from.
-pub(super) fn anchored(
+/// The base's elements at all columns of a target, or `None` if they differ from those the target's file was made
+/// from.
+pub(super) fn verified_originals(
     ctx: &Context<'_>,
     base: &Checkpoint,
     target: &TargetInfo,
@@ -164,7 +167,7 @@ pub(super) fn anchored(
     Ok((blake3::hash(&stored) == target.anchor).then_some(stored))
 }
 
-/// Entries of the parts of a matrix, one part below the other.
+/// Entries of the parts of a matrix; the parts are stacked by rows.
 pub(super) struct Entries {
     dtype: Dtype,
     offsets: Vec<u32>,
@@ -173,35 +176,35 @@ pub(super) struct Entries {
 }
 
 impl Entries {
-    /// No rows yet, of a matrix of this type.
+    /// Entries without any rows yet, for a matrix of this dtype.
     pub(super) fn new(dtype: Dtype) -> Self {
         Self { dtype, offsets: vec![0], columns: Vec::new(), originals: Vec::new() }
     }
 
-    /// No rows yet, of biases one below the other.
+    /// Entries without any rows yet, for biases that are stacked by rows.
     ///
     /// # Errors
-    /// Biases of different types.
+    /// The biases have different dtypes.
     pub(super) fn of_biases(base: &Checkpoint, parts: &[Part]) -> Result<Self, TrainError> {
         let mut found = parts.iter().filter_map(|part| base.tensor(&part.name));
         let Some(first) = found.next() else { return Ok(Self::new(Dtype::F32)) };
         if let Some(other) = found.find(|other| other.info.dtype != first.info.dtype) {
             let [one, two] = [first, other].map(|bias| (Printable(&bias.info.name), dtype_name(bias.info.dtype)));
             let what =
-                format!("\"{}\" is {}, \"{}\" is {}: biases side by side need one type", one.0, one.1, two.0, two.1);
+                format!("\"{}\" is {}, \"{}\" is {}: fused biases must have the same type", one.0, one.1, two.0, two.1);
             return Err(TrainError::Usage(what));
         }
         Ok(Self::new(first.info.dtype))
     }
 
-    /// Adds the rows of a part that has no entries.
+    /// Appends the rows of a part that has no entries.
     pub(super) fn skip(&mut self, part: &Part) -> std::ops::Range<usize> {
         let at = self.columns.len();
         self.offsets.resize(self.offsets.len() + part.rows.len(), at as u32);
         at..at
     }
 
-    /// Adds the rows of a part, and the base's elements at its columns; returns where its entries are.
+    /// Appends the rows of a part with the base's elements at its columns; returns the range of its entries.
     pub(super) fn push(&mut self, part: &Part, columns: &RowColumns, stored: Vec<u8>) -> std::ops::Range<usize> {
         assert_eq!(columns.n_rows(), part.rows.len(), "shapes were checked");
         let first = self.columns.len();
@@ -216,19 +219,18 @@ impl Entries {
         self.upload(device, n_state)
     }
 
-    /// Copies the entries to the device, with a gradient and means for `n_state` of them; none where there are no entries.
+    /// Copies the entries to the device and allocates a gradient and the optimizer's moments for `n_state` of them;
+    /// `None` if there are no entries.
     ///
     /// # Errors
-    /// The device's, or too many entries.
+    /// Errors of the device; too many entries.
     pub(super) fn upload<D: Device>(self, device: &D, n_state: usize) -> Result<Option<Deltas<D>>, TrainError> {
         let nnz = self.columns.len();
         if nnz == 0 {
             return Ok(None);
         }
         if u32::try_from(nnz).is_err() {
-            return Err(TrainError::Usage(format!(
-                "{nnz} entries of one matrix, at most 2^32 can be trained or added"
-            )));
+            return Err(TrainError::Usage(format!("{nnz} entries of one matrix, at most 2^32 are supported")));
         }
         let mut originals = device.weight(self.dtype, 1, nnz)?;
         device.write_rows(&mut originals, 0, &self.originals)?;

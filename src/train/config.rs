@@ -1,15 +1,15 @@
-//! What `config.json` says of a model, checked: the shapes of its passes.
+//! Reads and checks `config.json`: the model shapes that the passes need.
 
 use serde_json::{Map, Value};
 
 use super::TrainError;
 use crate::checkpoint::{Checkpoint, Printable};
 
-/// Values of `model_type` that the passes are right for.
+/// The values of `model_type` that the passes support.
 pub const ARCHITECTURES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
-/// Rows longer than this are no model's.
-const MOST: u64 = 1 << 24;
+/// Upper limit of every size in the configuration.
+const MAX_SIZE: u64 = 1 << 24;
 
 /// The shape of a decoder of the Llama family.
 #[derive(Clone, PartialEq, Debug)]
@@ -22,23 +22,23 @@ pub struct ModelConfig {
     pub d_ff: usize,
     /// Decoder layers.
     pub n_layers: usize,
-    /// How attention is split.
+    /// How attention is split into heads.
     pub heads: Heads,
     /// Rows of the embedding table and of the head.
     pub n_vocab: usize,
     /// Added to the mean square in every RMS norm.
     pub norm_eps: f32,
-    /// How positions turn queries and keys.
+    /// The rotary position embeddings.
     pub rope: Rope,
-    /// Whether the head is the embedding table.
+    /// Whether the head shares the embedding table.
     pub is_tied: bool,
-    /// Whether queries and keys have a norm of their own (Qwen3).
+    /// Whether queries and keys have their own norms (Qwen3).
     pub has_head_norms: bool,
-    /// The most tokens of an example: the model's own limit, or the window of its attention where that is shorter.
+    /// The maximum number of tokens in an example: the model's own limit, or its attention window if that is shorter.
     pub max_positions: usize,
 }
 
-/// How a token's queries, keys and values lie in one row: `[q | k | v]`, head after head.
+/// How a token's queries, keys and values are laid out in one row: `[q | k | v]`, one head after another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Heads {
     /// Query heads.
@@ -73,21 +73,21 @@ impl Heads {
 pub struct Rope {
     /// The base of the frequencies.
     pub theta: f64,
-    /// How the frequencies are changed for longer contexts.
+    /// How the frequencies are scaled for longer contexts.
     pub scaling: RopeScaling,
 }
 
-/// How a model's rotation frequencies were changed for longer contexts.
+/// The scaling of a model's rotary frequencies for longer contexts.
 #[derive(Clone, PartialEq, Debug)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     Default,
-    /// All are divided by a factor.
+    /// All frequencies are divided by a factor.
     Linear {
         /// The factor.
         factor: f64,
     },
-    /// Llama 3.1: low frequencies are divided by a factor, high ones are kept, those between are blended.
+    /// Llama 3.1: low frequencies are divided by a factor, high ones are kept, those in between are interpolated.
     Llama3 {
         /// The factor.
         factor: f64,
@@ -95,7 +95,7 @@ pub enum RopeScaling {
         low: f64,
         /// Wavelengths below `original / high` are high frequencies.
         high: f64,
-        /// Positions of the model before.
+        /// The context length before scaling, in positions.
         original: f64,
     },
 }
@@ -112,9 +112,9 @@ impl Rope {
                     RopeScaling::Default => plain,
                     RopeScaling::Linear { factor } => plain / factor,
                     RopeScaling::Llama3 { factor, low, high, original } => {
-                        let turns = original * plain / std::f64::consts::TAU;
-                        let share = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                        (1.0 - share) * plain / factor + share * plain
+                        let rotations = original * plain / std::f64::consts::TAU;
+                        let fraction = ((rotations - low) / (high - low)).clamp(0.0, 1.0);
+                        (1.0 - fraction) * plain / factor + fraction * plain
                     }
                 };
                 scaled as f32
@@ -124,17 +124,17 @@ impl Rope {
 }
 
 impl ModelConfig {
-    /// Rows of all matrices inside of layers.
+    /// Rows of all matrices inside the layers.
     pub fn n_rows(&self) -> usize {
         (self.heads.d_qkv() + 2 * self.d_ff + 2 * self.d_model) * self.n_layers
     }
 
-    /// Reads the configuration of `checkpoint`, in the form that transformers 5 writes (`rope_parameters`) or in the older one
-    /// (`rope_theta`, `rope_scaling`).
+    /// Reads the configuration of `checkpoint`, in the form that transformers 5 writes (`rope_parameters`) or in the
+    /// older one (`rope_theta`, `rope_scaling`).
     ///
     /// # Errors
-    /// [`TrainError::Architecture`] names what can be trained; [`TrainError::Config`] names the field that is missing or that
-    /// asks for what the passes do not do.
+    /// [`TrainError::Architecture`] lists the supported model types; [`TrainError::Config`] names the field that is
+    /// missing or whose value the passes do not support.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self, TrainError> {
         let model_type = checkpoint.model_type().unwrap_or_default();
         if !ARCHITECTURES.contains(&model_type) {
@@ -149,7 +149,7 @@ impl ModelConfig {
         let (d_model, n_q) = (fields.size("hidden_size")?, fields.size("num_attention_heads")?);
         let n_kv = fields.size_or("num_key_value_heads", n_q)?;
         if fields.present("head_dim").is_none() && d_model % n_q != 0 {
-            return Err(format!("`hidden_size` is {d_model}, a multiple of `num_attention_heads` ({n_q}) is needed"));
+            return Err(format!("`hidden_size` is {d_model}, expected a multiple of `num_attention_heads` ({n_q})"));
         }
         let d_head = fields.size_or("head_dim", d_model / n_q)?;
         if n_q % n_kv != 0 {
@@ -158,10 +158,10 @@ impl ModelConfig {
             ));
         }
         if d_head % 2 != 0 {
-            return Err(format!("`head_dim` is {d_head}, an even number is needed"));
+            return Err(format!("`head_dim` is {d_head}, expected an even number"));
         }
         fields.is("hidden_act", "silu", &["silu", "swish"])?;
-        let max_positions = fields.size_or("max_position_embeddings", MOST as usize)?;
+        let max_positions = fields.size_or("max_position_embeddings", MAX_SIZE as usize)?;
         let window = match config.get("sliding_window") {
             Some(Value::Number(_)) if fields.flag("use_sliding_window", model_type == "mistral")? => {
                 fields.size("sliding_window")?
@@ -193,7 +193,7 @@ impl Rope {
         let object = |name: &str| match config.get(name) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Object(fields)) => Ok(Some(fields)),
-            Some(other) => Err(format!("`{name}` is {other}, an object is needed")),
+            Some(other) => Err(format!("`{name}` is {other}, expected an object")),
         };
         let scaling = match object("rope_parameters")? {
             Some(parameters) => Some(parameters),
@@ -207,7 +207,7 @@ impl Rope {
         };
         let partial = Fields(config).number_or("partial_rotary_factor", 1.0)?;
         if fields.number_or("partial_rotary_factor", partial)? != 1.0 {
-            return Err("`partial_rotary_factor` is not 1: heads that are turned in part are not known".to_owned());
+            return Err("`partial_rotary_factor` is not 1: partly rotated heads are not supported".to_owned());
         }
         let kind = ["rope_type", "type"].iter().find_map(|name| fields.0.get(*name)?.as_str()).unwrap_or("default");
         let scaling = match kind {
@@ -216,7 +216,7 @@ impl Rope {
             "llama3" => {
                 let (low, high) = (fields.positive("low_freq_factor")?, fields.positive("high_freq_factor")?);
                 if high <= low {
-                    return Err(format!("`high_freq_factor` is {high}, more than `low_freq_factor` ({low}) is needed"));
+                    return Err(format!("`high_freq_factor` is {high}, expected more than `low_freq_factor` ({low})"));
                 }
                 let (factor, original) =
                     (fields.positive("factor")?, fields.positive("original_max_position_embeddings")?);
@@ -224,14 +224,14 @@ impl Rope {
             }
             other => {
                 let other = Printable(other);
-                return Err(format!("rope scaling `{other}` is not known: default, linear and llama3 are"));
+                return Err(format!("rope scaling `{other}` is not supported; default, linear and llama3 are"));
             }
         };
         Ok(Self { theta, scaling })
     }
 }
 
-/// Fields of a JSON object, each error naming its field.
+/// Accessors of a JSON object's fields; each error names its field.
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl Fields<'_> {
@@ -241,8 +241,9 @@ impl Fields<'_> {
 
     fn size(&self, name: &str) -> Result<usize, String> {
         let value = self.present(name).ok_or_else(|| format!("`{name}` is missing"))?;
-        let size = value.as_u64().filter(|size| (1..=MOST).contains(size));
-        size.map(|size| size as usize).ok_or_else(|| format!("`{name}` is {value}, a size up to {MOST} is needed"))
+        let size = value.as_u64().filter(|size| (1..=MAX_SIZE).contains(size));
+        size.map(|size| size as usize)
+            .ok_or_else(|| format!("`{name}` is {value}, expected a size from 1 to {MAX_SIZE}"))
     }
 
     fn size_or(&self, name: &str, default: usize) -> Result<usize, String> {
@@ -251,18 +252,18 @@ impl Fields<'_> {
 
     fn number(&self, name: &str) -> Result<f64, String> {
         let value = self.present(name).ok_or_else(|| format!("`{name}` is missing"))?;
-        value.as_f64().ok_or_else(|| format!("`{name}` is {value}, a number is needed"))
+        value.as_f64().ok_or_else(|| format!("`{name}` is {value}, expected a number"))
     }
 
     fn number_or(&self, name: &str, default: f64) -> Result<f64, String> {
         if self.present(name).is_some() { self.number(name) } else { Ok(default) }
     }
 
-    /// A number above zero, in float32 too: what the passes compute with.
+    /// A number that is positive and finite, also in float32, the precision of the passes.
     fn positive(&self, name: &str) -> Result<f64, String> {
         let number = self.number(name)?;
         let is_positive = number as f32 > 0.0 && (number as f32).is_finite();
-        is_positive.then_some(number).ok_or_else(|| format!("`{name}` is {number}, a positive number is needed"))
+        is_positive.then_some(number).ok_or_else(|| format!("`{name}` is {number}, expected a positive number"))
     }
 
     fn positive_or(&self, name: &str, default: f64) -> Result<f64, String> {
@@ -272,7 +273,7 @@ impl Fields<'_> {
     fn flag(&self, name: &str, default: bool) -> Result<bool, String> {
         match self.present(name) {
             None => Ok(default),
-            Some(value) => value.as_bool().ok_or_else(|| format!("`{name}` is {value}, true or false is needed")),
+            Some(value) => value.as_bool().ok_or_else(|| format!("`{name}` is {value}, expected true or false")),
         }
     }
 
@@ -281,7 +282,7 @@ impl Fields<'_> {
         if found.is_some_and(|found| known.contains(&found)) {
             return Ok(());
         }
-        Err(format!("`{name}` is {}, only {} is known", self.0[name], known[0]))
+        Err(format!("`{name}` is {}, only {} is supported", self.0[name], known[0]))
     }
 }
 
@@ -324,7 +325,7 @@ mod tests {
             Rope { theta: 500_000.0, scaling }.frequencies(128),
         );
         assert_eq!(plain[0], 1.0);
-        // 8192 positions make 1304 turns at the first frequency, 0.003 at the last.
+        // 8192 positions make 1304 full rotations at the first frequency, 0.003 at the last.
         assert_eq!(scaled[0], plain[0]);
         assert_eq!(scaled[63], plain[63] / 8.0);
         assert!(scaled.iter().zip(&plain).all(|(s, p)| *s <= *p && *s >= *p / 8.0));
@@ -338,25 +339,25 @@ mod tests {
     }
 
     #[test]
-    fn what_the_passes_do_not_do_is_refused_by_name() {
-        let said = |more: Value| read(more).unwrap_err();
-        assert_eq!(said(json!({"hidden_act": "gelu"})), "`hidden_act` is \"gelu\", only silu is known");
+    fn unsupported_configurations_name_the_field() {
+        let message = |more: Value| read(more).unwrap_err();
+        assert_eq!(message(json!({"hidden_act": "gelu"})), "`hidden_act` is \"gelu\", only silu is supported");
         assert_eq!(
-            said(json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})),
-            "rope scaling `yarn` is not known: default, linear and llama3 are"
+            message(json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})),
+            "rope scaling `yarn` is not supported; default, linear and llama3 are"
         );
-        assert_eq!(said(json!({"rope_scaling": {"type": "linear"}})), "`factor` is missing");
-        assert_eq!(said(json!({"vocab_size": null})), "`vocab_size` is missing");
-        assert_eq!(said(json!({"vocab_size": 1.5})), "`vocab_size` is 1.5, a size up to 16777216 is needed");
+        assert_eq!(message(json!({"rope_scaling": {"type": "linear"}})), "`factor` is missing");
+        assert_eq!(message(json!({"vocab_size": null})), "`vocab_size` is missing");
+        assert_eq!(message(json!({"vocab_size": 1.5})), "`vocab_size` is 1.5, expected a size from 1 to 16777216");
         assert_eq!(
-            said(json!({"num_key_value_heads": 3})),
+            message(json!({"num_key_value_heads": 3})),
             "`num_key_value_heads` is 3: 8 attention heads cannot share 3 key heads evenly"
         );
-        assert!(said(json!({"partial_rotary_factor": 0.5})).contains("partial_rotary_factor"));
+        assert!(message(json!({"partial_rotary_factor": 0.5})).contains("partial_rotary_factor"));
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_key() {
+    fn invalid_values_name_the_field() {
         let linear = |factor: Value| json!({"rope_scaling": {"type": "linear", "factor": factor}});
         let llama3 = |name: &str, number: f64| {
             let mut scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -387,13 +388,13 @@ mod tests {
             (json!({"hidden_size": 0}), "hidden_size"),
             (json!({"num_hidden_layers": 0}), "num_hidden_layers"),
         ] {
-            let said = read(more.clone()).expect_err("it makes no sense");
-            assert!(said.starts_with(&format!("`{key}` is ")), "{more}: {said}");
+            let message = read(more.clone()).expect_err("the value is invalid");
+            assert!(message.starts_with(&format!("`{key}` is ")), "{more}: {message}");
         }
     }
 
     #[test]
-    fn a_window_limits_examples() {
+    fn the_attention_window_limits_the_example_length() {
         let config = json!({
             "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 8,
             "vocab_size": 320, "max_position_embeddings": 32768, "sliding_window": 4096

@@ -1,4 +1,4 @@
-//! What can go wrong while training and evaluating.
+//! Errors of training and evaluation.
 
 use std::path::{Path, PathBuf};
 
@@ -11,22 +11,22 @@ use crate::{
     mask::MaskError,
 };
 
-/// An operation that a device could not do.
+/// An operation that failed on a device.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// Too little memory on the device.
-    #[error("the device has no room for {n_bytes} bytes of {what}")]
+    /// Not enough memory on the device.
+    #[error("out of device memory: cannot allocate {n_bytes} bytes for {what}")]
     OutOfMemory {
-        /// What it was for.
+        /// The purpose of the allocation.
         what: &'static str,
-        /// How much was asked for.
+        /// The requested size.
         n_bytes: u64,
     },
-    /// A request that the device cannot serve.
+    /// A request that the device does not support.
     #[error("{0}")]
     Failed(String),
-    /// The accelerator's.
+    /// An error of the accelerator.
     #[error(transparent)]
     Accelerator(#[from] AcceleratorError),
 }
@@ -41,11 +41,11 @@ impl Failure for DeviceError {
     }
 }
 
-/// What can go wrong while training and evaluating. What was saved before stays.
+/// Errors of training and evaluation. Files that were saved before an error remain.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// A file could not be read or written, or is not what it should be.
+    /// A file could not be read or written, or is invalid.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The mask cannot be used.
@@ -57,75 +57,75 @@ pub enum TrainError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A model that the passes are not right for.
+    /// An architecture that the passes do not support.
     #[error("{}: model type {} cannot be trained; {} can", Printable::path(.path), quoted(.found), ARCHITECTURES.join(", "))]
     Architecture {
         /// The checkpoint.
         path: PathBuf,
-        /// Its `model_type`, empty where it has none.
+        /// Its `model_type`; empty if it has none.
         found: String,
     },
-    /// A configuration that is incomplete, or asks for what the passes do not do.
+    /// A configuration that is incomplete, or has values that the passes do not support.
     #[error("{}: {what}", Printable::path(.path))]
     Config {
         /// `config.json`.
         path: PathBuf,
-        /// The field, found and expected.
+        /// The field, with its value and what was expected.
         what: String,
     },
-    /// Tensors that the model's passes need and do not find, or find and do not know.
+    /// Tensors that the model needs and are missing, or that it does not have.
     #[error("{}: {what}:{}", Printable::path(.path), indented_list(.problems))]
     Tensors {
         /// The checkpoint, mask or state.
         path: PathBuf,
-        /// What the list is about.
+        /// What is wrong with the tensors.
         what: &'static str,
-        /// One line for each tensor.
+        /// One line per tensor.
         problems: Vec<String>,
     },
-    /// The loss or a gradient is no number any more.
+    /// The loss or a gradient is no longer finite.
     #[error("step {step}, batch {batch}: the loss is {loss}; the first tensor that is not finite is {tensor}")]
     NotFinite {
-        /// Optimizer steps begun, from 1.
+        /// The number of the optimizer step, from 1.
         step: u64,
-        /// The batch in its epoch, from 0.
+        /// The batch within its epoch, from 0.
         batch: u64,
-        /// What the loss was.
+        /// The value of the loss.
         loss: f64,
-        /// Where the trouble begins.
+        /// The first tensor that is not finite.
         tensor: String,
     },
-    /// A model that computes no numbers: its weights or its configuration are broken.
+    /// A model whose results are not finite: its weights or its configuration are broken.
     #[error("the {what} is {found}; the first tensor that is not finite is {tensor}")]
     NotANumber {
-        /// What was computed: a loss, a likelihood.
+        /// The value computed: a loss, a likelihood.
         what: &'static str,
-        /// What it was.
+        /// Its value.
         found: f64,
-        /// Where the trouble begins.
+        /// The first tensor that is not finite.
         tensor: String,
     },
-    /// The state of another run cannot be resumed.
+    /// The saved state belongs to another run.
     #[error("{}: cannot be resumed: {what}", Printable::path(.path))]
     OtherRun {
         /// The state file.
         path: PathBuf,
-        /// What differs, saved and asked for.
+        /// The fields that differ, saved and requested.
         what: String,
     },
     /// The user stopped the run; its state was saved.
-    #[error("stopped after step {step}; `--resume` goes on from there")]
+    #[error("stopped after step {step}; `--resume` continues from there")]
     Stopped {
-        /// Optimizer steps done.
+        /// Optimizer steps completed.
         step: u64,
     },
-    /// A request that makes no sense, whatever the files hold.
+    /// An invalid request, whatever the files contain.
     #[error("{0}")]
     Usage(String),
 }
 
 fn quoted(model_type: &str) -> String {
-    if model_type.is_empty() { "that is not told".to_owned() } else { format!("`{}`", Printable(model_type)) }
+    if model_type.is_empty() { "(none)".to_owned() } else { format!("`{}`", Printable(model_type)) }
 }
 
 impl Failure for TrainError {

@@ -1,13 +1,13 @@
-//! What a model makes of text: its mean loss, the likelihoods of given answers, and what it would write itself.
+//! Evaluates a model on text: its mean loss, the likelihoods of given answers, and greedy generation.
 //!
-//! Sequences that go on keep their keys and values ([`Session`]): a prompt is read once, however many tokens or candidates follow.
+//! A [`Session`] caches keys and values: a prompt is processed once, however many tokens or candidates follow.
 
 use super::{
     TrainError,
     device::{Device, Spans},
     memory::EvalSize,
     model::Model,
-    pass::{DeviceBatch, Keep, Workspace, first_not_finite, forward, losses, losses_at, most_likely, run_layers},
+    pass::{DeviceBatch, Keep, Workspace, first_non_finite, forward, losses, losses_at, most_likely, run_layers},
 };
 use crate::{checkpoint::Context, data::Batch};
 
@@ -20,14 +20,14 @@ pub struct MeanLoss {
     pub n_supervised: u64,
 }
 
-/// The mean loss over batches, added up in their order in float64.
+/// The mean loss over batches, summed in order in float64.
 ///
 /// # Errors
-/// [`TrainError::NotANumber`] for the first batch whose loss is not finite; the device's, or
+/// [`TrainError::NotANumber`] for the first batch whose loss is not finite; errors of the device;
 /// [`crate::checkpoint::CheckpointError::Cancelled`].
 ///
 /// # Panics
-/// Where a batch has more tokens than the workspace has room for.
+/// If a batch has more tokens than the workspace allows.
 pub fn mean_loss<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -52,7 +52,8 @@ pub fn mean_loss<D: Device>(
     Ok(MeanLoss { loss: sum / n_supervised as f64, n_supervised })
 }
 
-/// The error for a batch whose loss is not finite: the pass is repeated with all layers' inputs kept, to find where it begins.
+/// The error for a batch whose loss is not finite: repeats the forward pass with all layer inputs kept, to find the
+/// first such tensor.
 fn not_a_number<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -62,18 +63,18 @@ fn not_a_number<D: Device>(
     let n_tokens = batch.spans.n_tokens();
     let mut work = Workspace::new(device, &model.config, n_tokens, Keep::Inputs)?;
     forward(device, model, batch, &mut work)?;
-    let tensor = first_not_finite(device, model, n_tokens, &work)?;
+    let tensor = first_non_finite(device, model, n_tokens, &work)?;
     Ok(TrainError::NotANumber { what: "loss", found, tensor })
 }
 
-/// Sequences that go on, and their keys and values.
+/// Sequences with their cached keys and values.
 struct Session<'a, D: Device> {
     device: &'a D,
     model: &'a Model<D>,
     /// `[n_layers]`: `[n_sequences, capacity, 2 * d_kv]`.
     caches: Vec<D::Act>,
     capacity: usize,
-    /// `[n_sequences]`: tokens read.
+    /// `[n_sequences]`: tokens processed so far.
     past: Vec<usize>,
 }
 
@@ -84,7 +85,8 @@ impl<'a, D: Device> Session<'a, D> {
         Ok(Self { device, model, caches, capacity, past: vec![0; n_sequences] })
     }
 
-    /// Reads the next tokens of every sequence, none or some; returns where each one's begin in the workspace.
+    /// Processes the next tokens of every sequence, possibly none; returns where the tokens of each begin in the
+    /// workspace.
     fn read<T: AsRef<[u32]>>(&mut self, tokens: &[T], work: &mut Workspace<D>) -> Result<Vec<usize>, TrainError> {
         let Self { device, model, caches, capacity, past } = self;
         let mut starts = vec![0];
@@ -103,7 +105,7 @@ impl<'a, D: Device> Session<'a, D> {
         Ok(starts)
     }
 
-    /// A session whose sequence `i` goes on from what this one's sequence `from[i]` has read, with room for `more` tokens.
+    /// A session whose sequence `i` continues from this session's sequence `from[i]`, with capacity for `more` tokens.
     fn fork(&self, from: &[usize], more: usize) -> Result<Self, TrainError> {
         let longest = from.iter().map(|&i| self.past[i]).max().unwrap_or(0);
         let mut fork = Self::new(self.device, self.model, from.len(), longest + more)?;
@@ -119,10 +121,10 @@ impl<'a, D: Device> Session<'a, D> {
     }
 }
 
-/// A prompt, and the answers that are compared.
+/// A prompt, and the candidate answers to compare.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Question {
-    /// What comes before the answer, at least one token.
+    /// The tokens before the answer, at least one.
     pub prompt: Vec<u32>,
     /// The answers, each at least one token.
     pub candidates: Vec<Vec<u32>>,
@@ -134,7 +136,7 @@ impl Question {
         self.prompt.len() + self.candidates.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// How many tokens all candidates begin with alike; each keeps at least one of its own.
+    /// Length of the common prefix of all candidates, leaving each at least one token of its own.
     fn n_shared(&self) -> usize {
         let Some((first, others)) = self.candidates.split_first() else { return 0 };
         let same = |i: usize| others.iter().all(|other| other.get(i) == first.get(i));
@@ -143,31 +145,32 @@ impl Question {
     }
 }
 
-/// Runs of items whose sizes add up to at most `most`; an item that is larger is a run of its own.
-fn runs(sizes: &[usize], most: usize) -> Vec<std::ops::Range<usize>> {
-    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    let mut room = 0;
+/// Groups consecutive items whose sizes add up to at most `most`; an item that is larger is a group of its own.
+fn group_by_size(sizes: &[usize], most: usize) -> Vec<std::ops::Range<usize>> {
+    let mut groups: Vec<std::ops::Range<usize>> = Vec::new();
+    let mut remaining = 0;
     for (i, &size) in sizes.iter().enumerate() {
-        match runs.last_mut().filter(|_| size <= room) {
-            Some(run) => (run.end, room) = (i + 1, room - size),
+        match groups.last_mut().filter(|_| size <= remaining) {
+            Some(run) => (run.end, remaining) = (i + 1, remaining - size),
             None => {
-                runs.push(i..i + 1);
-                room = most.saturating_sub(size);
+                groups.push(i..i + 1);
+                remaining = most.saturating_sub(size);
             }
         }
     }
-    runs
+    groups
 }
 
-/// The log-likelihood of each candidate of each question after its prompt, summed over its tokens.
+/// The log-likelihood of each candidate of each question given its prompt, summed over its tokens.
 ///
 /// Memory: keys and values of about `max_tokens` tokens, once for the prompts and once for each candidate.
 ///
 /// # Errors
-/// [`TrainError::NotANumber`] where a likelihood is not finite; the device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
+/// [`TrainError::NotANumber`] if a likelihood is not finite; errors of the device;
+/// [`crate::checkpoint::CheckpointError::Cancelled`].
 ///
 /// # Panics
-/// Where a prompt or a candidate is empty.
+/// If a prompt or a candidate is empty.
 pub fn rank<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -179,7 +182,7 @@ pub fn rank<D: Device>(
     let most = sizes.iter().copied().max().unwrap_or(0).max(max_tokens);
     let mut work = Workspace::new(device, &model.config, most, Keep::Nothing)?;
     let mut ranked = Vec::with_capacity(questions.len());
-    for run in runs(&sizes, max_tokens) {
+    for run in group_by_size(&sizes, max_tokens) {
         ctx.check()?;
         let likelihoods = rank_together(device, model, &questions[run.clone()], &mut work)?;
         if let Some(&found) = likelihoods.iter().flatten().find(|likelihood| !likelihood.is_finite()) {
@@ -198,7 +201,7 @@ fn rank_together<D: Device>(
     questions: &[Question],
     work: &mut Workspace<D>,
 ) -> Result<Vec<Vec<f64>>, TrainError> {
-    // What all candidates of a question share is read with its prompt, all but the last token.
+    // The common prefix of a question's candidates is read with its prompt, except for the last token.
     let mut known = Vec::new();
     for question in questions {
         let shared = question.candidates.first().map_or(&[][..], |first| &first[..question.n_shared()]);
@@ -221,7 +224,7 @@ fn rank_together<D: Device>(
         shared[i] -= f64::from(loss);
     }
 
-    // Each candidate goes on by itself.
+    // Each candidate continues in its own sequence.
     let (mut from, mut tails, mut rests) = (Vec::new(), Vec::new(), Vec::new());
     for (i, (question, known)) in questions.iter().zip(&known).enumerate() {
         for candidate in &question.candidates {
@@ -246,10 +249,10 @@ fn rank_together<D: Device>(
 }
 
 impl EvalSize {
-    /// That of [`rank`].
+    /// The size of [`rank`].
     pub fn of_ranking(questions: &[Question], max_tokens: usize) -> Self {
         let sizes: Vec<usize> = questions.iter().map(Question::n_tokens).collect();
-        let most_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(max_tokens);
+        let max_tokens_of_all = sizes.iter().copied().max().unwrap_or(0).max(max_tokens);
         let cached = |run: std::ops::Range<usize>| {
             let run = &questions[run];
             let longest = run.iter().map(|question| question.prompt.len() + question.n_shared()).max().unwrap_or(0);
@@ -257,42 +260,42 @@ impl EvalSize {
             let more = candidates.clone().map(Vec::len).max().unwrap_or(0);
             run.len() * longest + candidates.count() * (longest + more)
         };
-        let n_cached = runs(&sizes, max_tokens).into_iter().map(cached).max().unwrap_or(0);
-        Self { max_tokens: most_tokens_of_all, max_supervised: most_tokens_of_all, n_cached }
+        let n_cached = group_by_size(&sizes, max_tokens).into_iter().map(cached).max().unwrap_or(0);
+        Self { max_tokens: max_tokens_of_all, max_supervised: max_tokens_of_all, n_cached }
     }
 
-    /// That of [`generate`].
+    /// The size of [`generate`].
     pub fn of_answers(prompts: &[Vec<u32>], options: &GenerateOptions) -> Self {
         let mut sizes: Vec<usize> = prompts.iter().map(Vec::len).collect();
         sizes.sort_unstable();
         let max_tokens = sizes.last().copied().unwrap_or(0).max(options.max_tokens);
-        let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.most_new);
-        let all = runs(&sizes, options.max_tokens);
+        let cached = |run: std::ops::Range<usize>| run.len() * (sizes[run.end - 1] + options.max_new_tokens);
+        let all = group_by_size(&sizes, options.max_tokens);
         let max_supervised = all.iter().map(std::ops::Range::len).max().unwrap_or(0);
         Self { max_tokens, max_supervised, n_cached: all.into_iter().map(cached).max().unwrap_or(0) }
     }
 }
 
-/// When a model stops writing.
+/// When generation stops, and how prompts are batched.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct GenerateOptions {
-    /// The most tokens written after each prompt.
-    pub most_new: usize,
-    /// Tokens that end a sequence; not part of what is returned.
+    /// The maximum number of tokens generated per prompt.
+    pub max_new_tokens: usize,
+    /// Tokens that end a sequence; they are not returned.
     pub stop: Vec<u32>,
-    /// Prompts are read together up to so many tokens.
+    /// The maximum number of prompt tokens processed together.
     pub max_tokens: usize,
 }
 
-/// What the model writes after each prompt, the likeliest token each time.
+/// Greedy decoding: the tokens that the model generates after each prompt.
 ///
-/// Memory: keys and values of about [`GenerateOptions::max_tokens`] tokens of prompts, and of what follows them.
+/// Memory: keys and values of about [`GenerateOptions::max_tokens`] prompt tokens, and of the tokens that follow them.
 ///
 /// # Errors
-/// The device's, or [`crate::checkpoint::CheckpointError::Cancelled`].
+/// Errors of the device, or [`crate::checkpoint::CheckpointError::Cancelled`].
 ///
 /// # Panics
-/// Where a prompt is empty.
+/// If a prompt is empty.
 pub fn generate<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -300,19 +303,19 @@ pub fn generate<D: Device>(
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
 ) -> Result<Vec<Vec<u32>>, TrainError> {
-    // Prompts of similar length together: the cache is as wide as the longest of them.
+    // Prompts of similar length share a batch: the cache is as wide as the longest of them.
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|&i| prompts[i].len());
     let sizes: Vec<usize> = order.iter().map(|&i| prompts[i].len()).collect();
     let most = sizes.last().copied().unwrap_or(0).max(options.max_tokens);
     let mut work = Workspace::new(device, &model.config, most, Keep::Nothing)?;
     let mut written = vec![Vec::new(); prompts.len()];
-    for run in runs(&sizes, options.max_tokens) {
+    for run in group_by_size(&sizes, options.max_tokens) {
         let run = &order[run];
-        let capacity = run.iter().map(|&i| prompts[i].len()).max().unwrap_or(0) + options.most_new;
+        let capacity = run.iter().map(|&i| prompts[i].len()).max().unwrap_or(0) + options.max_new_tokens;
         let mut session = Session::new(device, model, run.len(), capacity)?;
         let mut next: Vec<Vec<u32>> = run.iter().map(|&i| prompts[i].clone()).collect();
-        for _ in 0..options.most_new {
+        for _ in 0..options.max_new_tokens {
             ctx.check()?;
             let starts = session.read(&next, &mut work)?;
             let going: Vec<usize> = (0..run.len()).filter(|&i| !next[i].is_empty()).collect();
@@ -339,20 +342,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_all_candidates_begin_with_is_shared() {
+    fn the_common_prefix_of_all_candidates_is_shared() {
         let n_shared = |candidates: &[&[u32]]| {
             let candidates = candidates.iter().map(|candidate| candidate.to_vec()).collect();
             Question { prompt: vec![1], candidates }.n_shared()
         };
         assert_eq!(n_shared(&[&[1, 2, 3], &[1, 2, 4]]), 2);
-        assert_eq!(n_shared(&[&[1, 2], &[1, 2]]), 1, "each keeps one of its own");
+        assert_eq!(n_shared(&[&[1, 2], &[1, 2]]), 1, "each keeps at least one token");
         assert_eq!(n_shared(&[&[1], &[1, 2]]), 0);
         assert_eq!(n_shared(&[&[5, 6, 7]]), 2);
         assert_eq!(n_shared(&[]), 0);
     }
 
     #[test]
-    fn runs_hold_what_fits() {
-        assert_eq!(runs(&[3, 3, 9, 1, 4, 2], 6), [0..2, 2..3, 3..5, 5..6]);
+    fn groups_respect_the_limit() {
+        assert_eq!(group_by_size(&[3, 3, 9, 1, 4, 2], 6), [0..2, 2..3, 3..5, 5..6]);
     }
 }

@@ -1,4 +1,4 @@
-//! What a run will take, told before it begins.
+//! Estimates the memory of a run before it begins.
 
 use serde::Serialize;
 
@@ -9,47 +9,47 @@ use super::{
 };
 use crate::{checkpoint::Checkpoint, tensor::Dtype};
 
-/// Bytes that a run takes, by what they are for.
+/// Bytes that a run needs, by purpose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct MemoryEstimate {
-    /// The model's weights, of the type that they are stored in.
+    /// The model's weights, in their stored dtype.
     pub weights: u64,
-    /// Activations of the largest batch, and what operations need beside them.
+    /// Activations of the largest batch, and the scratch memory of operations.
     pub activations: u64,
-    /// Deltas, gradients, AdamW's means, columns and originals.
+    /// Deltas, gradients, AdamW's moments, columns and original values.
     pub state: u64,
-    /// All of it.
+    /// The sum of all of them.
     pub total: u64,
 }
 
-/// How large a run is.
+/// The size of a run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RunSize {
-    /// Entries of weights that are trained.
+    /// Trained entries of weights.
     pub n_entries: u64,
-    /// Elements of biases that are trained.
+    /// Trained elements of biases.
     pub n_biases: u64,
     /// Tokens of the largest batch.
     pub max_tokens: usize,
-    /// Tokens with a label, of the batch that has most.
+    /// The largest number of labeled tokens in a batch.
     pub max_supervised: usize,
     /// What a forward pass keeps.
     pub keep: Keep,
 }
 
-/// How large the largest pass of an evaluation is.
+/// The size of the largest pass of an evaluation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct EvalSize {
     /// Tokens of the largest batch.
     pub max_tokens: usize,
-    /// Tokens with a label, of the batch that has most.
+    /// The largest number of labeled tokens in a batch.
     pub max_supervised: usize,
-    /// Tokens whose keys and values are kept at a time.
+    /// Tokens whose keys and values are cached at a time.
     pub n_cached: usize,
 }
 
 impl EvalSize {
-    /// The larger of each: what is enough for both, one after the other.
+    /// The elementwise maximum: enough for both, one after the other.
     pub fn max(self, other: Self) -> Self {
         Self {
             max_tokens: self.max_tokens.max(other.max_tokens),
@@ -60,7 +60,7 @@ impl EvalSize {
 }
 
 impl MemoryEstimate {
-    /// What evaluation on the processor takes; there is no state.
+    /// The estimate for an evaluation on the CPU; there is no optimizer state.
     pub fn of_eval(config: &ModelConfig, base: &Checkpoint, size: EvalSize) -> Self {
         let EvalSize { max_tokens, max_supervised, n_cached } = size;
         let run = RunSize { n_entries: 0, n_biases: 0, max_tokens, max_supervised, keep: Keep::Nothing };
@@ -70,29 +70,30 @@ impl MemoryEstimate {
         Self { weights, activations, state: 0, total: weights + activations }
     }
 
-    /// What training on the processor takes.
+    /// The estimate for training on the CPU.
     pub fn on_cpu(config: &ModelConfig, base: &Checkpoint, run: RunSize) -> Self {
         let is_narrow = width(base) < 4;
-        // The gradient of attention comes in parts by head, beside the whole.
+        // The gradient of attention is computed per head, next to the buffer of the whole.
         let parts = if run.keep == Keep::Nothing { 0 } else { (run.max_tokens * config.heads.d_qkv() * 4) as u64 };
         let scratch = parts + CpuDevice::scratch_bytes(config, run.max_supervised, is_narrow);
         Self::of_run(config, base, run, 4, scratch)
     }
 
-    /// What training takes on a device with activations of `act_bytes` each, whose operations take `scratch` bytes beside the model.
+    /// The estimate for training on a device with `act_bytes` per activation, whose operations need `scratch` bytes
+    /// beyond the model.
     pub fn of_run(config: &ModelConfig, base: &Checkpoint, run: RunSize, act_bytes: usize, scratch: u64) -> Self {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
         let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();
         let activations = Workspace::<CpuDevice>::n_bytes(config, run.max_tokens, run.keep, act_bytes) + scratch;
-        // Theta, gradient, mean, variance, column, and the original.
+        // Theta, gradient, two moments, column, and the original value.
         let n_offsets = config.n_rows() as u64 + run.n_biases;
         let state = (run.n_entries + run.n_biases) * (5 * 4 + width(base)) + n_offsets * 4;
         Self { weights, activations, state, total: weights + activations + state }
     }
 }
 
-/// Bytes of an element of most matrices.
+/// Bytes per element of most matrices.
 fn width(base: &Checkpoint) -> u64 {
     base.tensors().map(|tensor| tensor.info.dtype).find(|dtype| *dtype != Dtype::F32).map_or(4, |_| 2)
 }

@@ -1,7 +1,7 @@
-//! A model's weights on a device, and what of them is trained.
+//! A model's weights on a device, and their trainable entries.
 //!
-//! Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. A target of the mask is
-//! then a run of rows ([`Part`]).
+//! Queries, keys and values are fused into one matrix, and so are gate and up: one product instead of three or two. A
+//! target of the mask is then a range of rows ([`Part`]).
 
 use std::ops::Range;
 
@@ -17,25 +17,25 @@ use crate::{
     weights::{Answers, TiedWeight, WeightMap},
 };
 
-/// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint or of several, one below the other.
+/// A weight matrix `[d_out, d_in]`, made of one tensor of the checkpoint, or of several stacked by rows.
 pub struct Linear<D: Device> {
-    /// The weight, patched where it is trained.
+    /// The weight, patched at its trained entries.
     pub weight: D::Weight,
-    /// `[d_out]`, patched where it is trained; zero where a part has none.
+    /// `[d_out]`, patched at its trained entries; zero in the rows of a part without a bias.
     pub bias: Option<D::F32>,
     /// Rows.
     pub d_out: usize,
     /// Length of a row.
     pub d_in: usize,
-    /// The type it is stored in.
+    /// The stored dtype.
     pub dtype: Dtype,
-    /// The tensors that the weight is made of.
+    /// The tensors that make up the weight.
     pub parts: Vec<Part>,
-    /// As many tensors that the bias is made of, whether the checkpoint has them or not.
+    /// The tensors that make up the bias, one per part, whether or not the checkpoint has them.
     pub bias_parts: Vec<Part>,
-    /// What of the weight is trained.
+    /// The trainable entries of the weight.
     pub deltas: Option<Deltas<D>>,
-    /// What of the bias is trained: entries of a matrix `[d_out, 1]`.
+    /// The trainable entries of the bias, as a matrix `[d_out, 1]`.
     pub bias_deltas: Option<Deltas<D>>,
 }
 
@@ -46,7 +46,7 @@ pub struct Part {
     pub name: String,
     /// Its rows.
     pub rows: Range<usize>,
-    /// Its entries among the deltas.
+    /// The range of its entries among the deltas.
     pub entries: Range<usize>,
 }
 
@@ -73,7 +73,7 @@ impl<D: Device> Layer<D> {
     pub fn linears(&self) -> [&Linear<D>; 4] {
         [&self.qkv, &self.out, &self.gate_up, &self.down]
     }
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn linears_mut(&mut self) -> [&mut Linear<D>; 4] {
         [&mut self.qkv, &mut self.out, &mut self.gate_up, &mut self.down]
     }
@@ -81,25 +81,25 @@ impl<D: Device> Layer<D> {
 
 /// A model on a device.
 pub struct Model<D: Device> {
-    /// Its shape.
+    /// Its shapes.
     pub config: ModelConfig,
     /// `[n_vocab, d_model]`.
     pub embedding: D::Weight,
-    /// Its layers, from the first.
+    /// The decoder layers, in order.
     pub layers: Vec<Layer<D>>,
-    /// `[d_model]`: gain of the last norm.
+    /// `[d_model]`: gain of the final norm.
     pub gain: D::F32,
-    /// `[n_vocab, d_model]`; the embedding where the two are tied.
+    /// `[n_vocab, d_model]`; `None` if it is tied to the embedding.
     head: Option<D::Weight>,
     /// `[d_head / 2]` radians per position.
     pub frequencies: D::F32,
 }
 
 impl<D: Device> Model<D> {
-    /// Copies the weights of `checkpoint` to `device`, a window at a time.
+    /// Copies the weights of `checkpoint` to `device`, one window at a time.
     ///
     /// # Errors
-    /// An architecture that is not known; a list of all tensors that are missing, of another shape or type, or unknown.
+    /// An unsupported architecture; a list of all tensors that are missing, unknown, or of another shape or type.
     pub fn load(ctx: &Context<'_>, device: &D, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
         let config = check_model(checkpoint)?;
         let mut loader = Loader { ctx, device, checkpoint };
@@ -115,48 +115,48 @@ impl<D: Device> Model<D> {
         Ok(Self { config, embedding, layers, gain, head, frequencies })
     }
 
-    /// `[n_vocab, d_model]`: what turns activations into logits.
+    /// `[n_vocab, d_model]`: the projection to logits.
     pub fn head(&self) -> &D::Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// All matrices that can be trained, layer after layer.
+    /// All matrices that can be trained, layer by layer.
     pub fn linears(&self) -> impl Iterator<Item = &Linear<D>> {
         self.layers.iter().flat_map(Layer::linears)
     }
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<D>> {
         self.layers.iter_mut().flat_map(Layer::linears_mut)
     }
-    /// What is trained, with the tensors it belongs to, layer after layer.
+    /// All trained deltas with the tensors they belong to, layer by layer.
     pub fn trained(&self) -> impl Iterator<Item = (&[Part], &Deltas<D>)> {
         self.linears().flat_map(Linear::trained)
     }
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn trained_mut(&mut self) -> impl Iterator<Item = (&[Part], &mut Deltas<D>)> {
         self.linears_mut().flat_map(Linear::trained_mut)
     }
-    /// Entries that are trained, biases among them.
+    /// The number of trained entries, biases included.
     pub fn n_trained(&self) -> usize {
         self.trained().map(|(_, deltas)| deltas.nnz).sum()
     }
 }
 
 impl<D: Device> Linear<D> {
-    /// What of it is trained, with the tensors it belongs to: entries of the weight, then biases.
+    /// Its trained deltas with the tensors they belong to: those of the weight, then those of the bias.
     pub fn trained(&self) -> impl Iterator<Item = (&[Part], &Deltas<D>)> {
         let weight = self.deltas.as_ref().map(|deltas| (&self.parts[..], deltas));
         let bias = self.bias_deltas.as_ref().map(|deltas| (&self.bias_parts[..], deltas));
         weight.into_iter().chain(bias)
     }
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn trained_mut(&mut self) -> impl Iterator<Item = (&[Part], &mut Deltas<D>)> {
         let weight = self.deltas.as_mut().map(|deltas| (&self.parts[..], deltas));
         let bias = self.bias_deltas.as_mut().map(|deltas| (&self.bias_parts[..], deltas));
         weight.into_iter().chain(bias)
     }
 
-    /// Puts the deltas into weight and bias.
+    /// Writes the merged values of the deltas into weight and bias.
     pub(super) fn patch(&mut self, device: &D) -> DeviceResult {
         if let Some(deltas) = &self.deltas {
             device.patch(&mut self.weight, deltas)?;
@@ -168,15 +168,15 @@ impl<D: Device> Linear<D> {
     }
 }
 
-/// Reads the configuration of `checkpoint` and proves that its tensors are those of such a model. Reads headers only.
+/// Reads the configuration of `checkpoint` and checks that its tensors match it. Reads headers only.
 ///
 /// # Errors
 /// As [`Model::load`].
 pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
-    // Told first: a quantized model's config and tokenizer may be whatever they are.
+    // Checked first: the config and tokenizer of a quantized model may be anything.
     checkpoint.refuse_codes()?;
     let mut config = ModelConfig::of(checkpoint)?;
-    // A config that does not say it may still be that of a tied model.
+    // A model may be tied although its config does not say so.
     let map = WeightMap::new(checkpoint, Answers::default())?;
     config.is_tied |= map.tie(HEAD).is_some_and(TiedWeight::is_head_tied);
     let (n_layers, n_tensors) = (config.n_layers, checkpoint.tensors().len());
@@ -184,7 +184,7 @@ pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
         let what = format!("`num_hidden_layers` is {n_layers}, the checkpoint has {n_tensors} tensors");
         return Err(TrainError::Config { path: checkpoint.root().join("config.json"), what });
     }
-    Wanted::of(&config, checkpoint).check(checkpoint)?;
+    ExpectedTensors::of(&config, checkpoint).check(checkpoint)?;
     Ok(config)
 }
 
@@ -192,40 +192,40 @@ pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// The tensors that a model has: name and shape, and whether it may be missing.
-struct Wanted(Vec<(String, Vec<u64>, bool)>);
+/// The tensors that a model should have: name, shape, and whether it is optional.
+struct ExpectedTensors(Vec<(String, Vec<u64>, bool)>);
 
-impl Wanted {
+impl ExpectedTensors {
     fn of(config: &ModelConfig, checkpoint: &Checkpoint) -> Self {
-        let mut wanted = Vec::new();
-        let mut want = |name: String, shape: &[usize], optional: bool| {
-            wanted.push((name, shape.iter().map(|&size| size as u64).collect(), optional));
+        let mut expected = Vec::new();
+        let mut expect = |name: String, shape: &[usize], optional: bool| {
+            expected.push((name, shape.iter().map(|&size| size as u64).collect(), optional));
         };
         let (d, heads) = (config.d_model, config.heads);
-        want(EMBEDDING.to_owned(), &[config.n_vocab, d], false);
-        want(HEAD.to_owned(), &[config.n_vocab, d], config.is_tied);
-        want("model.norm.weight".to_owned(), &[d], false);
+        expect(EMBEDDING.to_owned(), &[config.n_vocab, d], false);
+        expect(HEAD.to_owned(), &[config.n_vocab, d], config.is_tied);
+        expect("model.norm.weight".to_owned(), &[d], false);
         for i in 0..config.n_layers {
             let layer = format!("model.layers.{i}");
             for (module, d_out, d_in) in projections(config) {
-                want(format!("{layer}.{module}.weight"), &[d_out, d_in], false);
-                want(format!("{layer}.{module}.bias"), &[d_out], true);
+                expect(format!("{layer}.{module}.weight"), &[d_out, d_in], false);
+                expect(format!("{layer}.{module}.bias"), &[d_out], true);
             }
-            want(format!("{layer}.input_layernorm.weight"), &[d], false);
-            want(format!("{layer}.post_attention_layernorm.weight"), &[d], false);
+            expect(format!("{layer}.input_layernorm.weight"), &[d], false);
+            expect(format!("{layer}.post_attention_layernorm.weight"), &[d], false);
             for norm in ["q_norm", "k_norm"].iter().filter(|_| config.has_head_norms) {
-                want(format!("{layer}.self_attn.{norm}.weight"), &[heads.d_head], false);
+                expect(format!("{layer}.self_attn.{norm}.weight"), &[heads.d_head], false);
             }
         }
-        // Old checkpoints have the frequencies as tensors; they follow from the configuration.
+        // Old checkpoints store the rotary frequencies as tensors; they follow from the configuration.
         let is_table = |name: &str| name.ends_with(".rotary_emb.inv_freq");
         for tensor in checkpoint.tensors().filter(|tensor| is_table(&tensor.info.name)) {
-            wanted.push((tensor.info.name.clone(), tensor.info.shape.clone(), true));
+            expected.push((tensor.info.name.clone(), tensor.info.shape.clone(), true));
         }
-        Self(wanted)
+        Self(expected)
     }
 
-    /// All that is missing, of another shape or type, or unknown.
+    /// Reports all tensors that are missing, unknown, or of another shape or type.
     fn check(&self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
         let mut problems = Vec::new();
         for (name, shape, optional) in &self.0 {
@@ -234,24 +234,26 @@ impl Wanted {
                 None if *optional => {}
                 None => problems.push(format!("\"{shown}\" is missing")),
                 Some(found) if found.info.shape != *shape => {
-                    problems
-                        .push(format!("\"{shown}\": shape {:?}, the configuration says {shape:?}", found.info.shape));
+                    problems.push(format!(
+                        "\"{shown}\": shape {:?}, the configuration requires {shape:?}",
+                        found.info.shape
+                    ));
                 }
                 Some(found) if !matches!(found.info.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32) => {
                     let dtype = dtype_name(found.info.dtype);
-                    problems.push(format!("\"{shown}\": type {dtype}, the trainer takes BF16, F16 and F32"));
+                    problems.push(format!("\"{shown}\": type {dtype}, the trainer supports BF16, F16 and F32"));
                 }
                 Some(_) => {}
             }
         }
         let known: std::collections::BTreeSet<&str> = self.0.iter().map(|(name, ..)| name.as_str()).collect();
         for tensor in checkpoint.tensors().filter(|tensor| !known.contains(tensor.info.name.as_str())) {
-            problems.push(format!("\"{}\": no part of such a model", Printable(&tensor.info.name)));
+            problems.push(format!("\"{}\": not a tensor of this architecture", Printable(&tensor.info.name)));
         }
         if problems.is_empty() {
             return Ok(());
         }
-        let what = "the tensors are not those of its configuration";
+        let what = "the tensors do not match the configuration";
         Err(TrainError::Tensors { path: checkpoint.root().to_owned(), what, problems })
     }
 }
@@ -270,7 +272,7 @@ fn projections(config: &ModelConfig) -> [(&'static str, usize, usize); 7] {
     ]
 }
 
-/// Reads tensors that were checked.
+/// Reads tensors that have been checked.
 struct Loader<'a, D: Device> {
     ctx: &'a Context<'a>,
     device: &'a D,
@@ -312,7 +314,7 @@ impl<D: Device> Loader<'_, D> {
         }
         let d_in = self.tensor(&parts[0].name).info.shape[1] as usize;
         let d_out = parts.last().map_or(0, |part| part.rows.end);
-        // Where one part has a bias and another has none, that one's is zero.
+        // A part without a bias gets zeros if another part has one.
         let bias_part = |part: &Part| Part { name: bias_of(&part.name), ..part.clone() };
         let bias_parts: Vec<Part> = parts.iter().map(bias_part).collect();
         let mut bias = vec![0.0; d_out];
@@ -325,13 +327,13 @@ impl<D: Device> Loader<'_, D> {
         Ok(Linear { weight, bias, d_out, d_in, dtype, parts, bias_parts, deltas: None, bias_deltas: None })
     }
 
-    /// Tensors one below the other.
+    /// Stacks tensors by rows.
     fn matrix(&mut self, names: &[impl AsRef<str>]) -> Result<(D::Weight, Dtype), TrainError> {
         let tensors: Vec<TensorRef<'_>> = names.iter().map(|name| self.tensor(name.as_ref())).collect();
         let (dtype, d_in) = (tensors[0].info.dtype, tensors[0].info.shape[1] as usize);
         if let Some(other) = tensors.iter().find(|tensor| tensor.info.dtype != dtype) {
             let what = format!(
-                "type {}, \"{}\" beside it has {}",
+                "type {}, but \"{}\", which is fused with it, has type {}",
                 dtype_name(other.info.dtype),
                 Printable(&tensors[0].info.name),
                 dtype_name(dtype)
@@ -356,7 +358,7 @@ impl<D: Device> Loader<'_, D> {
         Ok((weight, dtype))
     }
 
-    /// A vector, widened; exact.
+    /// A vector, widened to float32, which is exact.
     fn numbers(&self, name: &str) -> Result<Vec<f32>, TrainError> {
         let tensor = self.tensor(name);
         let bytes = tensor.window(self.ctx, 0..tensor.info.n_bytes())?;

@@ -1,27 +1,27 @@
-//! How to train: batches, learning rates, when to look and when to stop.
+//! Training options: batches, learning rates, evaluation and stopping.
 
 use serde::{Deserialize, Serialize};
 
 use super::{TrainError, pass::Keep};
 use crate::data::{BatchLimits, Batches, Dataset};
 
-/// How the learning rate goes down after the warm-up.
+/// How the learning rate decays after the warm-up.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
-    /// In a straight line, to zero.
+    /// Linearly to zero.
     #[default]
     Linear,
-    /// Along half a cosine, to zero.
+    /// Along half a cosine to zero.
     Cosine,
     /// Not at all.
     Constant,
 }
 
 impl Schedule {
-    /// The learning rate of step `step` (from 0) of `n_steps`, as a share of the highest: up from 0 in `n_warmup` steps, then down.
-    /// As transformers has it, so that runs compare.
-    pub fn share(self, step: u64, n_steps: u64, n_warmup: u64) -> f64 {
+    /// The learning rate of step `step` (from 0) of `n_steps`, as a fraction of the maximum: linear warm-up from 0 in
+    /// `n_warmup` steps, then decay. Same schedule as in transformers, so that runs are comparable.
+    pub fn fraction(self, step: u64, n_steps: u64, n_warmup: u64) -> f64 {
         if step < n_warmup {
             return step as f64 / n_warmup as f64;
         }
@@ -34,59 +34,61 @@ impl Schedule {
     }
 }
 
-/// Steps in which the learning rate goes up.
+/// Length of the learning rate warm-up.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Warmup {
-    /// So many.
+    /// A number of steps.
     Steps(u64),
-    /// A share of all steps.
+    /// A fraction of all steps.
     Share(f64),
 }
 
-/// What decides the outcome of a run, beside base, mask and data: two runs that agree in it give the same bytes.
+/// The options that determine the result of a run. Two runs with the same options, base, mask and data write the same
+/// bytes.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct TrainOptions {
     /// Passes over the data.
     pub epochs: u64,
-    /// Optimizer steps at most.
+    /// Maximum number of optimizer steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
-    /// Most examples of a batch.
+    /// Maximum number of examples per batch.
     pub batch_examples: usize,
-    /// Most tokens of a batch; a longer example is a batch of its own.
+    /// Maximum number of tokens per batch; a longer example is a batch of its own.
     pub batch_tokens: usize,
-    /// Batches of an optimizer step.
+    /// Batches per optimizer step.
     pub accumulate: u64,
-    /// Whether examples are shuffled, each epoch anew; else they come in file order.
+    /// Whether examples are shuffled in every epoch; otherwise they come in file order.
     pub shuffle: bool,
-    /// Decides the order of the examples.
+    /// The seed of the shuffling.
     pub seed: u64,
-    /// The highest learning rate.
+    /// The maximum learning rate.
     pub learning_rate: f64,
-    /// How it goes down.
+    /// How the learning rate decays.
     pub schedule: Schedule,
-    /// How it goes up.
+    /// How the learning rate warms up.
     pub warmup: Warmup,
-    /// AdamW's decays.
+    /// Decay rates of AdamW's moments.
     pub betas: (f64, f64),
-    /// Added to the root of AdamW's mean square.
+    /// Added to the square root of AdamW's second moment.
     pub eps: f64,
-    /// AdamW's weight decay, of the deltas.
+    /// AdamW's weight decay, applied to the deltas.
     pub weight_decay: f64,
-    /// Gradients whose norm is larger are scaled down to it.
+    /// Maximum gradient norm; larger gradients are scaled down to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
-    /// Steps between evaluations; at the end of every epoch where it is not given.
+    /// Steps between evaluations; by default at the end of every epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<u64>,
-    /// Evaluations without a better loss after which the run stops.
+    /// Number of evaluations without improvement after which the run stops.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
-    /// Whether the biases of the chosen projections are trained too, whole.
+    /// Whether the biases of the chosen projections are trained too, as a whole.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub train_bias: bool,
-    /// Whether a layer's activations are made again on the way back: less memory, a third more time. The result is the same.
+    /// Whether a layer's activations are recomputed in the backward pass (gradient checkpointing): less memory, a
+    /// third more time, the same result.
     pub layer_checkpoints: bool,
 }
 
@@ -116,13 +118,13 @@ impl Default for TrainOptions {
 }
 
 impl TrainOptions {
-    /// Refuses what makes no sense.
+    /// Rejects invalid options.
     ///
     /// # Errors
     /// [`TrainError::Usage`] names the option.
     pub fn check(&self) -> Result<(), TrainError> {
         let positive = |x: f64| x > 0.0 && x.is_finite();
-        let share = |x: f64| (0.0..1.0).contains(&x);
+        let fraction = |x: f64| (0.0..1.0).contains(&x);
         let warmup = match self.warmup {
             Warmup::Steps(_) => true,
             Warmup::Share(warmup) => (0.0..=1.0).contains(&warmup),
@@ -130,12 +132,12 @@ impl TrainOptions {
         let rules = [
             (self.epochs > 0, "epochs", "at least 1"),
             (self.max_steps != Some(0), "max steps", "at least 1"),
-            (self.batch_examples > 0, "examples of a batch", "at least 1"),
-            (self.batch_tokens > 0, "tokens of a batch", "at least 1"),
-            (self.accumulate > 0, "batches of a step", "at least 1"),
+            (self.batch_examples > 0, "examples per batch", "at least 1"),
+            (self.batch_tokens > 0, "tokens per batch", "at least 1"),
+            (self.accumulate > 0, "batches per step", "at least 1"),
             (positive(self.learning_rate), "learning rate", "positive"),
-            (warmup, "warm-up", "a number of steps, or a share from 0 to 1"),
-            (share(self.betas.0) && share(self.betas.1), "betas", "from 0 to below 1"),
+            (warmup, "warm-up", "a number of steps, or a fraction from 0 to 1"),
+            (fraction(self.betas.0) && fraction(self.betas.1), "betas", "at least 0 and less than 1"),
             (positive(self.eps), "eps", "positive"),
             (self.weight_decay >= 0.0 && self.weight_decay.is_finite(), "weight decay", "0 or more"),
             (self.clip.is_none_or(positive), "clip", "positive"),
@@ -144,16 +146,16 @@ impl TrainOptions {
         ];
         match rules.into_iter().find(|(holds, ..)| !holds) {
             None => Ok(()),
-            Some((_, what, needed)) => Err(TrainError::Usage(format!("{what}: {needed} is needed"))),
+            Some((_, what, needed)) => Err(TrainError::Usage(format!("{what} must be {needed}"))),
         }
     }
 
-    /// What one batch may hold.
+    /// The limits of one batch.
     pub fn limits(&self) -> BatchLimits {
         BatchLimits { max_tokens: self.batch_tokens, max_examples: self.batch_examples }
     }
 
-    /// What passes keep.
+    /// What a forward pass keeps.
     pub fn keep(&self) -> Keep {
         if self.layer_checkpoints { Keep::Inputs } else { Keep::All }
     }
@@ -168,29 +170,29 @@ impl TrainOptions {
     }
 }
 
-/// How long a run is.
+/// The length of a run.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RunLength {
-    /// `[epochs]`: batches of each epoch.
+    /// `[epochs]`: number of batches in each epoch.
     pub n_batches: Vec<u64>,
-    /// Optimizer steps in all.
+    /// Total number of optimizer steps.
     pub n_steps: u64,
-    /// Of those, steps in which the learning rate goes up.
+    /// The number of warm-up steps among them.
     pub n_warmup: u64,
     /// Tokens of the largest batch.
     pub max_tokens: usize,
-    /// Tokens with a label, of the batch that has most.
+    /// The largest number of labeled tokens in a batch.
     pub max_supervised: usize,
-    /// Tokens of a step in the mean.
+    /// Mean number of tokens per step.
     pub tokens_per_step: f64,
 }
 
 impl RunLength {
-    /// Lays out all epochs. Memory: one epoch's order at a time.
+    /// Lays out all epochs. Memory: the order of one epoch at a time.
     pub fn new(options: &TrainOptions, data: &Dataset) -> Self {
         let (mut n_batches, mut max_tokens, mut max_supervised) = (Vec::new(), 0, 0);
         for epoch in 0..options.epochs {
-            // Unshuffled epochs are alike.
+            // Without shuffling all epochs are the same.
             if epoch == 0 || options.shuffle {
                 let batches = options.epoch(data, epoch);
                 n_batches.push(batches.len() as u64);
@@ -205,7 +207,7 @@ impl RunLength {
         let n_steps = options.max_steps.map_or(all, |most| most.min(all));
         let n_warmup = match options.warmup {
             Warmup::Steps(n_steps) => n_steps,
-            Warmup::Share(share) => (share * n_steps as f64).ceil() as u64,
+            Warmup::Share(fraction) => (fraction * n_steps as f64).ceil() as u64,
         };
         let tokens_per_step = data.n_tokens() as f64 * options.epochs as f64 / all.max(1) as f64;
         Self { n_batches, n_steps, n_warmup, max_tokens, max_supervised, tokens_per_step }
@@ -217,23 +219,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn learning_rates_go_up_and_down() {
-        let of = |schedule: Schedule| -> Vec<f64> { (0..6).map(|step| schedule.share(step, 6, 2)).collect() };
+    fn learning_rates_warm_up_and_decay() {
+        let of = |schedule: Schedule| -> Vec<f64> { (0..6).map(|step| schedule.fraction(step, 6, 2)).collect() };
         assert_eq!(of(Schedule::Linear), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]);
         assert_eq!(of(Schedule::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]);
         assert!((of(Schedule::Cosine)[4] - 0.5).abs() < 1e-12);
-        assert_eq!(Schedule::Linear.share(0, 1, 0), 1.0);
+        assert_eq!(Schedule::Linear.fraction(0, 1, 0), 1.0);
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
-        let said = |options: TrainOptions| options.check().unwrap_err().to_string();
+    fn invalid_options_are_named() {
+        let message = |options: TrainOptions| options.check().unwrap_err().to_string();
         let default = TrainOptions::default;
         assert!(default().check().is_ok());
-        assert_eq!(said(TrainOptions { epochs: 0, ..default() }), "epochs: at least 1 is needed");
-        assert_eq!(said(TrainOptions { learning_rate: f64::NAN, ..default() }), "learning rate: positive is needed");
-        assert_eq!(said(TrainOptions { betas: (0.9, 1.0), ..default() }), "betas: from 0 to below 1 is needed");
-        assert_eq!(said(TrainOptions { clip: Some(0.0), ..default() }), "clip: positive is needed");
+        assert_eq!(message(TrainOptions { epochs: 0, ..default() }), "epochs must be at least 1");
+        assert_eq!(message(TrainOptions { learning_rate: f64::NAN, ..default() }), "learning rate must be positive");
+        assert_eq!(
+            message(TrainOptions { betas: (0.9, 1.0), ..default() }),
+            "betas must be at least 0 and less than 1"
+        );
+        assert_eq!(message(TrainOptions { clip: Some(0.0), ..default() }), "clip must be positive");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The passes: forward, loss, backward.
 //!
-//! What the way back needs is kept on a tape, or made again from each layer's input; norms and SwiGLU are made again always. `x`
-//! are activations, `dx` their gradients; `n` is the number of tokens of the batch.
+//! Activations that the backward pass needs are kept on a tape or recomputed from each layer's input; norms and SwiGLU
+//! are always recomputed. `x` are activations, `dx` their gradients; `n` is the number of tokens of the batch.
 
 use super::{
     DeviceError, TrainError,
@@ -11,26 +11,26 @@ use super::{
 };
 use crate::data::{Batch, IGNORE};
 
-/// What a forward pass keeps.
+/// What a forward pass keeps for the backward pass.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Keep {
-    /// Nothing: there is no way back.
+    /// Nothing: there is no backward pass.
     Nothing,
-    /// Each layer's input; its other activations are made again on the way back, at the cost of a third forward pass.
+    /// Each layer's input; the other activations are recomputed in the backward pass, which costs a third more time.
     Inputs,
-    /// All that cannot be made again without a product.
+    /// All activations that cannot be recomputed without a matrix product.
     All,
 }
 
 /// A batch on a device.
 pub struct DeviceBatch<D: Device> {
     ids: D::Ids,
-    /// How its examples lie.
+    /// The boundaries of its examples.
     pub spans: Spans<D>,
-    /// `[n_supervised]`: tokens with a label, and the labels.
+    /// `[n_supervised]`: indices of the tokens that have a label, and the labels.
     rows: D::Ids,
     labels: D::Ids,
-    /// Tokens with a label.
+    /// Number of tokens that have a label.
     pub n_supervised: usize,
 }
 
@@ -38,14 +38,15 @@ impl<D: Device> DeviceBatch<D> {
     /// Copies a batch to the device.
     ///
     /// # Errors
-    /// The device's; a token that the model does not know.
+    /// Errors of the device; a token outside the model's vocabulary.
     pub fn new(device: &D, config: &ModelConfig, batch: &Batch) -> Result<Self, TrainError> {
         let supervised = batch.labels.iter().enumerate().filter(|(_, label)| **label != IGNORE);
         let (rows, labels): (Vec<u32>, Vec<u32>) = supervised.map(|(t, label)| (t as u32, *label)).unzip();
         if let Some(token) = batch.tokens.iter().chain(&labels).find(|&&token| token as usize >= config.n_vocab) {
             let n_vocab = config.n_vocab;
-            let what =
-                format!("the data has token {token}, the model knows {n_vocab}: is the tokenizer another model's?");
+            let what = format!(
+                "the data has token {token}, but the model's vocabulary has {n_vocab}: does the tokenizer belong to another model?"
+            );
             return Err(TrainError::Usage(what));
         }
         Ok(Self {
@@ -62,24 +63,24 @@ impl<D: Device> DeviceBatch<D> {
     }
 }
 
-/// What a layer keeps for the way back.
+/// The activations of a layer that are kept for the backward pass.
 struct Tape<D: Device> {
-    /// `[n, d_qkv]`: before the norms of heads, where there are any.
+    /// `[n, d_qkv]`: before the head norms, if there are any.
     raw: Option<D::Act>,
-    /// `[n, d_qkv]`: turned to their positions.
+    /// `[n, d_qkv]`: after the rotary embedding.
     qkv: D::Act,
     /// `[n, d_q]`.
     attended: D::Act,
     /// `[n, n_q]`.
     lse: D::F32,
-    /// `[n, d_model]`: the residual between attention and feed-forward.
+    /// `[n, d_model]`: the residual stream between attention and feed-forward.
     middle: D::Act,
     /// `[n, 2 * d_ff]`.
     gate_up: D::Act,
 }
 
 impl<D: Device> Tape<D> {
-    /// Activations and float32 numbers for each token.
+    /// Number of activations and of float32 values per token.
     fn size(config: &ModelConfig) -> (usize, usize) {
         let heads = config.heads;
         let raw = if config.has_head_norms { heads.d_qkv() } else { 0 };
@@ -99,11 +100,11 @@ impl<D: Device> Tape<D> {
     }
 }
 
-/// Buffers that only the way back needs.
-struct Back<D: Device> {
-    /// `[n, d_model]`: the gradient by the residual stream.
+/// Buffers that only the backward pass needs.
+struct BackwardBuffers<D: Device> {
+    /// `[n, d_model]`: the gradient of the residual stream.
     dx: D::Act,
-    /// `[n, d_model]`: the gradient by what a norm gave.
+    /// `[n, d_model]`: the gradient of a norm's output.
     d_normed: D::Act,
     /// `[n, 2 * d_ff]`.
     d_gate_up: D::Act,
@@ -113,29 +114,30 @@ struct Back<D: Device> {
     dqkv: D::Act,
 }
 
-/// The buffers of the passes, for batches of up to so many tokens.
+/// The buffers of the passes, for batches of a limited number of tokens.
 pub struct Workspace<D: Device> {
     keep: Keep,
     max_tokens: usize,
-    /// `[n, d_model]` each: the input of every layer and the output of the last, or the two that are in use.
+    /// `[n, d_model]` each: the input of every layer and the output of the last. Without a backward pass, two buffers
+    /// in alternation.
     inputs: Vec<D::Act>,
     tapes: Vec<Tape<D>>,
-    /// `[n, d_model]`: what a norm gave.
+    /// `[n, d_model]`: the output of a norm.
     normed: D::Act,
-    /// `[n, d_ff]`: what SwiGLU gave, then the gradient by it.
+    /// `[n, d_ff]`: the output of SwiGLU, then its gradient.
     hidden: D::Act,
-    /// `[n, d_model]`: the last activations of the tokens that have labels.
-    labelled: D::Act,
+    /// `[n, d_model]`: the final activations of the tokens that have labels.
+    supervised: D::Act,
     /// `[n]`.
     losses: D::F32,
-    back: Option<Back<D>>,
+    back: Option<BackwardBuffers<D>>,
 }
 
 impl<D: Device> Workspace<D> {
     /// Buffers for `max_tokens` tokens.
     ///
     /// # Errors
-    /// Too little memory.
+    /// Not enough memory.
     pub fn new(device: &D, config: &ModelConfig, max_tokens: usize, keep: Keep) -> Result<Self, DeviceError> {
         let act = |width: usize| device.act(max_tokens * width);
         let n_inputs = if keep == Keep::Nothing { 2 } else { config.n_layers + 1 };
@@ -143,7 +145,7 @@ impl<D: Device> Workspace<D> {
         let back = if keep == Keep::Nothing {
             None
         } else {
-            Some(Back {
+            Some(BackwardBuffers {
                 dx: act(config.d_model)?,
                 d_normed: act(config.d_model)?,
                 d_gate_up: act(2 * config.d_ff)?,
@@ -158,13 +160,13 @@ impl<D: Device> Workspace<D> {
             tapes: (0..n_tapes).map(|_| Tape::new(device, config, max_tokens)).collect::<Result<_, _>>()?,
             normed: act(config.d_model)?,
             hidden: act(config.d_ff)?,
-            labelled: act(config.d_model)?,
+            supervised: act(config.d_model)?,
             losses: device.zeros(max_tokens)?,
             back,
         })
     }
 
-    /// Bytes that [`Workspace::new`] allocates, where an activation has `act_bytes`.
+    /// Bytes that [`Workspace::new`] allocates, with `act_bytes` per activation.
     pub fn n_bytes(config: &ModelConfig, max_tokens: usize, keep: Keep, act_bytes: usize) -> u64 {
         let (d, d_ff, heads) = (config.d_model, config.d_ff, config.heads);
         let n_inputs = if keep == Keep::Nothing { 2 } else { config.n_layers + 1 };
@@ -176,7 +178,7 @@ impl<D: Device> Workspace<D> {
         (max_tokens * (acts * act_bytes + numbers * 4)) as u64
     }
 
-    /// Tokens that a batch may have.
+    /// The maximum number of tokens in a batch.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens
     }
@@ -186,16 +188,16 @@ impl<D: Device> Workspace<D> {
     }
 }
 
-/// A layer about to run on a batch.
-struct Here<'a, D: Device> {
+/// One layer applied to one batch.
+struct LayerPass<'a, D: Device> {
     device: &'a D,
     model: &'a Model<D>,
     layer: &'a Layer<D>,
     spans: &'a Spans<D>,
 }
 
-impl<D: Device> Here<'_, D> {
-    /// From the layer's input to its query, key and value heads, turned: fills `tape.raw` and `tape.qkv`.
+impl<D: Device> LayerPass<'_, D> {
+    /// From the layer's input to its rotated query, key and value heads: fills `tape.raw` and `tape.qkv`.
     fn heads(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> DeviceResult {
         let Self { device, model, layer, spans } = self;
         let &ModelConfig { d_model, heads, norm_eps, .. } = &model.config;
@@ -209,7 +211,7 @@ impl<D: Device> Here<'_, D> {
         device.rope(&mut tape.qkv, &spans.positions, n, heads, &model.frequencies, false)
     }
 
-    /// From the attended values to gate and up: fills `tape.middle` and `tape.gate_up`.
+    /// From the attention output to gate and up: fills `tape.middle` and `tape.gate_up`.
     fn gates(&self, x: &D::Act, normed: &mut D::Act, tape: &mut Tape<D>) -> DeviceResult {
         let Self { device, model, layer, spans } = self;
         let &ModelConfig { d_model, norm_eps, .. } = &model.config;
@@ -230,12 +232,12 @@ impl<D: Device> Here<'_, D> {
 }
 
 impl<D: Device> Linear<D> {
-    fn forward(&self, device: &D, x: &D::Act, n: usize, adds: bool, y: &mut D::Act) -> DeviceResult {
-        device.linear(x, n, &self.weight, self.bias.as_ref(), adds, y)
+    fn forward(&self, device: &D, x: &D::Act, n: usize, accumulate: bool, y: &mut D::Act) -> DeviceResult {
+        device.linear(x, n, &self.weight, self.bias.as_ref(), accumulate, y)
     }
 
-    /// Adds to the gradient of the deltas.
-    fn learn(&mut self, device: &D, dy: &D::Act, x: &D::Act, n: usize) -> DeviceResult {
+    /// Accumulates the gradient of the deltas.
+    fn accumulate_grad(&mut self, device: &D, dy: &D::Act, x: &D::Act, n: usize) -> DeviceResult {
         if let Some(deltas) = &mut self.deltas {
             device.gather_dot(dy, x, n, (self.d_out, self.d_in), deltas)?;
         }
@@ -246,13 +248,13 @@ impl<D: Device> Linear<D> {
     }
 }
 
-/// Runs all layers; the last activations are left in the workspace.
+/// Runs all layers; leaves the final activations in the workspace.
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 ///
 /// # Panics
-/// Where the batch has more tokens than the workspace has room for.
+/// If the batch has more tokens than the workspace allows.
 pub fn forward<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -265,7 +267,8 @@ pub fn forward<D: Device>(
     })
 }
 
-/// Runs all layers with an attention of the caller's: given the layer, its heads, where the result and the denominators go.
+/// Runs all layers with the caller's attention, which receives the layer index, the heads, and the buffers for its
+/// output and the log-sum-exp.
 pub(super) fn run_layers<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -275,7 +278,7 @@ pub(super) fn run_layers<D: Device>(
     mut attend: impl FnMut(usize, &D::Act, &mut D::Act, &mut D::F32) -> DeviceResult,
 ) -> DeviceResult {
     let n = spans.n_tokens();
-    assert!(n <= work.max_tokens, "a batch of {n} tokens fits {}", work.max_tokens);
+    assert!(n <= work.max_tokens, "a batch of {n} tokens fits in {}", work.max_tokens);
     device.embed(ids, n, &model.embedding, &mut work.inputs[0])?;
     for (i, layer) in model.layers.iter().enumerate() {
         let (from, to) = (work.input(i), work.input(i + 1));
@@ -283,19 +286,20 @@ pub(super) fn run_layers<D: Device>(
         let Workspace { tapes, normed, hidden, .. } = work;
         let i_tape = i % tapes.len();
         let tape = &mut tapes[i_tape];
-        let here = Here { device, model, layer, spans };
-        here.heads(x, normed, tape)?;
+        let layer_pass = LayerPass { device, model, layer, spans };
+        layer_pass.heads(x, normed, tape)?;
         attend(i, &tape.qkv, &mut tape.attended, &mut tape.lse)?;
-        here.gates(x, normed, tape)?;
-        here.output(tape, hidden, out)?;
+        layer_pass.gates(x, normed, tape)?;
+        layer_pass.output(tape, hidden, out)?;
     }
     Ok(())
 }
 
-/// The loss of each token that has a label, after [`forward`]; with a `grad_scale`, the way back of `grad_scale * their sum` is begun.
+/// The loss of each token that has a label, after [`forward`]. With a `grad_scale`, also starts the backward pass of
+/// `grad_scale * sum(losses)`.
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub fn losses<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -305,24 +309,25 @@ pub fn losses<D: Device>(
 ) -> Result<Vec<f32>, DeviceError> {
     let (d, eps, n) = (model.config.d_model, model.config.norm_eps, batch.n_supervised);
     let last = work.input(model.config.n_layers);
-    let Workspace { inputs, normed, labelled, losses, back, .. } = work;
-    device.take_rows(&inputs[last], &batch.rows, n, d, labelled)?;
-    device.rms_norm(labelled, n, &model.gain, d, eps, normed)?;
+    let Workspace { inputs, normed, supervised, losses, back, .. } = work;
+    device.take_rows(&inputs[last], &batch.rows, n, d, supervised)?;
+    device.rms_norm(supervised, n, &model.gain, d, eps, normed)?;
     device.cross_entropy(normed, n, model.head(), &batch.labels, grad_scale, losses)?;
     if grad_scale.is_some() {
-        let Back { dx, d_normed, .. } = back.as_mut().expect("a workspace that keeps has a way back");
-        // No rows: all of it becomes zero, to be added to.
+        let BackwardBuffers { dx, d_normed, .. } =
+            back.as_mut().expect("a workspace that keeps inputs has backward buffers");
+        // With zero rows this clears the whole buffer, for the addition below.
         device.put_rows(normed, &batch.rows, 0, d, n, d_normed)?;
-        device.rms_norm_back(normed, labelled, n, &model.gain, d, eps, d_normed)?;
+        device.rms_norm_backward(normed, supervised, n, &model.gain, d, eps, d_normed)?;
         device.put_rows(d_normed, &batch.rows, n, d, batch.n(), dx)?;
     }
     device.read(losses, n)
 }
 
-/// `[rows.len(), n_vocab]` logits of some tokens, after [`forward`].
+/// `[rows.len(), n_vocab]` logits of the given tokens, after [`forward`].
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub fn logits<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -336,10 +341,10 @@ pub fn logits<D: Device>(
     device.read_act(&logits, rows.len() * n_vocab)
 }
 
-/// The most likely next token of some tokens, after [`forward`].
+/// The most likely next token after each of the given tokens, after [`forward`].
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub(super) fn most_likely<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -350,10 +355,10 @@ pub(super) fn most_likely<D: Device>(
     device.argmax(normed, rows.len(), model.head())
 }
 
-/// The loss of `labels[i]` after token `rows[i]`, after [`forward`].
+/// The loss of `labels[i]` as the token after `rows[i]`, after [`forward`].
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub(super) fn losses_at<D: Device>(
     device: &D,
     model: &Model<D>,
@@ -367,7 +372,7 @@ pub(super) fn losses_at<D: Device>(
     device.read(losses, rows.len())
 }
 
-/// The last norm of some tokens, `[rows.len(), d_model]`.
+/// The final norm's output for the given tokens, `[rows.len(), d_model]`.
 fn last_rows<'w, D: Device>(
     device: &D,
     model: &Model<D>,
@@ -375,16 +380,16 @@ fn last_rows<'w, D: Device>(
     work: &'w mut Workspace<D>,
 ) -> Result<&'w D::Act, DeviceError> {
     let (d, last) = (model.config.d_model, work.input(model.config.n_layers));
-    let Workspace { inputs, normed, labelled, .. } = work;
-    device.take_rows(&inputs[last], &device.ids(rows)?, rows.len(), d, labelled)?;
-    device.rms_norm(labelled, rows.len(), &model.gain, d, model.config.norm_eps, normed)?;
+    let Workspace { inputs, normed, supervised, .. } = work;
+    device.take_rows(&inputs[last], &device.ids(rows)?, rows.len(), d, supervised)?;
+    device.rms_norm(supervised, rows.len(), &model.gain, d, model.config.norm_eps, normed)?;
     Ok(normed)
 }
 
 /// Adds the gradient of the loss to every delta, after [`forward`] and [`losses`] with a scale.
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub fn backward<D: Device>(
     device: &D,
     model: &mut Model<D>,
@@ -394,17 +399,17 @@ pub fn backward<D: Device>(
     let trains = |layer: &Layer<D>| layer.linears().iter().any(|linear| linear.trained().next().is_some());
     let Some(first) = model.layers.iter().position(trains) else { return Ok(()) };
     for i in (first..model.layers.len()).rev() {
-        // The forward pass left the last layer's tape as it is needed.
+        // The forward pass left the last layer's activations on the tape.
         if work.keep == Keep::Inputs && i + 1 < model.layers.len() {
-            again(device, model, batch, work, i)?;
+            recompute_layer(device, model, batch, work, i)?;
         }
-        layer_back(device, model, batch, work, i, i > first)?;
+        layer_backward(device, model, batch, work, i, i > first)?;
     }
     Ok(())
 }
 
-/// Fills the tape of a layer from its input.
-fn again<D: Device>(
+/// Refills a layer's tape from its input.
+fn recompute_layer<D: Device>(
     device: &D,
     model: &Model<D>,
     batch: &DeviceBatch<D>,
@@ -413,20 +418,20 @@ fn again<D: Device>(
 ) -> DeviceResult {
     let Workspace { inputs, tapes, normed, .. } = work;
     let (x, tape) = (&inputs[i], &mut tapes[0]);
-    let here = Here { device, model, layer: &model.layers[i], spans: &batch.spans };
-    here.heads(x, normed, tape)?;
+    let layer_pass = LayerPass { device, model, layer: &model.layers[i], spans: &batch.spans };
+    layer_pass.heads(x, normed, tape)?;
     device.attention(&tape.qkv, &batch.spans, model.config.heads, &mut tape.attended, &mut tape.lse)?;
-    here.gates(x, normed, tape)
+    layer_pass.gates(x, normed, tape)
 }
 
-/// The way back through one layer: `back.dx` is the gradient by its output, then by its input where `goes_on`.
-fn layer_back<D: Device>(
+/// The backward pass of one layer: `back.dx` is the gradient of its output, then of its input if `needs_input_grad`.
+fn layer_backward<D: Device>(
     device: &D,
     model: &mut Model<D>,
     batch: &DeviceBatch<D>,
     work: &mut Workspace<D>,
     i: usize,
-    goes_on: bool,
+    needs_input_grad: bool,
 ) -> DeviceResult {
     let Model { config, layers, frequencies, .. } = model;
     let &mut ModelConfig { d_model, d_ff, heads, norm_eps, .. } = config;
@@ -434,41 +439,41 @@ fn layer_back<D: Device>(
     let Workspace { inputs, tapes, normed, hidden, back, .. } = work;
     let i_tape = i % tapes.len();
     let (x, tape) = (&inputs[i], &tapes[i_tape]);
-    let Back { dx, d_normed, d_gate_up, d_attended, dqkv } =
-        back.as_mut().expect("a workspace that keeps has a way back");
+    let BackwardBuffers { dx, d_normed, d_gate_up, d_attended, dqkv } =
+        back.as_mut().expect("a workspace that keeps inputs has backward buffers");
 
     // Feed-forward: out = middle + down(swiglu(gate_up(norm(middle)))).
     device.swiglu(&tape.gate_up, n, d_ff, hidden)?;
-    layer.down.learn(device, dx, hidden, n)?;
-    device.linear_back(dx, n, &layer.down.weight, hidden)?;
-    device.swiglu_back(hidden, &tape.gate_up, n, d_ff, d_gate_up)?;
+    layer.down.accumulate_grad(device, dx, hidden, n)?;
+    device.linear_backward(dx, n, &layer.down.weight, hidden)?;
+    device.swiglu_backward(hidden, &tape.gate_up, n, d_ff, d_gate_up)?;
     device.rms_norm(&tape.middle, n, &layer.mlp_gain, d_model, norm_eps, normed)?;
-    layer.gate_up.learn(device, d_gate_up, normed, n)?;
-    device.linear_back(d_gate_up, n, &layer.gate_up.weight, d_normed)?;
-    device.rms_norm_back(d_normed, &tape.middle, n, &layer.mlp_gain, d_model, norm_eps, dx)?;
+    layer.gate_up.accumulate_grad(device, d_gate_up, normed, n)?;
+    device.linear_backward(d_gate_up, n, &layer.gate_up.weight, d_normed)?;
+    device.rms_norm_backward(d_normed, &tape.middle, n, &layer.mlp_gain, d_model, norm_eps, dx)?;
 
-    // Attention: middle = x + out(attention(turn(qkv(norm(x))))).
-    layer.out.learn(device, dx, &tape.attended, n)?;
-    device.linear_back(dx, n, &layer.out.weight, d_attended)?;
-    device.attention_back(d_attended, &tape.qkv, &tape.attended, &tape.lse, &batch.spans, heads, dqkv)?;
+    // Attention: middle = x + out(attention(rope(qkv(norm(x))))).
+    layer.out.accumulate_grad(device, dx, &tape.attended, n)?;
+    device.linear_backward(dx, n, &layer.out.weight, d_attended)?;
+    device.attention_backward(d_attended, &tape.qkv, &tape.attended, &tape.lse, &batch.spans, heads, dqkv)?;
     device.rope(dqkv, &batch.spans.positions, n, heads, frequencies, true)?;
     if let (Some([q_gain, k_gain]), Some(raw)) = (&layer.head_gains, &tape.raw) {
-        device.head_norm_back(dqkv, raw, n, heads, q_gain, k_gain, norm_eps)?;
+        device.head_norm_backward(dqkv, raw, n, heads, q_gain, k_gain, norm_eps)?;
     }
     device.rms_norm(x, n, &layer.attention_gain, d_model, norm_eps, normed)?;
-    layer.qkv.learn(device, dqkv, normed, n)?;
-    if goes_on {
-        device.linear_back(dqkv, n, &layer.qkv.weight, d_normed)?;
-        device.rms_norm_back(d_normed, x, n, &layer.attention_gain, d_model, norm_eps, dx)?;
+    layer.qkv.accumulate_grad(device, dqkv, normed, n)?;
+    if needs_input_grad {
+        device.linear_backward(dqkv, n, &layer.qkv.weight, d_normed)?;
+        device.rms_norm_backward(d_normed, x, n, &layer.attention_gain, d_model, norm_eps, dx)?;
     }
     Ok(())
 }
 
-/// What of the last forward pass is not finite first, in words.
+/// Describes the first tensor of the last forward pass that is not finite.
 ///
 /// # Errors
-/// The device's.
-pub fn first_not_finite<D: Device>(
+/// Errors of the device.
+pub fn first_non_finite<D: Device>(
     device: &D,
     model: &Model<D>,
     n: usize,

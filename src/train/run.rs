@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 
 use super::{
     TrainError,
-    attach::{biases, vector, whole},
+    attach::{bias_columns, bias_layout, biases},
     device::{AdamW, Device},
     evaluate::mean_loss,
     model::Model,
     options::{RunLength, TrainOptions},
-    pass::{DeviceBatch, Workspace, backward, first_not_finite, forward, losses},
+    pass::{DeviceBatch, Workspace, backward, first_non_finite, forward, losses},
     state::{self, Best, BestDeltas, Progress},
 };
 use crate::{
@@ -31,59 +31,60 @@ use crate::{
     tensor::Dtype,
 };
 
-/// Positions and rows of an adapter that are written in one piece.
+/// Positions and rows of an adapter that are written at a time.
 const RUN: u64 = 1 << 18;
 
-/// What a run is about.
+/// The inputs and outputs of a run.
 pub struct TrainJob<'a> {
     /// The model before training.
     pub base: &'a Checkpoint,
-    /// What of it is trained.
+    /// The trained entries.
     pub mask: &'a MaskFile,
-    /// What it learns from.
+    /// The training examples.
     pub data: &'a Dataset,
-    /// What it is judged by; without it the last deltas are kept.
+    /// The evaluation examples; without them the last deltas are kept.
     pub eval: Option<&'a Dataset>,
-    /// How it learns.
+    /// The training options.
     pub options: &'a TrainOptions,
-    /// What the adapter tells of its data, beside the digest: no paths, no times.
+    /// What the adapter records about its data, besides the digest: no paths, no times.
     pub about_data: Value,
-    /// Where the adapter goes. `OUTPUT.log.jsonl`, `OUTPUT.loss.svg` and, until the end, `OUTPUT.state.safetensors` lie beside it.
+    /// Path of the adapter. `OUTPUT.log.jsonl`, `OUTPUT.loss.svg` and, until the end, `OUTPUT.state.safetensors` are
+    /// written next to it.
     pub output: &'a Path,
-    /// What to do where it exists.
+    /// What to do if it exists.
     pub existing: Existing,
-    /// Optimizer steps between saved states; at the end of every epoch where it is not given.
+    /// Optimizer steps between saved states; by default at the end of every epoch.
     pub save_every: Option<u64>,
-    /// Whether to go on from a saved state, where there is one.
+    /// Whether to resume from a saved state, if there is one.
     pub resume: bool,
     /// License, description and author of the adapter.
     pub notes: AdapterNotes,
 }
 
 impl TrainJob<'_> {
-    /// A file beside the adapter.
+    /// Path of a file next to the adapter.
     pub fn beside(&self, suffix: &str) -> PathBuf {
         self.output.with_extension(suffix)
     }
 
-    /// Fails at once where one of the run's files may not be written: adapter, state, log and picture. Says whether the run goes on from
-    /// the state of one before; then log and picture are its own.
+    /// Fails early if any of the run's files must not be written: adapter, state, log and loss curve. Returns whether
+    /// the run resumes from a saved state; log and loss curve are then its own.
     fn check_outputs(&self, state: &Path) -> Result<bool, TrainError> {
         check_output(self.output, OutputKind::File, self.existing)?;
         let has_state = probe::is_present(state)?;
         if has_state && !self.resume && self.existing == Existing::Keep {
-            let what = "the state of a run that did not end lies beside it: go on from it, or replace it".to_owned();
+            let what = "this is the state of an unfinished run: resume it, or replace it".to_owned();
             return Err(CheckpointError::Refused { path: state.to_owned(), what }.into());
         }
-        let goes_on = has_state && self.resume;
-        let existing = if goes_on { Existing::Replace } else { self.existing };
+        let resumes = has_state && self.resume;
+        let existing = if resumes { Existing::Replace } else { self.existing };
         for path in [state, &self.beside("log.jsonl"), &self.beside("loss.svg")] {
             check_output(path, OutputKind::File, existing)?;
         }
-        Ok(goes_on)
+        Ok(resumes)
     }
 
-    /// All that decides the outcome: equal recipes give equal bytes.
+    /// Everything that determines the result: equal recipes give equal bytes.
     fn recipe(&self, n_trained: usize) -> Value {
         let anchors: Vec<_> = self.mask.targets().iter().map(|target| target.anchor.to_hex().to_string()).collect();
         let mut recipe = json!({
@@ -104,7 +105,7 @@ impl TrainJob<'_> {
 /// One line of the log: an optimizer step.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct StepRecord {
-    /// Steps done.
+    /// Optimizer steps done.
     pub step: u64,
     /// Its epoch, from 0.
     pub epoch: u64,
@@ -114,30 +115,30 @@ pub struct StepRecord {
     pub learning_rate: f64,
     /// The norm of its gradient, before clipping.
     pub grad_norm: f64,
-    /// Its tokens.
+    /// Its number of tokens.
     pub n_tokens: u64,
-    /// Of those, tokens that were learned.
+    /// The number of supervised tokens among them.
     pub n_supervised: u64,
-    /// What it took.
+    /// Its duration.
     pub seconds: f64,
 }
 
 /// One line of the log: an evaluation.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct EvalRecord {
-    /// Steps done.
+    /// Optimizer steps done.
     pub step: u64,
     /// The mean loss over all supervised tokens, in nats.
     pub eval_loss: f64,
-    /// What it took.
+    /// Its duration.
     pub seconds: f64,
 }
 
-/// Told how a run goes.
+/// Receives the progress of a run.
 pub trait Watcher {
-    /// A step was done, of `n_steps`.
+    /// A step of `n_steps` is done.
     fn step(&self, _record: &StepRecord, _n_steps: u64) {}
-    /// The model was judged; `is_best` where it was never better.
+    /// The model was evaluated; `is_best` if the loss is the lowest so far.
     fn eval(&self, _record: &EvalRecord, _is_best: bool) {}
     /// A state was saved.
     fn saved(&self, _step: u64, _path: &Path) {}
@@ -145,7 +146,7 @@ pub trait Watcher {
 
 impl Watcher for () {}
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct TrainReport {
@@ -153,33 +154,33 @@ pub struct TrainReport {
     pub id: String,
     /// Bytes of the adapter.
     pub n_bytes: u64,
-    /// Deltas.
+    /// Number of trained deltas.
     pub n_trained: u64,
     /// Optimizer steps done.
     pub n_steps: u64,
-    /// Tokens seen.
+    /// Tokens processed.
     pub n_tokens: u64,
-    /// The mean loss of the last steps, a twentieth of all.
+    /// The mean loss over the last 5 % of the steps.
     pub loss: f64,
     /// The evaluation loss before training.
     pub first_eval_loss: Option<f64>,
     /// The evaluation loss of the adapter.
     pub eval_loss: Option<f64>,
-    /// The step whose deltas the adapter has.
+    /// The step that the adapter's deltas come from.
     pub best_step: u64,
-    /// Whether evaluations stopped getting better before all steps were done.
+    /// Whether the run stopped early because the evaluation loss no longer improved.
     pub stopped_early: bool,
 }
 
 /// Trains, and writes the adapter.
 ///
-/// The model must have the job's mask attached, and nothing trained yet; biases are attached here, where the options ask for them.
-/// With a dataset to be judged by, the adapter has the deltas of the best evaluation; its loss is bit for bit that of the
-/// checkpoint that a merge makes of it, on the same device.
+/// The job's mask must be attached to the model, and nothing may be trained yet; biases are attached here if the
+/// options include them. With evaluation data, the adapter has the deltas of the best evaluation. Its loss equals, bit
+/// for bit, the loss of the merged checkpoint on the same device.
 ///
 /// # Errors
-/// [`TrainError::Stopped`] where the user asked to stop: the state was saved. [`TrainError::NotFinite`] where the loss or a
-/// gradient is no number any more: what was saved before stays.
+/// [`TrainError::Stopped`] if the user stopped the run; its state was saved. [`TrainError::NotFinite`] if the loss or
+/// a gradient is no longer finite; files that were saved before remain.
 pub fn train<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -189,22 +190,22 @@ pub fn train<D: Device>(
 ) -> Result<TrainReport, TrainError> {
     job.options.check()?;
     let state_path = job.beside("state.safetensors");
-    let goes_on = job.check_outputs(&state_path)?;
+    let resumes = job.check_outputs(&state_path)?;
     let plan = RunLength::new(job.options, job.data);
     let eval_batches = job.eval.map(|eval| Batches::in_order(eval, job.options.limits()));
     let max_tokens = eval_batches.as_ref().map_or(0, Batches::max_tokens).max(plan.max_tokens);
     let fits = model.config.max_positions;
     let longest = job.data.longest().max(job.eval.map_or(0, Dataset::longest));
     if longest > fits {
-        let what = format!("the longest example has {longest} tokens, the model takes {fits}");
+        let what = format!("the longest example has {longest} tokens, the model allows {fits}");
         return Err(TrainError::Usage(what));
     }
     if job.options.train_bias {
-        model.attach_biases(&unstoppable(ctx), device, job.base, job.mask)?;
+        model.attach_biases(&uncancellable(ctx), device, job.base, job.mask)?;
     }
     let recipe = job.recipe(model.n_trained());
-    let (progress, best) = if goes_on {
-        state::load(&unstoppable(ctx), device, model, &recipe, &state_path)?
+    let (progress, best) = if resumes {
+        state::load(&uncancellable(ctx), device, model, &recipe, &state_path)?
     } else {
         let start = Progress { step: 0, epoch: 0, batch: 0, n_tokens: 0, first_eval: None, best: None, n_worse: 0 };
         (start, None)
@@ -213,12 +214,12 @@ pub fn train<D: Device>(
         linear.patch(device)?;
     }
     let work = Workspace::new(device, &model.config, max_tokens, job.options.keep())?;
-    let log = Log::open(&job.beside("log.jsonl"), progress.step, goes_on)?;
+    let log = Log::open(&job.beside("log.jsonl"), progress.step, resumes)?;
     Run { ctx, device, model, job, watcher, plan, eval_batches, work, recipe, progress, best, log }.run_all()
 }
 
-/// The same for what takes seconds and must end once it began, whoever asks to stop.
-fn unstoppable<'a>(ctx: &Context<'a>) -> Context<'a> {
+/// The same context without cancellation, for work that takes seconds and must finish once it has begun.
+fn uncancellable<'a>(ctx: &Context<'a>) -> Context<'a> {
     Context { observer: &Silent, ..*ctx }
 }
 
@@ -251,7 +252,7 @@ impl<D: Device> Run<'_, D> {
             let of_step: Vec<Batch> = (first..last).map(|i| batches.get(i)).collect();
             match self.step(&of_step) {
                 Err(TrainError::Checkpoint(CheckpointError::Cancelled)) => {
-                    // What the step had begun is dropped; it is done again on resuming.
+                    // The unfinished step is dropped; resuming repeats it.
                     self.save()?;
                     return Err(TrainError::Stopped { step: self.progress.step });
                 }
@@ -283,7 +284,7 @@ impl<D: Device> Run<'_, D> {
         self.job.options.patience.is_some_and(|patience| self.progress.n_worse >= patience)
     }
 
-    /// One optimizer step over all batches, the loss being the mean over all their supervised tokens.
+    /// One optimizer step over all batches; the loss is the mean over all their supervised tokens.
     fn step(&mut self, batches: &[Batch]) -> Result<(), TrainError> {
         let began = Instant::now();
         let (device, options) = (self.device, self.job.options);
@@ -302,7 +303,7 @@ impl<D: Device> Run<'_, D> {
             let losses = losses(device, self.model, &batch, &mut self.work, Some(grad_scale))?;
             let loss: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
             if !loss.is_finite() {
-                let tensor = first_not_finite(device, self.model, batch.spans.n_tokens(), &self.work)?;
+                let tensor = first_non_finite(device, self.model, batch.spans.n_tokens(), &self.work)?;
                 return Err(self.not_finite(i, loss / losses.len() as f64, tensor));
             }
             sum += loss;
@@ -320,8 +321,8 @@ impl<D: Device> Run<'_, D> {
         }
         let grad_norm = squares.iter().sum::<f64>().sqrt() / loss_scale;
         let clipped = options.clip.filter(|most| grad_norm > *most).map_or(1.0, |most| most / grad_norm);
-        let learning_rate =
-            options.learning_rate * options.schedule.share(self.progress.step, self.plan.n_steps, self.plan.n_warmup);
+        let learning_rate = options.learning_rate
+            * options.schedule.fraction(self.progress.step, self.plan.n_steps, self.plan.n_warmup);
         self.progress.step += 1;
         self.progress.n_tokens += n_tokens as u64;
         let update = AdamW {
@@ -357,12 +358,12 @@ impl<D: Device> Run<'_, D> {
         TrainError::NotFinite { step: self.progress.step + 1, batch: self.progress.batch + i as u64, loss, tensor }
     }
 
-    /// Judges the model, where there is something to judge it by, and keeps the best deltas.
+    /// Evaluates the model, if there is evaluation data, and keeps the best deltas.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Some(batches) = &self.eval_batches else { return Ok(()) };
         let began = Instant::now();
-        // Stopped half-way, the step before it would be lost.
-        let mean = mean_loss(&unstoppable(self.ctx), self.device, self.model, batches.iter_from(0), &mut self.work)?;
+        // Not cancellable: otherwise the preceding step would be lost.
+        let mean = mean_loss(&uncancellable(self.ctx), self.device, self.model, batches.iter_from(0), &mut self.work)?;
         let step = self.progress.step;
         let is_best = self.progress.best.is_none_or(|best| mean.loss < best.loss);
         if is_best {
@@ -387,33 +388,33 @@ impl<D: Device> Run<'_, D> {
     fn save(&mut self) -> Result<(), TrainError> {
         let path = self.job.beside("state.safetensors");
         let (progress, best) = (&self.progress, self.best.as_ref());
-        state::save(&unstoppable(self.ctx), self.device, self.model, progress, &self.recipe, best, &path)?;
-        self.draw()?;
+        state::save(&uncancellable(self.ctx), self.device, self.model, progress, &self.recipe, best, &path)?;
+        self.write_loss_curve()?;
         self.watcher.saved(self.progress.step, &path);
         Ok(())
     }
 
-    fn draw(&mut self) -> Result<(), TrainError> {
+    fn write_loss_curve(&mut self) -> Result<(), TrainError> {
         self.log.flush()?;
         let svg = loss_curve(&self.log.losses, &self.log.eval_losses);
         Ok(write_atomic(&self.job.beside("loss.svg"), Existing::Replace, svg.as_bytes())?)
     }
 
-    /// Puts the best deltas back, writes the adapter, and takes the state away.
+    /// Restores the best deltas, writes the adapter, and removes the state.
     fn finish(mut self, stopped_early: bool) -> Result<TrainReport, TrainError> {
         if let Some(best) = &self.best {
             let mut best = best.iter();
             for linear in self.model.linears_mut() {
                 for (_, deltas) in linear.trained_mut() {
-                    let theta = best.next().expect("all that is trained has its best");
+                    let theta = best.next().expect("there are best deltas for every trained tensor");
                     self.device.write(theta, &mut deltas.theta)?;
                 }
                 linear.patch(self.device)?;
             }
         }
-        self.draw()?;
+        self.write_loss_curve()?;
         let Self { device, model, job, progress, .. } = &self;
-        let ctx = &unstoppable(self.ctx);
+        let ctx = &uncancellable(self.ctx);
         let tail = self.log.losses.len().div_ceil(20);
         let last = &self.log.losses[self.log.losses.len() - tail..];
         let loss = last.iter().map(|(_, loss)| loss).sum::<f64>() / last.len().max(1) as f64;
@@ -431,8 +432,8 @@ impl<D: Device> Run<'_, D> {
         let notes = AdapterNotes { training: Some(training), ..job.notes.clone() };
         write_adapter(ctx, *device, model, job, &notes)?;
         let state = job.beside("state.safetensors");
-        // The adapter is in its place.
-        remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the state that led to"))?;
+        // The adapter is complete at this point.
+        remove_file(&state).map_err(|e| e.after_commit(job.output, "remove the training state of"))?;
         let (adapter, id) = Adapter::read_back(ctx, job.output)?;
         Ok(TrainReport {
             id: id.to_string(),
@@ -449,7 +450,7 @@ impl<D: Device> Run<'_, D> {
     }
 }
 
-/// Writes the deltas as an adapter, in float32: a merge rounds what training rounded.
+/// Writes the deltas as an adapter, in float32: a merge then rounds as training did.
 fn write_adapter<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -459,7 +460,7 @@ fn write_adapter<D: Device>(
 ) -> Result<(), TrainError> {
     let mut writer = AdapterWriter::create(job.output, job.existing, Dtype::F32)?;
     for target in job.mask.targets() {
-        let theta = thetas(device, model, &target.name)?;
+        let theta = read_theta(device, model, &target.name)?;
         let mut theta = &theta[..];
         let tensor = job.base.tensor(&target.name).expect("targets are tensors of the base");
         writer.begin_target(&target.name, target.dtype, &target.shape, false, target.uniform_k)?;
@@ -474,19 +475,19 @@ fn write_adapter<D: Device>(
     }
     let biases = if job.options.train_bias { biases(job.base, job.mask)? } else { Vec::new() };
     for bias in biases {
-        let (layout, info) = (vector(bias), bias.info);
-        let columns = whole(layout.n_rows() as usize);
+        let (layout, info) = (bias_layout(bias), bias.info);
+        let columns = bias_columns(layout.n_rows() as usize);
         writer.begin_target(&info.name, info.dtype, &info.shape, false, Some(1))?;
         let stored = gather_rows(ctx, bias, layout, 0, &columns)?;
-        writer.push_rows(&columns, &thetas(device, model, &info.name)?, &stored)?;
+        writer.push_rows(&columns, &read_theta(device, model, &info.name)?, &stored)?;
         writer.end_target(None);
     }
     job.base.unchanged()?;
     Ok(writer.finish(ctx, 1.0, job.mask.recipe(), &BaseInfo::of(job.base), notes)?)
 }
 
-/// The deltas of a tensor; none where nothing of it is trained.
-fn thetas<D: Device>(device: &D, model: &Model<D>, tensor: &str) -> Result<Vec<f32>, TrainError> {
+/// The deltas of a tensor; empty if it is not trained.
+fn read_theta<D: Device>(device: &D, model: &Model<D>, tensor: &str) -> Result<Vec<f32>, TrainError> {
     for (parts, deltas) in model.trained() {
         if let Some(part) = parts.iter().find(|part| part.name == tensor) {
             return Ok(device.read(&deltas.theta, deltas.nnz)?[part.entries.clone()].to_vec());
@@ -511,16 +512,16 @@ enum Line {
 }
 
 impl Log {
-    /// A log that has the lines of the one before up to `step`, where the run goes on.
-    fn open(path: &Path, step: u64, goes_on: bool) -> Result<Self, TrainError> {
+    /// Opens the log; a resumed run keeps its lines up to `step`.
+    fn open(path: &Path, step: u64, resumes: bool) -> Result<Self, TrainError> {
         let io = |what, e| CheckpointError::io(what, path, e);
         let (mut kept, mut losses, mut eval_losses) = (String::new(), Vec::new(), Vec::new());
-        if goes_on && probe::is_present(path)? {
+        if resumes && probe::is_present(path)? {
             for line in fs::read_to_string(path).map_err(|e| io("read", e))?.lines() {
                 match serde_json::from_str(line) {
                     Ok(Line::Step(record)) if record.step <= step => losses.push((record.step, record.loss)),
                     Ok(Line::Eval(record)) if record.step <= step => eval_losses.push((record.step, record.eval_loss)),
-                    // What came after the state was saved is done again.
+                    // Steps after the saved state are repeated.
                     _ => continue,
                 }
                 kept += line;
@@ -542,7 +543,7 @@ impl Log {
         self.line(&record)
     }
 
-    /// A step takes seconds: its line is there for whoever follows the file.
+    /// A step takes seconds, so each line is flushed for readers that follow the file.
     fn line(&mut self, record: &impl Serialize) -> Result<(), TrainError> {
         let json = serde_json::to_string(record).expect("numbers are JSON");
         writeln!(self.file, "{json}").map_err(|e| CheckpointError::io("write", &self.path, e))?;

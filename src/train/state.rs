@@ -1,8 +1,8 @@
-//! What an interrupted run needs to go on: a safetensors file that is written whole or not at all.
+//! The saved state of an interrupted run: a safetensors file that is written atomically.
 //!
-//! For each target `T` it has `T.theta`, `T.mean` and `T.variance`, F32 `[nnz]`, and where an evaluation was best so far `T.best`.
-//! A JSON document in the metadata says where the run stands. The order of the data follows from seed and epoch, so its place is
-//! two numbers.
+//! For each target `T` it holds `T.theta`, `T.mean` and `T.variance`, F32 `[nnz]`, and `T.best` if there has been a
+//! best evaluation. A JSON document in the metadata holds the progress. The order of the data follows from seed and
+//! epoch, so two numbers give the position in it.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -17,10 +17,10 @@ use crate::{
 
 const DOCUMENT_KEY: &str = "neuroada_training";
 const VERSION: u64 = 1;
-/// Documents larger than this are no state.
+/// Maximum length of the document.
 const MAX_BYTES: usize = 1 << 20;
 
-/// Where a run stands.
+/// The progress of a run.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Progress {
     /// Optimizer steps done.
@@ -29,9 +29,9 @@ pub struct Progress {
     pub epoch: u64,
     /// The next batch of that epoch, from 0.
     pub batch: u64,
-    /// Tokens seen.
+    /// Tokens processed.
     pub n_tokens: u64,
-    /// The loss before training.
+    /// The evaluation loss before training.
     pub first_eval: Option<f64>,
     /// The best evaluation so far.
     pub best: Option<Best>,
@@ -39,7 +39,7 @@ pub struct Progress {
     pub n_worse: u64,
 }
 
-/// An evaluation.
+/// The best evaluation.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Best {
     /// Optimizer steps done.
@@ -53,11 +53,11 @@ pub struct Best {
 struct Document {
     version: u64,
     progress: Progress,
-    /// The recipe: what decides the outcome.
+    /// The recipe: everything that determines the result.
     recipe: Value,
 }
 
-/// The deltas of the best evaluation: those of all that is trained, in the model's order.
+/// The deltas of the best evaluation, for every trained tensor, in the model's order.
 pub(super) type BestDeltas = Vec<Vec<f32>>;
 
 /// Writes the state.
@@ -90,10 +90,10 @@ pub(super) fn save<D: Device>(
     Ok(file.finish(ctx, &BTreeMap::from([(DOCUMENT_KEY.to_owned(), json)]))?)
 }
 
-/// Reads a state into the model; returns where the run stands, and the best deltas.
+/// Reads a state into the model; returns the progress and the best deltas.
 ///
 /// # Errors
-/// A file that is no state, or that of a run with another recipe: each difference is told.
+/// The file is not a state, or belongs to a run with another recipe; each difference is listed.
 pub(super) fn load<D: Device>(
     ctx: &Context<'_>,
     device: &D,
@@ -103,7 +103,8 @@ pub(super) fn load<D: Device>(
 ) -> Result<(Progress, Option<BestDeltas>), TrainError> {
     let file = Shard::open(path)?;
     let bad = |what: String| CheckpointError::bad_file(path, what);
-    let json = file.header().metadata().get(DOCUMENT_KEY).ok_or_else(|| bad("this is no training state".to_owned()))?;
+    let json =
+        file.header().metadata().get(DOCUMENT_KEY).ok_or_else(|| bad("this is not a training state".to_owned()))?;
     if json.len() > MAX_BYTES {
         return Err(bad("its training document is too long".to_owned()).into());
     }
@@ -111,7 +112,7 @@ pub(super) fn load<D: Device>(
         serde_json::from_str(json).map_err(|e| bad(format!("its training document is malformed: {e}")))?;
     if document.version > VERSION {
         let found = document.version;
-        return Err(bad(format!("its format is version {found}, at most {VERSION} is known")).into());
+        return Err(bad(format!("its format is version {found}, at most {VERSION} is supported")).into());
     }
     let differences = differences("", &document.recipe, recipe);
     if !differences.is_empty() {
@@ -129,7 +130,7 @@ pub(super) fn load<D: Device>(
                     .tensor(&name)
                     .filter(|info| info.dtype == Dtype::F32 && info.shape == [part.entries.len() as u64]);
                 let info = info.ok_or_else(|| {
-                    let what = format!("F32 [{}] is needed", part.entries.len());
+                    let what = format!("expected F32 [{}]", part.entries.len());
                     CheckpointError::bad_tensor(path, &name, what)
                 })?;
                 let bytes = file.window(ctx, info, 0..info.n_bytes())?;
@@ -149,7 +150,7 @@ pub(super) fn load<D: Device>(
     Ok((document.progress, has_best.then_some(best)))
 }
 
-/// Where two recipes differ, in words: `options.seed was 1, is 2`.
+/// The differences of two recipes as text: `options.seed was 1, is 2`.
 fn differences(at: &str, was: &Value, is: &Value) -> Vec<String> {
     if was == is {
         return Vec::new();
@@ -177,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_recipes_are_told_field_by_field() {
+    fn differences_of_recipes_are_listed_by_field() {
         let was = json!({"data": {"blake3": "a"}, "options": {"seed": 1, "epochs": 3}});
         let is = json!({"data": {"blake3": "a"}, "options": {"seed": 2, "epochs": 3, "clip": 1.0}});
         assert_eq!(differences("", &was, &is), ["options.clip was null, is 1.0", "options.seed was 1, is 2"]);

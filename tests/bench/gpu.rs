@@ -1,7 +1,8 @@
-//! What a GPU does beside the limits of its memory and of its bus. Run it with `cargo bench --bench gpu`, or carry the built program to
-//! a machine with a GPU: `tests/gpu/on_device.sh` does. `--small` is for a driver that is none.
+//! GPU throughput relative to the limits of its memory and its bus. Run it with `cargo bench --bench gpu`, or copy the
+//! built program to a machine with a GPU, as `tests/gpu/on_device.sh` does. `--small` is for the fake driver.
 //!
-//! Every figure stands beside its limit, measured in the same run. Times are the host's, around many launches and one wait.
+//! Every figure is printed with its limit, measured in the same run. Times are measured on the host, around many
+//! launches and one wait.
 
 use std::{
     path::{Path, PathBuf},
@@ -31,7 +32,7 @@ const PROJECTIONS: [(&str, usize, usize); 7] = [
 ];
 const LAYERS: usize = 32;
 
-/// How large everything is.
+/// The sizes of the measurements.
 struct Scale {
     resident_bytes: usize,
     rows_divisor: usize,
@@ -85,7 +86,7 @@ fn run(gpu: &Gpu, scale: &Scale, folder: Option<&Path>) -> Result<(), Box<dyn st
     Ok(())
 }
 
-/// GB/s of `n_bytes`, done `repeats` times by `work`, after once to warm up.
+/// GB/s of `n_bytes` processed by `work`, over `repeats` runs after a warm-up.
 fn rate(
     queue: &Queue,
     n_bytes: usize,
@@ -116,7 +117,7 @@ fn bus_rates(queue: &Queue, scale: &Scale) -> Result<(f64, f64), GpuError> {
     Ok((up, down))
 }
 
-/// Bell-shaped weights: a million of them, again and again.
+/// Bell-shaped weights: one million of them, repeated.
 fn weights(dtype: Dtype, n: usize) -> Vec<u8> {
     let mut state = 1u64;
     let mut uniform = || {
@@ -141,7 +142,7 @@ fn topk_rate(queue: &Queue, scale: &Scale, dtype: Dtype, d_in: usize, k: usize) 
     rate(queue, bytes.len() + written, scale.repeats, || matrix.topk(queue, k, &mut columns, &mut first_nan))
 }
 
-/// Milliseconds to patch every projection of an 8B model: one layer's, 32 times over (they do not fit any cache).
+/// Milliseconds to patch every projection of an 8B model: those of one layer 32 times (they fit in no cache).
 fn patch_time(queue: &Queue, scale: &Scale) -> Result<f64, GpuError> {
     const K: usize = 20;
     let mut layer = Vec::new();
@@ -165,7 +166,7 @@ fn patch_time(queue: &Queue, scale: &Scale) -> Result<f64, GpuError> {
         }
         Ok(())
     };
-    // A rate of one million "bytes" per run is seconds in disguise.
+    // A rate of one million "bytes" per run, to be converted to seconds.
     Ok(1.0 / rate(queue, 1_000_000, scale.repeats, once)?)
 }
 
@@ -194,7 +195,7 @@ fn low_rank_rate(gpu: &Gpu, scale: &Scale) -> Result<f64, GpuError> {
     Ok((n_jobs * bytes.len()) as f64 / began.elapsed().as_secs_f64() / 1e9)
 }
 
-/// A LoRA adapter of every projection of the 8B checkpoint, as PEFT leaves it: what `on_device.sh` merges.
+/// A LoRA adapter of every projection of the 8B checkpoint in PEFT format, merged by `on_device.sh`.
 fn write_lora(scale: &Scale, folder: &Path, rank: usize) -> Result<(), Box<dyn std::error::Error>> {
     std::fs::create_dir_all(folder)?;
     let config = format!("{{\"peft_type\":\"LORA\",\"r\":{rank},\"lora_alpha\":{}}}", 2 * rank);
@@ -213,7 +214,7 @@ fn write_lora(scale: &Scale, folder: &Path, rank: usize) -> Result<(), Box<dyn s
     Ok(writer.finish(&Context::default(), &Default::default())?)
 }
 
-/// GB/s of checkpoint that a mask of k = 1 is chosen at, from the page cache; makes an 8B checkpoint in `folder`.
+/// GB/s of checkpoint while choosing a mask of k = 1, from the page cache; creates an 8B checkpoint in `folder`.
 fn stream_rate(gpu: &Gpu, scale: &Scale, folder: &Path) -> Result<f64, Box<dyn std::error::Error>> {
     let path = folder.join("8b.safetensors");
     let n_layers = LAYERS.div_ceil(scale.rows_divisor);

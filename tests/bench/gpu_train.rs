@@ -1,8 +1,8 @@
-//! The trainer on a GPU, on checkpoints of random weights. Run it with `cargo bench --bench gpu_train -- FOLDER`, or carry the built
-//! program to a machine with a GPU: `tests/gpu/on_device.sh` does. `--small` is for a driver that is none.
+//! The trainer on a GPU, with checkpoints of random weights. Run it with `cargo bench --bench gpu_train -- FOLDER`, or
+//! copy the built program to a machine with a GPU, as `tests/gpu/on_device.sh` does. `--small` is for the fake driver.
 //!
-//! FOLDER takes up to 18 GB. Speeds are those of whole steps, from tokens to patched weights, after a few that warm up; memory is
-//! the most that the device had less than before, looked at after each step.
+//! FOLDER needs up to 18 GB. Speeds cover whole steps, from tokens to patched weights, after a few warm-up steps.
+//! Memory is the maximum decrease of free device memory, sampled after each step.
 
 use std::{
     cell::RefCell,
@@ -36,19 +36,20 @@ struct Shape {
     n_vocab: usize,
 }
 
-/// Llama-3-8B's, and TinyLlama's.
+/// The shapes of Llama-3-8B and TinyLlama.
 const SHAPE_8B: Shape =
     Shape { name: "8b", d_model: 4096, d_ff: 14336, n_layers: 32, n_q: 32, n_kv: 8, n_vocab: 128_256 };
 const SHAPE_1B: Shape =
     Shape { name: "1b", d_model: 2048, d_ff: 5632, n_layers: 22, n_q: 32, n_kv: 4, n_vocab: 32_000 };
 const SMALL: Shape = Shape { name: "small", d_model: 128, d_ff: 96, n_layers: 2, n_q: 2, n_kv: 1, n_vocab: 300 };
 
-/// What of a model is trained.
+/// The trained part of a model.
 #[derive(Clone, Copy)]
 enum Trained {
-    /// So many entries in each row of the seven projections.
+    /// This many entries per row of the seven projections.
     Rows(u64),
-    /// One matrix of the first layer: the way back is as long, and there is nearly no gradient of deltas and no patch.
+    /// One matrix of the first layer: the backward pass is as long, but there are almost no delta gradients and
+    /// patches.
     NearlyNothing,
 }
 
@@ -113,19 +114,19 @@ fn run(gpu: &Gpu, folder: &Path, is_small: bool) -> Result<(), Failure> {
 struct Measured {
     /// Tokens per second.
     pace: f64,
-    /// Bytes of the device.
+    /// Bytes of device memory.
     peak: u64,
     estimate: u64,
     loss: f64,
 }
 
-/// Watches steps and memory.
-struct Teller<'a> {
+/// Records steps and memory.
+struct Recorder<'a> {
     gpu: &'a Gpu,
     seen: RefCell<Vec<(StepRecord, u64)>>,
 }
 
-impl Watcher for Teller<'_> {
+impl Watcher for Recorder<'_> {
     fn step(&self, record: &StepRecord, _n_steps: u64) {
         let free = self.gpu.memory().map_or(0, |(free, _)| free);
         self.seen.borrow_mut().push((*record, free));
@@ -201,7 +202,7 @@ fn measure(
         resume: false,
         notes: AdapterNotes::default(),
     };
-    let teller = Teller { gpu, seen: RefCell::default() };
+    let teller = Recorder { gpu, seen: RefCell::default() };
     let report = train(&ctx, &device, &mut model, &job, &teller)?;
     let seen = teller.seen.borrow();
     let timed = &seen[seen.len() / 4..];
@@ -211,7 +212,7 @@ fn measure(
     Ok(Measured { pace: tokens as f64 / seconds, peak: before.saturating_sub(least), estimate, loss: report.loss })
 }
 
-/// A checkpoint of random weights, made where it is not there yet.
+/// A checkpoint of random weights, created if it does not exist.
 fn checkpoint(folder: &Path, shape: Shape) -> Result<Checkpoint, Failure> {
     let root = folder.join(shape.name);
     let path = root.join("model.safetensors");
@@ -261,7 +262,7 @@ fn checkpoint(folder: &Path, shape: Shape) -> Result<Checkpoint, Failure> {
     Ok(Checkpoint::open(&root)?)
 }
 
-/// Four million bell-shaped weights of deviation 0.02, whose period is no row's length.
+/// Four million bell-shaped weights of standard deviation 0.02, with a period that differs from every row length.
 fn noise() -> Vec<u8> {
     let mut state = 1u64;
     let mut uniform = || {

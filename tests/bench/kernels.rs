@@ -1,8 +1,8 @@
-//! Hot loops in GB/s of weights, beside the speed at which the same bytes can be read at all.
+//! Hot loops in GB/s of weights, with the speed of just reading the same bytes.
 //!
-//! `cargo bench --bench kernels`. Every group runs on as many threads as there are cores, over more bytes than any cache holds.
-//! `read` takes the maximum of all elements as wide as the machine can and is the limit that the others are to be compared
-//! with. Figures and what they were measured on: README.md beside this file.
+//! `cargo bench --bench kernels`. Every group runs on as many threads as there are cores, over more bytes than any
+//! cache holds. `read` takes the maximum of all elements with the widest instructions; it is the limit for the others.
+//! Results and the machine: README.md in this folder.
 
 use std::{hint::black_box, time::Duration};
 
@@ -17,10 +17,10 @@ use neuroada_ckpt::{
 use rayon::prelude::*;
 
 const BYTES: usize = 256 << 20;
-/// Rows of one call, as many as a window of a file holds.
+/// Bytes per call, about a window of a file.
 const BLOCK_BYTES: usize = 4 << 20;
 
-/// Bell-shaped weights, the sum of four even ones, in the upper bits of an `f32`.
+/// Bell-shaped weights, the sum of four uniform ones, in the upper bits of an `f32`.
 fn weights(dtype: Dtype) -> Vec<u8> {
     let width = dtype.bitsize() / 8;
     let mut bytes = vec![0u8; BYTES];
@@ -36,7 +36,7 @@ fn weights(dtype: Dtype) -> Vec<u8> {
                 Dtype::F32 => element.copy_from_slice(&sum.to_le_bytes()),
                 Dtype::BF16 => element.copy_from_slice(&half::bf16::from_f32(sum).to_le_bytes()),
                 Dtype::F16 => element.copy_from_slice(&half::f16::from_f32(sum).to_le_bytes()),
-                // The sign, four bits of exponent and three of mantissa, cut off.
+                // The sign, four exponent bits and three mantissa bits, truncated.
                 _ => {
                     element[0] = ((sum.to_bits() >> 24 & 0x80)
                         | ((sum.to_bits() >> 20).wrapping_sub(120 << 3) & 0x7f).min(0x7e))

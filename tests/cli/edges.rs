@@ -234,7 +234,7 @@ fn force_replaces_what_this_program_wrote_and_nothing_else() {
     workspace.stdout("merge in/base --adapter in/a -o own2");
     workspace.write("own2/notes.txt", "mine");
     let told = refused(&workspace, "merge in/base --adapter in/b -o own2 --force");
-    assert!(told.ends_with(":\n  notes.txt\nhint: move them away, or choose another place for the output\n"), "{told}");
+    assert!(told.ends_with(":\n  notes.txt\nhint: move them away, or choose another output path\n"), "{told}");
     workspace.write("own2/.neuroada/notes.txt", "mine");
     fs::remove_file(workspace.path("own2/notes.txt")).unwrap();
     let told = refused(&workspace, "merge in/base --adapter in/b -o own2 --force");
@@ -296,7 +296,7 @@ fn links_in_the_place_of_state_and_temporary_names_are_refused() {
     link("victim", "in/base/.neuroada");
     for line in ["merge in/base --adapter in/a --in-place", "unmerge in/base", "verify in/base", "recover in/base"] {
         let told = refused(&workspace, line);
-        assert!(told.contains("this program's state is never reached through one"), "{told}");
+        assert!(told.contains("this program never follows one to its state"), "{told}");
     }
     unlink("in/base/.neuroada");
     fs::create_dir(workspace.path("in/base/.neuroada")).unwrap();
@@ -353,11 +353,11 @@ fn a_replaced_single_file_has_its_own_ledger() {
     workspace.stdout(&format!("{} --force", merge("of-one", "m")));
     workspace.write("m.neuroada/thesis.tex", "mine");
     let told = refused(&workspace, &format!("{} --force", merge("of-one-2", "m")));
-    assert!(told.contains("m.neuroada: holds what this program did not write"), "{told}");
+    assert!(told.contains("m.neuroada: contains files that this program did not write"), "{told}");
     assert!(told.contains("\n  thesis.tex\n"), "{told}");
     // A plain file never takes the place of a merged checkpoint: its ledger would speak for another file.
     let told = refused(&workspace, "mask in/base --k 1 -o m --force");
-    assert!(told.contains("a merged checkpoint with a ledger beside it"), "{told}");
+    assert!(told.contains("a merged checkpoint with a ledger"), "{told}");
 }
 
 #[test]

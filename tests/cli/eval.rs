@@ -150,7 +150,7 @@ fn what_cannot_be_evaluated_is_said() {
     exit: 3
     --- stdout
     --- stderr
-    error: empty.jsonl: it holds no row
+    error: empty.jsonl: it contains no rows
     ");
     assert_snapshot!(of("--data parquet"), @r#"
     exit: 3

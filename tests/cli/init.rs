@@ -73,7 +73,7 @@ fn refusals_of_init() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama-adapter.safetensors: this is an adapter; a mask is needed
+    error: [FIXTURES]/tiny-llama-adapter.safetensors: this is an adapter; expected a mask
     ");
     assert_snapshot!(workspace.run(&format!("{INIT} --values [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors -o a")), @r#"
     exit: 3
@@ -108,7 +108,7 @@ fn refusals_of_init() {
     --- stdout
     --- stderr
     error: m.safetensors: the output is an input: m.safetensors
-    hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
+    hint: choose another output path; with --in-place, merge and unmerge change the checkpoint itself
     ");
     assert_snapshot!(workspace.run("init [FIXTURES]/accepted/odd-header.safetensors --mask m.safetensors -o a"), @r#"
     exit: 3

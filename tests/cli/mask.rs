@@ -61,7 +61,7 @@ fn budgets_scopes_and_targets() {
     exit: 2
     --- stdout
     --- stderr
-    error: a budget of 126 entries is less than one for each of 1216 rows; a wider scope can share it out
+    error: a budget of 126 entries is less than one per row for 1216 rows; use a wider scope
     ");
     assert_snapshot!(workspace.run(&format!("{MASK} --k 70 --targets down_proj,model.layers.0.* --dry-run")), @r#"
     exit: 0
@@ -79,8 +79,8 @@ fn budgets_scopes_and_targets() {
     would be trainable  34.7 % of the model's 126,272 parameters
     --- stderr
     note: 6 targets have rows shorter than 70: all of each row was chosen
-    note: skipped "model.layers.0.input_layernorm.weight": shape [64] is no matrix and no stack of matrices
-    note: skipped "model.layers.0.post_attention_layernorm.weight": shape [64] is no matrix and no stack of matrices
+    note: skipped "model.layers.0.input_layernorm.weight": shape [64] is neither a matrix nor a stack of matrices
+    note: skipped "model.layers.0.post_attention_layernorm.weight": shape [64] is neither a matrix nor a stack of matrices
     "#);
     assert_eq!(workspace.files(), [""; 0]);
 }
@@ -119,7 +119,7 @@ fn refusals_of_mask() {
     exit: 2
     --- stdout
     --- stderr
-    error: invalid value '0' for '--budget <BUDGET>': budget "0": expected a percentage, a share below 1, or a count
+    error: invalid value '0' for '--budget <BUDGET>': budget "0": expected a percentage, a fraction below 1, or a count
 
     For more information, try '--help'.
     "#);
@@ -145,7 +145,7 @@ fn refusals_of_mask() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors: tensor "model.norm.weight": shape [64] is no matrix and no stack of matrices
+    error: [FIXTURES]/tiny-llama/model-00001-of-00003.safetensors: tensor "model.norm.weight": shape [64] is neither a matrix nor a stack of matrices
     "#);
     assert_snapshot!(workspace.run(&format!("{MASK} --k 1 --score snip -o m")), @r"
     exit: 2
@@ -157,7 +157,7 @@ fn refusals_of_mask() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama-values.safetensors: it does not fit the base:
+    error: [FIXTURES]/tiny-llama-values.safetensors: it does not match the base:
       "model.layers.0.mlp.down_proj.weight": it has no such tensor
       "model.layers.0.mlp.gate_proj.weight": it has no such tensor
       "model.layers.0.mlp.up_proj.weight": it has no such tensor

@@ -88,7 +88,7 @@ fn refusals_of_partitions_and_joins() {
     exit: 2
     --- stdout
     --- stderr
-    error: partition 1/2: in global scope all weights compete, so no part stands alone
+    error: partition 1/2: in global scope all weights compete, so parts cannot be made separately
     ");
     assert_snapshot!(workspace.run("mask-join a.safetensors a.safetensors -o x.safetensors"), @r"
     exit: 4
@@ -100,19 +100,19 @@ fn refusals_of_partitions_and_joins() {
     exit: 4
     --- stdout
     --- stderr
-    error: other-k.safetensors: its recipe is not that of a.safetensors
+    error: other-k.safetensors: its recipe differs from that of a.safetensors
     ");
     assert_snapshot!(workspace.run("mask-join a.safetensors of-three.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
-    error: of-three.safetensors: it is part 2/3, a.safetensors is of another number of parts
+    error: of-three.safetensors: it is part 2/3, but a.safetensors has another number of parts
     ");
     assert_snapshot!(workspace.run("mask-join a.safetensors whole.safetensors -o x.safetensors"), @r"
     exit: 4
     --- stdout
     --- stderr
-    error: whole.safetensors: it is a whole mask, not a part of one
+    error: whole.safetensors: it is a complete mask, not a part of one
     ");
     assert_snapshot!(workspace.run("mask-join a.safetensors b.safetensors -o whole.safetensors"), @r"
     exit: 4

@@ -407,7 +407,7 @@ fn output_over_the_input_is_refused() {
     --- stdout
     --- stderr
     error: ./tiny-llama: the output is an input: tiny-llama
-    hint: choose another place for the output; merge and unmerge change a checkpoint itself with --in-place
+    hint: choose another output path; with --in-place, merge and unmerge change the checkpoint itself
     ");
     assert_eq!(content(&workspace.path("tiny-llama")), base());
 }

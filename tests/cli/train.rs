@@ -77,7 +77,7 @@ fn a_run_that_cannot_be_is_refused_first() {
     exit: 2
     --- stdout
     --- stderr
-    error: learning rate: positive is needed
+    error: learning rate must be positive
     ");
     assert_snapshot!(run("[FIXTURES]/tiny-llama -k 1 --data none.json -o b.safetensors"), @r"
     exit: 5

@@ -1,7 +1,8 @@
-//! Attention against a loop in f64, which is itself compared with finite differences.
+//! Attention compared with a loop in f64, which is itself checked against finite differences.
 //!
-//! Tolerances are bounds: beside each number the loop gives the sum of the absolute values that it is the sum of, and every rounding to
-//! the activations' type inside of it moves it by at most that, times half the distance of neighbours. Sums in f32 add 1e-5.
+//! Tolerances are bounds. With each value the loop also computes the sum of the absolute values of its terms. Every
+//! rounding of a term to the activations' dtype changes the value by at most this sum times half the spacing of
+//! neighboring values. Sums in f32 add 1e-5.
 
 use std::process::Command;
 
@@ -18,7 +19,7 @@ use crate::{
     samples::{DTYPES, bell, bytes_of, random},
 };
 
-/// A number, and the sum of the absolute values of what it is the sum of.
+/// A value, and the sum of the absolute values of its terms.
 #[derive(Clone, Copy, Default, Debug)]
 struct Sum {
     value: f64,
@@ -35,7 +36,7 @@ impl Sum {
     }
 }
 
-/// Heads, examples, and numbers as the type holds them.
+/// Heads, examples, and values as representable in the dtype.
 #[derive(Clone)]
 struct Sample {
     dtype: Dtype,
@@ -45,7 +46,7 @@ struct Sample {
     dout: Vec<f64>,
 }
 
-/// What attention gives, and its gradient.
+/// The output of attention, and its gradient.
 struct Expected {
     out: Vec<Sum>,
     lse: Vec<f64>,
@@ -73,7 +74,7 @@ impl Sample {
         self.starts[self.starts.len() - 1]
     }
 
-    /// Where the query, the key and the value of a token and a query head begin.
+    /// The offsets of the query, the key and the value of a token and a query head.
     fn places(&self, token: usize, head: usize) -> [usize; 3] {
         let HeadShape { n_q, n_kv, d_head } = self.heads;
         let (row, kv_head) = (token * self.heads.d_qkv(), head / (n_q / n_kv));
@@ -129,7 +130,7 @@ fn values_of(dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
     }, else unreachable!())
 }
 
-/// Half the distance of neighbours, as a share.
+/// Half the relative spacing of neighboring values.
 fn rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::BF16 => 1.0 / 256.0,
@@ -138,10 +139,10 @@ fn rounding(dtype: Dtype) -> f64 {
     }
 }
 
-/// Whether each number is as near as `n_roundings` allow.
+/// Asserts that each value is within `n_roundings` roundings.
 fn assert_near(got: &[f64], expected: &[Sum], dtype: Dtype, n_roundings: f64, what: &str) {
     assert_eq!(got.len(), expected.len());
-    // A little more, for roundings of what was rounded.
+    // A small margin, for roundings of rounded values.
     let share = 1.01 * n_roundings * rounding(dtype) + 1e-5;
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
         let most = share * expected.size + 1e-7;
@@ -149,7 +150,7 @@ fn assert_near(got: &[f64], expected: &[Sum], dtype: Dtype, n_roundings: f64, wh
     }
 }
 
-/// What a device made of a sample.
+/// The results of a device for a sample.
 #[derive(PartialEq, Debug)]
 struct Made {
     out: Vec<u8>,
@@ -177,7 +178,7 @@ impl OnDevice {
     }
 }
 
-/// Memory of which every element is a NaN until it is written.
+/// Memory in which every element is NaN until it is written.
 fn unwritten(queue: &Queue, n_bytes: usize) -> DeviceVec<u8> {
     queue.upload_all(&vec![0xff; n_bytes], "room").unwrap()
 }
@@ -193,7 +194,7 @@ fn run(queue: &Queue, sample: &Sample, is_plain: bool) -> Made {
     let (mut lse, mut delta) = (queue.upload_all(&nans, "lse").unwrap(), queue.upload_all(&nans, "delta").unwrap());
     let dout = queue.upload_all(&dout, "dout").unwrap();
     queue.attention(&of, &device.qkv, &mut out, &mut lse).unwrap();
-    queue.attention_back(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
+    queue.attention_backward(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
     Made {
         out: queue.download_all(&out).unwrap(),
         lse: queue.download_all(&lse).unwrap(),
@@ -201,7 +202,7 @@ fn run(queue: &Queue, sample: &Sample, is_plain: bool) -> Made {
     }
 }
 
-/// `n_roundings` of the outputs and of the gradients.
+/// Compares with the loop, allowing `n_roundings` for the outputs and for the gradients.
 fn judge(queue: &Queue, sample: &Sample, is_plain: bool, n_roundings: (f64, f64)) {
     let (made, expected) = (run(queue, sample, is_plain), sample.expected());
     let what = format!("{:?} {:?} {:?}", sample.dtype, sample.heads, sample.starts);
@@ -213,7 +214,7 @@ fn judge(queue: &Queue, sample: &Sample, is_plain: bool, n_roundings: (f64, f64)
 }
 
 #[test]
-fn the_loop_in_f64_has_the_gradient_that_finite_differences_have() {
+fn the_gradient_of_the_loop_in_f64_equals_finite_differences() {
     let mut sample = Sample::new(Dtype::F32, (4, 2, 6), &[1, 5, 3]);
     let dqkv = sample.expected().dqkv;
     let along_dout = |sample: &Sample| -> f64 {
@@ -233,7 +234,7 @@ fn the_loop_in_f64_has_the_gradient_that_finite_differences_have() {
 
 #[test]
 fn attention_by_hand() {
-    // Two tokens, one head of one number: the second sees both keys with scores 0 and ln 3.
+    // Two tokens, one head of width 1: the second attends to both keys with scores 0 and ln 3.
     let Some(queue) = queue() else { return };
     let (heads, starts) = (HeadShape { n_q: 1, n_kv: 1, d_head: 1 }, vec![0, 2]);
     let qkv = vec![7.0, 0.0, 1.0, 3_f64.ln(), 1.0, 5.0];
@@ -242,14 +243,14 @@ fn attention_by_hand() {
         |got: &[f64], expected: &[f64]| got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() < 1e-6);
     assert!(near(&values_of(Dtype::F32, &made.out), &[1.0, 4.0]), "{made:?}");
     assert!(near(&made.lse.iter().map(|&lse| f64::from(lse)).collect::<Vec<_>>(), &[0.0, 4_f64.ln()]), "{made:?}");
-    // The second output is 1 + 4 p with p = 3/4: its slope by the score is 4 p (1 - p).
+    // The second output is 1 + 4 p with p = 3/4: its derivative with respect to the score is 4 p (1 - p).
     let ln3 = 3_f64.ln();
     let dqkv = [0.0, -0.75 * ln3, 1.25, 0.75, 0.75 * ln3, 0.75];
     assert!(near(&values_of(Dtype::F32, &made.dqkv), &dqkv), "{made:?}");
 }
 
 #[test]
-fn plain_attention_is_the_loop_in_f64() {
+fn plain_attention_matches_the_loop_in_f64() {
     let Some(queue) = queue() else { return };
     for dtype in DTYPES {
         for (heads, lengths) in [
@@ -261,14 +262,14 @@ fn plain_attention_is_the_loop_in_f64() {
             ((6, 2, 64), &[12]),
             ((1, 1, 256), &[7, 35]),
         ] {
-            // The output is rounded; so are gradients, and the outputs that they come from.
+            // The output is rounded; so are the gradients, and the outputs that enter them.
             judge(&queue, &Sample::new(dtype, heads, lengths), true, (1.0, 2.0));
         }
     }
 }
 
 #[test]
-fn attention_on_tensor_cores_is_the_loop_in_f64() {
+fn attention_on_tensor_cores_matches_the_loop_in_f64() {
     let Some(queue) = queue() else { return };
     for dtype in [Dtype::BF16, Dtype::F16] {
         for (heads, lengths) in [
@@ -285,13 +286,13 @@ fn attention_on_tensor_cores_is_the_loop_in_f64() {
             ((2, 1, 128), &[64, 65]),
             ((1, 1, 128), &[1, 130]),
         ] {
-            // Beside the roundings of the plain kernels, those of shares and dS.
+            // In addition to the roundings of the plain kernels, those of the probabilities and dS.
             judge(&queue, &Sample::new(dtype, heads, lengths), false, (2.0, 3.0));
         }
     }
 }
 
-/// Attention in pieces, keys and values of earlier ones in a cache.
+/// Attention in pieces, with the keys and values of earlier ones in a cache.
 fn continued(queue: &Queue, sample: &Sample, is_plain: bool, cuts: &[usize]) -> Vec<u8> {
     let (heads, n_examples) = (sample.heads, sample.starts.len() - 1);
     let (d_qkv, d_q, capacity) = (heads.d_qkv(), heads.n_q * heads.d_head, sample.n() + 1);
@@ -300,7 +301,7 @@ fn continued(queue: &Queue, sample: &Sample, is_plain: bool, cuts: &[usize]) -> 
     let mut all = vec![0; sample.n() * d_q * n_bytes];
     let mut past = vec![0; n_examples];
     for &cut in cuts {
-        // The next `cut` tokens of each example, or as many as there are.
+        // The next `cut` tokens of each example, or as many as remain.
         let mut piece = Sample { starts: vec![0], qkv: Vec::new(), ..sample.clone() };
         let mut places = Vec::new();
         for (span, past) in sample.starts.windows(2).zip(&past) {
@@ -328,7 +329,7 @@ fn continued(queue: &Queue, sample: &Sample, is_plain: bool, cuts: &[usize]) -> 
 }
 
 #[test]
-fn attention_that_goes_on_gives_the_bits_of_attention_at_once() {
+fn cached_attention_gives_the_same_bits_as_one_pass() {
     let Some(queue) = queue() else { return };
     for dtype in DTYPES {
         let sample = Sample::new(dtype, (4, 2, 16), &[40, 3, 35]);
@@ -345,7 +346,7 @@ fn attention_that_goes_on_gives_the_bits_of_attention_at_once() {
 }
 
 #[test]
-fn a_cache_that_is_full_is_not_written_beyond() {
+fn a_full_cache_is_not_overrun() {
     let Some(queue) = queue() else { return };
     let sample = Sample::new(Dtype::BF16, (2, 1, 16), &[2, 3]);
     let device = OnDevice::new(&queue, &sample);
@@ -361,7 +362,7 @@ fn a_cache_that_is_full_is_not_written_beyond() {
 }
 
 #[test]
-fn starts_that_make_no_sense_touch_nothing_outside() {
+fn invalid_starts_access_nothing_outside() {
     let Some(queue) = queue() else { return };
     for starts in [[0, 90, 5], [7, 3, 9], [0, u32::MAX, u32::MAX], [5, 5, 5]] {
         let sample = Sample::new(Dtype::F16, (2, 1, 64), &[6, 3]);
@@ -373,7 +374,7 @@ fn starts_that_make_no_sense_touch_nothing_outside() {
             let [mut lse, mut delta] = [(); 2].map(|()| queue.upload_all(&[0.0_f32; 18], "sums").unwrap());
             queue.attention(&of, &device.qkv, &mut out, &mut lse).unwrap();
             let dout = unwritten(&queue, 9 * 128 * 2);
-            queue.attention_back(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
+            queue.attention_backward(&of, &dout, &device.qkv, &out, &lse, &mut delta, &mut dqkv).unwrap();
             queue.wait().unwrap();
         }
     }

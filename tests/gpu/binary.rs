@@ -1,4 +1,4 @@
-//! The real binary on the fake driver: the whole way from files to files.
+//! The real binary on the fake driver, end to end.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ pub(crate) struct Workspace {
     driver: PathBuf,
 }
 
-/// What the fake driver counted.
+/// The counters of the fake driver.
 pub(crate) struct Stats(pub(crate) String);
 
 impl Stats {
@@ -58,14 +58,14 @@ impl Workspace {
         Stats(fs::read_to_string(self.path("stats")).expect("the fake driver was there"))
     }
 
-    /// What `inspect --devices` says after the CPU.
+    /// The output of `inspect --devices` after the CPU.
     fn devices(&self, variables: &[(&str, &str)]) -> String {
         let output = self.run("inspect --devices", variables);
         assert_eq!(code(&output), 0, "{}", stderr(&output));
         stdout(&output).lines().skip(1).collect::<Vec<_>>().join("\n")
     }
 
-    /// Runs `mask` on both, and compares the files.
+    /// Runs `mask` on both devices, and compares the files.
     fn same_mask(&self, line: &str, variables: &[(&str, &str)]) {
         let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
             let name = format!("{device}.safetensors");
@@ -94,7 +94,7 @@ pub(crate) fn stdout(output: &Output) -> String {
 }
 
 #[test]
-fn a_mask_chosen_on_the_gpu_is_the_cpus_byte_for_byte() {
+fn a_mask_chosen_on_the_gpu_equals_the_cpus_byte_for_byte() {
     let Some(workspace) = Workspace::new() else { return };
     for line in [
         "BASE --k 1",
@@ -128,7 +128,7 @@ fn one_weight(workspace: &Workspace, n_rows: usize, d_in: usize) {
 }
 
 #[test]
-fn device_memory_is_bounded_and_pieces_are_on_their_way_together() {
+fn device_memory_is_bounded_and_pieces_overlap() {
     let Some(workspace) = Workspace::new() else { return };
     one_weight(&workspace, 6000, 1024);
     workspace.same_mask("one.safetensors --targets w --k 2 --threads 2 --gpu-memory 16M", &[]);
@@ -136,27 +136,27 @@ fn device_memory_is_bounded_and_pieces_are_on_their_way_together() {
     assert!(stats.get("most_device_bytes") <= 16 << 20, "{}", stats.0);
     assert!(stats.get("most_host_bytes") <= 128 << 20, "{}", stats.0);
     assert_eq!(stats.get("most_streams"), 2);
-    // A stream that holds the work of two pieces at once: the second was submitted before the first was waited for.
+    // A stream with the work of two pieces at once: the second was submitted before the first was waited for.
     workspace.same_mask("one.safetensors --targets w --k 2 --threads 1 --max-memory 32M", &[]);
     let one_piece = 5; // fill, upload, kernel, two downloads; and an event for each copy
     assert!(workspace.stats().get("most_waiting") > one_piece + 3, "{}", workspace.stats().0);
 }
 
 #[test]
-fn a_device_with_little_memory_works_in_smaller_blocks_or_says_what_it_needs() {
+fn a_device_with_little_memory_uses_smaller_blocks_or_reports_its_need() {
     let Some(workspace) = Workspace::new() else { return };
     workspace.same_mask("BASE --k 3 --threads 1", &[("FAKE_CUDA_MEMORY", "6000")]);
     assert!(workspace.stats().get("most_device_bytes") <= 6000);
-    // With more threads than there is room for, some wait.
+    // With more threads than memory allows, some wait.
     workspace.same_mask("BASE --k 3 --threads 8", &[("FAKE_CUDA_MEMORY", "3000")]);
     let output = workspace.run("mask BASE --k 3 -o m --device cuda --threads 1", &[("FAKE_CUDA_MEMORY", "300")]);
     assert_eq!(code(&output), 5);
-    let said = stderr(&output);
+    let message = stderr(&output);
     assert!(
-        said.starts_with("error: GPU 0: choosing in rows needs ") && said.contains("bytes of device memory, "),
-        "{said}"
+        message.starts_with("error: GPU 0: choosing in rows needs ") && message.contains("bytes of device memory, "),
+        "{message}"
     );
-    assert!(said.ends_with("hint: --device cpu does the same without the GPU\n"), "{said}");
+    assert!(message.ends_with("hint: --device cpu does the same without the GPU\n"), "{message}");
     assert!(!workspace.path("m").exists());
 }
 
@@ -165,11 +165,11 @@ fn a_kernel_that_fails_is_named_and_nothing_is_written() {
     let Some(workspace) = Workspace::new() else { return };
     for nth in ["1", "2", "9"] {
         let output = workspace.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_FAIL", nth)]);
-        let said = stderr(&output);
-        assert_eq!(code(&output), 5, "{said}");
+        let message = stderr(&output);
+        assert_eq!(code(&output), 5, "{message}");
         assert!(
-            said.contains("GPU 0: kernel `topk_warp_u16`") && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
-            "{said}"
+            message.contains("GPU 0: kernel `topk_warp_u16`") && message.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
+            "{message}"
         );
         assert!(!workspace.path("m").exists());
     }
@@ -178,18 +178,21 @@ fn a_kernel_that_fails_is_named_and_nothing_is_written() {
 #[test]
 fn a_wrong_result_is_found() {
     let Some(workspace) = Workspace::new() else { return };
-    // Whatever memory held before is no choice of columns.
+    // The previous content of the memory is not a valid choice of columns.
     let output = workspace.run("mask BASE --k 3 -o m --device cuda", &[("FAKE_CUDA_SKIP", "1")]);
-    let said = stderr(&output);
-    assert_eq!(code(&output), 5, "{said}");
-    assert!(said.contains("gave a wrong result: row 0 of ") && said.contains("columns do not ascend"), "{said}");
-    // An older answer to the same question is one, and only the CPU can tell.
+    let message = stderr(&output);
+    assert_eq!(code(&output), 5, "{message}");
+    assert!(
+        message.contains("gave a wrong result: row 0 of ") && message.contains("columns do not ascend"),
+        "{message}"
+    );
+    // A stale result of the same shape is valid, and only the CPU can detect it.
     let variables = [("FAKE_CUDA_SKIP", "10")];
     let unchecked = workspace.run("mask BASE --k 1 -o m --device cuda --threads 1", &variables);
     assert_eq!(code(&unchecked), 0, "{}", stderr(&unchecked));
     let checked = workspace.run("mask BASE --k 1 -o n --device cuda --threads 1 --check=1", &variables);
     assert_eq!(code(&checked), 5);
-    assert!(stderr(&checked).contains("other columns are the largest"), "{}", stderr(&checked));
+    assert!(stderr(&checked).contains("its columns are not the largest"), "{}", stderr(&checked));
     assert!(!workspace.path("n").exists());
 }
 
@@ -212,7 +215,7 @@ fn a_nan_is_named_as_on_the_cpu() {
 }
 
 #[test]
-fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
+fn unsupported_rows_are_chosen_on_the_cpu_and_reported() {
     let Some(workspace) = Workspace::new() else { return };
     for line in ["--k 2 --score random", "--k 2 --scope tensor"] {
         let output = workspace.run(&format!("mask BASE {line} --force -o m --device cuda"), &[]);
@@ -221,22 +224,25 @@ fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
     }
     let output = workspace.run("diff BASE BASE --device cuda", &[]);
     assert_eq!(stderr(&output), "note: this command does all its work on the CPU\n");
-    // Without being asked, nobody looks for a GPU.
+    // Without --device, the program does not search for a GPU.
     let output = workspace.run("mask BASE --k 2 --force -o m -v", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
 }
 
 #[test]
-fn a_machine_says_why_its_gpu_cannot_be_used() {
+fn the_reason_why_a_gpu_cannot_be_used_is_reported() {
     let Some(workspace) = Workspace::new() else { return };
-    let told = |variables: &[(&str, &str)]| workspace.devices(variables);
-    line(&told(&[]), "cuda:0  Fake GPU 0  compute capability 9.0  1.07 GB  can be used");
-    line(&told(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
-    line(&told(&[("FAKE_CUDA_VERSION", "11080")]), "the driver speaks CUDA 11.8; 12.0 (driver 525) or newer is needed");
-    line(&told(&[("FAKE_CUDA_MAJOR", "7")]), "compute capability 7.0; 8.0 (Ampere) or newer is needed");
+    let report = |variables: &[(&str, &str)]| workspace.devices(variables);
+    line(&report(&[]), "cuda:0  Fake GPU 0  compute capability 9.0  1.07 GB  can be used");
+    line(&report(&[("FAKE_CUDA_DEVICES", "0")]), "no GPU can be used  the driver found no device");
+    line(
+        &report(&[("FAKE_CUDA_VERSION", "11080")]),
+        "the driver supports CUDA 11.8; expected 12.0 (driver 525) or newer",
+    );
+    line(&report(&[("FAKE_CUDA_MAJOR", "7")]), "compute capability 7.0; expected 8.0 (Ampere) or newer");
     let stub = stub_library(&workspace, "libcuda.so", "cuInit");
     let stub = stub.to_str().unwrap();
-    line(&told(&[("LD_LIBRARY_PATH", stub)]), "the driver lacks cuCtxGetCurrent (35 of the functions needed)");
+    line(&report(&[("LD_LIBRARY_PATH", stub)]), "the driver lacks cuCtxGetCurrent (35 of the required functions)");
     let refused = |line: &str, variables: &[(&str, &str)]| {
         let output = workspace.run(line, variables);
         assert_eq!(code(&output), 2, "{}", stderr(&output));
@@ -250,8 +256,8 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
     );
     line(&refused(mask, &[("LD_LIBRARY_PATH", stub)]), "error: no GPU can be used: the driver lacks cuCtxGetCurrent");
     line(&refused(&format!("{mask}:3"), &[]), "error: there is no GPU 3: only GPU 0 was found");
-    // Where the machine has no driver of its own.
-    let nothing = told(&[("LD_LIBRARY_PATH", "")]);
+    // On machines without a driver of their own.
+    let nothing = report(&[("LD_LIBRARY_PATH", "")]);
     if nothing.contains("NVIDIA driver  for CUDA") {
         eprintln!("skipped: this machine has a driver");
     } else {
@@ -261,43 +267,43 @@ fn a_machine_says_why_its_gpu_cannot_be_used() {
 }
 
 #[test]
-fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
+fn cublaslt_is_reported_or_where_it_was_searched() {
     let Some(workspace) = Workspace::new() else { return };
-    let told = |variables: &[(&str, &str)]| workspace.devices(variables);
+    let report = |variables: &[(&str, &str)]| workspace.devices(variables);
     let fake = workspace.driver.join("libcublasLt.so.12");
-    // Beside the driver, where the loader looks.
-    line(&told(&[]), &format!("cuBLASLt       12.8.4, {}\n", fake.display()));
-    // In the folder that is named, which goes before all else; a driver for CUDA 13 serves both versions.
+    // Next to the driver, on the loader's path.
+    line(&report(&[]), &format!("cuBLASLt       12.8.4, {}\n", fake.display()));
+    // In the folder set by the variable, which takes precedence; a driver for CUDA 13 works with both versions.
     let folder = workspace.path("libraries");
     let named = folder.to_str().unwrap();
     fs::create_dir(&folder).unwrap();
     for name in ["libcublasLt.so.12", "libcublasLt.so.13"] {
         fs::copy(&fake, folder.join(name)).unwrap();
     }
-    line(&told(&[("NEUROADA_CUDA_LIB", named)]), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.12\n"));
+    line(&report(&[("NEUROADA_CUDA_LIB", named)]), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.12\n"));
     let newer = [("NEUROADA_CUDA_LIB", named), ("FAKE_CUDA_VERSION", "13000")];
-    line(&told(&newer), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.13\n"));
-    // Nothing there; no library; one that lacks what is needed.
+    line(&report(&newer), &format!("cuBLASLt       12.8.4, {named}/libcublasLt.so.13\n"));
+    // An empty folder; a file that is not a library; a library that lacks functions.
     let empty = workspace.path("empty");
     fs::create_dir(&empty).unwrap();
     let empty = empty.to_str().unwrap();
-    let nothing = told(&[("NEUROADA_CUDA_LIB", empty)]);
+    let nothing = report(&[("NEUROADA_CUDA_LIB", empty)]);
     line(&nothing, "no cuBLASLt    only training needs it; libcublasLt.so.12 was not found\n");
     line(&nothing, &format!("               in NEUROADA_CUDA_LIB={empty}\n"));
     fs::write(folder.join("libcublasLt.so.12"), "words").unwrap();
-    let no_library = told(&[("NEUROADA_CUDA_LIB", named)]);
+    let no_library = report(&[("NEUROADA_CUDA_LIB", named)]);
     line(&no_library, &format!("in NEUROADA_CUDA_LIB={named} ({named}/libcublasLt.so.12: "));
     let stub = stub_library(&workspace, "libcublasLt.so.12", "cublasLtCreate");
-    let lacking = told(&[("NEUROADA_CUDA_LIB", stub.to_str().unwrap())]);
+    let lacking = report(&[("NEUROADA_CUDA_LIB", stub.to_str().unwrap())]);
     line(&lacking, "libcublasLt.so.12` cannot be used: it lacks cublasLtGetVersion (12 of the functions needed)\n");
-    // A machine without a driver has no use for it.
-    if !told(&[("LD_LIBRARY_PATH", "")]).contains("NVIDIA driver  for CUDA") {
-        assert!(!told(&[("LD_LIBRARY_PATH", "")]).contains("cuBLASLt"));
+    // A machine without a driver does not report it.
+    if !report(&[("LD_LIBRARY_PATH", "")]).contains("NVIDIA driver  for CUDA") {
+        assert!(!report(&[("LD_LIBRARY_PATH", "")]).contains("cuBLASLt"));
     }
 }
 
 #[test]
-fn the_library_of_matrix_products_is_found_in_pythons_packages() {
+fn cublaslt_is_found_in_python_packages() {
     let Some(workspace) = Workspace::new() else { return };
     let driver = workspace.path("driver");
     let put = |from: &Path, to: &Path| {
@@ -306,11 +312,11 @@ fn the_library_of_matrix_products_is_found_in_pythons_packages() {
     };
     put(&workspace.driver.join("libcuda.so"), &driver.join("libcuda.so"));
     let driver = driver.to_str().unwrap();
-    let told = |variables: &[(&str, &str)]| {
+    let report = |variables: &[(&str, &str)]| {
         let variables = [&[("LD_LIBRARY_PATH", driver)], variables].concat();
         stdout(&workspace.run("inspect --devices", &variables))
     };
-    if told(&[]).contains("cuBLASLt       ") {
+    if report(&[]).contains("cuBLASLt       ") {
         eprintln!("skipped: this machine has a cuBLASLt of its own");
         return;
     }
@@ -326,7 +332,7 @@ fn the_library_of_matrix_products_is_found_in_pythons_packages() {
         let folder = workspace.path(folder);
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("python3"), "").unwrap();
-        let found = told(&[(variable, folder.to_str().unwrap())]);
+        let found = report(&[(variable, folder.to_str().unwrap())]);
         let expected = format!("cuBLASLt       12.8.4, {}\n", library.display());
         assert!(found.contains(&expected), "{variable}: {found}");
     }

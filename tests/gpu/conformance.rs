@@ -1,4 +1,4 @@
-//! The trainer on the GPU against PyTorch and transformers.
+//! The trainer on the GPU compared with PyTorch and transformers.
 
 use neuroada_ckpt::{
     Adapter, Context, Dtype,
@@ -15,29 +15,31 @@ use crate::{
 };
 
 #[test]
-fn logits_loss_and_gradients_are_those_of_transformers() {
-    // Float32 on both sides, added up in another order. The bound is that of the CPU's test, which says what was measured.
+fn logits_loss_and_gradients_match_transformers() {
+    // Float32 on both sides, with sums in a different order. The bound is that of the CPU's test, which states the
+    // measured errors.
     let Some(queue) = queue() else { return };
     assert_like_transformers(&CudaDevice::new(queue.gpu(), Dtype::F32).unwrap(), Keep::All, 1e-4);
 }
 
 #[test]
-fn a_run_has_the_losses_of_the_published_bypass() {
+fn a_run_matches_the_losses_of_the_published_bypass() {
     let Some(queue) = queue() else { return };
     let expected = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
-    // In BF16 the weights themselves are rounded, to 2^-9 of them, and with them all that follows from them.
+    // In BF16 the weights themselves are rounded, by up to 2^-9 of their value, and so is everything computed from
+    // them.
     for (dtype, most) in [(Dtype::F32, 1e-4), (Dtype::BF16, 0.02)] {
         let world = World::new(llama_as(dtype), 2);
-        // Fibers are slow threads: without a GPU the first steps must do.
+        // Fibers are slow threads: without a GPU only the first steps are compared.
         let whole = reference_options();
         let options = TrainOptions { max_steps: if is_real() { whole.max_steps } else { Some(6) }, ..whole.clone() };
         let device = CudaDevice::new(queue.gpu(), dtype).unwrap();
         let ctx = Context::default();
-        let (report, told) = world.run_on(&device, &ctx, "a.safetensors", &options, |_| {});
+        let (report, recorded) = world.run_on(&device, &ctx, "a.safetensors", &options, |_| {});
         report.unwrap();
-        // The rate goes down to zero at the last step: that of a short run goes down faster after the first.
+        // The learning rate decays to zero at the last step: in a short run it decays faster after the first.
         let n_alike = if is_real() { usize::MAX } else { 2 };
-        let steps = told.steps.borrow();
+        let steps = recorded.steps.borrow();
         for (record, loss) in steps.iter().zip(numbers(&expected, "losses")).take(n_alike) {
             let off = (record.loss / loss - 1.0).abs();
             assert!(off < most, "{dtype:?}, step {}: {} not {loss}", record.step, record.loss);

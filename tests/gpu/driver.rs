@@ -1,4 +1,4 @@
-//! The driver that tests run on: built here from C++, or the machine's own.
+//! The driver used by the tests: built here from C++, or the machine's own.
 
 use std::{
     ffi::CString,
@@ -10,15 +10,15 @@ use std::{
 
 use neuroada_ckpt::internals::gpu::{Gpu, Queue};
 
-/// How the fake driver is built.
+/// The build of the fake driver.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Build {
     Fast,
-    /// With AddressSanitizer and UndefinedBehaviorSanitizer: what a kernel touches beyond its memory is seen.
+    /// With AddressSanitizer and UndefinedBehaviorSanitizer, which detect out-of-bounds accesses of kernels.
     Sanitized,
 }
 
-/// Whether the machine's own driver is to be used.
+/// Whether to use the machine's own driver.
 pub(crate) fn is_real() -> bool {
     std::env::var_os("NEUROADA_TEST_GPU").is_some_and(|which| which == "real")
 }
@@ -40,7 +40,8 @@ pub(crate) fn compiler() -> Option<&'static str> {
     })
 }
 
-/// The folder that holds the fake driver as `libcuda.so` and a cuBLASLt beside it, built if needed; or `None`, and why was printed.
+/// The folder with the fake driver as `libcuda.so` and a cuBLASLt, built if needed; `None`, after printing the reason,
+/// if it cannot be built.
 pub(crate) fn folder(build: Build) -> Option<PathBuf> {
     static FAST: OnceLock<Option<PathBuf>> = OnceLock::new();
     static SANITIZED: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -48,7 +49,7 @@ pub(crate) fn folder(build: Build) -> Option<PathBuf> {
     once.get_or_init(|| make(build)).clone()
 }
 
-/// The fake libraries: what they are made of, and the names that are asked for; a library that is loaded already is found by it.
+/// The fake libraries: their sources and file names; a library that is already loaded is found by its name.
 const LIBRARIES: [(&str, &str); 2] = [("fake_driver.cpp", "libcuda.so"), ("fake_cublaslt.cpp", "libcublasLt.so.12")];
 
 fn make(build: Build) -> Option<PathBuf> {
@@ -64,7 +65,7 @@ fn make(build: Build) -> Option<PathBuf> {
         if time(&library) > newest {
             continue;
         }
-        // Beside the place, then into it: another test may load it meanwhile.
+        // Written to a temporary name, then renamed: another test may load it in the meantime.
         let made = folder.join(format!("{name}.{}", std::process::id()));
         let mut command = Command::new(compiler);
         command.args([
@@ -94,7 +95,7 @@ fn make(build: Build) -> Option<PathBuf> {
     Some(folder)
 }
 
-/// A device of this process, or `None`, and why was printed.
+/// A queue on a device of this process; `None`, after printing the reason, if there is none.
 pub(crate) fn queue() -> Option<Queue> {
     static IS_LOADED: OnceLock<bool> = OnceLock::new();
     let load = || {
@@ -102,7 +103,7 @@ pub(crate) fn queue() -> Option<Queue> {
         let Some(folder) = given.or_else(|| folder(Build::Fast)) else { return false };
         for (_, name) in LIBRARIES {
             let path = CString::new(folder.join(name).to_string_lossy().as_bytes()).expect("paths hold no zero");
-            // SAFETY: the library was built from sources of this repository; its initialisers only fill tables.
+            // SAFETY: the library was built from sources of this repository; its initializers only fill tables.
             #[allow(unsafe_code)]
             let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
             assert!(!handle.is_null(), "{name} loads");

@@ -1,4 +1,4 @@
-//! Every kernel equals its judge, with `==`.
+//! Every kernel equals its reference implementation, with `==`.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ use crate::{
 const D_IN: [usize; 15] = [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 256, 257, 1000, 4096, 4097];
 const K: [usize; 9] = [1, 2, 5, 20, 31, 32, 33, 100, 5000];
 
-/// A ranker of two lanes with small pieces, so that even few rows are several.
+/// A ranker with two lanes and small pieces, so that even a few rows take several pieces.
 fn ranker(queue: &Queue) -> RowRanker {
     RowRanker::new(queue.gpu(), 2, 1 << 20, 1 << 18)
 }
@@ -48,12 +48,12 @@ fn topk_equals_the_cpu_at_awkward_sizes() {
 }
 
 #[test]
-fn rows_of_the_greatest_length_are_chosen_from() {
+fn rows_of_the_greatest_length_are_supported() {
     let Some(queue) = queue() else { return };
     let ranker = RowRanker::new(queue.gpu(), 1, 32 << 20, 32 << 20);
     let d_in = neuroada_ckpt::internals::gpu::MAX_COLUMNS;
     for dtype in [Dtype::BF16, Dtype::F32] {
-        // The last columns are the largest; and a row of zeros, whose first columns win.
+        // The last columns are the largest; also a row of zeros, where the first columns win.
         let values = (0..2 * d_in as u64).map(|i| if i < d_in as u64 { (i / 7) as f64 } else { 0.0 });
         let bytes = bytes_of(dtype, values);
         let block = RowBlock::new(&bytes, dtype, 2, d_in);
@@ -62,13 +62,13 @@ fn rows_of_the_greatest_length_are_chosen_from() {
             let expected = topk_rows(&ScoredRows::new(block, Score::Magnitude), k).unwrap();
             assert!(ranked.columns == expected, "{dtype:?} {k}");
         }
-        assert!(RowRanker::takes(dtype, d_in, &Factor::None));
-        assert!(!RowRanker::takes(dtype, d_in + 1, &Factor::None));
+        assert!(RowRanker::supports(dtype, d_in, &Factor::None));
+        assert!(!RowRanker::supports(dtype, d_in + 1, &Factor::None));
     }
 }
 
 #[test]
-fn the_first_nan_is_found_wherever_it_is() {
+fn the_first_nan_is_found_at_any_position() {
     let Some(queue) = queue() else { return };
     let ranker = RowRanker::new(queue.gpu(), 1, 8 << 20, 8 << 20);
     let (n_rows, d_in) = (9, 1030);
@@ -136,7 +136,7 @@ fn scores_of_gradients_and_norms_rank_as_on_the_cpu() {
 }
 
 #[test]
-fn a_score_that_is_no_number_is_found_where_the_cpu_finds_it() {
+fn a_nan_score_is_found_at_the_same_position_as_on_the_cpu() {
     let Some(queue) = queue() else { return };
     let ranker = ranker(&queue);
     let (inf, nan) = (f64::INFINITY, f64::NAN);
@@ -168,8 +168,8 @@ fn a_score_that_is_no_number_is_found_where_the_cpu_finds_it() {
     }
 }
 
-/// Two or three columns of each row, the deltas, and what `k` is.
-fn layer(n_rows: usize, d_in: usize, k: usize, seed: u64) -> (RowColumns, Vec<f32>) {
+/// Two or three columns per row, the deltas, and `k`.
+fn deltas_of(n_rows: usize, d_in: usize, k: usize, seed: u64) -> (RowColumns, Vec<f32>) {
     let mut columns = RowColumns::default();
     for row in 0..n_rows as u64 {
         let mut of_row: Vec<u32> =
@@ -184,17 +184,17 @@ fn layer(n_rows: usize, d_in: usize, k: usize, seed: u64) -> (RowColumns, Vec<f3
 }
 
 #[test]
-fn one_adapter_on_the_device_merges_as_on_the_cpu_and_comes_out_again() {
+fn one_adapter_merges_on_the_device_as_on_the_cpu_and_is_removed_exactly() {
     let Some(queue) = queue() else { return };
     for (dtype, d_in) in DTYPES.into_iter().flat_map(|dtype| [40, 333, 4097].map(|d_in| (dtype, d_in))) {
         let base = rows(dtype, d_in, 3);
-        let (columns, values) = layer(N_ROWS, d_in, 3, 77);
+        let (columns, values) = deltas_of(N_ROWS, d_in, 3, 77);
         let mut matrix = DeviceMatrix::new(&queue, RowBlock::new(&base, dtype, N_ROWS, d_in)).unwrap();
         let patch = DevicePatch::new(&queue, columns.columns(), &values, 3, d_in).unwrap();
         let expected = patched(dtype, &base, d_in, &[ScaledDeltas { columns: &columns, values: &values, scale: 0.7 }]);
         let originals = matrix.patch(&queue, &patch, 0.7_f64 as f32).unwrap();
         assert_eq!(matrix.download(&queue).unwrap(), expected, "{dtype:?} {d_in}");
-        // From the originals, so that a second step does not pile up on the first.
+        // From the originals, so that a second step does not accumulate on the first.
         matrix.patch_from(&queue, &patch, 0.7_f64 as f32, &originals).unwrap();
         assert_eq!(matrix.download(&queue).unwrap(), expected);
         matrix.restore(&queue, &patch, &originals).unwrap();
@@ -203,30 +203,30 @@ fn one_adapter_on_the_device_merges_as_on_the_cpu_and_comes_out_again() {
 }
 
 #[test]
-fn several_adapters_on_the_device_merge_as_on_the_cpu() {
+fn several_adapters_merge_on_the_device_as_on_the_cpu() {
     let Some(queue) = queue() else { return };
     for (dtype, d_in) in DTYPES.into_iter().flat_map(|dtype| [5, 64, 333].map(|d_in| (dtype, d_in))) {
         let mut base = rows(dtype, d_in, 4);
-        // A NaN with a payload keeps it.
+        // A NaN keeps its payload.
         let nan: &[u8] = if dtype == Dtype::F32 { &[1, 2, 0xff, 0xff] } else { &[3, 0xff] };
         base[..nan.len()].copy_from_slice(nan);
-        let made: Vec<_> = (0..3).map(|i| layer(N_ROWS, d_in, 4, 1000 * i)).collect();
+        let made: Vec<_> = (0..3).map(|i| deltas_of(N_ROWS, d_in, 4, 1000 * i)).collect();
         let scales = [1.0, -0.3, 2.5];
-        let layers: Vec<_> =
+        let parts: Vec<_> =
             made.iter().zip(scales).map(|((columns, values), scale)| ScaledDeltas { columns, values, scale }).collect();
-        let terms: Vec<_> = layers.iter().map(|layer| (layer.columns, layer.values, layer.scale as f32)).collect();
+        let terms: Vec<_> = parts.iter().map(|deltas| (deltas.columns, deltas.values, deltas.scale as f32)).collect();
         let mut matrix = DeviceMatrix::new(&queue, RowBlock::new(&base, dtype, N_ROWS, d_in)).unwrap();
         matrix.patch_terms(&queue, &DeviceTerms::new(&queue, &terms, d_in).unwrap()).unwrap();
-        assert_eq!(matrix.download(&queue).unwrap(), patched(dtype, &base, d_in, &layers), "{dtype:?} {d_in}");
+        assert_eq!(matrix.download(&queue).unwrap(), patched(dtype, &base, d_in, &parts), "{dtype:?} {d_in}");
     }
 }
 
-/// Whole rows with the layers merged in, on the CPU.
-fn patched(dtype: Dtype, base: &[u8], d_in: usize, layers: &[ScaledDeltas<'_>]) -> Vec<u8> {
-    let touched = union_columns(&layers.iter().map(|layer| layer.columns).collect::<Vec<_>>());
+/// Whole rows with the deltas merged, on the CPU.
+fn patched(dtype: Dtype, base: &[u8], d_in: usize, parts: &[ScaledDeltas<'_>]) -> Vec<u8> {
+    let touched = union_columns(&parts.iter().map(|deltas| deltas.columns).collect::<Vec<_>>());
     let block = RowBlock::new(base, dtype, touched.n_rows(), d_in);
     let originals = neuroada_ckpt::internals::backend::gather(block, &touched);
-    let (values, _) = merged_values(dtype, layers, &touched, &originals);
+    let (values, _) = merged_values(dtype, parts, &touched, &originals);
     let n = dtype.bitsize() / 8;
     let mut bytes = base.to_vec();
     for row in 0..touched.n_rows() {
@@ -239,16 +239,16 @@ fn patched(dtype: Dtype, base: &[u8], d_in: usize, layers: &[ScaledDeltas<'_>]) 
 }
 
 #[test]
-fn every_rounding_is_the_cpus() {
+fn every_value_rounds_as_on_the_cpu() {
     let Some(queue) = queue() else { return };
-    // Every 16-bit weight, plus nothing; and zero, plus floats of every kind.
+    // Every 16-bit weight, plus zero; and zero, plus floats of every kind.
     let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
     let n = 1 << 16;
     let columns: Vec<u32> = (0..n as u32).collect();
     let deltas: Vec<f32> = (0..n as u64)
         .map(|i| match i % 4 {
             0 => f32::from_bits(random(i) as u32),
-            // Around the borders of what 16 bits hold, and halfway between neighbours.
+            // Near the limits of the 16-bit range, and halfway between neighbors.
             1 => f32::from_bits(0x477f_e000 + i as u32),
             2 => f32::from_bits(0x3300_0000 + (i as u32) * 509),
             _ => f32::from_bits((random(i) as u32) << 12),
@@ -290,7 +290,7 @@ fn low_rank_merges_equal_the_plain_loop() {
     }
 }
 
-/// What a merge on the CPU makes of rows, and counts.
+/// The rows merged on the CPU, and the counts.
 fn on_the_cpu(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> (Vec<u8>, LowRankCounts) {
     let LowRankFactors { b, a, rank, scale } = *factors;
     let mut sums = vec![0.0; rows.n_rows() * rows.d_in()];
@@ -304,7 +304,8 @@ fn on_the_cpu(rows: RowBlock<'_>, factors: &LowRankFactors<'_>) -> (Vec<u8>, Low
 fn low_rank_merges_count_what_the_cpu_counts() {
     let Some(queue) = queue() else { return };
     let mut merger = LowRank::new(queue.gpu(), 10_000).unwrap();
-    // Rows that hurt, with deltas that vanish, are swallowed, overflow, or are no numbers; the same factor twice, and another.
+    // Edge-case rows, with deltas that are zero, are absorbed, overflow, or are NaN; the same factor twice, and
+    // another.
     for (dtype, d_in) in DTYPES.into_iter().flat_map(|dtype| [64, 200].map(|d_in| (dtype, d_in))) {
         let mut bytes = rows(dtype, d_in, 3);
         let nan = if dtype == Dtype::F32 { &[1, 0, 0x80, 0xff][..] } else { &[1, 0xff] };
@@ -337,7 +338,7 @@ fn a_hand_made_low_rank_merge() {
 }
 
 #[test]
-fn memory_that_cannot_hold_one_row_is_said() {
+fn memory_too_small_for_one_row_is_reported() {
     let Some(queue) = queue() else { return };
     let bytes = bytes_of(Dtype::F32, [1.0; 100]);
     let rows = RowBlock::new(&bytes, Dtype::F32, 1, 100);

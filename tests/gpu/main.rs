@@ -1,5 +1,6 @@
-//! The GPU paths, without a GPU: kernels compiled as C++ run behind a driver that is none (`fake_driver.cpp`), so that the library
-//! and the binary go all the way, and every result is compared with the CPU's. Needs a C++ compiler; says so where there is none.
+//! The GPU paths without a GPU: kernels compiled as C++ run on a fake driver (`fake_driver.cpp`), so that the library
+//! and the binary run end to end, and every result is compared with the CPU's. Needs a C++ compiler; prints that tests
+//! are skipped if there is none.
 //!
 //! With `NEUROADA_TEST_GPU=real` the same tests use the machine's own driver: see `on_device.sh`.
 

@@ -1,4 +1,4 @@
-//! Merges of LoRA adapters by the real binary, on both.
+//! Merges of LoRA adapters by the real binary, on both devices.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -21,7 +21,7 @@ fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, Dtype, 
     file.finish(&Context::default(), &BTreeMap::new()).unwrap();
 }
 
-/// A PEFT folder with both factors of modules `(name, d_out, d_in)`, bell-shaped times `size`.
+/// A PEFT folder with both factors of modules `(name, d_out, d_in)`, bell-shaped values times `size`.
 fn write_lora(workspace: &Workspace, name: &str, modules: &[(&str, u64, u64)], rank: u64, more: &str, size: f64) {
     let folder = workspace.path(name);
     fs::create_dir(&folder).unwrap();
@@ -44,7 +44,7 @@ fn write_lora(workspace: &Workspace, name: &str, modules: &[(&str, u64, u64)], r
     write_tensors(&folder.join("adapter_model.safetensors"), tensors);
 }
 
-/// Adapters of the base in fixtures.
+/// Adapters for the base in fixtures.
 fn write_loras(workspace: &Workspace) {
     let names: Vec<String> = [0, 1]
         .into_iter()
@@ -65,7 +65,7 @@ fn write_loras(workspace: &Workspace) {
     write_lora(workspace, "dora", &modules[..1], 4, ",\"use_dora\":true", 0.05);
 }
 
-/// All files below a folder, or the one file.
+/// All files in a folder, or the one file.
 fn content(path: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut all = BTreeMap::new();
     let mut left = vec![path.to_owned()];
@@ -80,7 +80,7 @@ fn content(path: &Path) -> BTreeMap<String, Vec<u8>> {
     all
 }
 
-/// Merges on both, and compares the files and the reports; what was said about the GPU.
+/// Merges on both devices, and compares the files and the reports; returns the messages about the GPU.
 fn same_merge(workspace: &Workspace, line: &str, variables: &[(&str, &str)]) -> String {
     let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
         let output = workspace.run(&format!("merge {line} --force -v -o {device} --device {device}"), variables);
@@ -89,13 +89,14 @@ fn same_merge(workspace: &Workspace, line: &str, variables: &[(&str, &str)]) -> 
     });
     assert!(cpu.0 == gpu.0, "{line}: checkpoints differ");
     assert_eq!(cpu.1, gpu.1, "{line}: reports differ");
-    let warnings = |said: &str| said.lines().filter(|line| line.starts_with("warning")).collect::<Vec<_>>().join("\n");
+    let warnings =
+        |message: &str| message.lines().filter(|line| line.starts_with("warning")).collect::<Vec<_>>().join("\n");
     assert_eq!(warnings(&cpu.2), warnings(&gpu.2), "{line}");
     gpu.2
 }
 
 #[test]
-fn a_lora_merged_on_the_gpu_is_the_cpus_byte_for_byte() {
+fn a_lora_merged_on_the_gpu_equals_the_cpus_byte_for_byte() {
     let Some(workspace) = Workspace::new() else { return };
     write_loras(&workspace);
     for line in [
@@ -107,8 +108,11 @@ fn a_lora_merged_on_the_gpu_is_the_cpus_byte_for_byte() {
         "BASE --adapter lora=0",
         "BASE --adapter lora --max-memory 16M --gpu-memory 16M",
     ] {
-        let said = same_merge(&workspace, line, &[]);
-        assert!(said.contains("weights merged on the GPU") && !said.contains("merged on the CPU"), "{line}: {said}");
+        let message = same_merge(&workspace, line, &[]);
+        assert!(
+            message.contains("weights merged on the GPU") && !message.contains("merged on the CPU"),
+            "{line}: {message}"
+        );
         let stats = workspace.stats();
         assert!(stats.get("low_rank_bf16") > 0 && stats.get("most_device_bytes") <= 16 << 20, "{line}: {}", stats.0);
         assert_eq!((stats.get("left_device_bytes"), stats.get("left_host_bytes")), (0, 0), "{line}");
@@ -119,7 +123,7 @@ fn a_lora_merged_on_the_gpu_is_the_cpus_byte_for_byte() {
     assert!(code(&dry) == 0 && workspace.stats().get("low_rank_bf16") > 0 && !workspace.path("none").exists());
 }
 
-/// A base of one file whose rows hurt.
+/// A single-file base with edge-case rows.
 fn write_hurting_base(workspace: &Workspace, n_columns: usize) -> Vec<(String, Dtype)> {
     let types = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64];
     let names = types.map(|dtype| (format!("m.{dtype:?}").to_lowercase(), dtype));
@@ -136,22 +140,22 @@ fn write_hurting_base(workspace: &Workspace, n_columns: usize) -> Vec<(String, D
 }
 
 #[test]
-fn every_type_is_merged_and_counted_alike() {
+fn every_dtype_is_merged_and_counted_the_same() {
     let Some(workspace) = Workspace::new() else { return };
     let names = write_hurting_base(&workspace, 200);
     let modules: Vec<(String, u64, u64)> =
         names.iter().map(|(name, _)| (format!("base_model.model.{name}"), 11, 200)).collect();
     let modules: Vec<(&str, u64, u64)> =
         modules.iter().map(|(name, rows, columns)| (name.as_str(), *rows, *columns)).collect();
-    // Deltas that are swallowed, and those that overflow half precision.
+    // Deltas that are absorbed, and deltas that overflow half precision.
     write_lora(&workspace, "small", &modules, 3, "", 0.01);
     write_lora(&workspace, "large", &modules, 3, "", 300.0);
     for (adapter, scale) in [("small", 1.0), ("large", 1.0), ("large", 1e30)] {
         let line = format!("hurts.safetensors --adapter {adapter}={scale} --allow-overflow");
-        let said = same_merge(&workspace, &line, &[]);
-        assert!(said.contains("6,600 weights merged on the GPU"), "{said}");
-        assert!(said.contains("note: weights merged on the CPU: 2,200; a GPU takes one LoRA product"), "{said}");
-        assert_eq!(said.contains("overflowed"), adapter == "large", "{said}");
+        let message = same_merge(&workspace, &line, &[]);
+        assert!(message.contains("6,600 weights merged on the GPU"), "{message}");
+        assert!(message.contains("note: weights merged on the CPU: 2,200; a GPU takes one LoRA product"), "{message}");
+        assert_eq!(message.contains("overflowed"), adapter == "large", "{message}");
     }
     let stats = workspace.stats();
     for kernel in ["low_rank_bf16", "low_rank_f16", "low_rank_f32"] {
@@ -160,25 +164,25 @@ fn every_type_is_merged_and_counted_alike() {
 }
 
 #[test]
-fn what_a_gpu_does_not_merge_is_merged_on_the_cpu_and_said() {
+fn unsupported_weights_are_merged_on_the_cpu_and_reported() {
     let Some(workspace) = Workspace::new() else { return };
     write_loras(&workspace);
-    let said = same_merge(&workspace, "BASE --adapter dora", &[]);
-    assert!(said.contains("note: weights merged on the CPU: all; "), "{said}");
+    let message = same_merge(&workspace, "BASE --adapter dora", &[]);
+    assert!(message.contains("note: weights merged on the CPU: all; "), "{message}");
     // Two products on some weights, one on the others.
-    let said = same_merge(&workspace, "BASE --adapter first --adapter lora", &[]);
-    assert!(said.contains("note: weights merged on the CPU: 6,144; "), "{said}");
-    // A device without room for the factors and a row, and one with room for some of the lanes.
-    let said = same_merge(&workspace, "BASE --adapter lora --threads 2", &[("FAKE_CUDA_MEMORY", "2000")]);
-    assert!(said.contains("note: weights merged on the CPU: all; "), "{said}");
+    let message = same_merge(&workspace, "BASE --adapter first --adapter lora", &[]);
+    assert!(message.contains("note: weights merged on the CPU: 6,144; "), "{message}");
+    // A device without memory for the factors and one row, and one with memory for some of the lanes.
+    let message = same_merge(&workspace, "BASE --adapter lora --threads 2", &[("FAKE_CUDA_MEMORY", "2000")]);
+    assert!(message.contains("note: weights merged on the CPU: all; "), "{message}");
     same_merge(&workspace, "BASE --adapter lora --threads 8", &[("FAKE_CUDA_MEMORY", "100000")]);
     assert!(workspace.stats().get("low_rank_bf16") > 0 && workspace.stats().get("most_device_bytes") <= 100_000);
-    // Sparse adapters are none of its business.
+    // Sparse adapters are always merged on the CPU.
     let sparse = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama-adapter.safetensors");
     let line = format!("merge BASE --adapter {} --force -o out --device cuda", sparse.display());
     let output = workspace.run(&line, &[]);
     assert!(code(&output) == 0 && stderr(&output) == "note: this command does all its work on the CPU\n");
-    // Without being asked, nobody looks for a GPU.
+    // Without --device, the program does not search for a GPU.
     let output = workspace.run("merge BASE --adapter lora --force -v -o out", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
 }
@@ -188,10 +192,13 @@ fn a_merge_that_fails_on_the_gpu_leaves_nothing() {
     let Some(workspace) = Workspace::new() else { return };
     write_loras(&workspace);
     let output = workspace.run("merge BASE --adapter lora -o out --device cuda", &[("FAKE_CUDA_FAIL", "2")]);
-    let said = stderr(&output);
-    assert_eq!(code(&output), 5, "{said}");
-    assert!(said.contains("GPU 0: kernel `low_rank_bf16`") && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{said}");
-    assert!(said.ends_with("hint: --device cpu does the same without the GPU\n"), "{said}");
+    let message = stderr(&output);
+    assert_eq!(code(&output), 5, "{message}");
+    assert!(
+        message.contains("GPU 0: kernel `low_rank_bf16`") && message.contains("CUDA_ERROR_ILLEGAL_ADDRESS"),
+        "{message}"
+    );
+    assert!(message.ends_with("hint: --device cpu does the same without the GPU\n"), "{message}");
     assert!(!workspace.path("out").exists());
     let output = workspace.run("merge BASE --adapter lora -o out --device cuda:3", &[]);
     assert_eq!((code(&output), workspace.path("out").exists()), (2, false));

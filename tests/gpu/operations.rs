@@ -1,8 +1,9 @@
-//! Every operation of the trainer on the GPU against its form on the CPU.
+//! Every operation of the trainer on the GPU compared with the CPU.
 //!
-//! Inputs are numbers of the type, so that both sides read the same. A result is rounded to the type once, where the CPU keeps float32:
-//! 2^-9 of it in BF16, 2^-12 in F16; sums in another order differ by some 2^-22 of their largest term. Some results pass through three
-//! such roundings: the gradient by logits, a sum that begins with it, the result.
+//! Inputs are representable in the dtype, so that both sides read the same values. A result is rounded once to the
+//! dtype, where the CPU keeps float32: a relative error of 2^-9 in BF16, 2^-12 in F16; sums in another order differ by
+//! about 2^-22 of their largest term. Some results pass through three such roundings: the gradient of the logits, a
+//! sum that begins with it, the result.
 
 use neuroada_ckpt::{
     Dtype,
@@ -18,7 +19,7 @@ use crate::{
     samples::{DTYPES, bell, bytes_of},
 };
 
-/// Numbers that the type has, about normal.
+/// Values that are representable in the dtype, approximately normal.
 fn numbers(dtype: Dtype, n: usize, seed: u64) -> Vec<f32> {
     let bytes = bytes_of(dtype, (0..n as u64).map(|i| bell(seed << 32 | i)));
     with_float!(dtype, T => {
@@ -49,7 +50,7 @@ fn matrix<D: Device>(device: &D, dtype: Dtype, d_out: usize, d_in: usize, seed: 
     weight
 }
 
-/// What a result may differ by, relative to the largest number of its kind.
+/// The tolerance of a result, relative to the largest value of its kind.
 fn tolerance(dtype: Dtype) -> f32 {
     match dtype {
         Dtype::BF16 => 3.0 / 512.0,
@@ -64,12 +65,12 @@ fn assert_close(what: &str, dtype: Dtype, cuda: &[f32], cpu: &[f32]) {
     let largest = cpu.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
     for (i, (a, b)) in cuda.iter().zip(cpu).enumerate() {
         let off = (a - b).abs();
-        // Large numbers by their own size, small ones by that of the terms they come from.
+        // Large values relative to their own size, small ones to the size of their terms.
         assert!(off <= tolerance(dtype) * b.abs().max(0.5 * largest), "{what}, {dtype:?}, element {i}: {a} not {b}");
     }
 }
 
-/// Runs the same on both devices, for each type; results are compared one by one.
+/// Runs the same code on both devices, for each dtype, and compares the results one by one.
 macro_rules! on_both {
     (|$device:ident, $dtype:ident| $body:expr) => {{
         fn run<D: Device>($device: &D, $dtype: Dtype) -> Vec<(&'static str, Vec<f32>)> {
@@ -90,7 +91,7 @@ macro_rules! on_both {
 fn rows_of_a_table() {
     on_both!(|device, dtype| {
         let mut results = Vec::new();
-        // Rows of whole 16 bytes, and not.
+        // Rows that are a multiple of 16 bytes, and others.
         for d in [64, 7] {
             let table = matrix(device, dtype, 9, d, 1);
             let ids = device.ids(&[8, 0, 3, 3]).unwrap();
@@ -127,8 +128,8 @@ fn products() {
             results.push((what, device.read_act(&y, n * d_out).unwrap()));
         }
         let mut dx = act(device, &numbers(dtype, n * d_in, 6));
-        device.linear_back(&dy, n, &w, &mut dx).unwrap();
-        results.push(("linear_back", device.read_act(&dx, n * d_in).unwrap()));
+        device.linear_backward(&dy, n, &w, &mut dx).unwrap();
+        results.push(("linear_backward", device.read_act(&dx, n * d_in).unwrap()));
         results
     });
 }
@@ -145,8 +146,8 @@ fn norms() {
             device.rms_norm(&x, n, &gain, d, 1e-5, &mut y).unwrap();
             results.push(("rms_norm", device.read_act(&y, n * d).unwrap()));
             let mut dx = act(device, &numbers(dtype, n * d, 4));
-            device.rms_norm_back(&dy, &x, n, &gain, d, 1e-5, &mut dx).unwrap();
-            results.push(("rms_norm_back", device.read_act(&dx, n * d).unwrap()));
+            device.rms_norm_backward(&dy, &x, n, &gain, d, 1e-5, &mut dx).unwrap();
+            results.push(("rms_norm_backward", device.read_act(&dx, n * d).unwrap()));
         }
         for heads in [Heads { n_q: 4, n_kv: 2, d_head: 6 }, Heads { n_q: 3, n_kv: 1, d_head: 80 }] {
             let (n, width) = (5, heads.d_qkv());
@@ -156,8 +157,8 @@ fn norms() {
             device.head_norm(&mut qkv, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
             results.push(("head_norm", device.read_act(&qkv, n * width).unwrap()));
             let mut dqkv = act(device, &numbers(dtype, n * width, 8));
-            device.head_norm_back(&mut dqkv, &raw, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
-            results.push(("head_norm_back", device.read_act(&dqkv, n * width).unwrap()));
+            device.head_norm_backward(&mut dqkv, &raw, n, heads, &gains[0], &gains[1], 1e-6).unwrap();
+            results.push(("head_norm_backward", device.read_act(&dqkv, n * width).unwrap()));
             let frequencies: Vec<f32> = (0..heads.d_head / 2).map(|i| 0.3f32.powi(i as i32)).collect();
             let (frequencies, positions) = (on_device(device, &frequencies), device.ids(&[0, 1, 2, 900, 4]).unwrap());
             for inverse in [false, true] {
@@ -180,9 +181,9 @@ fn swiglu() {
             let dh = act(device, &numbers(dtype, n * d_ff, 2));
             let (mut h, mut d_gate_up) = (device.act(n * d_ff).unwrap(), device.act(n * 2 * d_ff).unwrap());
             device.swiglu(&gate_up, n, d_ff, &mut h).unwrap();
-            device.swiglu_back(&dh, &gate_up, n, d_ff, &mut d_gate_up).unwrap();
+            device.swiglu_backward(&dh, &gate_up, n, d_ff, &mut d_gate_up).unwrap();
             results.push(("swiglu", device.read_act(&h, n * d_ff).unwrap()));
-            results.push(("swiglu_back", device.read_act(&d_gate_up, n * 2 * d_ff).unwrap()));
+            results.push(("swiglu_backward", device.read_act(&d_gate_up, n * 2 * d_ff).unwrap()));
         }
         results
     });
@@ -207,7 +208,7 @@ fn losses_and_choices() {
             let tokens = device.argmax(&x, n, &head).unwrap();
             results.push(("argmax", tokens.iter().map(|&token| token as f32).collect()));
         }
-        // All logits are equal: the first.
+        // All logits are equal: the first token wins.
         let head = matrix(device, dtype, 300, 16, 1);
         let x = device.act(2 * 16).unwrap();
         assert_eq!(device.argmax(&x, 2, &head).unwrap(), [0, 0]);
@@ -242,7 +243,8 @@ fn entries<D: Device>(device: &D, dtype: Dtype, (d_out, d_in): (usize, usize), p
 fn gathered_dots() {
     on_both!(|device, dtype| {
         let mut results = Vec::new();
-        // Rows with one entry; rows with none, some and many, wider than what is staged; and so many that a dense product is cheaper.
+        // Rows with one entry; rows with none, some and many, wider than the staged tile; and so many entries that a
+        // dense product is cheaper.
         for (what, shape, n, per_row) in [
             ("one a row", (300, 40), 150, &[1][..]),
             ("ragged", (70, 2501), 75, &[0, 3, 1, 0, 40]),
@@ -326,10 +328,10 @@ fn attention() {
             results.push(("denominators", device.read(&lse, n * heads.n_q).unwrap()));
             let dout = act(device, &numbers(dtype, n * heads.d_q(), 2));
             let mut dqkv = device.act(n * width).unwrap();
-            device.attention_back(&dout, &qkv, &out, &lse, &spans, heads, &mut dqkv).unwrap();
-            results.push(("attention_back", device.read_act(&dqkv, n * width).unwrap()));
+            device.attention_backward(&dout, &qkv, &out, &lse, &spans, heads, &mut dqkv).unwrap();
+            results.push(("attention_backward", device.read_act(&dqkv, n * width).unwrap()));
 
-            // Two sequences go on, the second from nothing.
+            // Two sequences continue, the second one from an empty cache.
             let (capacity, past) = (9, [4, 0]);
             let new = Spans::new(device, &[0, 2, 5], &past).unwrap();
             let mut cache = act(device, &numbers(dtype, 2 * capacity * 2 * heads.d_kv(), 3));

@@ -1,4 +1,4 @@
-//! Products by cuBLASLt against sums in float64.
+//! Products by cuBLASLt compared with sums in float64.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -18,11 +18,11 @@ use crate::{
     samples::{DTYPES, bell, bytes_of},
 };
 
-/// Rows, `d_out`, `d_in`, and the row that is begun at.
+/// Rows, `d_out`, `d_in`, and the first row.
 const SHAPES: [(usize, usize, usize, usize); 7] =
     [(1, 1, 1, 0), (1, 7, 3, 1), (3, 5, 7, 2), (17, 33, 65, 5), (64, 128, 64, 8), (100, 31, 257, 0), (2, 300, 16, 1)];
 
-/// Multiplies, or `None`, and why was printed.
+/// The product library; `None`, after printing the reason, if there is none.
 fn blas(queue: &Queue) -> Option<Blas> {
     match Blas::new(queue) {
         Err(GpuError::NoLibrary { .. }) if driver::is_real() => {
@@ -43,7 +43,7 @@ fn size_of(dtype: Dtype) -> usize {
     dtype.bitsize() / 8
 }
 
-/// A matrix of samples, on the device, as stored and as it is.
+/// A matrix of samples: on the device, as stored, and as values.
 struct Sample {
     dev: DeviceVec<u8>,
     bytes: Vec<u8>,
@@ -56,7 +56,8 @@ fn sample(queue: &Queue, dtype: Dtype, n: usize, seed: u64) -> Sample {
     Sample { dev, values: widened(dtype, &bytes), bytes }
 }
 
-/// What a sum of `n` products may be off by: `f32`'s steps, in any order; then the rounding to the output's type.
+/// Whether the error is within the bound for a sum of `n` products: rounding in `f32`, in any order; then rounding to
+/// the output's dtype.
 fn is_near(got: f64, exact: f64, magnitude: f64, n: usize, out: Dtype) -> bool {
     let (unit, least) = match out {
         Dtype::BF16 => (2f64.powi(-8), 0.0),
@@ -74,7 +75,7 @@ fn dot(n: usize, a: impl Fn(usize) -> f64, b: impl Fn(usize) -> f64) -> (f64, f6
 fn check_all(queue: &Queue, blas: &Blas) {
     for (dtype, (n, d_out, d_in, first)) in DTYPES.into_iter().flat_map(|dtype| SHAPES.map(|shape| (dtype, shape))) {
         let what = format!("{dtype:?} {n} {d_out} {d_in} {first}");
-        // A row more than is needed on each side.
+        // One more row than needed on each side.
         let x = sample(queue, dtype, (first + n + 1) * d_in, 1);
         let w = sample(queue, dtype, d_out * d_in, 2);
         let dy = sample(queue, dtype, (n + 1) * d_out, 3);
@@ -93,7 +94,7 @@ fn check_all(queue: &Queue, blas: &Blas) {
                 assert!(is_near(got, sum + before, all + before.abs(), d_in, dtype), "{what} {adds} {at}: {got} {sum}");
             }
             let end = n * d_out * size_of(dtype);
-            assert!(after[end..] == y.bytes[end..], "{what}: what lies behind is not touched");
+            assert!(after[end..] == y.bytes[end..], "{what}: the rest of the buffer is unchanged");
         }
 
         let mut logits = queue.alloc::<f32>(n * d_out, "logits").unwrap();
@@ -117,7 +118,7 @@ fn check_all(queue: &Queue, blas: &Blas) {
 }
 
 #[test]
-fn products_are_those_of_float64_to_the_last_bits() {
+fn products_match_float64_to_the_last_bits() {
     let Some(queue) = queue() else { return };
     let Some(blas) = blas(&queue) else { return };
     check_all(&queue, &blas);
@@ -139,7 +140,7 @@ fn a_product_gives_the_same_bits_each_time() {
 }
 
 #[test]
-fn more_shapes_than_are_remembered_are_multiplied() {
+fn more_shapes_than_the_cache_holds_are_multiplied() {
     let Some(queue) = queue() else { return };
     let Some(blas) = blas(&queue) else { return };
     let (x, w) = (sample(&queue, Dtype::F32, 1100 * 2, 1), sample(&queue, Dtype::F32, 2, 2));
@@ -155,7 +156,7 @@ fn more_shapes_than_are_remembered_are_multiplied() {
 }
 
 #[test]
-fn nothing_is_multiplied_beyond_its_memory() {
+fn products_beyond_the_memory_panic() {
     let Some(queue) = queue() else { return };
     let Some(blas) = blas(&queue) else { return };
     let (x, w) = (sample(&queue, Dtype::BF16, 4 * 8, 1), sample(&queue, Dtype::BF16, 3 * 8, 2));
@@ -170,7 +171,7 @@ fn nothing_is_multiplied_beyond_its_memory() {
     assert!(product(0, BlasWeight { dtype: Dtype::F32, ..weight }, 1).is_err());
 }
 
-/// The errors of a process with other variables; the process says them where it is asked to.
+/// The errors of a process with other environment variables, which prints them.
 #[test]
 fn failures_are_words() {
     if driver::is_real() {
@@ -196,19 +197,15 @@ fn failures_are_words() {
         ),
         ("FAKE_CUBLAS_REFUSE", "99", "x w^T, x [4, 8], w [3, 8], F16: cuBLAS status 99"),
         ("FAKE_CUBLAS_START", "1", "GPU 0: cuBLASLt 12.8.4: starting: CUBLAS_STATUS_NOT_INITIALIZED"),
-        (
-            "FAKE_CUDA_FAIL",
-            "1",
-            "GPU 0: kernel `cublasLtMatmul`, or what was started before it, failed: CUDA_ERROR_ILLEGAL",
-        ),
-        // Less scratch memory, and none.
+        ("FAKE_CUDA_FAIL", "1", "GPU 0: kernel `cublasLtMatmul`, or one started before it, failed: CUDA_ERROR_ILLEGAL"),
+        // A smaller workspace, and none.
         ("FAKE_CUDA_MEMORY", "6000000", "said: done"),
         ("FAKE_CUDA_MEMORY", "6000", "said: done"),
     ] {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["products::failures_are_words", "--nocapture"]).env("SAY_WHAT_FAILS", "1").env(variable, value);
         let output = command.output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && said.contains(expected), "{variable}={value}: {said}");
+        let message = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && message.contains(expected), "{variable}={value}: {message}");
     }
 }

@@ -1,4 +1,4 @@
-//! Rows that hurt: bell-shaped, full of ties, all equal, signed zeros, subnormals, infinities.
+//! Edge-case rows: bell-shaped, full of ties, all equal, signed zeros, subnormals, infinities.
 
 use neuroada_ckpt::{
     Dtype,
@@ -15,7 +15,7 @@ pub(crate) fn random(i: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// About normal, with mean 0 and deviation about 0.6.
+/// Approximately normal, with mean 0 and standard deviation about 0.6.
 pub(crate) fn bell(i: u64) -> f64 {
     (0..4).map(|j| (random(4 * i + j) % 10_007) as f64 / 10_007.0 - 0.5).sum()
 }
@@ -32,10 +32,10 @@ pub(crate) fn bytes_of(dtype: Dtype, values: impl IntoIterator<Item = f64>) -> V
     }, else unreachable!())
 }
 
-/// How many rows [`rows`] has.
+/// The number of rows of [`rows`].
 pub(crate) const N_ROWS: usize = 11;
 
-/// `[N_ROWS, d_in]`; more rows than a block of eight warps has.
+/// `[N_ROWS, d_in]`; more rows than a block of eight warps.
 pub(crate) fn rows(dtype: Dtype, d_in: usize, seed: u64) -> Vec<u8> {
     let n = d_in as u64;
     let at = |row: u64, i: u64| -> f64 {

@@ -1,4 +1,4 @@
-//! The kernels' tests again in other circumstances, each a process of its own.
+//! The kernels' tests again in other environments, each in its own process.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
 
 use crate::driver::{self, Build};
 
-/// Runs the tests of `kernels` in a process with other variables.
+/// Runs the tests of `kernels` in a process with other environment variables.
 fn kernels_with(folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(std::env::current_exe().expect("tests know where they are"));
     command
@@ -25,7 +25,7 @@ fn assert_passed(output: &Output) {
 }
 
 #[test]
-fn kernels_do_not_depend_on_the_order_of_threads() {
+fn kernels_do_not_depend_on_thread_order() {
     if driver::is_real() {
         return;
     }
@@ -34,7 +34,7 @@ fn kernels_do_not_depend_on_the_order_of_threads() {
 }
 
 #[test]
-fn kernels_touch_nothing_beyond_their_memory() {
+fn kernels_access_nothing_outside_their_memory() {
     if driver::is_real() {
         return;
     }
@@ -43,13 +43,13 @@ fn kernels_touch_nothing_beyond_their_memory() {
     let options = "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0";
     let variables = [("LD_PRELOAD", runtime.to_str().expect("a path in words")), ("ASAN_OPTIONS", options)];
     assert_passed(&kernels_with(&folder, &variables));
-    // And the sanitizer is awake: a driver told to, touches what it must not.
+    // Check that the sanitizer works: the driver makes an out-of-bounds access on request.
     let output = kernels_with(&folder, &[variables[0], variables[1], ("FAKE_CUDA_OVERRUN", "1")]);
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && err.contains("heap-buffer-overflow"), "{err}");
 }
 
-/// The runtime that must be loaded before all else.
+/// The sanitizer runtime, which must be preloaded.
 fn sanitizer() -> Option<PathBuf> {
     let output = Command::new(driver::compiler()?).arg("-print-file-name=libasan.so").output().ok()?;
     let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
@@ -60,7 +60,7 @@ fn sanitizer() -> Option<PathBuf> {
     Some(path.canonicalize().unwrap_or(path))
 }
 
-/// Runs a kernel of `misuse.cpp`; what the shim said before it gave up.
+/// Runs a kernel of `misuse.cpp`; returns the shim's message before it aborts.
 fn misuse(which: &str) -> Option<String> {
     let compiler = driver::compiler()?;
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
@@ -75,20 +75,20 @@ fn misuse(which: &str) -> Option<String> {
 }
 
 #[test]
-fn barriers_and_exchanges_that_not_all_reach_are_noticed() {
-    let said = |which: &str, expected: &str| {
-        let Some(said) = misuse(which) else { return };
-        assert!(said.contains(expected), "{which}: {said}");
+fn divergent_barriers_and_warp_exchanges_are_detected() {
+    let message = |which: &str, expected: &str| {
+        let Some(message) = misuse(which) else { return };
+        assert!(message.contains(expected), "{which}: {message}");
     };
-    said("barrier_after_return", "__syncthreads, and the others have left");
-    said("barrier_in_branch", "nobody can go on");
-    said("shuffle_in_branch", "nobody can go on");
-    said("ballot_against_shuffle", "lanes of a warp wait for different exchanges");
-    said("shuffle_after_return", "an exchange of a warp, of which lanes have left");
+    message("barrier_after_return", "__syncthreads, and the others have left");
+    message("barrier_in_branch", "nobody can go on");
+    message("shuffle_in_branch", "nobody can go on");
+    message("ballot_against_shuffle", "lanes of a warp wait for different exchanges");
+    message("shuffle_after_return", "an exchange of a warp, of which lanes have left");
 }
 
 #[test]
-fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
+fn the_fake_driver_has_exactly_the_required_functions() {
     let text =
         |path: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("sources are there");
     let driver = text("tests/gpu/fake_driver.cpp");
@@ -103,7 +103,7 @@ fn the_fake_driver_has_every_function_that_is_asked_for_and_no_other() {
 }
 
 #[test]
-fn every_file_of_kernels_is_in_the_archive_of_ptx() {
+fn every_kernel_file_is_in_the_ptx_archive() {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/gpu/kernels");
     let archive = fs::read(kernels.join("ptx.tar.zst")).expect("the archive is committed");
     let tar = zstd::decode_all(archive.as_slice()).expect("it is whole");
@@ -114,6 +114,6 @@ fn every_file_of_kernels_is_in_the_archive_of_ptx() {
         let name = source.file_stem().expect("a file has a name").to_string_lossy();
         assert!(tar.contains(&format!("{name}.ptx\0")), "{name}");
     }
-    // What drivers from 525 on read, for devices from compute capability 8.0 on.
+    // Supported by drivers from 525, for devices from compute capability 8.0.
     assert_eq!(tar.matches("\n.version 8.0\n.target sm_80\n").count(), sources.len());
 }

@@ -1,4 +1,4 @@
-//! Reference models, what PyTorch and transformers make of them, and runs of the trainer on them.
+//! Reference models with their results from PyTorch and transformers, and trainer runs on them.
 
 use std::{
     cell::RefCell,
@@ -21,13 +21,13 @@ use neuroada_ckpt::{
 };
 
 pub(crate) fn reference(name: &str) -> PathBuf {
-    // Tests may have been carried to another machine, and the fixtures with them.
+    // Tests and fixtures may have been copied to another machine.
     let fixtures = std::env::var_os("NEUROADA_TEST_FIXTURES").map(PathBuf::from);
     let fixtures = fixtures.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures"));
     fixtures.join("reference").join(name)
 }
 
-/// A tensor's numbers, whatever their type.
+/// A tensor's values, of any dtype.
 pub(crate) fn numbers(file: &Shard, name: &str) -> Vec<f64> {
     let info = file.header().tensor(name).unwrap_or_else(|| panic!("{name} is missing"));
     let bytes = file.window(&Context::default(), info, 0..info.n_bytes()).unwrap();
@@ -40,7 +40,8 @@ pub(crate) fn numbers(file: &Shard, name: &str) -> Vec<f64> {
     }
 }
 
-/// Rows of tokens with Hugging Face's labels (-100 = none), `width` wide, without what is not attended to.
+/// Packs rows of tokens of the given width with Hugging Face's labels (-100 = none), without positions that are not
+/// attended to.
 pub(crate) fn packed(ids: &[f64], labels: &[f64], attended: Option<&[f64]>, width: usize) -> Batch {
     let mut batch = Batch { tokens: Vec::new(), labels: Vec::new(), starts: vec![0] };
     for row in 0..ids.len() / width {
@@ -61,9 +62,9 @@ pub(crate) fn mask(base: &Checkpoint, k: u64, path: &Path) -> MaskFile {
     MaskFile::open(path).unwrap()
 }
 
-/// A reference model, and what transformers makes of it.
+/// A reference model, and its results from transformers.
 ///
-/// Mistral has no weights of its own: on Llama's, transformers' two classes give the same bits.
+/// Mistral has no weights of its own: with Llama's weights, both transformers classes give the same bits.
 pub(crate) fn model(folder: &Path, name: &str) -> (Checkpoint, Shard) {
     let of = |name: &str| reference("model").join(name);
     let weights = if name == "mistral" { "llama" } else { name };
@@ -74,14 +75,14 @@ pub(crate) fn model(folder: &Path, name: &str) -> (Checkpoint, Shard) {
     (Checkpoint::open(&copy).unwrap(), Shard::open(&of(weights).join("expected.safetensors")).unwrap())
 }
 
-/// The largest difference, relative to the largest number.
+/// The largest difference, relative to the largest value.
 pub(crate) fn difference(found: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
     found.iter().zip(expected).fold(0.0, |most: f64, (a, b)| most.max((f64::from(*a) - b).abs())) / largest
 }
 
-/// The reference run: 240 rows of 20 tokens, of which the last ten or so are learned.
+/// The data of the reference run: 240 rows of 20 tokens, of which about the last ten are supervised.
 pub(crate) fn reference_data() -> Dataset {
     let file = Shard::open(&reference("train").join("expected.safetensors")).unwrap();
     let (ids, labels) = (numbers(&file, "input_ids"), numbers(&file, "labels"));
@@ -95,7 +96,7 @@ pub(crate) fn reference_data() -> Dataset {
     data
 }
 
-/// The recipe of the reference run.
+/// The options of the reference run.
 pub(crate) fn reference_options() -> TrainOptions {
     let recipe = fs::read(reference("train").join("recipe.json")).unwrap();
     let recipe: serde_json::Value = serde_json::from_slice(&recipe).unwrap();
@@ -114,14 +115,14 @@ pub(crate) fn reference_options() -> TrainOptions {
     }
 }
 
-/// What watchers are told.
+/// Records all steps and evaluations.
 #[derive(Default)]
-pub(crate) struct Told {
+pub(crate) struct Recorder {
     pub(crate) steps: RefCell<Vec<StepRecord>>,
     pub(crate) evals: RefCell<Vec<EvalRecord>>,
 }
 
-impl Watcher for Told {
+impl Watcher for Recorder {
     fn step(&self, record: &StepRecord, _: u64) {
         self.steps.borrow_mut().push(*record);
     }
@@ -151,14 +152,14 @@ impl World {
         self.folder.path().join(name)
     }
 
-    /// Trains on the CPU; `change` may change the job.
+    /// Trains on the CPU; `change` may modify the job.
     pub(crate) fn run(
         &self,
         ctx: &Context<'_>,
         name: &str,
         options: &TrainOptions,
         change: impl FnOnce(&mut TrainJob<'_>),
-    ) -> (Result<TrainReport, TrainError>, Told) {
+    ) -> (Result<TrainReport, TrainError>, Recorder) {
         self.run_on(&CpuDevice::new(), ctx, name, options, change)
     }
 
@@ -170,9 +171,9 @@ impl World {
         name: &str,
         options: &TrainOptions,
         change: impl FnOnce(&mut TrainJob<'_>),
-    ) -> (Result<TrainReport, TrainError>, Told) {
-        let (told, output) = (Told::default(), self.path(name));
-        // Whoever asks to stop asks the run, not the loading.
+    ) -> (Result<TrainReport, TrainError>, Recorder) {
+        let (recorded, output) = (Recorder::default(), self.path(name));
+        // Only the run is cancelled, not the loading.
         let patient = Context::default();
         let mut model = Model::load(&patient, device, &self.base).unwrap();
         model.attach(&patient, device, &self.base, &self.mask).unwrap();
@@ -190,16 +191,16 @@ impl World {
             notes: AdapterNotes::default(),
         };
         change(&mut job);
-        (train(ctx, device, &mut model, &job, &told), told)
+        (train(ctx, device, &mut model, &job, &recorded), recorded)
     }
 }
 
-/// A checkpoint of random weights of another type, in the shape of the reference Llama.
+/// A checkpoint of random weights in another dtype, with the shape of the reference Llama.
 pub(crate) fn llama_as(dtype: Dtype) -> impl FnOnce(&Path) -> Checkpoint {
     llama_with(dtype, Vec::new())
 }
 
-/// The same with more tensors.
+/// The same with additional tensors.
 pub(crate) fn llama_with(dtype: Dtype, more: Vec<(String, Vec<f64>)>) -> impl FnOnce(&Path) -> Checkpoint {
     move |folder| {
         let (from, _) = model(folder, "llama");
@@ -226,8 +227,8 @@ pub(crate) fn llama_with(dtype: Dtype, more: Vec<(String, Vec<f64>)>) -> impl Fn
     }
 }
 
-/// Asserts that logits, losses and the deltas' gradients of every reference model are those of transformers, by `most` of the
-/// largest number of their tensor.
+/// Asserts that logits, losses and the deltas' gradients of every reference model equal those of transformers, within
+/// `most` relative to the largest value of their tensor.
 pub(crate) fn assert_like_transformers<D: Device>(device: &D, keep: Keep, most: f64) {
     let folder = tempfile::tempdir().unwrap();
     let ctx = Context::default();

@@ -1,4 +1,4 @@
-//! Biases, trained whole beside the deltas.
+//! Biases, trained as a whole together with the deltas.
 
 use neuroada_ckpt::{
     ErrorKind, ExtractOptions, Failure, PackOptions, Which, extract, internals::adapter::ColumnsKind, pack_adapter,
@@ -7,7 +7,7 @@ use neuroada_ckpt::{
 
 use super::*;
 
-/// The reference Llama with biases everywhere but at the values and at `up`.
+/// The reference Llama with biases everywhere except in `v_proj` and `up_proj`.
 fn with_biases(dtype: Dtype) -> impl FnOnce(&Path) -> Checkpoint {
     let sizes = [("self_attn.q_proj", 64), ("self_attn.k_proj", 16), ("self_attn.o_proj", 64), ("mlp.gate_proj", 176)];
     let mut biases = Vec::new();
@@ -26,7 +26,7 @@ fn options() -> TrainOptions {
     TrainOptions { train_bias: true, max_steps: Some(12), eval_every: Some(5), ..reference_options() }
 }
 
-/// A world with biases, judged by some rows of its data.
+/// A world with biases, evaluated on some rows of its data.
 fn world(dtype: Dtype) -> World {
     let mut world = World::new(with_biases(dtype), 2);
     let mut eval = Dataset::new();
@@ -46,7 +46,7 @@ fn eval_loss(world: &World, model: &Model<CpuDevice>) -> Option<f64> {
 }
 
 #[test]
-fn gradients_of_biases_are_differences_of_the_loss() {
+fn gradients_of_biases_equal_finite_differences() {
     let folder = tempfile::tempdir().unwrap();
     let (ctx, device) = (Context::default(), CpuDevice::new());
     let (base, expected) = model(folder.path(), "qwen2");
@@ -69,7 +69,7 @@ fn gradients_of_biases_are_differences_of_the_loss() {
     for layer in 0..3 {
         let grad = model.layers[layer].qkv.bias_deltas.as_ref().unwrap().grad.clone();
         let largest = grad.iter().fold(0.0f32, |largest, g| largest.max(g.abs()));
-        // Queries, keys and values; a step of 0.01 leaves 1e-4 by curvature.
+        // Queries, keys and values; a step of 0.01 gives an error of 1e-4 from curvature.
         for at in [0, 33, 63, 64, 79, 80, 87, 95] {
             let mut moved = |by: f32| {
                 let qkv = &mut model.layers[layer].qkv;
@@ -86,7 +86,7 @@ fn gradients_of_biases_are_differences_of_the_loss() {
 }
 
 #[test]
-fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
+fn trained_biases_are_merged_and_extracted_exactly() {
     for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
         let world = world(dtype);
         let (ctx, device) = (Context::default(), CpuDevice::new());
@@ -130,7 +130,7 @@ fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
         let bytes = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap();
         assert!(bytes(&merged) != bytes(world.base.root()));
 
-        // What changed is an adapter again, biases included.
+        // The changes extracted again as an adapter, biases included.
         let tuned = Checkpoint::open(&merged).unwrap();
         let (again, delta) = (world.path("again"), world.path("delta.safetensors"));
         let found =
@@ -151,24 +151,24 @@ fn trained_biases_are_what_a_merge_writes_and_come_out_again() {
 }
 
 #[test]
-fn a_run_with_biases_goes_on_as_if_nothing_had_happened() {
+fn a_resumed_run_with_biases_equals_an_uninterrupted_one() {
     let world = world(Dtype::BF16);
     let (ctx, options) = (Context::default(), options());
     let (whole, told_whole) = world.run(&ctx, "whole.safetensors", &options, |_| {});
     let stop = StopAfter(AtomicU64::new(7));
     let stopping = Context { observer: &stop, ..ctx };
-    let (stopped, told) = world.run(&stopping, "parts.safetensors", &options, |_| {});
+    let (stopped, recorded) = world.run(&stopping, "parts.safetensors", &options, |_| {});
     let stopped = stopped.unwrap_err();
     assert!(matches!(stopped, TrainError::Stopped { step: 7 }), "{stopped}");
     let other = TrainOptions { train_bias: false, ..options.clone() };
     let error = world.run(&ctx, "parts.safetensors", &other, |job| job.resume = true).0.unwrap_err().to_string();
     assert!(error.ends_with("options.train_bias was true, is null"), "{error}");
-    // On another number of threads.
+    // On a different number of threads.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
     let (parts, told_rest) = pool.install(|| world.run(&ctx, "parts.safetensors", &options, |job| job.resume = true));
-    told.steps.borrow_mut().extend(told_rest.steps.borrow().iter());
-    told.evals.borrow_mut().extend(told_rest.evals.borrow().iter());
-    assert_eq!(told.timeless(), told_whole.timeless());
+    recorded.steps.borrow_mut().extend(told_rest.steps.borrow().iter());
+    recorded.evals.borrow_mut().extend(told_rest.evals.borrow().iter());
+    assert_eq!(recorded.timeless(), told_whole.timeless());
     assert_eq!(parts.unwrap(), whole.unwrap());
     let bytes = |name: &str| fs::read(world.path(name)).unwrap();
     assert_eq!(bytes("parts.safetensors"), bytes("whole.safetensors"));
@@ -180,7 +180,7 @@ fn a_base_without_biases_is_refused_and_nothing_is_written() {
     let files = || fs::read_dir(world.folder.path()).unwrap().count();
     let before = files();
     let error = world.run(&Context::default(), "a.safetensors", &options(), |_| {}).0.unwrap_err();
-    let what = "narrow: the chosen projections have no bias: an adapter can only add to tensors that exist";
+    let what = "narrow: the chosen projections have no biases, and an adapter can only add to existing tensors";
     assert!(error.to_string().ends_with(what), "{error}");
     assert_eq!((error.kind(), files()), (ErrorKind::Usage, before));
 }

@@ -1,5 +1,5 @@
-//! The loops of [`crate::backend::low_rank`], compiled for what the machine has. Vectors change nothing about a sum: each lane is
-//! an element of its own.
+//! The loops of [`crate::backend::low_rank`], compiled for the CPU's instruction set. Vectorization does not change a
+//! sum: each lane is a separate element.
 
 use std::sync::OnceLock;
 
@@ -22,20 +22,20 @@ fn loops() -> (Add, Merge) {
                 && is_x86_feature_detected!("avx512vl");
             return if has_512 { (add_avx512, merge_avx512) } else { (add_avx2, merge_avx2) };
         }
-        // NEON is part of every 64-bit ARM, fused steps included.
+        // NEON is part of every 64-bit ARM CPU, fused multiply-add included.
         (add_products::<16>, merge_with_sums)
     })
 }
 
 /// As [`crate::backend::add_low_rank`].
 pub(in crate::backend) fn add_low_rank(u: &[f32], v: &[f32], rank: usize, n_columns: usize, sums: &mut [f32]) {
-    // SAFETY: the machine has what the loop was compiled for.
+    // SAFETY: the CPU supports the instruction set that the loop was compiled for.
     unsafe { loops().0(u, v, rank, n_columns, sums) }
 }
 
 /// As [`crate::backend::merge_sums`].
 pub(in crate::backend) fn merge_sums(dtype: Dtype, weights: &mut [u8], sums: &[f32], scale: f32) -> PatchCounts {
-    // SAFETY: the machine has what the loop was compiled for.
+    // SAFETY: the CPU supports the instruction set that the loop was compiled for.
     unsafe { loops().1(dtype, weights, sums, scale) }
 }
 

@@ -1,7 +1,7 @@
 //! Matrix products in float32, near the machine's peak, by the `gemm` crate.
 //!
-//! Matrices are borrowed with their strides, so that heads inside of wider rows and transposes cost no copy. Every bound is
-//! checked here, once per product: nothing above this file is unsafe.
+//! Matrices are borrowed with their strides, so that heads inside wider rows and transposes need no copy. Every bound
+//! is checked here, once per product: no code above this file is unsafe.
 
 use rayon::current_num_threads;
 
@@ -16,24 +16,24 @@ pub struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// `[n_rows, n_cols]`, row-major, nothing between the rows.
+    /// `[n_rows, n_cols]`, row-major, contiguous.
     ///
     /// # Panics
-    /// Where `data` is shorter.
+    /// If `data` is too short.
     pub fn new(data: &'a [f32], n_rows: usize, n_cols: usize) -> Self {
         Self::strided(data, n_rows, n_cols, n_cols)
     }
 
-    /// `[n_rows, n_cols]`, each row `row_stride` elements after the one before.
+    /// `[n_rows, n_cols]`, with `row_stride` elements from one row to the next.
     ///
     /// # Panics
-    /// Where `data` is shorter, or rows overlap.
+    /// If `data` is too short, or rows overlap.
     pub fn strided(data: &'a [f32], n_rows: usize, n_cols: usize, row_stride: usize) -> Self {
         check(data.len(), n_rows, n_cols, row_stride);
         Self { data, n_rows, n_cols, row_stride, col_stride: 1 }
     }
 
-    /// The same numbers with rows and columns exchanged.
+    /// The transpose.
     pub fn t(self) -> Self {
         Self {
             n_rows: self.n_cols,
@@ -45,7 +45,7 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// A matrix of float32 that a product is written to, row-major.
+/// A float32 matrix that receives a product, row-major.
 pub struct MatMut<'a> {
     data: &'a mut [f32],
     n_rows: usize,
@@ -54,18 +54,18 @@ pub struct MatMut<'a> {
 }
 
 impl<'a> MatMut<'a> {
-    /// `[n_rows, n_cols]`, nothing between the rows.
+    /// `[n_rows, n_cols]`, contiguous.
     ///
     /// # Panics
-    /// Where `data` is shorter.
+    /// If `data` is too short.
     pub fn new(data: &'a mut [f32], n_rows: usize, n_cols: usize) -> Self {
         Self::strided(data, n_rows, n_cols, n_cols)
     }
 
-    /// `[n_rows, n_cols]`, each row `row_stride` elements after the one before.
+    /// `[n_rows, n_cols]`, with `row_stride` elements from one row to the next.
     ///
     /// # Panics
-    /// Where `data` is shorter, or rows overlap.
+    /// If `data` is too short, or rows overlap.
     pub fn strided(data: &'a mut [f32], n_rows: usize, n_cols: usize, row_stride: usize) -> Self {
         check(data.len(), n_rows, n_cols, row_stride);
         Self { data, n_rows, n_cols, row_stride }
@@ -75,26 +75,26 @@ impl<'a> MatMut<'a> {
 fn check(len: usize, n_rows: usize, n_cols: usize, row_stride: usize) {
     assert!(n_cols <= row_stride || n_rows <= 1, "rows do not overlap");
     let last = n_rows.checked_sub(1).and_then(|last| last.checked_mul(row_stride)?.checked_add(n_cols));
-    assert!(n_rows == 0 || last.is_some_and(|end| end <= len), "the matrix lies inside its data");
+    assert!(n_rows == 0 || last.is_some_and(|end| end <= len), "the matrix fits in its data");
     assert!(row_stride <= isize::MAX as usize, "strides are signed");
 }
 
-/// On how many threads a product runs.
+/// The threads on which a product runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Threads {
-    /// The caller's alone: it is one of many.
+    /// The caller's thread only, because the caller is itself one of many.
     One,
-    /// Those of the current rayon pool.
+    /// The threads of the current rayon pool.
     Pool,
 }
 
-/// `out = alpha * a * b + beta * out`; with a `beta` of 0 what `out` held does not matter.
+/// `out = alpha * a * b + beta * out`; with `beta` 0 the old content of `out` is ignored.
 ///
-/// `a` is `[m, k]`, `b` `[k, n]`, `out` `[m, n]`. Sums run in float32, in an order that depends on the shapes and the
-/// instruction set alone, so the result is the same for every number of threads.
+/// `a` is `[m, k]`, `b` `[k, n]`, `out` `[m, n]`. Sums run in float32, in an order that depends only on the shapes and
+/// the instruction set, so the result is the same for every number of threads.
 ///
 /// # Panics
-/// Where the shapes do not fit.
+/// If the shapes do not match.
 pub fn matmul(threads: Threads, alpha: f32, a: Mat<'_>, b: Mat<'_>, beta: f32, out: MatMut<'_>) {
     assert_eq!((a.n_rows, a.n_cols, b.n_cols), (out.n_rows, b.n_rows, out.n_cols), "[m, k] * [k, n] = [m, n]");
     let parallelism = match threads {
@@ -102,9 +102,9 @@ pub fn matmul(threads: Threads, alpha: f32, a: Mat<'_>, b: Mat<'_>, beta: f32, o
         Threads::Pool => gemm::Parallelism::Rayon(current_num_threads()),
     };
     let stride = |stride: usize| stride as isize;
-    // SAFETY: gemm reads m * k elements of `a`, k * n of `b`, and writes m * n of `out`, each at its strides. The constructors
-    // of `Mat` and `MatMut` proved that the last of them lies inside the borrowed slices, and that rows of `out` do not overlap;
-    // `out` is borrowed mutably, so it is neither of the others.
+    // SAFETY: gemm reads m * k elements of `a`, k * n of `b`, and writes m * n of `out`, each at its strides. The
+    // constructors of `Mat` and `MatMut` checked that the last of them is inside the borrowed slices, and that rows of
+    // `out` do not overlap; `out` is borrowed mutably, so it aliases neither `a` nor `b`.
     unsafe {
         gemm::gemm(
             out.n_rows,
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_inside_of_wider_rows_are_matrices() {
+    fn heads_inside_wider_rows_are_matrices() {
         // Two rows of width 4; the matrix is columns 1 and 2 of both.
         let wide = [9.0, 1.0, 2.0, 9.0, 9.0, 3.0, 4.0, 9.0];
         let (a, mut out) = (Mat::strided(&wide[1..], 2, 2, 4), [0.0; 6]);
@@ -186,8 +186,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "the matrix lies inside its data")]
-    fn a_matrix_beyond_its_data_is_refused() {
+    #[should_panic(expected = "the matrix fits in its data")]
+    fn a_matrix_beyond_its_data_panics() {
         Mat::strided(&[0.0; 7], 2, 2, 6);
     }
 }

@@ -1,8 +1,8 @@
-//! The choosing loops on vectors of keys: AVX-512 or AVX2, whichever the machine has, and NEON.
+//! The loops that choose, vectorized: AVX-512 or AVX2, whichever the CPU supports, and NEON.
 //!
-//! `select` holds the algorithm, written once over the few operations of [`Vector`]; `x86` and `neon` give these
-//! operations and compile the algorithm for each instruction set. Everything here equals [`super::portable`] bit for bit, and
-//! falls back to it where there is no vector form: 64-bit keys, and machines of other kinds.
+//! `select` contains the algorithm, written once over the few operations of [`Vector`]; `x86` and `neon` implement
+//! these operations and compile the algorithm for each instruction set. All results equal those of [`super::portable`]
+//! bit for bit. The portable code is used for 64-bit keys, and on other CPUs.
 
 #![allow(unsafe_code)]
 
@@ -22,22 +22,22 @@ use crate::tensor::RowColumns;
 pub(super) use low_rank::{add_low_rank, merge_sums};
 use select::SelectScratch;
 
-/// Keys of 1, 2 or 4 bytes as they lie in memory, row after row.
+/// Keys of 1, 2 or 4 bytes in memory, row by row.
 #[derive(Clone, Copy)]
 struct KeyRows<'a> {
     bytes: &'a [u8],
     d_in: usize,
-    /// Bits of an element that belong to its key.
+    /// The bits of an element that form its key.
     mask: u32,
-    /// Keys above this one are not numbers.
+    /// Larger keys are NaNs.
     largest: u32,
 }
 
-/// Appends the `k` largest of each row, `0 < k < d_in`; stops at the first row with a key that is no number, and says which.
-type TopK =
+/// Appends the `k` largest of each row, `0 < k < d_in`; stops at the first row with a NaN key, and returns that row.
+type TopKFn =
     unsafe fn(rows: KeyRows<'_>, k: usize, scratch: &mut SelectScratch, columns: &mut Vec<u32>) -> Result<(), usize>;
-/// Appends, row by row, the columns of keys not below the bound, and the keys; stops as [`TopK`] does.
-type From = unsafe fn(
+/// Appends, row by row, the columns of keys of at least the bound, and the keys; stops as [`TopKFn`] does.
+type ColumnsFromFn = unsafe fn(
     rows: KeyRows<'_>,
     bound: u32,
     scratch: &mut SelectScratch,
@@ -45,14 +45,14 @@ type From = unsafe fn(
     keys: &mut Vec<u32>,
 ) -> Result<(), usize>;
 
-/// The loops for one width of keys, compiled for one instruction set.
+/// The loops for one key width, compiled for one instruction set.
 #[derive(Clone, Copy)]
 struct Loops {
-    topk: TopK,
-    from: From,
+    topk: TopKFn,
+    from: ColumnsFromFn,
 }
 
-/// What a machine can run.
+/// The loops that a CPU supports.
 #[derive(Clone, Copy)]
 struct Machine {
     name: &'static str,
@@ -72,13 +72,13 @@ impl Machine {
     }
 }
 
-/// The best of [`all`], or none.
+/// The fastest of [`all`], if any.
 fn machine() -> Option<Machine> {
     static MACHINE: OnceLock<Option<Machine>> = OnceLock::new();
     *MACHINE.get_or_init(|| all().into_iter().next())
 }
 
-/// Every form that this machine can run, the fastest first.
+/// All implementations that this CPU supports, fastest first.
 fn all() -> Vec<Machine> {
     #[cfg(target_arch = "x86_64")]
     return x86::all();
@@ -93,7 +93,7 @@ pub(super) fn name() -> &'static str {
     machine().map_or("portable", |machine| machine.name)
 }
 
-/// As [`super::topk_rows`], or `None` where there is no vector form.
+/// As [`super::topk_rows`]; `None` if there is no vectorized form.
 pub(super) fn topk_rows<K: Key>(rows: &ScoredRows<'_>, k: usize) -> Option<Result<Vec<u32>, NotANumber>> {
     topk_rows_on::<K>(machine()?, rows, k)
 }
@@ -106,12 +106,12 @@ fn topk_rows_on<K: Key>(machine: Machine, rows: &ScoredRows<'_>, k: usize) -> Op
     }
     let mut columns = Vec::with_capacity(weights.n_rows() * k);
     let mut scratch = SelectScratch::default();
-    // SAFETY: `machine` lists what this machine was seen to have.
+    // SAFETY: `machine` lists only instruction sets that were detected.
     let done = for_each_run::<K>(rows, |run| unsafe { (loops.topk)(run, k, &mut scratch, &mut columns) });
     Some(done.map(|()| columns))
 }
 
-/// Every column whose key is not below `bound`, row by row, and the keys; or `None` where there is no vector form.
+/// Every column whose key is at least `bound`, row by row, and the keys; `None` if there is no vectorized form.
 pub(super) fn columns_from<K: Key>(rows: &ScoredRows<'_>, bound: u64) -> Option<Result<KeyedColumns, NotANumber>> {
     columns_from_on::<K>(machine()?, rows, bound)
 }
@@ -128,13 +128,13 @@ fn columns_from_on<K: Key>(
     let bound = bound as u32;
     let mut columns = RowColumns::with_capacity(rows.weights().n_rows(), 0);
     let (mut keys, mut scratch) = (Vec::new(), SelectScratch::default());
-    // SAFETY: `machine` lists what this machine was seen to have.
+    // SAFETY: `machine` lists only instruction sets that were detected.
     let done =
         for_each_run::<K>(rows, |run| unsafe { (loops.from)(run, bound, &mut scratch, &mut columns, &mut keys) });
     Some(done.map(|()| (columns, keys)))
 }
 
-/// Hands keys to `visit`: all rows at once where the weights are their own keys, else row by row.
+/// Passes keys to `visit`: all rows at once if the weights are their own keys, otherwise row by row.
 fn for_each_run<K: Key>(
     rows: &ScoredRows<'_>,
     mut visit: impl FnMut(KeyRows<'_>) -> Result<(), usize>,
@@ -149,13 +149,13 @@ fn for_each_run<K: Key>(
             Ok(()) => Ok(()),
             Err(row) => {
                 rows.keys(row, &mut scratch, &mut keys)?;
-                unreachable!("a row with a key above infinity's holds a NaN")
+                unreachable!("a row with a key above infinity contains a NaN")
             }
         };
     }
     for row in 0..rows.weights().n_rows() {
         rows.keys(row, &mut scratch, &mut keys)?;
-        // SAFETY: keys are plain unsigned integers: every byte of them is initialised.
+        // SAFETY: keys are plain unsigned integers: all their bytes are initialized.
         let bytes = unsafe { std::slice::from_raw_parts(keys.as_ptr().cast::<u8>(), size_of_val(&keys[..])) };
         let done = visit(KeyRows { bytes, d_in, mask: u32::MAX, largest: u32::MAX });
         debug_assert!(done.is_ok(), "all keys are numbers");
@@ -163,34 +163,35 @@ fn for_each_run<K: Key>(
     Ok(())
 }
 
-/// A vector of keys. Callers of any function vouch for two things: the machine has the instruction set it is written for, and
-/// pointers are good for as many keys as are read or written.
+/// A vector of keys. Callers of any function guarantee two things: the CPU supports the instruction set it is written
+/// for, and pointers are valid for as many keys as are read or written.
 trait Vector: Copy {
-    /// Bytes of a key.
+    /// Bytes per key.
     const KEY_BYTES: usize;
-    /// Keys of a vector; divides 64.
+    /// Keys per vector; divides 64.
     const LANES: usize;
-    /// `LANES` keys from memory, of any alignment.
+    /// Loads `LANES` keys, of any alignment.
     unsafe fn load(from: *const u8) -> Self;
     unsafe fn store(self, to: *mut u8);
     unsafe fn splat(key: u32) -> Self;
     unsafe fn and(self, other: Self) -> Self;
     unsafe fn max(self, other: Self) -> Self;
     unsafe fn min(self, other: Self) -> Self;
-    /// Bit `i`: whether key `i` is not below `bound`'s. Bits past the lanes are zero.
+    /// Bit `i`: whether key `i` is at least `bound`'s. Bits past the lanes are zero.
     unsafe fn not_below(self, bound: Self) -> u64;
-    /// The largest and the smallest key.
+    /// The largest key; below, the smallest.
     unsafe fn largest(self) -> u32;
     unsafe fn smallest(self) -> u32;
-    /// Asks for the cache line at `at`, which need not be memory of ours.
+    /// Prefetches the cache line at `at`, which may be outside our memory.
     unsafe fn prefetch(at: *const u8);
 
-    /// Writes `base` plus the position of each bit of `word`, ascending; up to 64 numbers are written, the rest are of no meaning.
+    /// Writes `base` plus the position of each set bit of `word`, ascending; writes up to 64 numbers, of which the
+    /// rest are arbitrary.
     #[inline(always)]
     unsafe fn positions(word: u64, base: u32, to: *mut u32) {
         let (mut word, mut to) = (word, to);
         while word != 0 {
-            // SAFETY: a word has 64 bits at most.
+            // SAFETY: a word has at most 64 bits.
             unsafe {
                 to.write(base + word.trailing_zeros());
                 to = to.add(1);
@@ -199,12 +200,13 @@ trait Vector: Copy {
         }
     }
 
-    /// Writes those of 64 numbers whose bits are set in `word`; up to 64 are written, the rest are of no meaning.
+    /// Writes those of 64 numbers whose bits are set in `word`; writes up to 64 numbers, of which the rest are
+    /// arbitrary.
     #[inline(always)]
     unsafe fn compress(from: *const u32, word: u64, to: *mut u32) {
         let mut to = to;
         for i in 0..64 {
-            // SAFETY: the caller vouches for 64 numbers on both sides.
+            // SAFETY: the caller guarantees 64 numbers on both sides.
             unsafe {
                 to.write(from.add(i).read());
                 to = to.add((word >> i & 1) as usize);
@@ -277,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn every_instruction_set_finds_what_is_not_a_number() {
+    fn every_instruction_set_finds_nans() {
         for machine in all() {
             for nan in [bf16::NAN.to_bits(), 0xff81, 0x7fff] {
                 for at in [0, 63, 64, 99, 150, 199] {
@@ -299,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn unaligned_rows_are_the_same() {
+    fn unaligned_rows_give_the_same_result() {
         for machine in all() {
             let bytes = rows_of(Dtype::F32, 333);
             for offset in 0..5 {

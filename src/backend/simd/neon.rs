@@ -1,16 +1,16 @@
-//! NEON, which every 64-bit ARM machine has.
+//! NEON, which every 64-bit ARM CPU supports.
 
 use std::arch::aarch64::*;
 
 use super::{KeyRows, Loops, Machine, Vector, select, select::SelectScratch};
 use crate::tensor::RowColumns;
 
-/// What this machine can run.
+/// The implementations that this CPU supports.
 pub(super) fn all() -> Vec<Machine> {
     vec![Machine { name: "neon", u8: neon_u8::LOOPS, u16: neon_u16::LOOPS, u32: neon_u32::LOOPS }]
 }
 
-/// A weight for each lane, so that the sum of those that are set is their bits.
+/// One weight per lane, so that the sum over the set lanes is a bit mask.
 const BITS_U8: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
 const BITS_U16: [u16; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 const BITS_U32: [u32; 4] = [1, 2, 4, 8];
@@ -26,47 +26,47 @@ macro_rules! vector {
             const LANES: usize = $lanes;
             #[inline(always)]
             unsafe fn load(from: *const u8) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $load(from.cast()) })
             }
             #[inline(always)]
             unsafe fn store(self, to: *mut u8) {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $store(to.cast(), self.0) }
             }
             #[inline(always)]
             unsafe fn splat(key: u32) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $splat(key as $key) })
             }
             #[inline(always)]
             unsafe fn and(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $and(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn max(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $max(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn min(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $min(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn not_below(self, bound: Self) -> u64 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $not_below(self.0, bound.0) }
             }
             #[inline(always)]
             unsafe fn largest(self) -> u32 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 u32::from(unsafe { $largest(self.0) })
             }
             #[inline(always)]
             unsafe fn smallest(self) -> u32 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 u32::from(unsafe { $smallest(self.0) })
             }
             #[inline(always)]

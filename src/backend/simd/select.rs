@@ -1,39 +1,39 @@
-//! The choosing loops, over any [`Vector`].
+//! The loops that choose, over any [`Vector`].
 //!
-//! A row is read twice, the second time from the cache nearest to the core. The first pass deals the row out to a few
-//! times `k` lanes and keeps each lane's maximum; the `k`-th largest of those is a bound that at least `k` keys reach, and
-//! few more. The second pass marks the keys that reach it, a bit each; what is marked is cut exactly. Where `k` is large beside
-//! the row, the bound is searched on the row itself, bit by bit. Keys are handled in groups of 64, the last one padded with
-//! zeros.
+//! A row is read twice, the second time from the L1 cache. The first pass distributes the row over a few times `k`
+//! lanes and keeps each lane's maximum. The `k`-th largest of the maxima is a bound that at least `k` keys reach, and
+//! few more. The second pass marks the keys that reach it, one bit each; the marked keys are then cut exactly. If `k`
+//! is large compared with the row, the bound is searched on the row itself, bit by bit. Keys are processed in groups
+//! of 64; the last group is padded with zeros.
 
 use super::{KeyRows, Vector};
 use crate::tensor::RowColumns;
 
-/// Keys of a group: one bit each in a word.
+/// Keys per group: one bit each in a word.
 const GROUP: usize = 64;
-/// Vectors that lanes are kept in without going through memory.
+/// Maximum number of vectors for which lanes stay in registers.
 const MAX_REGISTERS: usize = 16;
 
-/// Room that is used again for every row.
+/// Scratch memory that is reused for every row.
 #[derive(Default)]
 pub(super) struct SelectScratch {
     /// The last group of a row, padded.
     tail: Vec<u8>,
-    /// Maxima of lanes, whole groups.
+    /// Maxima of the lanes, in whole groups.
     lanes: Vec<u8>,
-    /// A bit for each key of the row.
+    /// One bit per key of the row.
     marked: Vec<u64>,
-    /// Keys and columns of what is marked, padded to whole groups.
+    /// Keys and columns of the marked entries, padded to whole groups.
     keys: Vec<u8>,
     columns: Vec<u32>,
 }
 
-/// Keys in groups.
+/// The keys of a row in groups.
 #[derive(Clone, Copy)]
 struct Groups {
     whole: *const u8,
     n_whole: usize,
-    /// A padded group, and how many of its keys count; none where the number is 0.
+    /// A padded last group, and its number of valid keys; 0 if there is no such group.
     tail: *const u8,
     n_tail: usize,
 }
@@ -48,22 +48,22 @@ impl Groups {
     /// `group < self.n()`.
     #[inline(always)]
     unsafe fn at<V: Vector>(&self, group: usize) -> *const u8 {
-        // SAFETY: whole groups follow one another.
+        // SAFETY: whole groups are contiguous.
         if group < self.n_whole { unsafe { self.whole.add(group * GROUP * V::KEY_BYTES) } } else { self.tail }
     }
 
     /// # Safety
-    /// The column lies inside the groups.
+    /// The column is inside the groups.
     #[inline(always)]
     unsafe fn key<V: Vector>(&self, column: usize) -> u32 {
         let in_whole = self.n_whole * GROUP;
         let (from, at) = if column < in_whole { (self.whole, column) } else { (self.tail, column - in_whole) };
-        // SAFETY: the column lies inside the groups.
+        // SAFETY: the column is inside the groups.
         unsafe { read_key::<V>(from.add(at * V::KEY_BYTES)) }
     }
 }
 
-/// See [`super::TopK`].
+/// See [`super::TopKFn`].
 #[inline(always)]
 pub(super) unsafe fn topk_rows<V: Vector>(
     rows: KeyRows<'_>,
@@ -71,9 +71,9 @@ pub(super) unsafe fn topk_rows<V: Vector>(
     scratch: &mut SelectScratch,
     columns: &mut Vec<u32>,
 ) -> Result<(), usize> {
-    assert!(0 < k && k < rows.d_in, "k lies within the row");
+    assert!(0 < k && k < rows.d_in, "k is smaller than the row");
     for (i, row) in rows.bytes.chunks_exact(rows.d_in * V::KEY_BYTES).enumerate() {
-        // SAFETY: the caller has the instruction set.
+        // SAFETY: the caller guarantees the instruction set.
         unsafe {
             let groups = groups_of::<V>(row, &mut scratch.tail);
             let largest = if k == 1 {
@@ -89,7 +89,7 @@ pub(super) unsafe fn topk_rows<V: Vector>(
     Ok(())
 }
 
-/// See [`super::From`].
+/// See [`super::ColumnsFromFn`].
 #[inline(always)]
 pub(super) unsafe fn columns_from<V: Vector>(
     rows: KeyRows<'_>,
@@ -99,7 +99,7 @@ pub(super) unsafe fn columns_from<V: Vector>(
     keys: &mut Vec<u32>,
 ) -> Result<(), usize> {
     for (i, row) in rows.bytes.chunks_exact(rows.d_in * V::KEY_BYTES).enumerate() {
-        // SAFETY: the caller has the instruction set.
+        // SAFETY: the caller guarantees the instruction set.
         unsafe {
             let groups = groups_of::<V>(row, &mut scratch.tail);
             let (n, largest) = mark::<V, true>(groups, rows.mask, bound, &mut scratch.marked);
@@ -116,7 +116,7 @@ pub(super) unsafe fn columns_from<V: Vector>(
     Ok(())
 }
 
-/// A row in groups; its last keys are copied to `tail`.
+/// Splits a row into groups; copies its last keys to `tail`.
 #[inline(always)]
 fn groups_of<V: Vector>(row: &[u8], tail: &mut Vec<u8>) -> Groups {
     let whole = row.len() / (GROUP * V::KEY_BYTES);
@@ -132,13 +132,13 @@ fn groups_of<V: Vector>(row: &[u8], tail: &mut Vec<u8>) -> Groups {
 /// Appends the first column of the largest key, and returns the key.
 #[inline(always)]
 unsafe fn top_one<V: Vector>(groups: Groups, mask: u32, columns: &mut Vec<u32>) -> u32 {
-    // SAFETY: the caller has the instruction set; all reads lie inside the groups.
+    // SAFETY: the caller guarantees the instruction set; all reads are inside the groups.
     unsafe {
         let mask = V::splat(mask);
         let row_bytes = (groups.n_whole * GROUP + groups.n_tail) * V::KEY_BYTES;
         let mut max = [V::splat(0); MAX_REGISTERS];
         let per_group = GROUP / V::LANES;
-        // Two groups at a time where there are registers for it, so that maxima do not wait for one another.
+        // Two groups at a time if there are enough registers, so that consecutive maxima are independent.
         let n_together = if 2 * per_group <= MAX_REGISTERS { 2 } else { 1 };
         let rounds = groups.n_whole / n_together;
         for round in 0..rounds {
@@ -182,7 +182,7 @@ unsafe fn top<V: Vector>(
     scratch: &mut SelectScratch,
     columns: &mut Vec<u32>,
 ) -> u32 {
-    // SAFETY: the caller has the instruction set; all reads lie inside the groups.
+    // SAFETY: the caller guarantees the instruction set; all reads are inside the groups.
     unsafe {
         // A few keys more than needed cost less than the last steps of a search.
         let slack = k / 8 + 1;
@@ -200,12 +200,12 @@ unsafe fn top<V: Vector>(
             append_marked::<V>(&scratch.marked, n, columns);
             return largest;
         }
-        // More reach the bound than are wanted: cut them.
+        // More keys reach the bound than needed: cut them.
         scratch.columns.clear();
         append_marked::<V>(&scratch.marked, n, &mut scratch.columns);
         let n_groups = n.div_ceil(GROUP);
         scratch.columns.resize(n_groups * GROUP, 0);
-        make_room(&mut scratch.keys, n_groups * GROUP * V::KEY_BYTES);
+        grow(&mut scratch.keys, n_groups * GROUP * V::KEY_BYTES);
         let keys = scratch.keys.as_mut_ptr();
         for (i, &column) in scratch.columns[..n].iter().enumerate() {
             write_key::<V>(keys.add(i * V::KEY_BYTES), groups.key::<V>(column as usize) & mask);
@@ -232,13 +232,15 @@ unsafe fn top<V: Vector>(
     }
 }
 
-/// Keeps the maxima of `64 * n_groups` lanes that the keys are dealt out to; returns the smallest and largest of them.
+/// Distributes the keys over `64 * n_groups` lanes and keeps their maxima; returns the smallest and the largest
+/// maximum.
 #[inline(always)]
 unsafe fn lane_maxima<V: Vector>(groups: Groups, mask: u32, n_groups: usize, lanes: &mut Vec<u8>) -> (u32, u32) {
     let per_group = GROUP / V::LANES;
     let vector_bytes = V::LANES * V::KEY_BYTES;
-    make_room(lanes, n_groups * GROUP * V::KEY_BYTES);
-    // SAFETY: the caller has the instruction set; reads lie inside the groups, lanes are as many as was just made room for.
+    grow(lanes, n_groups * GROUP * V::KEY_BYTES);
+    // SAFETY: the caller guarantees the instruction set; reads are inside the groups, and `lanes` was just resized for
+    // all lanes.
     unsafe {
         let mask = V::splat(mask);
         let maxima = lanes.as_mut_ptr();
@@ -297,7 +299,7 @@ unsafe fn through_memory<V: Vector>(groups: Groups, mask: V, n_groups: usize, ma
     }
 }
 
-/// Raises a group of lanes to a group of keys.
+/// Takes the maximum of a group of lanes and a group of keys.
 #[inline(always)]
 unsafe fn raise<V: Vector>(group: *const u8, mask: V, lanes: *mut u8) {
     for v in 0..GROUP / V::LANES {
@@ -307,7 +309,7 @@ unsafe fn raise<V: Vector>(group: *const u8, mask: V, lanes: *mut u8) {
     }
 }
 
-/// A key that at least `k` keys reach, and at most `k + slack` unless it is the `k`-th largest key itself.
+/// A key that at least `k` keys reach, and at most `k + slack`, unless it is the `k`-th largest key itself.
 ///
 /// At least `k` keys reach `smallest`, and none is above `largest`.
 #[inline(always)]
@@ -315,7 +317,7 @@ unsafe fn kth<V: Vector>(groups: Groups, mask: u32, k: usize, slack: usize, smal
     let (mut reached, mut most) = (smallest, largest);
     while reached < most {
         let middle = most - (most - reached) / 2;
-        // SAFETY: the caller has the instruction set and vouches for the groups.
+        // SAFETY: the caller guarantees the instruction set and the groups.
         let n = unsafe { count::<V>(groups, mask, middle) };
         if n < k {
             most = middle - 1;
@@ -329,11 +331,11 @@ unsafe fn kth<V: Vector>(groups: Groups, mask: u32, k: usize, slack: usize, smal
     reached
 }
 
-/// How many keys reach `bound`, which is not zero.
+/// Number of keys that reach `bound`, which is not zero.
 #[inline(always)]
 unsafe fn count<V: Vector>(groups: Groups, mask: u32, bound: u32) -> usize {
     debug_assert!(bound > 0, "padding reaches zero");
-    // SAFETY: the caller has the instruction set and vouches for the groups.
+    // SAFETY: the caller guarantees the instruction set and the groups.
     unsafe {
         let (mask, bound) = (V::splat(mask), V::splat(bound));
         let mut n = 0;
@@ -344,7 +346,7 @@ unsafe fn count<V: Vector>(groups: Groups, mask: u32, bound: u32) -> usize {
     }
 }
 
-/// Marks the keys that reach `bound`; returns how many do, and, where `WITH_LARGEST`, the largest key of all.
+/// Marks the keys that reach `bound`; returns their number and, with `WITH_LARGEST`, the largest key of all.
 #[inline(always)]
 unsafe fn mark<V: Vector, const WITH_LARGEST: bool>(
     groups: Groups,
@@ -353,7 +355,7 @@ unsafe fn mark<V: Vector, const WITH_LARGEST: bool>(
     marked: &mut Vec<u64>,
 ) -> (usize, u32) {
     marked.resize(groups.n(), 0);
-    // SAFETY: the caller has the instruction set and vouches for the groups; there is a word for each.
+    // SAFETY: the caller guarantees the instruction set and the groups; there is one word per group.
     unsafe {
         let (mask, bound) = (V::splat(mask), V::splat(bound));
         let row_bytes = (groups.n_whole * GROUP + groups.n_tail) * V::KEY_BYTES;
@@ -367,7 +369,7 @@ unsafe fn mark<V: Vector, const WITH_LARGEST: bool>(
                 if WITH_LARGEST {
                     largest = largest.max(keys);
                 } else {
-                    // The next row comes while this one is cut.
+                    // Prefetch the next row while this one is cut.
                     V::prefetch(at.wrapping_add(v * V::LANES * V::KEY_BYTES + row_bytes));
                 }
                 word |= keys.not_below(bound) << (v * V::LANES);
@@ -382,12 +384,12 @@ unsafe fn mark<V: Vector, const WITH_LARGEST: bool>(
     }
 }
 
-/// The bits of one group: which of its keys reach `bound`.
+/// One bit per key of a group: whether it reaches `bound`.
 #[inline(always)]
 unsafe fn word_of<V: Vector>(group: *const u8, mask: V, bound: V) -> u64 {
     let mut word = 0;
     for v in 0..GROUP / V::LANES {
-        // SAFETY: the caller has the instruction set; the group is whole.
+        // SAFETY: the caller guarantees the instruction set; the group is whole.
         let keys = unsafe { V::load(group.add(v * V::LANES * V::KEY_BYTES)).and(mask) };
         // SAFETY: as above.
         word |= unsafe { keys.not_below(bound) } << (v * V::LANES);
@@ -399,7 +401,7 @@ unsafe fn word_of<V: Vector>(group: *const u8, mask: V, bound: V) -> u64 {
 #[inline(always)]
 unsafe fn append_marked<V: Vector>(marked: &[u64], n: usize, columns: &mut Vec<u32>) {
     columns.reserve(n + GROUP);
-    // SAFETY: there is room for all of them, and for a word's more.
+    // SAFETY: there is room for all of them, and for one more word.
     unsafe {
         let mut to = columns.as_mut_ptr().add(columns.len());
         if n > marked.len() {
@@ -408,7 +410,7 @@ unsafe fn append_marked<V: Vector>(marked: &[u64], n: usize, columns: &mut Vec<u
                 to = to.add(word.count_ones() as usize);
             }
         } else {
-            // Most words have no bit or one, in no order that a branch could foresee.
+            // Most words have no bit or one, in an order that branch prediction cannot learn.
             for (group, &word) in marked.iter().enumerate() {
                 let base = (group * GROUP) as u32;
                 to.write(base + word.trailing_zeros());
@@ -424,7 +426,7 @@ unsafe fn append_marked<V: Vector>(marked: &[u64], n: usize, columns: &mut Vec<u
     }
 }
 
-/// Ones for the first `n` bits.
+/// A word whose first `n` bits are set.
 #[inline(always)]
 fn valid(n: usize) -> u64 {
     if n < GROUP { (1 << n) - 1 } else { u64::MAX }
@@ -442,9 +444,9 @@ fn first_bits(word: u64, n: usize) -> u64 {
     word
 }
 
-/// Lengthens `scratch` to `n_bytes`; what was there is of no meaning.
+/// Lengthens `scratch` to `n_bytes`; its content is arbitrary.
 #[inline(always)]
-fn make_room(scratch: &mut Vec<u8>, n_bytes: usize) {
+fn grow(scratch: &mut Vec<u8>, n_bytes: usize) {
     if scratch.len() < n_bytes {
         scratch.resize(n_bytes, 0);
     }
@@ -452,7 +454,7 @@ fn make_room(scratch: &mut Vec<u8>, n_bytes: usize) {
 
 #[inline(always)]
 unsafe fn read_key<V: Vector>(from: *const u8) -> u32 {
-    // SAFETY: the caller vouches for `KEY_BYTES` bytes.
+    // SAFETY: the caller guarantees `KEY_BYTES` bytes.
     unsafe {
         match V::KEY_BYTES {
             1 => from.read().into(),
@@ -464,7 +466,7 @@ unsafe fn read_key<V: Vector>(from: *const u8) -> u32 {
 
 #[inline(always)]
 unsafe fn write_key<V: Vector>(to: *mut u8, key: u32) {
-    // SAFETY: the caller vouches for `KEY_BYTES` bytes.
+    // SAFETY: the caller guarantees `KEY_BYTES` bytes.
     unsafe {
         match V::KEY_BYTES {
             1 => to.write(key as u8),

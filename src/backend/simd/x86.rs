@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::{KeyRows, Loops, Machine, Vector, select, select::SelectScratch};
 use crate::tensor::RowColumns;
 
-/// What this machine can run, the fastest first.
+/// The implementations that this CPU supports, fastest first.
 pub(super) fn all() -> Vec<Machine> {
     let mut all = Vec::new();
     let has_bits = is_x86_feature_detected!("popcnt") && is_x86_feature_detected!("bmi1");
@@ -30,52 +30,52 @@ macro_rules! vector {
             const LANES: usize = $lanes;
             #[inline(always)]
             unsafe fn load(from: *const u8) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $load(from.cast()) })
             }
             #[inline(always)]
             unsafe fn store(self, to: *mut u8) {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $store(to.cast(), self.0) }
             }
             #[inline(always)]
             unsafe fn splat(key: u32) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $splat(key) })
             }
             #[inline(always)]
             unsafe fn and(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $and(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn max(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $max(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn min(self, other: Self) -> Self {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 Self(unsafe { $min(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn not_below(self, bound: Self) -> u64 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $not_below(self.0, bound.0) }
             }
             #[inline(always)]
             unsafe fn largest(self) -> u32 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $largest(self.0) }
             }
             #[inline(always)]
             unsafe fn smallest(self) -> u32 {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { $smallest(self.0) }
             }
             #[inline(always)]
             unsafe fn prefetch(at: *const u8) {
-                // SAFETY: the caller's, as `Vector` says.
+                // SAFETY: the caller upholds the contract of `Vector`.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
             }
             $($compressing!();)?
@@ -121,7 +121,7 @@ macro_rules! compressing {
     () => {
         #[inline(always)]
         unsafe fn positions(word: u64, base: u32, to: *mut u32) {
-            // SAFETY: the caller's, as `Vector` says.
+            // SAFETY: the caller upholds the contract of `Vector`.
             unsafe {
                 let first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
                 let (mut word, mut to) = (word, to);
@@ -136,7 +136,7 @@ macro_rules! compressing {
         }
         #[inline(always)]
         unsafe fn compress(from: *const u32, word: u64, to: *mut u32) {
-            // SAFETY: the caller's, as `Vector` says.
+            // SAFETY: the caller upholds the contract of `Vector`.
             unsafe {
                 let mut to = to;
                 for i in 0..4 {
@@ -166,31 +166,31 @@ macro_rules! fold {
 /// The smallest of eight `u16`.
 #[inline(always)]
 unsafe fn min_u16(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe { _mm_extract_epi16::<0>(_mm_minpos_epu16(v)) as u32 }
 }
 /// The largest of eight `u16`.
 #[inline(always)]
 unsafe fn max_u16(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe { 0xffff - min_u16(_mm_xor_si128(v, _mm_set1_epi8(-1))) }
 }
 /// The smallest of sixteen `u8`.
 #[inline(always)]
 unsafe fn min_u8(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe { min_u16(_mm_min_epu8(_mm_srli_epi16::<8>(v), _mm_and_si128(v, _mm_set1_epi16(0xff)))) }
 }
 /// The largest of sixteen `u8`.
 #[inline(always)]
 unsafe fn max_u8(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe { 0xff - min_u8(_mm_xor_si128(v, _mm_set1_epi8(-1))) }
 }
 /// The smallest of four `u32`.
 #[inline(always)]
 unsafe fn min_u32(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe {
         let v = _mm_min_epu32(v, _mm_shuffle_epi32::<0b01_00_11_10>(v));
         _mm_cvtsi128_si32(_mm_min_epu32(v, _mm_shuffle_epi32::<0b10_11_00_01>(v))) as u32
@@ -199,7 +199,7 @@ unsafe fn min_u32(v: __m128i) -> u32 {
 /// The largest of four `u32`.
 #[inline(always)]
 unsafe fn max_u32(v: __m128i) -> u32 {
-    // SAFETY: the caller has SSE4.1.
+    // SAFETY: the caller guarantees SSE4.1.
     unsafe { !min_u32(_mm_xor_si128(v, _mm_set1_epi8(-1))) }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     checkpoint::{CheckpointError, CodedWeight, Context, Printable, Shard, TensorInfo, codes::Part},
     tensor::{CodeType, Dtype, RowLayout, dtype_name},
 };
-use Part::{Behind, Beside};
+use Part::{ModuleSuffix, WeightSuffix};
 
 /// What is resolved against: shards, and where in them a tensor of a name lies.
 pub(in crate::checkpoint) struct Resolver<'a> {
@@ -91,7 +91,7 @@ impl<'a> Resolver<'a> {
         let layout = self.resolve_any(weight).and_then(|resolved| {
             let Resolved { name, shape, stored, family } = resolved;
             let (info, _) = decoded_info(&weight.name, shape)?;
-            let is_transposed_in_memory = self.part(weight, Behind("_blocks")).is_some();
+            let is_transposed_in_memory = self.part(weight, WeightSuffix("_blocks")).is_some();
             Ok(CodedLayout { info, name, stored, family, is_transposed_in_memory })
         });
         layout.map_err(|failed| match failed {
@@ -101,22 +101,22 @@ impl<'a> Resolver<'a> {
     }
 
     fn resolve_any(&self, weight: &CodedWeight) -> Result<Resolved, Failed> {
-        if let Some(part) = self.part(weight, Beside(".svdquant_lora_a")) {
+        if let Some(part) = self.part(weight, ModuleSuffix(".svdquant_lora_a")) {
             return why(format!("NVFP4 with a low-rank part ({}) is not supported", part.named()));
         }
-        if let Some(codes) = self.part(weight, Beside("._weight_qdata")) {
+        if let Some(codes) = self.part(weight, ModuleSuffix("._weight_qdata")) {
             return why(format!("torchao's layouts ({}) are not supported", codes.named()));
         }
-        if let Some(codes) = self.part(weight, Beside(".weight_packed")) {
+        if let Some(codes) = self.part(weight, ModuleSuffix(".weight_packed")) {
             return self.compressed_tensors(weight, codes);
         }
-        if let Some(codes) = self.part(weight, Beside(".qweight")) {
+        if let Some(codes) = self.part(weight, ModuleSuffix(".qweight")) {
             return self.gptq_or_awq(weight, codes);
         }
-        if let Some(codes) = self.part(weight, Behind("_blocks")) {
+        if let Some(codes) = self.part(weight, WeightSuffix("_blocks")) {
             return self.gpt_oss(weight, codes);
         }
-        let Some(codes) = self.part(weight, Behind("")) else {
+        let Some(codes) = self.part(weight, WeightSuffix("")) else {
             return why("its codes lie in another file of the model; give the folder instead of one file");
         };
         match codes.info.dtype {
@@ -209,11 +209,11 @@ impl<'a> Resolver<'a> {
     /// FP8 and MXFP8: a code in each byte.
     fn bytes(&self, weight: &CodedWeight, codes: Found<'a>, code_type: CodeType) -> Result<Resolved, Failed> {
         let forms = [
-            Behind("_scale_inv"),
-            Behind("_scale"),
-            Beside(".scale"),
-            Beside(".scale_weight"),
-            Beside(".qscale_weight"),
+            WeightSuffix("_scale_inv"),
+            WeightSuffix("_scale"),
+            ModuleSuffix(".scale"),
+            ModuleSuffix(".scale_weight"),
+            ModuleSuffix(".qscale_weight"),
         ];
         let Some(scales) = self.first_of(weight, &forms) else {
             return why("its scales are missing");
@@ -245,20 +245,22 @@ impl<'a> Resolver<'a> {
 
     /// I8 and U8 under the weight's own name.
     fn integers(&self, weight: &CodedWeight, codes: Found<'a>) -> Result<Resolved, Failed> {
-        if let Some(scb) = self.part(weight, Beside(".SCB")) {
+        if let Some(scb) = self.part(weight, ModuleSuffix(".SCB")) {
             return self.int8(codes, scb, Global::Over127, "bnb-int8");
         }
-        if let Some(absmax) = self.part(weight, Behind(".absmax")) {
+        if let Some(absmax) = self.part(weight, WeightSuffix(".absmax")) {
             return self.bitsandbytes(weight, codes, absmax);
         }
-        let Some(scales) = self.first_of(weight, &[Behind("_scale"), Behind("_scale_inv"), Beside(".scale")]) else {
+        let Some(scales) =
+            self.first_of(weight, &[WeightSuffix("_scale"), WeightSuffix("_scale_inv"), ModuleSuffix(".scale")])
+        else {
             return why("its scales are missing");
         };
-        let global = match self.part(weight, Behind("_scale_2")) {
+        let global = match self.part(weight, WeightSuffix("_scale_2")) {
             Some(global) => Global::Times(self.scalar(global)?),
             None => Global::None,
         };
-        let parts: Vec<Stored> = [Some(codes), Some(scales), self.part(weight, Behind("_scale_2"))]
+        let parts: Vec<Stored> = [Some(codes), Some(scales), self.part(weight, WeightSuffix("_scale_2"))]
             .into_iter()
             .flatten()
             .map(|it| it.stored)
@@ -337,7 +339,7 @@ impl<'a> Resolver<'a> {
         let shape = vec![d_out, d_in];
         let layout = matrix_of(&shape)?;
         let grid = Grid::new(scales.stored, scales.info, &layout, None)?;
-        let factors = match self.part(weight, Beside(".pre_quant_scale")) {
+        let factors = match self.part(weight, ModuleSuffix(".pre_quant_scale")) {
             Some(found) => {
                 let factors = self.floats(found)?;
                 if factors.len() as u64 != d_in {
@@ -355,7 +357,7 @@ impl<'a> Resolver<'a> {
 
     /// gpt-oss: `[.., d_out, n_groups, 16]` bytes of two 4-bit floats.
     fn gpt_oss(&self, weight: &CodedWeight, codes: Found<'a>) -> Result<Resolved, Failed> {
-        let scales = self.need(weight, Behind("_scales"))?;
+        let scales = self.need(weight, WeightSuffix("_scales"))?;
         let (shape, n_groups) = match codes.info.shape[..] {
             [ref outer @ .., n_groups, 16] if codes.info.dtype == Dtype::U8 && !outer.is_empty() => {
                 let d_in = n_groups.checked_mul(32).ok_or_else(|| format!("{} is too large", codes.named()))?;
@@ -376,10 +378,10 @@ impl<'a> Resolver<'a> {
 
     /// compressed-tensors' packed forms.
     fn compressed_tensors(&self, weight: &CodedWeight, codes: Found<'a>) -> Result<Resolved, Failed> {
-        let scales = self.need(weight, Behind("_scale"))?;
+        let scales = self.need(weight, WeightSuffix("_scale"))?;
         let mut stored = vec![codes.stored, scales.stored];
         if codes.info.dtype == Dtype::U8 {
-            let global = self.part(weight, Behind("_global_scale"));
+            let global = self.part(weight, WeightSuffix("_global_scale"));
             stored.extend(global.map(|global| global.stored));
             let global = match global {
                 Some(found) => Global::Over(self.scalar(found)?),
@@ -417,7 +419,7 @@ impl<'a> Resolver<'a> {
         scales: Found<'a>,
         mut stored: Vec<Stored>,
     ) -> Result<Resolved, Failed> {
-        let told = self.need(weight, Behind("_shape"))?;
+        let told = self.need(weight, WeightSuffix("_shape"))?;
         let shape: Vec<u64> = self.integers_of(told)?.iter().map(|&size| u64::try_from(size).unwrap_or(0)).collect();
         let layout = matrix_of(&shape).map_err(|_| format!("{} says {shape:?}, which is no matrix", told.named()))?;
         let words = match codes.info.shape[..] {
@@ -426,10 +428,10 @@ impl<'a> Resolver<'a> {
         };
         let n_bits = self.n_bits(codes, layout.d_in, words)?;
         let grid = self.integer_grid(scales, &layout)?;
-        let group_of = self.part(weight, Behind("_g_idx"));
+        let group_of = self.part(weight, WeightSuffix("_g_idx"));
         stored.extend(group_of.map(|found| found.stored));
         let group_of = self.group_of(group_of, layout.d_in, grid.n_columns)?;
-        let zeros = self.part(weight, Behind("_zero_point"));
+        let zeros = self.part(weight, WeightSuffix("_zero_point"));
         stored.extend(zeros.map(|found| found.stored));
         let zeros = match zeros {
             Some(found) => {
@@ -478,7 +480,8 @@ impl<'a> Resolver<'a> {
 
     /// bitsandbytes' 4-bit weights.
     fn bitsandbytes(&self, weight: &CodedWeight, codes: Found<'a>, absmax: Found<'a>) -> Result<Resolved, Failed> {
-        let (nf4, fp4) = (Behind(".quant_state.bitsandbytes__nf4"), Behind(".quant_state.bitsandbytes__fp4"));
+        let (nf4, fp4) =
+            (WeightSuffix(".quant_state.bitsandbytes__nf4"), WeightSuffix(".quant_state.bitsandbytes__fp4"));
         let (told, name) = match (self.part(weight, nf4), self.part(weight, fp4)) {
             (Some(told), _) => (told, "bnb-nf4"),
             (None, Some(told)) => (told, "bnb-fp4"),
@@ -492,7 +495,7 @@ impl<'a> Resolver<'a> {
         if state.blocksize == 0 || codes.info.n_bytes() != n.div_ceil(2) {
             return why(format!("{} does not hold {n} codes of four bits", codes.named()));
         }
-        let map = self.need(weight, Behind(".quant_map"))?;
+        let map = self.need(weight, WeightSuffix(".quant_map"))?;
         let table: [f32; 16] =
             self.floats(map)?.try_into().map_err(|_| format!("{} has not 16 numbers", map.named()))?;
         let n_blocks = n.div_ceil(state.blocksize);
@@ -500,10 +503,10 @@ impl<'a> Resolver<'a> {
             return why(format!("{} does not hold a scale for each of {n_blocks} blocks", absmax.named()));
         }
         let mut stored = vec![codes.stored, absmax.stored, map.stored];
-        let scales = match self.part(weight, Behind(".nested_absmax")) {
+        let scales = match self.part(weight, WeightSuffix(".nested_absmax")) {
             None if absmax.info.dtype == Dtype::F32 => FlatScales::Plain(absmax.stored),
             Some(nested) if absmax.info.dtype == Dtype::U8 && state.nested_blocksize > 0 => {
-                let map = self.need(weight, Behind(".nested_quant_map"))?;
+                let map = self.need(weight, WeightSuffix(".nested_quant_map"))?;
                 stored.extend([nested.stored, map.stored]);
                 let (table, scales) = (self.floats(map)?, self.floats(nested)?);
                 if table.len() != 256 || scales.len() as u64 != n_blocks.div_ceil(state.nested_blocksize) {
@@ -519,7 +522,8 @@ impl<'a> Resolver<'a> {
     }
 
     fn gptq_or_awq(&self, weight: &CodedWeight, codes: Found<'a>) -> Result<Resolved, Failed> {
-        let (zeros, scales) = (self.need(weight, Beside(".qzeros"))?, self.need(weight, Beside(".scales"))?);
+        let (zeros, scales) =
+            (self.need(weight, ModuleSuffix(".qzeros"))?, self.need(weight, ModuleSuffix(".scales"))?);
         let ([lines, words], [n_groups, d_out], [zero_groups, zero_words]) = (two(codes)?, two(scales)?, two(zeros)?);
         if codes.info.dtype != Dtype::I32 || zeros.info.dtype != Dtype::I32 {
             return why(format!("{} and {} are not of type I32", codes.named(), zeros.named()));
@@ -547,7 +551,7 @@ impl<'a> Resolver<'a> {
             let [codes, zeros, scales] = [codes, zeros, scales].map(|found| found.named());
             return why(format!("{codes}, {zeros} and {scales} do not fit one another"));
         }
-        let g_idx = self.part(weight, Beside(".g_idx"));
+        let g_idx = self.part(weight, ModuleSuffix(".g_idx"));
         let group_size = match self.config.count("group_size").or_else(|| self.config.count("q_group_size")) {
             Some(size) if size > 0 => size,
             _ => d_in.div_ceil(n_groups),

@@ -110,7 +110,7 @@ fn cublaslt() -> LibraryFacts {
             let path = Some(found.path.to_string_lossy().into_owned());
             LibraryFacts { version: Some(found.version), path, ..LibraryFacts::default() }
         }
-        Err(GpuError::NoLibrary { names, looked }) => {
+        Err(GpuError::NoLibrary { names, searched: looked }) => {
             LibraryFacts { problem: Some(format!("{names} was not found")), looked, ..LibraryFacts::default() }
         }
         Err(other) => LibraryFacts { problem: Some(other.to_string()), ..LibraryFacts::default() },

@@ -1,8 +1,9 @@
-//! Kernels of attention: `attention.cu`, and on tensor cores `attention_mma.cuh`, for 16-bit types and the widths of heads that most
-//! models have.
+//! Attention kernels: `attention.cu`, and `attention_mma.cuh` on tensor cores, for 16-bit dtypes and the head widths
+//! of most models.
 //!
-//! Every function's errors are the driver's. Every function panics where memory is shorter than the shapes say, or belongs to another
-//! queue. What `starts` and `past` hold on the device is not checked: the kernels cut it to what is there.
+//! All functions return the driver's errors. All functions panic if memory is shorter than the shapes require, or
+//! belongs to another queue. The contents of `starts` and `past` on the device are not checked: the kernels clamp them
+//! to the valid range.
 
 use super::{
     DeviceVec, HeadShape, Queue,
@@ -11,27 +12,27 @@ use super::{
 };
 use crate::{gpu::GpuError, tensor::Dtype};
 
-/// Tokens of a block of the plain kernels: one for each warp.
+/// Tokens per block of the plain kernels: one per warp.
 const TOKENS: usize = 8;
-/// Threads of a block of the kernels on tensor cores.
+/// Threads per block of the tensor core kernels.
 const MMA_THREADS: u32 = 128;
-/// Keys of a block on the way back, and queries of one that makes their gradient.
-const MMA_ROWS_BACK: usize = 64;
-/// The widest row of which 128 fit 32 bits.
+/// Keys per block in the backward pass, and queries per block of the query gradient.
+const MMA_ROWS_BACKWARD: usize = 64;
+/// The widest row of which 128 are addressable with 32 bits.
 const MAX_MMA_WIDTH: usize = 1 << 24;
 
-/// The kernels on tensor cores of a type and a width of heads.
+/// The tensor core kernels for a dtype and a head width.
 struct Mma {
     file: &'static str,
-    /// Forward, the gradient by queries, the gradient by keys and values.
+    /// Forward, the query gradient, the key and value gradient.
     names: [&'static str; 3],
-    /// Queries of a block of the first.
+    /// Queries per block of the first kernel.
     rows: usize,
-    /// Rows of a tile of each.
+    /// Rows per tile of each kernel.
     tiles: [usize; 3],
 }
 
-/// As the files `attention_<d>.cu` have them.
+/// The kernel names in the files `attention_<d>.cu`.
 macro_rules! mma {
     ($type:literal, $d:literal, $rows:literal, $tiles:expr) => {
         Mma {
@@ -62,15 +63,15 @@ impl Mma {
         })
     }
 
-    /// Bytes of shared memory of each kernel: tiles of so many rows, 8 elements longer than a head, and on the last way four rows of
-    /// floats.
+    /// Bytes of shared memory of each kernel: tiles with rows padded by 8 elements, and for the last kernel four rows
+    /// of floats.
     fn shared(&self, d_head: usize) -> [u32; 3] {
         let tiles = |own: usize, others: usize| (own + 4 * others) * (d_head + 8) * 2;
         let [forward, dq, dkv] = self.tiles;
         let all = [
             tiles(self.rows, forward),
-            tiles(2 * MMA_ROWS_BACK, dq),
-            tiles(2 * MMA_ROWS_BACK, dkv) + 4 * dkv * size_of::<f32>(),
+            tiles(2 * MMA_ROWS_BACKWARD, dq),
+            tiles(2 * MMA_ROWS_BACKWARD, dkv) + 4 * dkv * size_of::<f32>(),
         ];
         all.map(|n_bytes| n_bytes as u32)
     }
@@ -80,25 +81,25 @@ fn is_aligned<T>(memory: &DeviceVec<T>) -> bool {
     memory.at.is_multiple_of(16)
 }
 
-/// Causal attention inside each of several examples, which lie end to end.
+/// Causal attention within each of several packed examples.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
     /// Query head `h` reads key head `h / (n_q / n_kv)`; `d_head` is at most 256.
     pub heads: HeadShape,
-    /// The type of activations: BF16, F16 or F32.
+    /// The dtype of activations: BF16, F16 or F32.
     pub dtype: Dtype,
-    /// `[n_examples + 1]`: where each example begins, and where the last one ends, at `n`.
+    /// `[n_examples + 1]`: the start of each example, then `n`, the end of the last one.
     pub starts: &'a DeviceVec<u32>,
-    /// Examples.
+    /// Number of examples.
     pub n_examples: usize,
-    /// Tokens in all.
+    /// Total number of tokens.
     pub n: usize,
-    /// Whether the plain kernels work even where tensor cores could.
+    /// Whether to use the plain kernels even where tensor cores could be used.
     pub is_plain: bool,
 }
 
 impl Attention<'_> {
-    /// The widest head.
+    /// The maximum head width.
     pub const MAX_HEAD: usize = 256;
 
     fn scale(&self) -> Arg {
@@ -113,47 +114,48 @@ impl Attention<'_> {
         self.heads.n_kv * self.heads.d_head
     }
 
-    /// `[starts, n_examples, n]`, once the shapes are seen to make sense.
+    /// The arguments `[starts, n_examples, n]`, after checking the shapes.
     fn args(&self, queue: &Queue) -> [Arg; 3] {
         let HeadShape { n_q, n_kv, d_head } = self.heads;
-        assert!(n_kv > 0 && n_q % n_kv == 0, "as many query heads for each key head");
+        assert!(n_kv > 0 && n_q % n_kv == 0, "n_q is a multiple of n_kv");
         assert!((1..=Self::MAX_HEAD).contains(&d_head), "heads are at most {} wide", Self::MAX_HEAD);
         assert!(n_q <= MAX_GRID_Y as usize, "at most {MAX_GRID_Y} heads");
         assert!(self.n_examples > 0 && u32::try_from(self.heads.d_qkv()).is_ok(), "shapes on a device fit 32 bits");
         [queue.has(self.starts, self.n_examples + 1), small(self.n_examples), small(self.n)]
     }
 
-    /// The kernels on tensor cores, where they take the shapes and these rows.
+    /// The tensor core kernels, if they support the shapes and the alignment of these rows.
     fn mma(&self, rows: &[&DeviceVec<u8>]) -> Option<Mma> {
         let mma = Mma::of(self.dtype, self.heads.d_head).filter(|_| !self.is_plain)?;
-        let fits = self.heads.d_qkv() <= MAX_MMA_WIDTH && self.slots(MMA_ROWS_BACK) <= MAX_GRID_Y as usize;
+        let fits = self.heads.d_qkv() <= MAX_MMA_WIDTH && self.slots(MMA_ROWS_BACKWARD) <= MAX_GRID_Y as usize;
         (fits && rows.iter().all(|rows| is_aligned(rows))).then_some(mma)
     }
 
-    /// Runs of `size` tokens, each of one example, and a few that are none: see `run_of` in `spans.cuh`.
+    /// Number of runs of up to `size` tokens, each within one example; a few runs are empty. See `run_of` in
+    /// `spans.cuh`.
     fn slots(&self, size: usize) -> usize {
         self.n / size + self.n_examples
     }
 
-    /// Blocks of the kernels on tensor cores.
+    /// The grid of the tensor core kernels.
     fn mma_grid(&self, n_heads: usize, size: usize) -> (u32, u32) {
         (n_heads as u32, self.slots(size) as u32)
     }
 
-    /// Blocks of the plain kernels, for one of so many heads each.
+    /// The grid of the plain kernels, for one of `n_heads` heads each.
     fn grid(&self, n_heads: usize) -> (u32, u32) {
         (self.n.div_ceil(TOKENS) as u32, n_heads as u32)
     }
 
-    /// Bytes of so many rows of floats for each warp.
+    /// Bytes of `n_rows` rows of floats per warp.
     fn shared(&self, n_rows: usize) -> u32 {
         (4 * TOKENS * n_rows * self.heads.d_head) as u32
     }
 }
 
 impl Queue {
-    /// Attends: `qkv` is `[n, d_qkv]`, `out` `[n, n_q * d_head]`, `lse` `[n, n_q]`: the natural logarithm of each softmax's denominator,
-    /// for the way back. No other memory is needed.
+    /// The forward pass: `qkv` is `[n, d_qkv]`, `out` `[n, n_q * d_head]`, `lse` `[n, n_q]`: the natural log-sum-exp
+    /// of each softmax, for the backward pass. Needs no other memory.
     pub fn attention(
         &self,
         of: &Attention<'_>,
@@ -168,10 +170,10 @@ impl Queue {
         self.attend(of, mma, qkv, [Arg::U64(0), Arg::U64(0), Arg::U32(0)], out, lse)
     }
 
-    /// The gradient by `qkv`, given that by `out`: shapes of [`Self::attention`], whose `out` and `lse` these are. `delta` is for use
-    /// within, `[n, n_q]`, of any value.
-    #[expect(clippy::too_many_arguments, reason = "what the way there left, and what the way back gives")]
-    pub fn attention_back(
+    /// The gradient with respect to `qkv`, given `dout`; shapes as in [`Self::attention`], which wrote `out` and
+    /// `lse`. `delta` is scratch memory, `[n, n_q]`, with arbitrary content.
+    #[expect(clippy::too_many_arguments, reason = "the results of the forward pass, and the gradients")]
+    pub fn attention_backward(
         &self,
         of: &Attention<'_>,
         dout: &DeviceVec<u8>,
@@ -186,14 +188,14 @@ impl Queue {
         }
         let HeadShape { n_q, n_kv, d_head } = of.heads;
         let mma = of.mma(&[dout, qkv, dqkv]);
-        let outs = || [dout, out].map(|rows| self.has_rows(rows, of.dtype, of.n, of.d_q()));
+        let outs = || [dout, out].map(|rows| self.checked_rows(rows, of.dtype, of.n, of.d_q()));
         let ([dout, out], room) = (outs(), self.has(delta, of.n * n_q));
         let args = &mut [dout, out, small(of.n), small(n_q), small(d_head), room];
-        // SAFETY: attention.cu takes these in this order; it reads `n` rows of both and writes a sum for each head: the lengths
-        // asserted.
+        // SAFETY: attention.cu takes these in this order; it reads `n` rows of both and writes a sum per head: the
+        // lengths are asserted.
         unsafe { self.launch("attention", of_type!("attention_delta", of.dtype), of.grid(n_q), 0, args) }?;
         let args = |is_plain: bool| {
-            let rows = [qkv, &*dqkv].map(|rows| self.has_rows(rows, of.dtype, of.n, of.heads.d_qkv()));
+            let rows = [qkv, &*dqkv].map(|rows| self.checked_rows(rows, of.dtype, of.n, of.heads.d_qkv()));
             let ([qkv, dqkv], [dout, _]) = (rows, outs());
             let sums = [lse, &*delta].map(|sums| self.has(sums, of.n * n_q));
             let ([lse, delta], [starts, n_examples, n], [n_q, n_kv, d_head]) = (sums, of.args(self), of.heads.args());
@@ -204,9 +206,10 @@ impl Queue {
         };
         if let Some(mma) = mma {
             let ([_, dq, dkv], [_, shared_dq, shared_dkv]) = (mma.names, mma.shared(d_head));
-            let grid = |n_heads| of.mma_grid(n_heads, MMA_ROWS_BACK);
-            // SAFETY: attention_mma.cuh takes what attention.cu does below, without the width of heads, which the name has, and does the
-            // same; rows begin at multiples of 16 bytes, and the grid and the shared memory are what it asks for.
+            let grid = |n_heads| of.mma_grid(n_heads, MMA_ROWS_BACKWARD);
+            // SAFETY: attention_mma.cuh takes the same arguments as attention.cu below, except for the head width,
+            // which is part of the name, and does the same; rows begin at multiples of 16 bytes, and the grid and the
+            // shared memory are as it requires.
             unsafe { self.launch_blocks(mma.file, dq, grid(n_q), (MMA_THREADS, shared_dq), &mut args(false)) }?;
             // SAFETY: as above.
             return unsafe {
@@ -214,16 +217,18 @@ impl Queue {
             };
         }
         let (dq, dkv) = (of_type!("attention_dq", of.dtype), of_type!("attention_dkv", of.dtype));
-        // SAFETY: attention.cu takes these in this order. A warp has a token and a head, reads rows of the token's example, which lies
-        // within the `n` tokens whatever `starts` holds, and writes the head's part of the token's row: the lengths asserted.
+        // SAFETY: attention.cu takes these in this order. A warp processes a token and a head, reads rows of the
+        // token's example, which is clamped to the `n` tokens whatever `starts` contains, and writes the head's part
+        // of the token's row: the lengths are asserted.
         unsafe { self.launch("attention", dq, of.grid(n_q), of.shared(2), &mut args(true)) }?;
         // SAFETY: as above.
         unsafe { self.launch("attention", dkv, of.grid(n_kv), of.shared(2), &mut args(true)) }
     }
 
-    /// Attention of sequences that go on: their new tokens lie in `qkv`, what came before in `cache`, `[n_examples, capacity, 2 * n_kv *
-    /// d_head]` (`[k | v]`), of which the first `past[i]` rows of example `i` are filled; `past` is `[n_examples]`. The new keys and
-    /// values are appended. A token beyond the capacity is left out, and its row of `out` as it was.
+    /// Attention with a key-value cache: the new tokens are in `qkv`, the earlier ones in `cache`,
+    /// `[n_examples, capacity, 2 * n_kv * d_head]` (`[k | v]`), of which the first `past[i]` rows of example `i` are
+    /// filled; `past` is `[n_examples]`. The new keys and values are appended. A token beyond the capacity is skipped,
+    /// and its row of `out` is unchanged.
     pub fn attention_cached(
         &self,
         of: &Attention<'_>,
@@ -237,23 +242,23 @@ impl Queue {
             return Ok(());
         }
         let (d_q, d_kv) = (of.d_q(), of.d_kv());
-        let n_rows = of.n_examples.checked_mul(capacity).expect("a cache fits memory");
+        let n_rows = of.n_examples.checked_mul(capacity).expect("the size of a cache fits in usize");
         let cached = || {
-            let cache = self.has_rows(cache, of.dtype, n_rows, 2 * d_kv);
+            let cache = self.checked_rows(cache, of.dtype, n_rows, 2 * d_kv);
             [self.has(past, of.n_examples), cache, small(capacity)]
         };
         let ([starts, n_examples, n], [of_past, to, most]) = (of.args(self), cached());
-        let from = self.has_rows(qkv, of.dtype, of.n, of.heads.d_qkv());
+        let from = self.checked_rows(qkv, of.dtype, of.n, of.heads.d_qkv());
         let args = &mut [from, starts, n_examples, n, small(d_q), small(d_kv), of_past, to, most];
         let blocks = blocks_for(of.n * 2 * d_kv);
-        // SAFETY: attention.cu takes these in this order; it reads rows of `n` tokens and writes rows below the capacity of an example's
-        // part of the cache, whatever `starts` and `past` hold: the lengths asserted.
+        // SAFETY: attention.cu takes these in this order; it reads rows of `n` tokens and writes rows below the
+        // capacity of an example's part of the cache, whatever `starts` and `past` contain: the lengths are asserted.
         unsafe { self.launch("attention", of_type!("attention_append", of.dtype), (blocks, 1), 0, args) }?;
         let mma = of.mma(&[qkv, cache, out]);
         self.attend(of, mma, qkv, cached(), out, Arg::U64(0))
     }
 
-    /// Attends to the keys of `qkv`, or, where `[past, cache, capacity]` are no nulls, to those in a cache.
+    /// Attends to the keys of `qkv` or, if `[past, cache, capacity]` are not null, to those in a cache.
     fn attend(
         &self,
         of: &Attention<'_>,
@@ -263,8 +268,8 @@ impl Queue {
         out: &mut DeviceVec<u8>,
         lse: Arg,
     ) -> Result<(), GpuError> {
-        let qkv = self.has_rows(qkv, of.dtype, of.n, of.heads.d_qkv());
-        let out = self.has_rows(out, of.dtype, of.n, of.d_q());
+        let qkv = self.checked_rows(qkv, of.dtype, of.n, of.heads.d_qkv());
+        let out = self.checked_rows(out, of.dtype, of.n, of.d_q());
         let ([starts, n_examples, n], [n_q, n_kv, d_head]) = (of.args(self), of.heads.args());
         let mut args = vec![qkv, starts, n_examples, n, n_q, n_kv];
         args.extend(mma.is_none().then_some(d_head));
@@ -272,14 +277,16 @@ impl Queue {
         if let Some(mma) = mma {
             let ([name, ..], [shared, ..]) = (mma.names, mma.shared(of.heads.d_head));
             let grid = of.mma_grid(of.heads.n_q, mma.rows);
-            // SAFETY: attention_mma.cuh takes what attention.cu does below, without the width of heads, which the name has, and does the
-            // same; rows begin at multiples of 16 bytes, and the grid and the shared memory are what it asks for.
+            // SAFETY: attention_mma.cuh takes the same arguments as attention.cu below, except for the head width,
+            // which is part of the name, and does the same; rows begin at multiples of 16 bytes, and the grid and the
+            // shared memory are as it requires.
             return unsafe { self.launch_blocks(mma.file, name, grid, (MMA_THREADS, shared), &mut args) };
         }
         let (name, grid) = (of_type!("attention", of.dtype), of.grid(of.heads.n_q));
-        // SAFETY: attention.cu takes these in this order. A warp has a token and a head, reads rows of the token's example, which lies
-        // within the `n` tokens whatever `starts` holds, or rows below the capacity of its part of the cache, and writes the head's
-        // part of the token's row: the lengths asserted here and by the callers.
+        // SAFETY: attention.cu takes these in this order. A warp processes a token and a head, reads rows of the
+        // token's example, which is clamped to the `n` tokens whatever `starts` contains, or rows below the capacity
+        // of its part of the cache, and writes the head's part of the token's row: the lengths are asserted here and
+        // by the callers.
         unsafe { self.launch("attention", name, grid, of.shared(1), &mut args) }
     }
 }

@@ -1,14 +1,15 @@
-//! Products of activations and weights, by cuBLASLt.
+//! Matrix products of activations and weights, by cuBLASLt.
 //!
-//! Row-major `[n, d]` is column-major `[d, n]`, which is how the library sees all that is here. Inputs have one type; products and
-//! sums run in float32 (no TF32), and are rounded once, to the output's type.
+//! Row-major `[n, d]` is column-major `[d, n]`, which is the library's view of all matrices here. Inputs have one
+//! dtype; products and sums run in float32 (no TF32) and are rounded once, to the output's dtype.
 //!
-//! The same product gives the same bits each time, in every process on such a GPU with this library and as much room for its
-//! scratch memory: the library promises it for one stream and one version
-//! (<https://docs.nvidia.com/cuda/cublas/#results-reproducibility>), the first algorithm that it proposes is taken, and sums that are
-//! split over blocks must be stored apart, in float32, and added in a step of their own (`cublasLtReductionScheme_t` in cublasLt.h:
-//! `COMPUTE_TYPE`). The other ways are refused: adding up in the output rounds each part to its type. Sums of one row may still
-//! differ in their last bits with the number of rows beside it, by which algorithms are chosen.
+//! The same product gives the same bits each time, in every process on the same GPU model with this library and the
+//! same workspace size. The library guarantees this for one stream and one version
+//! (<https://docs.nvidia.com/cuda/cublas/#results-reproducibility>). The first proposed algorithm is always used.
+//! Split-K sums must be stored separately, in float32, and added in their own step (`cublasLtReductionScheme_t` in
+//! cublasLt.h: `COMPUTE_TYPE`). Other reductions are excluded, because accumulating in the output rounds each part to
+//! its dtype. The sum of a row may still differ in its last bits with the number of other rows, which influences the
+//! choice of algorithm.
 
 use std::{
     collections::BTreeMap,
@@ -28,32 +29,32 @@ use super::{
 };
 use crate::{gpu::GpuError, tensor::Dtype};
 
-/// Scratch memory of the products, at most and at least; without any, sums cannot be split.
+/// Maximum and minimum size of the workspace; without a workspace, sums cannot be split.
 const WORKSPACE_BYTES: [usize; 2] = [32 << 20, 1 << 20];
-/// Algorithms that the library proposes for a product.
+/// Number of algorithms that the library proposes for a product.
 const MAX_PROPOSALS: usize = 8;
-/// Products whose algorithms are remembered: numbers of rows vary from batch to batch.
+/// Number of products whose algorithm is cached: the number of rows varies between batches.
 const MAX_PLANS: usize = 1024;
-/// What failures that show later are blamed on.
+/// The name that asynchronous failures are attributed to.
 const NAME: &str = "cublasLtMatmul";
 
 /// A weight matrix on a device, `[d_out, d_in]`, row-major.
 #[derive(Clone, Copy)]
 pub struct BlasWeight<'a> {
-    /// Its elements, and maybe more behind them.
+    /// Its elements; the buffer may be longer.
     pub values: &'a DeviceVec<u8>,
-    /// Their type, and that of the activations: BF16, F16 or F32.
+    /// The dtype of weights and activations: BF16, F16 or F32.
     pub dtype: Dtype,
-    /// Rows.
+    /// Number of rows.
     pub d_out: usize,
-    /// Columns.
+    /// Number of columns.
     pub d_in: usize,
 }
 
-/// Multiplies matrices on a device, as work of one queue.
+/// Multiplies matrices on a device, in one queue.
 ///
-/// Buffers may be longer than a product needs. Nothing is waited for. Of the algorithms that the library proposes the
-/// first is taken: timing them would let chance decide the last bits of results.
+/// Buffers may be longer than a product needs. Calls are asynchronous. The library's first proposed algorithm is used:
+/// with autotuning, timing noise would determine the last bits of results.
 pub struct Blas {
     library: &'static Library,
     state: Mutex<State>,
@@ -64,14 +65,14 @@ pub struct Blas {
 struct State {
     handle: Opaque,
     plans: BTreeMap<Key, ProductPlan>,
-    /// Counts products.
+    /// Counts products, for cache eviction.
     clock: u64,
 }
 
-// SAFETY: the library lets any thread use its handles and descriptions, one at a time; the state is behind a lock.
+// SAFETY: the library allows any thread to use its handles and descriptors, one at a time; the state is behind a lock.
 unsafe impl Send for State {}
 
-/// What an algorithm is chosen for.
+/// The properties that determine the algorithm.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     kind: Kind,
@@ -79,9 +80,9 @@ struct Key {
     d_out: usize,
     d_in: usize,
     n: usize,
-    /// Elements from one row of the input to the next.
+    /// Elements between consecutive rows of the input.
     stride: usize,
-    /// Of the weights, the input and the output: bytes that divide the address.
+    /// Alignment in bytes of the weights, the input and the output.
     alignments: [u32; 3],
 }
 
@@ -93,7 +94,7 @@ enum Kind {
     TransposedF32,
     /// `dx = dy w`.
     Plain,
-    /// `dw = dy^T x` in float32: `x` takes the place of the weights, `dy` is the input.
+    /// `dw = dy^T x` in float32: `x` takes the role of the weights, `dy` is the input.
     Outer,
 }
 
@@ -110,7 +111,7 @@ impl fmt::Display for Key {
 }
 
 impl Key {
-    /// Lengths of a row of the input and of the output.
+    /// Row lengths of the input and of the output.
     fn widths(&self) -> (usize, usize) {
         match self.kind {
             Kind::Plain | Kind::Outer => (self.d_out, self.d_in),
@@ -123,7 +124,7 @@ impl Key {
     }
 }
 
-/// A description that the library made.
+/// A descriptor created by the library.
 struct Description {
     at: Opaque,
     destroy: unsafe extern "C" fn(Opaque) -> Status,
@@ -131,38 +132,38 @@ struct Description {
 
 impl Drop for Description {
     fn drop(&mut self) {
-        // SAFETY: made by the function that this one belongs to, and destroyed once; calls read descriptions before they return.
-        let _nobody = unsafe { (self.destroy)(self.at) };
+        // SAFETY: created by the matching function, and destroyed once; calls read descriptors before they return.
+        let _ignored = unsafe { (self.destroy)(self.at) };
     }
 }
 
 struct ProductPlan {
     product: Description,
-    /// Of the weights, the input and the output.
+    /// Layouts of the weights, the input and the output.
     layouts: [Description; 3],
     chosen: Proposal,
     last_used: u64,
 }
 
-/// Addresses of the weights, the input and the output; they are as long as the plan says.
+/// Addresses of the weights, the input and the output, with the lengths that the plan requires.
 #[derive(Clone, Copy)]
 struct Operands([u64; 3]);
 
 impl Blas {
-    /// Bytes of scratch memory, at most.
+    /// Maximum size of the workspace in bytes.
     pub const MAX_SCRATCH: u64 = WORKSPACE_BYTES[0] as u64;
 
-    /// Loads the library where that was not done yet, and takes scratch memory: 32 MiB, less where the device has less.
+    /// Loads the library if necessary, and allocates a workspace: 32 MiB, or less if the device has less.
     ///
     /// # Errors
-    /// [`GpuError::NoLibrary`], [`GpuError::BadLibrary`]; [`GpuError::Library`] where it does not start.
+    /// [`GpuError::NoLibrary`], [`GpuError::BadLibrary`]; [`GpuError::Library`] if its initialization fails.
     pub fn new(queue: &Queue) -> Result<Self, GpuError> {
         let library = cublaslt()?;
         let queue = Queue { gpu: queue.gpu.clone(), stream: queue.stream.clone() };
-        let [mut n_bytes, least] = WORKSPACE_BYTES;
+        let [mut n_bytes, min_bytes] = WORKSPACE_BYTES;
         let workspace = loop {
             match queue.alloc(n_bytes, "scratch memory of matrix products") {
-                Err(GpuError::OutOfMemory { .. }) if n_bytes > least => n_bytes /= 2,
+                Err(GpuError::OutOfMemory { .. }) if n_bytes > min_bytes => n_bytes /= 2,
                 Err(GpuError::OutOfMemory { .. }) => break queue.alloc(0, "nothing")?,
                 done => break done?,
             }
@@ -177,27 +178,27 @@ impl Blas {
         Ok(blas)
     }
 
-    /// `y = x w^T`, or that added to `y`; `x` is `[n, d_in]` from row `first_row` on, `y` `[n, d_out]`.
+    /// `y = x w^T`, added to `y` if `accumulate`; `x` is `[n, d_in]` starting at row `first_row`, `y` `[n, d_out]`.
     ///
     /// # Errors
     /// [`GpuError::Library`] names the product.
     ///
     /// # Panics
-    /// Where buffers are too short or belong to another queue.
+    /// If buffers are too short or belong to another queue.
     pub fn times_transposed(
         &self,
         x: &DeviceVec<u8>,
         first_row: usize,
         w: BlasWeight<'_>,
         n: usize,
-        adds: bool,
+        accumulate: bool,
         y: &mut DeviceVec<u8>,
     ) -> Result<(), GpuError> {
         self.queue.owns(y);
-        self.product(Kind::Transposed, w, n, (x, first_row), (y.at, y.len, 0), adds)
+        self.product(Kind::Transposed, w, n, (x, first_row), (y.at, y.len, 0), accumulate)
     }
 
-    /// `logits = x w^T` in float32; shapes of [`Self::times_transposed`].
+    /// `logits = x w^T` in float32; shapes as in [`Self::times_transposed`].
     ///
     /// # Errors
     /// As [`Self::times_transposed`].
@@ -216,7 +217,7 @@ impl Blas {
         self.product(Kind::TransposedF32, w, n, (x, first_row), (logits.at, 4 * logits.len, 0), false)
     }
 
-    /// `dx = dy w`; `dy` is `[n, d_out]`, `dx` `[n, d_in]` from row `first_row` on.
+    /// `dx = dy w`; `dy` is `[n, d_out]`, `dx` `[n, d_in]` starting at row `first_row`.
     ///
     /// # Errors
     /// As [`Self::times_transposed`].
@@ -256,19 +257,20 @@ impl Blas {
         self.queue.owns(dw);
         let width = bytes_of(dtype);
         assert!(!rows.is_empty() && rows.end <= d_out && d_in > 0, "columns of dy");
-        assert!(n * d_out * width <= dy.len && n * d_in * width <= x.len, "all rows are there");
-        assert!(rows.len() * d_in <= dw.len, "all rows of the output are there");
+        assert!(n * d_out * width <= dy.len && n * d_in * width <= x.len, "the inputs have n rows");
+        assert!(rows.len() * d_in <= dw.len, "the output has all rows");
         if n == 0 {
             return self.queue.fill_first(dw, rows.len() * d_in, 0);
         }
         let input = dy.at + (rows.start * width) as u64;
         let (kind, alignments) = (Kind::Outer, [1; 3]);
         let key = Key { kind, dtype, d_out: rows.len(), d_in, n, stride: d_out, alignments };
-        // SAFETY: the operands are as long as asserted: of `dy` columns within a row, of which the last row has them all.
+        // SAFETY: the operands are as long as asserted; the columns of `dy` are within its rows, also in the last one.
         unsafe { self.run(key, Operands([x.at, input, dw.at]), false) }
     }
 
-    /// Starts a product. The input is memory and a first row; the output an address, bytes that are there, and a first row.
+    /// Starts a product. The input is a buffer and a first row; the output an address, its size in bytes, and a first
+    /// row.
     fn product(
         &self,
         kind: Kind,
@@ -276,31 +278,31 @@ impl Blas {
         n: usize,
         (input, input_row): (&DeviceVec<u8>, usize),
         (output, output_bytes, output_row): (u64, usize, usize),
-        adds: bool,
+        accumulate: bool,
     ) -> Result<(), GpuError> {
         let BlasWeight { values, dtype, d_out, d_in } = w;
         self.queue.owns(values);
         self.queue.owns(input);
-        assert!(d_out > 0 && d_in > 0, "a weight has elements");
+        assert!(d_out > 0 && d_in > 0, "a weight is not empty");
         let mut key = Key { kind, dtype, d_out, d_in, n, stride: 0, alignments: [1; 3] };
         let (in_width, out_width) = key.widths();
         key.stride = in_width;
         let (in_bytes, out_bytes) = (bytes_of(dtype), bytes_of(key.out_type()));
-        assert!(d_out * d_in * in_bytes <= values.len, "all weights are there");
-        assert!((input_row + n) * in_width * in_bytes <= input.len, "all rows of the input are there");
-        assert!((output_row + n) * out_width * out_bytes <= output_bytes, "all rows of the output are there");
+        assert!(d_out * d_in * in_bytes <= values.len, "the buffer has all weights");
+        assert!((input_row + n) * in_width * in_bytes <= input.len, "the input has all rows");
+        assert!((output_row + n) * out_width * out_bytes <= output_bytes, "the output has all rows");
         if n == 0 {
             return Ok(());
         }
         let input = input.at + (input_row * in_width * in_bytes) as u64;
         let output = output + (output_row * out_width * out_bytes) as u64;
-        // SAFETY: the operands are as long as asserted, without gaps.
-        unsafe { self.run(key, Operands([values.at, input, output]), adds) }
+        // SAFETY: the operands are as long as asserted, and contiguous.
+        unsafe { self.run(key, Operands([values.at, input, output]), accumulate) }
     }
 
     /// # Safety
-    /// The operands are memory of this queue, as long as the key says.
-    unsafe fn run(&self, mut key: Key, operands: Operands, adds: bool) -> Result<(), GpuError> {
+    /// The operands are memory of this queue, with the lengths given by the key.
+    unsafe fn run(&self, mut key: Key, operands: Operands, accumulate: bool) -> Result<(), GpuError> {
         key.alignments = operands.0.map(|at| 1 << at.trailing_zeros().min(8));
         self.queue.gpu.bind()?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -313,21 +315,21 @@ impl Blas {
             }
             plans.insert(key, self.plan(*handle, &key)?);
         }
-        let plan = plans.get_mut(&key).expect("it was just put there");
+        let plan = plans.get_mut(&key).expect("it was just inserted");
         plan.last_used = *clock;
-        // SAFETY: the caller vouches for the operands, and the plan was made for the key.
-        let status = unsafe { self.start(*handle, plan, operands, adds) };
+        // SAFETY: the caller guarantees the operands, and the plan was made for the key.
+        let status = unsafe { self.start(*handle, plan, operands, accumulate) };
         self.check(status, key)
     }
 
-    /// Asks the library how the product may be done.
+    /// Queries the library for an algorithm.
     fn plan(&self, handle: Opaque, key: &Key) -> Result<ProductPlan, GpuError> {
         let Functions { desc_create, desc_set, desc_destroy, preference_create, preference_destroy, propose, .. } =
             self.library.functions;
         let (in_width, out_width) = key.widths();
         let (in_type, out_type) = (type_code(key.dtype), type_code(key.out_type()));
         let product = self.describe(key, desc_destroy, |at| {
-            // SAFETY: makes one description; float32 for sums and for what they are multiplied by.
+            // SAFETY: creates one descriptor, with float32 for accumulation and scaling factors.
             unsafe { desc_create(at, COMPUTE_32F, R_32F) }
         })?;
         let transposed = match key.kind {
@@ -336,10 +338,10 @@ impl Blas {
             Kind::Plain => None,
         };
         if let Some(attribute) = transposed {
-            // SAFETY: one factor is read as transposed; the attribute is one integer.
+            // SAFETY: marks one operand as transposed; the attribute is one integer.
             self.check(unsafe { set(desc_set, product.at, attribute, &OP_T) }, key)?;
         }
-        // Columns of what takes the place of the weights, and of the output.
+        // The numbers of columns of the weights' operand, and of the output.
         let (of_w, of_out) = if key.kind == Kind::Outer { (key.n, key.d_out) } else { (key.d_out, key.n) };
         let layouts = [
             self.layout(key, in_type, key.d_in, of_w, key.d_in)?,
@@ -347,15 +349,15 @@ impl Blas {
             self.layout(key, out_type, out_width, of_out, out_width)?,
         ];
         let preference = self.describe(key, preference_destroy, |at| {
-            // SAFETY: makes one description.
+            // SAFETY: creates one descriptor.
             unsafe { preference_create(at) }
         })?;
         self.prefer(key, &preference)?;
         let mut proposals = [Proposal::EMPTY; MAX_PROPOSALS];
         let mut n_proposals: c_int = 0;
         let [w, input, output] = layouts.each_ref().map(|layout| layout.at);
-        // SAFETY: descriptions that are alive, the output's twice: what is added to lies as what is written; room for as many
-        // proposals as are asked for.
+        // SAFETY: the descriptors are valid; the output's is passed twice, because C and D have the same layout; there
+        // is room for as many proposals as requested.
         let status = unsafe {
             let room = (MAX_PROPOSALS as c_int, proposals.as_mut_ptr(), &raw mut n_proposals);
             propose(handle, product.at, w, input, output, output, preference.at, room.0, room.1, room.2)
@@ -364,7 +366,7 @@ impl Blas {
         let n_proposals = usize::try_from(n_proposals).unwrap_or(0).min(MAX_PROPOSALS);
         let fits = |proposal: &&Proposal| proposal.status == 0 && proposal.workspace_bytes <= self.workspace.len;
         let Some(&chosen) = proposals[..n_proposals].iter().find(fits) else {
-            return Err(self.refused(key, "it knows no way to do it".to_owned()));
+            return Err(self.refused(key, "no algorithm is available".to_owned()));
         };
         Ok(ProductPlan { product, layouts, chosen, last_used: 0 })
     }
@@ -385,15 +387,16 @@ impl Blas {
     }
 
     /// # Safety
-    /// The operands are as long and as aligned as the product that the plan was made for needs, and belong to this queue.
-    unsafe fn start(&self, handle: Opaque, plan: &ProductPlan, operands: Operands, adds: bool) -> Status {
-        let (one, beta) = (1.0_f32, if adds { 1.0_f32 } else { 0.0 });
+    /// The operands have the lengths and alignments of the product that the plan was made for, and belong to this
+    /// queue.
+    unsafe fn start(&self, handle: Opaque, plan: &ProductPlan, operands: Operands, accumulate: bool) -> Status {
+        let (one, beta) = (1.0_f32, if accumulate { 1.0_f32 } else { 0.0 });
         let [w, input, output] = operands.0.map(|at| at as *mut c_void);
         let [of_w, of_input, of_output] = plan.layouts.each_ref().map(|layout| layout.at);
         let Self { workspace, queue, library, .. } = self;
-        queue.gpu.starts(NAME);
-        // SAFETY: the caller vouches for the operands; the scratch memory is as long as is said, and used by this stream alone; the
-        // library reads numbers and descriptions before it returns.
+        queue.gpu.record_kernel(NAME);
+        // SAFETY: the caller guarantees the operands; the workspace has the stated size and is used by this stream
+        // alone; the library reads scalars and descriptors before it returns.
         unsafe {
             (library.functions.matmul)(
                 handle,
@@ -426,7 +429,7 @@ impl Blas {
     ) -> Result<Description, GpuError> {
         let Functions { layout_create, layout_destroy, .. } = self.library.functions;
         self.describe(key, layout_destroy, |at| {
-            // SAFETY: makes one description.
+            // SAFETY: creates one descriptor.
             unsafe { layout_create(at, type_code, rows as u64, columns as u64, stride as i64) }
         })
     }
@@ -445,7 +448,7 @@ impl Blas {
     fn check(&self, status: Status, doing: impl fmt::Display) -> Result<(), GpuError> {
         match status {
             0 => Ok(()),
-            // Where earlier work failed, the driver knows better what happened.
+            // If earlier work failed, the driver's error is more precise.
             _ => self.queue.wait().and_then(|()| Err(self.refused(doing, name_of(status)))),
         }
     }
@@ -462,22 +465,22 @@ impl Drop for Blas {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.plans.clear();
         if !state.handle.is_null() {
-            // SAFETY: made in `new`, destroyed once, with none of its work under way and bound to its device.
+            // SAFETY: created in `new`, destroyed once, with none of its work in flight and bound to its device.
             let destroyed = unsafe { (self.library.functions.destroy)(state.handle) };
-            let _nobody = (waited, destroyed);
+            let _ignored = (waited, destroyed);
         }
     }
 }
 
 /// # Safety
-/// `at` is a description of the kind that `function` is for, and the attribute has the type of `value`.
+/// `at` is a descriptor of the kind that `function` sets, and the attribute has the type of `value`.
 unsafe fn set<T>(
     function: unsafe extern "C" fn(Opaque, c_int, *const c_void, usize) -> Status,
     at: Opaque,
     attribute: c_int,
     value: &T,
 ) -> Status {
-    // SAFETY: the caller vouches for the types; the value is read before the call returns.
+    // SAFETY: the caller guarantees the types; the value is read before the call returns.
     unsafe { function(at, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
@@ -486,7 +489,7 @@ fn type_code(dtype: Dtype) -> c_int {
         Dtype::BF16 => R_16BF,
         Dtype::F16 => R_16F,
         Dtype::F32 => R_32F,
-        other => panic!("products are of BF16, F16 and F32, not {other:?}"),
+        other => panic!("products support BF16, F16 and F32, not {other:?}"),
     }
 }
 

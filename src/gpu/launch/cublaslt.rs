@@ -1,7 +1,8 @@
-//! cuBLASLt: a table of functions, had by name from the library that was found.
+//! cuBLASLt: a table of function pointers, resolved by name in the library that was found.
 //!
-//! cudarc's bindings are not used: they load whatever library of that name the loader meets first, which need not be the one that
-//! was found, and panic where it lacks a function; and a status that a newer library adds would be no value of their enum.
+//! cudarc's bindings are not used: they load the first library of that name that the loader finds, which need not be
+//! the one found here, and panic if it lacks a function; and a status added by a newer library would be an invalid
+//! value of their enum.
 
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_void},
@@ -13,20 +14,20 @@ use std::{
 use super::detect::detect;
 use crate::gpu::{
     GpuError,
-    library::{BlasLibrary, where_to_look},
+    library::{BlasLibrary, search_locations},
 };
 
-/// What calls answer: 0, or a failure.
+/// The status of a call: 0, or an error.
 pub(super) type Status = c_int;
-/// A handle, a description of matrices, products or preferences, or memory on a device.
+/// A handle, a descriptor of matrices, products or preferences, or device memory.
 pub(super) type Opaque = *mut c_void;
 
-/// How a product is done; known to the library alone.
+/// An algorithm for a product; opaque.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Algorithm([u64; 8]);
 
-/// A way to do a product, as the library proposes it.
+/// A proposal of the library for a product.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Proposal {
@@ -42,11 +43,11 @@ impl Proposal {
         Self { algorithm: Algorithm([0; 8]), workspace_bytes: 0, status: -1, waves: 0.0, reserved: [0; 4] };
 }
 
-// Numbers of cublasLt.h, library_types.h and cublas_api.h, the same in CUDA 12 and 13.
+// Constants of cublasLt.h, library_types.h and cublas_api.h, the same in CUDA 12 and 13.
 pub(super) const R_32F: c_int = 0;
 pub(super) const R_16F: c_int = 2;
 pub(super) const R_16BF: c_int = 14;
-/// Products and sums in float32; TF32 only for those who ask for it.
+/// Products and sums in float32, without TF32.
 pub(super) const COMPUTE_32F: c_int = 68;
 pub(super) const OP_T: c_int = 1;
 pub(super) const DESC_TRANSA: c_int = 3;
@@ -58,7 +59,7 @@ pub(super) const REDUCTION_SCHEME_COMPUTE_TYPE: u32 = 2;
 
 macro_rules! functions {
     ($($field:ident = $name:literal ($($arg:ty),*) -> $out:ty;)*) => {
-        /// What is called of the library.
+        /// The functions of the library that are used.
         pub(super) struct Functions {
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
         }
@@ -67,11 +68,11 @@ macro_rules! functions {
 
         impl Functions {
             /// # Safety
-            /// `handle` is of a cuBLASLt that has every one of [`SYMBOLS`], and is never closed.
+            /// `handle` is a cuBLASLt that has all of [`SYMBOLS`], and is never closed.
             unsafe fn of(handle: *mut c_void) -> Self {
                 Self {
                     $($field: {
-                        // SAFETY: the function of that name, whose signature is the one that cublasLt.h declares.
+                        // SAFETY: the function of that name, with the signature that cublasLt.h declares.
                         unsafe {
                             let at = libc::dlsym(handle, $name.as_ptr());
                             std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) -> $out>(at)
@@ -115,53 +116,54 @@ impl Library {
     }
 }
 
-/// Looks for cuBLASLt and loads it, once in a process; needs no device.
+/// Finds cuBLASLt and loads it, once per process; needs no device.
 ///
-/// Where `NEUROADA_CUDA_LIB` is set, that folder alone is looked in. Else: where the loader looks, `$CUDA_HOME`, `/usr/local/cuda`, and
-/// the packages of `$VIRTUAL_ENV`, `$CONDA_PREFIX` and the `python3` on the `PATH`.
+/// If `NEUROADA_CUDA_LIB` is set, only that folder is searched. Otherwise: the loader's path, `$CUDA_HOME`,
+/// `/usr/local/cuda`, and the packages of `$VIRTUAL_ENV`, `$CONDA_PREFIX` and the `python3` on the `PATH`.
 ///
 /// # Errors
-/// [`GpuError::NoLibrary`] says where it was looked for, [`GpuError::BadLibrary`] what it lacks.
+/// [`GpuError::NoLibrary`] lists the searched locations, [`GpuError::BadLibrary`] the missing functions.
 pub fn blas_library() -> Result<BlasLibrary, GpuError> {
     cublaslt().map(|library| library.facts().clone())
 }
 
-/// cuBLASLt, looked for once in a process.
+/// cuBLASLt, found once per process.
 pub(super) fn cublaslt() -> Result<&'static Library, GpuError> {
     static FOUND: OnceLock<Result<Library, GpuError>> = OnceLock::new();
     FOUND.get_or_init(find).as_ref().map_err(Clone::clone)
 }
 
 fn find() -> Result<Library, GpuError> {
-    let (names, places) = where_to_look(detect().driver.as_deref());
-    let mut looked = Vec::new();
+    let (names, places) = search_locations(detect().driver.as_deref());
+    let mut searched = Vec::new();
     for place in places {
-        let mut said = Vec::new();
+        let mut message = Vec::new();
         for file in &place.files {
             match load(file) {
                 Ok(handle) => return library_of(handle, file),
-                // The loader's words begin with the file.
-                Err(words) => said.push(words),
+                // The loader's message begins with the file.
+                Err(words) => message.push(words),
             }
         }
-        looked.push(if said.is_empty() { place.name } else { format!("{} ({})", place.name, said.join("; ")) });
+        searched.push(if message.is_empty() { place.name } else { format!("{} ({})", place.name, message.join("; ")) });
     }
-    Err(GpuError::NoLibrary { names: names.join(" or "), looked })
+    Err(GpuError::NoLibrary { names: names.join(" or "), searched })
 }
 
-/// Loads a library by its path, or by its name where the loader looks; it is never closed.
+/// Loads a library by its path, or by its name on the loader's path; it is never closed.
 ///
-/// Its names are seen by libraries that are loaded after it, as cuBLAS wants it.
+/// Its symbols are visible to libraries loaded later, as cuBLAS requires.
 fn load(file: &Path) -> Result<*mut c_void, String> {
-    let name = CString::new(file.as_os_str().as_bytes()).map_err(|_| "a zero in its path".to_owned())?;
-    // SAFETY: a string that ends; the library's initialisers are NVIDIA's, or those of whom the user put in its place.
+    let name = CString::new(file.as_os_str().as_bytes()).map_err(|_| "its path contains a zero byte".to_owned())?;
+    // SAFETY: a null-terminated string; the library's initializers are NVIDIA's, or those of a library that the user
+    // put in its place.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if !handle.is_null() {
         return Ok(handle);
     }
-    // SAFETY: words that stay until this thread's next call of the loader, or none.
+    // SAFETY: a string that is valid until this thread's next loader call, or null.
     let words = unsafe { libc::dlerror().as_ref().map(|words| CStr::from_ptr(words).to_string_lossy().into_owned()) };
-    Err(words.unwrap_or_else(|| format!("{}: the loader does not say why", file.display())))
+    Err(words.unwrap_or_else(|| format!("{}: the loader gives no reason", file.display())))
 }
 
 fn library_of(handle: *mut c_void, file: &Path) -> Result<Library, GpuError> {
@@ -173,17 +175,18 @@ fn library_of(handle: *mut c_void, file: &Path) -> Result<Library, GpuError> {
         let why = format!("it lacks {} ({} of the functions needed)", first.to_string_lossy(), missing.len());
         return Err(GpuError::BadLibrary { path, why });
     }
-    // SAFETY: it has every function, as just seen, and is never closed.
+    // SAFETY: it has every function, as just checked, and is never closed.
     let functions = unsafe { Functions::of(handle) };
-    // SAFETY: takes nothing and gives a number.
+    // SAFETY: takes nothing and returns a number.
     let number = unsafe { (functions.get_version)() };
     let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);
     Ok(Library { functions, facts: BlasLibrary { version, path } })
 }
 
-/// The file that an open library came from.
+/// The file that an open library was loaded from.
 fn path_of(handle: *mut c_void) -> Option<PathBuf> {
-    // SAFETY: an open library; where it has the function, the loader fills the facts with strings that stay while it is open.
+    // SAFETY: an open library; if it has the function, the loader fills the struct with strings that are valid while
+    // it is open.
     unsafe {
         let at = libc::dlsym(handle, SYMBOLS[0].as_ptr());
         let mut facts: libc::Dl_info = std::mem::zeroed();
@@ -195,7 +198,7 @@ fn path_of(handle: *mut c_void) -> Option<PathBuf> {
     }
 }
 
-/// A status by the library's name for it.
+/// The library's name of a status.
 pub(super) fn name_of(status: Status) -> String {
     let name = match status {
         1 => "CUBLAS_STATUS_NOT_INITIALIZED",

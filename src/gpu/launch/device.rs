@@ -17,8 +17,8 @@ use super::{
 };
 use crate::gpu::GpuError;
 
-/// Failures of work under way, by the driver's names; they stay for the rest of the process.
-const STAYING: [&str; 10] = [
+/// Sticky errors of asynchronous work, by the driver's names; they persist for the rest of the process.
+const STICKY: [&str; 10] = [
     "CUDA_ERROR_ECC_UNCORRECTABLE",
     "CUDA_ERROR_ILLEGAL_ADDRESS",
     "CUDA_ERROR_LAUNCH_TIMEOUT",
@@ -31,7 +31,7 @@ const STAYING: [&str; 10] = [
     "CUDA_ERROR_LAUNCH_FAILED",
 ];
 
-/// One device, ready to work. Cheap to clone.
+/// A device that is ready for use. Cheap to clone.
 #[derive(Clone)]
 pub struct Gpu {
     pub(super) inner: Arc<Inner>,
@@ -41,10 +41,10 @@ pub(super) struct Inner {
     ordinal: usize,
     name: String,
     pub(super) context: Arc<CudaContext>,
-    /// Compiled by the driver when first needed.
+    /// Compiled by the driver on first use.
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     functions: Mutex<HashMap<&'static str, CudaFunction>>,
-    /// The last kernel that was started, or nothing: what a failure that shows later is blamed on.
+    /// The last kernel that was started, or an empty name: asynchronous failures are attributed to it.
     kernel: Mutex<&'static str>,
 }
 
@@ -55,10 +55,10 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Takes a device into use.
+    /// Opens a device.
     ///
     /// # Errors
-    /// [`GpuError::Unusable`] says why none can be used, [`GpuError::NoSuchDevice`] how many there are.
+    /// [`GpuError::Unusable`] states why none can be used, [`GpuError::NoSuchDevice`] how many there are.
     pub fn open(ordinal: usize) -> Result<Self, GpuError> {
         let Detection { devices, problem, .. } = detect();
         let Some(device) = devices.get(ordinal) else {
@@ -70,7 +70,7 @@ impl Gpu {
         if let Some(why) = &device.problem {
             return Err(GpuError::Unusable { why: format!("GPU {ordinal} ({}): {why}", device.name) });
         }
-        let failed = |error| GpuError::Driver { ordinal, doing: "taking it into use", code: code_of(error) };
+        let failed = |error| GpuError::Driver { ordinal, doing: "opening it", code: code_of(error) };
         let context = CudaContext::new(ordinal).map_err(failed)?;
         let (modules, functions, kernel) = Default::default();
         Ok(Self { inner: Arc::new(Inner { ordinal, name: device.name.clone(), context, modules, functions, kernel }) })
@@ -80,24 +80,24 @@ impl Gpu {
     pub fn ordinal(&self) -> usize {
         self.inner.ordinal
     }
-    /// Its maker's name for it.
+    /// Its product name.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
 
-    /// Bytes of device memory that are free, and that there are.
+    /// Free and total device memory in bytes.
     ///
     /// # Errors
-    /// What the driver answers.
+    /// Errors of the driver.
     pub fn memory(&self) -> Result<(u64, u64), GpuError> {
-        let (free, total) = self.inner.context.mem_get_info().map_err(|e| self.failed("asking for its memory", e))?;
+        let (free, total) = self.inner.context.mem_get_info().map_err(|e| self.failed("querying its memory", e))?;
         Ok((free as u64, total as u64))
     }
 
     pub(super) fn failed(&self, doing: &'static str, error: DriverError) -> GpuError {
         let (ordinal, code) = (self.inner.ordinal, code_of(error));
-        // Once work has failed, every call gives its failure.
-        let is_of_work = STAYING.contains(&code.as_str());
+        // After work has failed, every call returns that error.
+        let is_of_work = STICKY.contains(&code.as_str());
         match self.last_kernel() {
             kernel if is_of_work && !kernel.is_empty() => GpuError::Kernel { ordinal, kernel, code },
             _ => GpuError::Driver { ordinal, doing, code },
@@ -106,24 +106,24 @@ impl Gpu {
 
     /// The last kernel that was started, or an empty name.
     pub(in crate::gpu) fn last_kernel(&self) -> &'static str {
-        *self.inner.kernel.lock().expect("no thread panics holding the lock")
+        *self.inner.kernel.lock().expect("no thread panics while holding the lock")
     }
 
-    pub(super) fn starts(&self, kernel: &'static str) {
-        *self.inner.kernel.lock().expect("no thread panics holding the lock") = kernel;
+    pub(super) fn record_kernel(&self, kernel: &'static str) {
+        *self.inner.kernel.lock().expect("no thread panics while holding the lock") = kernel;
     }
 
-    /// Makes the device the one that this thread's calls go to.
+    /// Binds this thread's calls to the device.
     pub(super) fn bind(&self) -> Result<(), GpuError> {
         self.inner.context.bind_to_thread().map_err(|e| self.failed("binding a thread to it", e))
     }
 
     pub(super) fn function(&self, file: &'static str, name: &'static str) -> Result<CudaFunction, GpuError> {
-        let mut functions = self.inner.functions.lock().expect("no thread panics holding the lock");
+        let mut functions = self.inner.functions.lock().expect("no thread panics while holding the lock");
         if let Some(function) = functions.get(name) {
             return Ok(function.clone());
         }
-        let mut modules = self.inner.modules.lock().expect("no thread panics holding the lock");
+        let mut modules = self.inner.modules.lock().expect("no thread panics while holding the lock");
         let module = match modules.get(file) {
             Some(module) => Arc::clone(module),
             None => {

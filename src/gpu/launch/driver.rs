@@ -1,4 +1,4 @@
-//! What the driver is asked before a device is taken into use.
+//! Queries to the driver before a device is opened.
 
 use cudarc::driver::{
     result,
@@ -7,7 +7,7 @@ use cudarc::driver::{
 
 use super::code_of;
 
-/// Every function of the driver that is called on any path; all are of CUDA 12.0 or older.
+/// Every driver function that may be called; all exist in CUDA 12.0 or older.
 const SYMBOLS: [&str; 36] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
@@ -49,18 +49,18 @@ const SYMBOLS: [&str; 36] = [
 
 /// Whether the driver's library can be loaded.
 pub(super) fn has_driver() -> bool {
-    // SAFETY: loads libcuda, whose initialisers may run at any time.
+    // SAFETY: loads libcuda, whose initializers may run at any time.
     unsafe { sys::is_culib_present() }
 }
 
-/// What the driver lacks of [`SYMBOLS`]; it must be there. Calling a missing one would panic.
+/// The functions of [`SYMBOLS`] that the driver lacks; the driver must exist. Calling a missing one would panic.
 pub(super) fn missing_symbols() -> Vec<&'static str> {
-    // SAFETY: the library was just seen to load, and is never unloaded; symbols are looked up, not called.
+    // SAFETY: the library was just loaded, and is never unloaded; symbols are looked up, not called.
     let is_missing = |name: &&str| unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_err() };
     SYMBOLS.into_iter().filter(is_missing).collect()
 }
 
-/// The CUDA version that the driver speaks: 12040 is 12.4.
+/// The driver's CUDA version: 12040 is 12.4.
 pub(super) fn driver_version() -> Result<i32, String> {
     let mut version = 0;
     // SAFETY: writes one integer.
@@ -68,7 +68,7 @@ pub(super) fn driver_version() -> Result<i32, String> {
     Ok(version)
 }
 
-/// Starts the driver; how many devices there are.
+/// Initializes the driver; returns the number of devices.
 pub(super) fn init() -> Result<usize, String> {
     result::init().map_err(code_of)?;
     Ok(result::device::get_count().map_err(code_of)?.try_into().unwrap_or(0))
@@ -77,7 +77,7 @@ pub(super) fn init() -> Result<usize, String> {
 /// A device's name, compute capability and bytes of memory.
 pub(super) fn device_facts(ordinal: usize) -> Result<(String, (i32, i32), u64), String> {
     let device = result::device::get(ordinal as i32).map_err(code_of)?;
-    // SAFETY: the device was just had from the driver; each call writes one number.
+    // SAFETY: the device was just returned by the driver; each call writes one number.
     let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map_err(code_of);
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;

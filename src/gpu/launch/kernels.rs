@@ -9,12 +9,12 @@ use crate::{
 };
 
 const THREADS: u32 = 256;
-/// Bytes of shared memory that a kernel has without asking.
-const SHARED_UNASKED: u32 = 48 << 10;
+/// Bytes of shared memory that a kernel has by default.
+const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 const ROWS_PER_BLOCK: u32 = THREADS / 32;
-/// Rows and columns of a block of the low-rank kernel.
+/// Rows and columns per block of the low-rank kernel.
 const TILE: u32 = 64;
-/// The most blocks in the second dimension of a grid.
+/// Maximum number of blocks in the second dimension of a grid.
 pub(super) const MAX_GRID_Y: u32 = 65_535;
 
 /// An argument of a kernel.
@@ -42,7 +42,8 @@ pub(super) fn small(n: usize) -> Arg {
     Arg::U32(u32::try_from(n).expect("shapes on a device fit 32 bits"))
 }
 
-/// Keys of rows on a device: elements of 2 or 4 bytes, of which `mask` is the key and `largest` the largest key of a number.
+/// Keys of rows on a device: elements of 2 or 4 bytes; `mask` selects the key, and `largest` is the largest key that
+/// is not NaN.
 pub(in crate::gpu) struct KeyRows<'a> {
     pub(in crate::gpu) bytes: &'a DeviceVec<u8>,
     pub(in crate::gpu) key_bytes: usize,
@@ -53,7 +54,7 @@ pub(in crate::gpu) struct KeyRows<'a> {
 }
 
 impl Queue {
-    /// Starts a kernel in blocks of [`THREADS`].
+    /// Starts a kernel with blocks of [`THREADS`] threads.
     ///
     /// # Safety
     /// As [`Self::launch_blocks`].
@@ -65,14 +66,15 @@ impl Queue {
         shared_bytes: u32,
         args: &mut [Arg],
     ) -> Result<(), GpuError> {
-        // SAFETY: the caller vouches for the arguments.
+        // SAFETY: the caller guarantees the arguments.
         unsafe { self.launch_blocks(file, name, grid, (THREADS, shared_bytes), args) }
     }
 
-    /// Starts a kernel: blocks, and threads and bytes of shared memory for each.
+    /// Starts a kernel, given blocks, threads per block, and bytes of shared memory per block.
     ///
     /// # Safety
-    /// `args` are what the kernel's source declares, in this order, and the memory they point to is as long as it needs.
+    /// `args` are as declared in the kernel's source, in this order, and the memory they point to is as long as the
+    /// kernel requires.
     pub(super) unsafe fn launch_blocks(
         &self,
         file: &'static str,
@@ -87,19 +89,20 @@ impl Queue {
         let function = self.gpu.function(file, name)?;
         self.gpu.bind()?;
         let failed = |e| self.gpu.failed("starting a kernel", e);
-        if shared_bytes > SHARED_UNASKED {
+        if shared_bytes > DEFAULT_SHARED_BYTES {
             let which = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(which, shared_bytes as i32).map_err(failed)?;
         }
-        self.gpu.starts(name);
+        self.gpu.record_kernel(name);
         let mut pointers: Vec<*mut std::ffi::c_void> = args.iter_mut().map(Arg::pointer).collect();
         let (grid, block) = ((x, y, 1), (threads, 1, 1));
         let (function, stream) = (function.cu_function(), self.stream.cu_stream());
-        // SAFETY: the caller vouches for the arguments; the driver reads them before it returns.
+        // SAFETY: the caller guarantees the arguments; the driver reads them before it returns.
         unsafe { result::launch_kernel(function, grid, block, shared_bytes, stream, &mut pointers) }.map_err(failed)
     }
 
-    /// Chooses the `k` largest keys of each row into the start of `columns`; `first_nan` is lowered to row << 32 | column.
+    /// Writes the columns of the `k` largest keys of each row to the start of `columns`; lowers `first_nan` to row <<
+    /// 32 | column.
     pub(in crate::gpu) fn topk(
         &self,
         rows: &KeyRows<'_>,
@@ -111,8 +114,8 @@ impl Queue {
         self.owns(columns);
         self.owns(first_nan);
         let (n_rows, d_in) = (rows.n_rows, rows.d_in);
-        assert!(n_rows * d_in * rows.key_bytes <= rows.bytes.len, "all rows are there");
-        assert!(n_rows * k <= columns.len && first_nan.len == 1, "one column for each chosen key");
+        assert!(n_rows * d_in * rows.key_bytes <= rows.bytes.len, "the buffer has all rows");
+        assert!(n_rows * k <= columns.len && first_nan.len == 1, "one column per chosen key");
         assert!(0 < k && k <= d_in && d_in <= MAX_COLUMNS, "k columns of a row");
         assert!(rows.mask >> (8 * rows.key_bytes - 1) == 0 || rows.key_bytes == 4, "keys of 16 bits use 15 of them");
         let wide = rows.key_bytes == 4;
@@ -124,16 +127,16 @@ impl Queue {
             1 => {
                 let name = if wide { "top1_u32" } else { "top1_u16" };
                 let args = &mut [from, small(n_rows), small(d_in), mask, largest, to, nan];
-                // SAFETY: topk.cu takes (rows, n_rows, d_in, mask, largest, columns, first_nan) and reads and writes whole rows, the
-                // lengths asserted above; keys and columns fit one word, as asserted.
+                // SAFETY: topk.cu takes (rows, n_rows, d_in, mask, largest, columns, first_nan) and accesses whole
+                // rows, with the lengths asserted above; keys and columns fit in one word, as asserted.
                 unsafe { self.launch("topk", name, (blocks, 1), 0, args) }
             }
             2..=32 => {
                 let name = if wide { "topk_warp_u32" } else { "topk_warp_u16" };
-                // 64 words of twice a key's width for each warp.
+                // 64 words of twice the key width per warp.
                 let shared = ROWS_PER_BLOCK * 64 * 2 * rows.key_bytes as u32;
                 let args = &mut [from, small(n_rows), small(d_in), small(k), mask, largest, to, nan];
-                // SAFETY: as above, with k after d_in; the shared memory is what topk.cu asks for.
+                // SAFETY: as above, with k after d_in; the shared memory is as topk.cu requires.
                 unsafe { self.launch("topk", name, (blocks, 1), shared, args) }
             }
             _ => {
@@ -146,7 +149,7 @@ impl Queue {
     }
 
     /// Writes the keys of scores, 4 bytes each, to the start of `keys`; see `score.cu` for kinds.
-    #[expect(clippy::too_many_arguments, reason = "as many as the kernel has")]
+    #[expect(clippy::too_many_arguments, reason = "the kernel's arguments")]
     pub(in crate::gpu) fn score_keys(
         &self,
         (weights, weight_type): (&DeviceVec<u8>, Dtype),
@@ -165,13 +168,13 @@ impl Queue {
         let n = n_rows * d_in;
         assert!(
             n * bytes_of(weight_type) <= weights.len && 4 * n <= keys.len && first_nan.len == 1,
-            "all rows are there"
+            "the buffers have all rows"
         );
         let (gradients, gradient_type) = gradients.unwrap_or((weights, weight_type));
         self.owns(gradients);
-        assert!(n * bytes_of(gradient_type) <= gradients.len, "one gradient for each weight");
+        assert!(n * bytes_of(gradient_type) <= gradients.len, "one gradient per weight");
         let n_matrices = (first_row as usize + n_rows.saturating_sub(1)) / d_out as usize + 1;
-        assert!(kind != 4 || n_matrices * d_in <= norms.len, "a norm for each column");
+        assert!(kind != 4 || n_matrices * d_in <= norms.len, "one norm per column");
         let types = (Arg::U32(type_code(weight_type)), Arg::U32(type_code(gradient_type)));
         let args = &mut [
             memory(weights),
@@ -186,12 +189,12 @@ impl Queue {
             memory(keys),
             memory(first_nan),
         ];
-        // SAFETY: score.cu takes these in this order, one block per row; it reads and writes whole rows, and norms for kind 4 alone:
-        // the lengths asserted above.
+        // SAFETY: score.cu takes these in this order, one block per row; it accesses whole rows, and norms only for
+        // kind 4: the lengths are asserted above.
         unsafe { self.launch("score", "score_keys", (n_rows as u32, 1), 0, args) }
     }
 
-    /// `weights[row, columns[row, j]] = round(original + values[row, j] * scale)`; the columns must lie in their rows.
+    /// `weights[row, columns[row, j]] = round(original + values[row, j] * scale)`; columns must be in range.
     pub(in crate::gpu) fn patch_rows(
         &self,
         (weights, dtype, d_in): (&mut DeviceVec<u8>, Dtype, usize),
@@ -203,22 +206,23 @@ impl Queue {
         self.owns(weights);
         self.owns(columns);
         self.owns(values);
-        assert!(values.len == n && k > 0 && n % k == 0, "one value for each column");
-        assert!(n / k * d_in * bytes_of(dtype) == weights.len, "columns for each row");
+        assert!(values.len == n && k > 0 && n % k == 0, "one value per column");
+        assert!(n / k * d_in * bytes_of(dtype) == weights.len, "columns for every row");
         let originals = originals.map_or(Arg::U64(0), |originals| {
             self.owns(originals);
-            assert!(originals.len == n * bytes_of(dtype), "one original for each column");
+            assert!(originals.len == n * bytes_of(dtype), "one original per column");
             memory(originals)
         });
         let name = ["patch_rows_bf16", "patch_rows_f16", "patch_rows_f32"][type_code(dtype) as usize];
         let (from, of_values) = (memory(columns), memory(values));
         let n_all = Arg::U64(n as u64);
         let args = &mut [memory(weights), from, of_values, Arg::F32(scale), originals, small(d_in), small(k), n_all];
-        // SAFETY: patch.cu takes these in this order and touches one weight per column: `DevicePatch` holds only columns below d_in.
+        // SAFETY: patch.cu takes these in this order and accesses one weight per column: `DevicePatch` contains only
+        // columns below d_in.
         unsafe { self.launch("patch", name, (blocks_for(n), 1), 0, args) }
     }
 
-    /// `weights[positions[i]] = round(weight + sum of its terms)`; positions and starts must lie inside.
+    /// `weights[positions[i]] = round(weight + sum of its terms)`; positions and starts must be in range.
     pub(in crate::gpu) fn patch_terms(
         &self,
         (weights, dtype): (&mut DeviceVec<u8>, Dtype),
@@ -230,16 +234,16 @@ impl Queue {
         self.owns(positions);
         self.owns(starts);
         self.owns(terms);
-        assert!(starts.len == positions.len + 1, "terms for each position");
+        assert!(starts.len == positions.len + 1, "terms for every position");
         let name = ["patch_terms_bf16", "patch_terms_f16", "patch_terms_f32"][type_code(dtype) as usize];
         let n = Arg::U64(positions.len as u64);
         let args = &mut [memory(weights), memory(positions), memory(starts), memory(terms), n];
-        // SAFETY: patch.cu takes these in this order; `DeviceTerms` holds only positions inside of its shape, which the caller has
-        // compared with the weights', and starts that ascend to the number of terms.
+        // SAFETY: patch.cu takes these in this order; `DeviceTerms` contains only positions inside its shape, which
+        // the caller has compared with that of the weights, and starts that ascend to the number of terms.
         unsafe { self.launch("patch", name, (blocks_for(positions.len), 1), 0, args) }
     }
 
-    /// Copies the weights at `columns` to `originals`, or back.
+    /// Copies the weights at `columns` to `originals`, or the reverse.
     pub(in crate::gpu) fn originals(
         &self,
         (weights, dtype, d_in): (&mut DeviceVec<u8>, Dtype, usize),
@@ -251,16 +255,17 @@ impl Queue {
         self.owns(weights);
         self.owns(columns);
         self.owns(originals);
-        assert!(k > 0 && n % k == 0 && n / k * d_in * bytes_of(dtype) == weights.len, "columns for each row");
-        assert!(originals.len == n * bytes_of(dtype), "one original for each column");
+        assert!(k > 0 && n % k == 0 && n / k * d_in * bytes_of(dtype) == weights.len, "columns for every row");
+        assert!(originals.len == n * bytes_of(dtype), "one original per column");
         let name = if bytes_of(dtype) == 2 { "originals_u16" } else { "originals_u32" };
         let (to, restore) = (memory(originals), Arg::U32(restore.into()));
         let args = &mut [memory(weights), memory(columns), to, restore, small(d_in), small(k), Arg::U64(n as u64)];
-        // SAFETY: patch.cu takes these in this order and touches one weight per column: `DevicePatch` holds only columns below d_in.
+        // SAFETY: patch.cu takes these in this order and accesses one weight per column: `DevicePatch` contains only
+        // columns below d_in.
         unsafe { self.launch("patch", name, (blocks_for(n), 1), 0, args) }
     }
 
-    /// `weights += scale * b a`, of `[n_rows, d_in]`, `[n_rows, rank]` and `[rank, d_in]`; `counts` are added to.
+    /// `weights += scale * b a`, with shapes `[n_rows, d_in]`, `[n_rows, rank]` and `[rank, d_in]`; adds to `counts`.
     pub(in crate::gpu) fn low_rank(
         &self,
         (weights, dtype): (&mut DeviceVec<u8>, Dtype),
@@ -274,14 +279,14 @@ impl Queue {
         self.owns(a);
         self.owns(counts);
         assert!(counts.len == 4, "four counts");
-        assert!(n_rows * d_in * bytes_of(dtype) <= weights.len, "all rows are there");
-        assert!(n_rows * rank <= b.len && rank * d_in <= a.len, "both factors are there");
+        assert!(n_rows * d_in * bytes_of(dtype) <= weights.len, "the buffer has all rows");
+        assert!(n_rows * rank <= b.len && rank * d_in <= a.len, "the buffers have both factors");
         let (x, y) = ((d_in as u32).div_ceil(TILE), (n_rows as u32).div_ceil(TILE));
         assert!(y <= MAX_GRID_Y, "at most {} rows at once", MAX_GRID_Y * TILE);
         let name = ["low_rank_bf16", "low_rank_f16", "low_rank_f32"][type_code(dtype) as usize];
         let (n_rows, d_in, rank) = (small(n_rows), small(d_in), small(rank));
         let args = &mut [memory(weights), memory(b), memory(a), Arg::F32(scale), n_rows, d_in, rank, memory(counts)];
-        // SAFETY: low_rank.cu takes these in this order and touches whole rows and four counts: the lengths
+        // SAFETY: low_rank.cu takes these in this order and accesses whole rows and four counts: the lengths are
         // asserted above.
         unsafe { self.launch("low_rank", name, (x, y), 4 * 2 * 16 * TILE, args) }
     }
@@ -291,8 +296,8 @@ pub(super) fn blocks_for(n: usize) -> u32 {
     n.div_ceil(THREADS as usize).min(1 << 20) as u32
 }
 
-/// Whether kernels know the type.
-pub(in crate::gpu) fn is_known(dtype: Dtype) -> bool {
+/// Whether the kernels support the dtype.
+pub(in crate::gpu) fn is_supported(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
 }
 
@@ -301,7 +306,7 @@ pub(super) fn type_code(dtype: Dtype) -> u32 {
         Dtype::BF16 => 0,
         Dtype::F16 => 1,
         Dtype::F32 => 2,
-        other => panic!("kernels know BF16, F16 and F32, not {other:?}"),
+        other => panic!("kernels support BF16, F16 and F32, not {other:?}"),
     }
 }
 

@@ -1,10 +1,11 @@
-//! All calls of the driver that Rust cannot check: the only unsafe code of the folder above.
+//! All driver calls that Rust cannot check: the only unsafe code of the parent folder.
 //!
-//! `driver` asks what there is, `detect` says which of it can be used, `device` takes it into use, `ptx` has the kernels, `memory` holds what lies on them and moves it, `kernels` starts work, `blas` has
-//! matrices multiplied by a library, of which `cublaslt` is what is called. Three rules make all else safe. Device memory belongs to
-//! one [`Queue`], whose work happens in order, and every access goes through it. Pinned memory is handed out only when no copy is
-//! under way in it. A kernel is started only by the function that bears its name, which ties its arguments to the lengths of the
-//! memory it is given.
+//! `driver` queries the driver, `detect` decides which devices can be used, `device` opens one, `ptx` contains the
+//! kernels, `memory` manages and copies device memory, `kernels` starts kernels, `blas` multiplies matrices with
+//! cuBLASLt, and `cublaslt` binds that library. Three rules make the rest safe. Device memory belongs to one
+//! [`Queue`], whose work runs in order, and every access goes through it. Pinned memory is accessible only when no
+//! copy is in flight. A kernel is started only by the function of the same name, which checks its arguments against
+//! the lengths of the memory.
 
 #![allow(unsafe_code)]
 
@@ -27,12 +28,12 @@ pub use blas::{Blas, BlasWeight};
 pub use cublaslt::blas_library;
 pub use detect::{Detection, DeviceInfo, detect};
 pub use device::Gpu;
-pub(super) use kernels::{KeyRows, is_known};
+pub(super) use kernels::{KeyRows, is_supported};
 pub use memory::{Copyable, DeviceVec, Pinned, Queue};
 pub use passes::{HeadShape, Matrix};
 pub use sparse::EntriesOf;
 
-/// The driver's name for a failure. (Printing the error itself would ask the driver for words.)
+/// The driver's name of an error. (Displaying the error itself would query the driver for text.)
 fn code_of(error: DriverError) -> String {
     format!("{:?}", error.0)
 }

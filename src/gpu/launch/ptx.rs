@@ -1,19 +1,19 @@
-//! The kernels' PTX: `ptx.tar.zst`, which `.ci/kernels.py` writes, unpacked when the first kernel is needed.
+//! The kernels' PTX in `ptx.tar.zst`, which `.ci/kernels.py` writes; unpacked when the first kernel is used.
 //!
-//! A tar archive is a run of files: a block of 512 bytes with the file's name from byte 0 and its length in octal from byte 124, then
-//! its content, filled up to whole blocks. A block of zeros ends it.
+//! A tar archive is a sequence of files: a block of 512 bytes with the file's name at byte 0 and its length in octal
+//! at byte 124, then its content, padded to whole blocks. A block of zeros ends it.
 
 use std::sync::OnceLock;
 
-/// All files, under zstd.
+/// All files, compressed with zstd.
 const ARCHIVE: &[u8] = include_bytes!("../kernels/ptx.tar.zst");
-/// What everything in a tar archive is a multiple of.
+/// The block size of a tar archive.
 const BLOCK: usize = 512;
 
 /// The PTX of `kernels/{file}.cu`.
 ///
 /// # Panics
-/// Where there is no such file.
+/// If there is no such file.
 pub(super) fn ptx_of(file: &str) -> &'static str {
     static TAR: OnceLock<Vec<u8>> = OnceLock::new();
     let tar = TAR.get_or_init(|| zstd::decode_all(ARCHIVE).expect("the archive is whole"));
@@ -24,7 +24,7 @@ pub(super) fn ptx_of(file: &str) -> &'static str {
 /// The content of the file called `name`.
 fn find<'a>(mut tar: &'a [u8], name: &str) -> Option<&'a [u8]> {
     while let Some((header, rest)) = tar.split_at_checked(BLOCK) {
-        // The zeros at the end are no number.
+        // The zeros at the end do not parse as a number.
         let n_bytes = usize::from_str_radix(text(&header[124..136])?, 8).ok()?;
         if text(&header[..100])? == name {
             return rest.get(..n_bytes);
@@ -34,7 +34,7 @@ fn find<'a>(mut tar: &'a [u8], name: &str) -> Option<&'a [u8]> {
     None
 }
 
-/// A field of a header: what comes before its first zero.
+/// A header field up to its first zero byte.
 fn text(field: &[u8]) -> Option<&str> {
     std::str::from_utf8(field.split(|&byte| byte == 0).next()?).ok()
 }
@@ -43,7 +43,7 @@ fn text(field: &[u8]) -> Option<&str> {
 mod tests {
     use super::*;
 
-    /// A file as an archive holds it.
+    /// A file in archive format.
     fn file(name: &str, content: &str) -> Vec<u8> {
         let mut bytes = vec![0; BLOCK];
         bytes[..name.len()].copy_from_slice(name.as_bytes());
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_found_by_their_whole_name() {
+    fn files_are_found_by_their_full_name() {
         let long = "x".repeat(BLOCK + 1);
         let tar =
             [file("a.ptx", &long), file("b.ptx", ""), file("b.ptx2", "no"), file("c.ptx", "c"), vec![0; 2 * BLOCK]]
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn archives_that_are_cut_short_have_no_such_file() {
+    fn truncated_archives_have_no_such_file() {
         let tar = [file("a.ptx", "abc"), file("b.ptx", "def")].concat();
         for n_bytes in 0..3 * BLOCK + 3 {
             assert_eq!(find(&tar[..n_bytes], "b.ptx"), None, "{n_bytes}");

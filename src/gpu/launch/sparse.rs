@@ -1,4 +1,4 @@
-//! Kernels for the entries that are trained: `sparse.cu`.
+//! Kernels for the trained entries: `sparse.cu`.
 
 use super::{
     DeviceVec, Queue,
@@ -7,17 +7,17 @@ use super::{
 };
 use crate::{gpu::GpuError, tensor::Dtype};
 
-/// Entries of a block of the gradient's kernel.
+/// Entries per block of the gradient kernel.
 const ENTRIES: usize = 2048;
-/// Its shared memory: the tokens of as many columns, 16 bytes each.
+/// Its shared memory: the tokens of that many columns, 16 bytes each.
 const STAGED: u32 = 16 * 2048;
-/// Blocks that keep every GPU busy; slices of tokens are made until there are as many.
+/// Number of blocks that keeps every GPU busy; the tokens are split into slices until there are as many.
 const MANY_BLOCKS: usize = 768;
-/// The fewest tokens of a slice.
+/// Minimum number of tokens per slice.
 const MIN_SLICE: usize = 32;
-/// The most slices.
+/// Maximum number of slices.
 const MAX_SLICES: usize = 128;
-/// Values of a sum of squares, at least, and the most sums.
+/// Minimum number of values per sum of squares, and maximum number of sums.
 const VALUES: usize = 4096;
 const MAX_SUMS: usize = 64;
 
@@ -28,7 +28,7 @@ pub struct EntriesOf<'a> {
     pub offsets: &'a DeviceVec<u32>,
     /// `[nnz]`.
     pub columns: &'a DeviceVec<u32>,
-    /// Entries in all.
+    /// Number of entries.
     pub nnz: usize,
     /// Rows and columns of the matrix.
     pub shape: (usize, usize),
@@ -46,51 +46,53 @@ impl Queue {
         [memory(offsets), memory(columns)]
     }
 
-    /// Numbers that [`Self::gather_dot`] needs beside its arguments, for `n` tokens and `nnz` entries.
-    pub fn gather_room(n: usize, nnz: usize) -> usize {
+    /// Number of scratch values that [`Self::gather_dot`] needs for `n` tokens and `nnz` entries.
+    pub fn gather_scratch_len(n: usize, nnz: usize) -> usize {
         slices(n, nnz).0 * nnz
     }
 
-    /// `grad[e] += sum_t dy[t, i] * x[t, columns[e]]` for each entry `e` of each row `i`, always in the same order; `dy` is `[n,
-    /// d_out]`, `x` `[n, d_in]`, both of `dtype`; `room` has [`Self::gather_room`] numbers, of any value.
+    /// `grad[e] += sum_t dy[t, i] * x[t, columns[e]]` for each entry `e` of each row `i`, always in the same order;
+    /// `dy` is `[n, d_out]`, `x` `[n, d_in]`, both of `dtype`; `scratch` has [`Self::gather_scratch_len`] values, with arbitrary
+    /// content.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn gather_dot(
         &self,
         (dy, x, dtype): (&DeviceVec<u8>, &DeviceVec<u8>, Dtype),
         n: usize,
         of: EntriesOf<'_>,
         grad: &mut DeviceVec<f32>,
-        room: &mut DeviceVec<f32>,
+        scratch: &mut DeviceVec<f32>,
     ) -> Result<(), GpuError> {
         let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
         let [offsets, columns] = self.has_entries(of);
         let (n_slices, slice) = slices(n, nnz);
-        let (dy, x) = (self.has_rows(dy, dtype, n, d_out), self.has_rows(x, dtype, n, d_in));
+        let (dy, x) = (self.checked_rows(dy, dtype, n, d_out), self.checked_rows(x, dtype, n, d_in));
         let stride = Arg::U32(if nnz > 4 * d_out { 1 } else { 256 });
-        let partial = self.has(room, n_slices * nnz);
+        let partial = self.has(scratch, n_slices * nnz);
         let (rows, entries) = (small(d_out), small(nnz));
         let args = &mut [dy, x, offsets, columns, partial, small(n), rows, small(d_in), entries, small(slice), stride];
         let grid = (nnz.div_ceil(ENTRIES) as u32, n_slices as u32);
-        // SAFETY: sparse.cu takes these in this order. It reads `n` rows, whatever offsets and columns say: rows are found below
-        // d_out, columns beyond d_in are left out. It writes a partial sum for each slice and entry: the lengths asserted.
+        // SAFETY: sparse.cu takes these in this order. It reads `n` rows, whatever offsets and columns contain: rows
+        // are found below d_out, columns beyond d_in are skipped. It writes a partial sum per slice and entry: the
+        // lengths are asserted.
         unsafe { self.launch("sparse", of_type!("gather_dot", dtype), grid, STAGED, args) }?;
-        let args = &mut [memory(room), self.has(grad, nnz), small(n_slices), small(nnz)];
-        // SAFETY: as above; one sum for each entry.
+        let args = &mut [memory(scratch), self.has(grad, nnz), small(n_slices), small(nnz)];
+        // SAFETY: as above; one sum per entry.
         unsafe { self.launch("sparse", "add_slices", (blocks_for(nnz), 1), 0, args) }
     }
 
     /// `grad[e] += dense[i - first_row, columns[e]]` for each entry `e` of the rows `i` of `dense`, `[n_rows, d_in]`.
     ///
-    /// # Errors
-    /// The driver's.
+    ///  # Errors
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn take_entries(
         &self,
         dense: &DeviceVec<f32>,
@@ -100,22 +102,22 @@ impl Queue {
     ) -> Result<(), GpuError> {
         let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
         let [offsets, columns] = self.has_entries(of);
-        assert!(first_row + n_rows <= d_out, "rows of the matrix");
+        assert!(first_row + n_rows <= d_out, "rows are inside the matrix");
         let (dense, grad) = (self.has(dense, n_rows * d_in), self.has(grad, nnz));
         let args = &mut [dense, offsets, columns, grad, small(first_row), small(d_in), small(nnz)];
-        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are left out, all else is within the
-        // lengths asserted.
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are skipped, and all
+        // other accesses are within the lengths asserted.
         unsafe { self.launch("sparse", "take_entries", (n_rows as u32, 1), 0, args) }
     }
 
-    /// `weights[i, columns[e]] = round(originals[e] + theta[e])` for each entry `e` of each row `i`: the sum in float32, rounded once to
-    /// the weights' type. An original that is a NaN keeps its bits.
+    /// `weights[i, columns[e]] = round(originals[e] + theta[e])` for each entry `e` of each row `i`: the sum in
+    /// float32, rounded once to the weights' dtype. A NaN original keeps its bits.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn patch_entries(
         &self,
         (weights, dtype): (&mut DeviceVec<u8>, Dtype),
@@ -126,22 +128,22 @@ impl Queue {
         let (nnz, (d_out, d_in)) = (of.nnz, of.shape);
         let [offsets, columns] = self.has_entries(of);
         self.owns(originals);
-        assert!(nnz * bytes_of(dtype) <= originals.len, "one original for each entry");
-        let (weights, theta) = (self.has_rows(weights, dtype, d_out, d_in), self.has(theta, nnz));
+        assert!(nnz * bytes_of(dtype) <= originals.len, "one original per entry");
+        let (weights, theta) = (self.checked_rows(weights, dtype, d_out, d_in), self.has(theta, nnz));
         let args = &mut [weights, offsets, columns, memory(originals), theta, small(d_out), small(d_in), small(nnz)];
-        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are left out, all else is within the
-        // lengths asserted.
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz and columns beyond d_in are skipped, and all
+        // other accesses are within the lengths asserted.
         unsafe { self.launch("sparse", of_type!("patch_entries", dtype), (blocks_for(d_out), 1), 0, args) }
     }
 
-    /// `bias[i] = round(originals[e] + theta[e])` for each entry `e` of each row `i`, rounded to `dtype` and widened; `bias` is
-    /// `[d_out]`, of entries of shape `(d_out, 1)`.
+    /// `bias[i] = round(originals[e] + theta[e])` for each entry `e` of each row `i`, rounded to `dtype` and widened;
+    /// `bias` is `[d_out]`, with entries of shape `(d_out, 1)`.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn patch_bias(
         &self,
         bias: &mut DeviceVec<f32>,
@@ -152,20 +154,22 @@ impl Queue {
         let (nnz, (d_out, _)) = (of.nnz, of.shape);
         let [offsets, _] = self.has_entries(of);
         self.owns(originals);
-        assert!(nnz * bytes_of(dtype) <= originals.len, "one original for each entry");
+        assert!(nnz * bytes_of(dtype) <= originals.len, "one original per entry");
         let (bias, theta) = (self.has(bias, d_out), self.has(theta, nnz));
         let args = &mut [bias, offsets, memory(originals), theta, small(d_out), small(nnz)];
-        // SAFETY: sparse.cu takes these in this order; entries beyond nnz are left out, all else is within the lengths asserted.
+        // SAFETY: sparse.cu takes these in this order; entries beyond nnz are skipped, and all other accesses are
+        // within the lengths asserted.
         unsafe { self.launch("sparse", of_type!("patch_bias", dtype), (blocks_for(d_out), 1), 0, args) }
     }
 
-    /// One step of AdamW on `theta`, `[n]`, with its gradient and state; `numbers` are the kernel's, from `grad_scale` to `eps`.
+    /// One AdamW step on `theta`, `[n]`, with its gradient and state; `numbers` are the kernel's scalars, from
+    /// `grad_scale` to `eps`.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn adamw(
         &self,
         theta: &mut DeviceVec<f32>,
@@ -177,22 +181,23 @@ impl Queue {
         let mut args: Vec<Arg> = [&*theta, grad, &*mean, &*variance].map(|of| self.has(of, n)).into();
         args.push(small(n));
         args.extend(numbers.map(Arg::F32));
-        // SAFETY: sparse.cu takes these in this order and touches `n` numbers of each: the lengths asserted.
+        // SAFETY: sparse.cu takes these in this order and accesses `n` values of each: the lengths are asserted.
         unsafe { self.launch("sparse", "adamw", (blocks_for(n), 1), 0, &mut args) }
     }
 
-    /// How many sums [`Self::sum_of_squares`] leaves for `n` values.
+    /// The number of partial sums that [`Self::sum_of_squares`] writes for `n` values.
     pub fn n_sums(n: usize) -> usize {
         n.div_ceil(VALUES).clamp(1, MAX_SUMS)
     }
 
-    /// The sums from `sums[at]` on, as many as [`Self::n_sums`] says, add up to the sum of the squares of the first `n` values, in float64.
+    /// Writes partial sums of the squares of the first `n` values, in float64, to `sums[at..]`, as many as
+    /// [`Self::n_sums`] returns.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     ///
     /// # Panics
-    /// Where memory is too short, or belongs to another queue.
+    /// If memory is too short, or belongs to another queue.
     pub fn sum_of_squares(
         &self,
         values: &DeviceVec<f32>,
@@ -202,16 +207,18 @@ impl Queue {
     ) -> Result<(), GpuError> {
         let n_sums = Self::n_sums(n);
         let args = &mut [self.has(values, n), small(n), self.has(sums, at + n_sums), small(at)];
-        // SAFETY: sparse.cu takes these in this order, reads `n` values and writes a sum for each block: the lengths asserted.
+        // SAFETY: sparse.cu takes these in this order, reads `n` values and writes one sum per block: the lengths are
+        // asserted.
         unsafe { self.launch("sparse", "sum_of_squares", (n_sums as u32, 1), 8 * 8, args) }
     }
 }
 
-/// Slices that the tokens are cut into, and tokens of each: by shapes alone, so that every GPU adds in the same order.
+/// Number of slices of the tokens, and tokens per slice: determined by shapes alone, so that every GPU sums in the
+/// same order.
 fn slices(n: usize, nnz: usize) -> (usize, usize) {
     let n_blocks = nnz.div_ceil(ENTRIES).max(1);
     let wanted = MANY_BLOCKS.div_ceil(n_blocks).min(n.div_ceil(MIN_SLICE)).clamp(1, MAX_SLICES);
-    // Whole groups of tokens, so that only the last slice has an end within one.
+    // Whole groups of tokens, so that only the last slice ends inside one.
     let slice = n.div_ceil(wanted).max(1).next_multiple_of(8);
     (n.div_ceil(slice).max(1), slice)
 }

@@ -74,7 +74,7 @@ pub(in crate::merge) fn merge_rows(
     if target.is_simple() {
         return merge_products(ctx, computer, target, rows, bytes);
     }
-    computer.merger.left((rows.end - rows.start) * target.n_columns);
+    computer.merger.count_on_cpu((rows.end - rows.start) * target.n_columns);
     with_float!(target.tensor.info.dtype, T => {
         Block::<T>::new(target, rows.clone(), bytes).merge(ctx, prepared, bytes)
     }, else unreachable!("targets are floats"))
@@ -99,7 +99,7 @@ fn merge_products(
             counts.add(merged);
             continue;
         }
-        computer.merger.left((shared.end - shared.start) * target.n_columns);
+        computer.merger.count_on_cpu((shared.end - shared.start) * target.n_columns);
         let sums = sums_of(ctx, product, &shared)?;
         counts.add(merge_sums(dtype, bytes, &sums, product.scale));
     }
@@ -134,7 +134,7 @@ impl<'a> Computer<'a> {
     ) -> Result<Option<PatchCounts>, MergeError> {
         let (rank, n_rows) = (product.rank, rows.end - rows.start);
         let fits = 4 * rank * n_rows <= ctx.window_bytes() && 4 * rank * n_columns <= ctx.max_memory / 16;
-        if !fits || rank == 0 || !self.merger.takes(dtype) {
+        if !fits || rank == 0 || !self.merger.supports(dtype) {
             return Ok(None);
         }
         ctx.check()?;

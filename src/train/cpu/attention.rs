@@ -1,4 +1,4 @@
-//! Causal attention inside each example.
+//! Causal attention within each example.
 
 use rayon::prelude::*;
 
@@ -8,10 +8,11 @@ use super::{
 };
 use crate::backend::{Mat, MatMut, Threads, matmul};
 
-/// Queries whose scores are there at once.
+/// Queries per block; a block's scores are computed together.
 const QUERIES: usize = 128;
 
-/// Runs of at most [`QUERIES`] tokens of each example: where the example begins, and the run in it.
+/// Blocks of at most [`QUERIES`] tokens of each example: the example's start, and the block's range within the
+/// example.
 fn blocks(starts: &[usize]) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> + '_ {
     starts.windows(2).flat_map(|span| {
         let length = span[1] - span[0];
@@ -23,36 +24,36 @@ fn scale(heads: Heads) -> f32 {
     1.0 / (heads.d_head as f32).sqrt()
 }
 
-/// Cuts a run of `n` elements off the front.
+/// Splits the first `n` elements off `rest`.
 fn cut<'a>(rest: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
-    let (own, others) = std::mem::take(rest).split_at_mut(n);
-    *rest = others;
-    own
+    let (front, tail) = std::mem::take(rest).split_at_mut(n);
+    *rest = tail;
+    front
 }
 
 /// See [`super::super::Device::attention`].
 pub(super) fn forward(qkv: &[f32], starts: &[usize], heads: Heads, out: &mut [f32], lse: &mut [f32]) {
     let (width, d_q) = (heads.d_qkv(), heads.d_q());
     let (mut out, mut lse) = (out, lse);
-    let jobs: Vec<_> = blocks(starts)
+    let tasks: Vec<_> = blocks(starts)
         .map(|(start, block)| {
             let n = block.len();
             (start, block, cut(&mut out, n * d_q), cut(&mut lse, n * heads.n_q))
         })
         .collect();
-    jobs.into_par_iter().for_each_init(Vec::new, |room, (start, block, out, lse)| {
+    tasks.into_par_iter().for_each_init(Vec::new, |scratch, (start, block, out, lse)| {
         let example = &qkv[start * width..];
         let keys = Keys { k: &example[d_q..], v: &example[d_q + heads.d_kv()..], stride: width };
-        attend(&example[block.start * width..], block, keys, heads, out, Some(lse), room);
+        attend(&example[block.start * width..], block, keys, heads, out, Some(lse), scratch);
     });
 }
 
-/// Keys and values of one sequence, all heads, from its first position on.
+/// Keys and values of one sequence, all heads, starting at its first position.
 #[derive(Clone, Copy)]
 struct Keys<'a> {
     k: &'a [f32],
     v: &'a [f32],
-    /// From one position to the next.
+    /// Elements from one position to the next.
     stride: usize,
 }
 
@@ -64,7 +65,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// The queries at `positions`, `qkv` being their rows, against all positions before them and their own.
+/// Attends from the queries at `positions` (rows `qkv`) to all earlier positions and their own.
 fn attend(
     qkv: &[f32],
     positions: std::ops::Range<usize>,
@@ -72,15 +73,15 @@ fn attend(
     heads: Heads,
     out: &mut [f32],
     mut lse: Option<&mut [f32]>,
-    room: &mut Vec<f32>,
+    scratch: &mut Vec<f32>,
 ) {
     let (n, n_keys, d_head) = (positions.len(), positions.end, heads.d_head);
-    room.resize(n * n_keys, 0.0);
+    scratch.resize(n * n_keys, 0.0);
     for head in 0..heads.n_q {
         let (k, v) = keys.head(head / heads.group(), n_keys, d_head);
         let q = Mat::strided(&qkv[head * d_head..], n, d_head, heads.d_qkv());
-        matmul(Threads::One, scale(heads), q, k.t(), 0.0, MatMut::new(room, n, n_keys));
-        for (i, scores) in room.chunks_exact_mut(n_keys).enumerate() {
+        matmul(Threads::One, scale(heads), q, k.t(), 0.0, MatMut::new(scratch, n, n_keys));
+        for (i, scores) in scratch.chunks_exact_mut(n_keys).enumerate() {
             let (seen, unseen) = scores.split_at_mut(positions.start + i + 1);
             unseen.fill(0.0);
             let log_sum = softmax(seen);
@@ -89,41 +90,43 @@ fn attend(
             }
         }
         let out = MatMut::strided(&mut out[head * d_head..], n, d_head, heads.d_q());
-        matmul(Threads::One, 1.0, Mat::new(room, n, n_keys), v, 0.0, out);
+        matmul(Threads::One, 1.0, Mat::new(scratch, n, n_keys), v, 0.0, out);
     }
 }
 
-/// Turns scores into shares that add up to 1; returns the logarithm of the sum of their exponentials.
+/// Softmax in place: scores become probabilities that add up to 1. Returns the logarithm of the sum of the
+/// exponentials.
 pub(super) fn softmax(scores: &mut [f32]) -> f32 {
-    let (largest, sum) = exponentials(scores);
-    let share = 1.0 / sum;
+    let (max, sum) = exponentials(scores);
+    let prob = 1.0 / sum;
     for score in scores {
-        *score *= share;
+        *score *= prob;
     }
-    largest + sum.ln()
+    max + sum.ln()
 }
 
-/// `e^(score - largest)` in place of each score; the largest, and the sum, in a fixed order on sixteen sums at once.
+/// Replaces each score by `e^(score - max)`. Returns the maximum and the sum; sixteen partial sums keep the order
+/// fixed.
 pub(super) fn exponentials(scores: &mut [f32]) -> (f32, f32) {
     const LANES: usize = 16;
-    let mut largest = [f32::NEG_INFINITY; LANES];
+    let mut max = [f32::NEG_INFINITY; LANES];
     for scores in scores.chunks(LANES) {
-        for (largest, &score) in largest.iter_mut().zip(scores) {
-            *largest = if score > *largest { score } else { *largest };
+        for (max, &score) in max.iter_mut().zip(scores) {
+            *max = if score > *max { score } else { *max };
         }
     }
-    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let max = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
     let mut sums = [0.0; LANES];
     for scores in scores.chunks_mut(LANES) {
         for (sum, score) in sums.iter_mut().zip(scores) {
-            *score = exp(*score - largest);
+            *score = exp(*score - max);
             *sum += *score;
         }
     }
-    (largest, sums.iter().sum())
+    (max, sums.iter().sum())
 }
 
-/// See [`super::super::Device::attention_back`].
+/// See [`super::super::Device::attention_backward`].
 pub(super) fn backward(
     dout: &[f32],
     qkv: &[f32],
@@ -134,12 +137,12 @@ pub(super) fn backward(
     dqkv: &mut [f32],
 ) {
     let (width, d_q, d_head, group) = (heads.d_qkv(), heads.d_q(), heads.d_head, heads.group());
-    let jobs: Vec<(usize, usize)> =
+    let tasks: Vec<(usize, usize)> =
         (0..starts.len() - 1).flat_map(|example| (0..heads.n_kv).map(move |kv_head| (example, kv_head))).collect();
-    // Gradients of one key head and its query heads: [length, group * d_head | d_head | d_head].
-    let parts: Vec<Vec<f32>> = jobs
+    // Gradients of one key head and its query heads: `[length, group * d_head | d_head | d_head]`.
+    let parts: Vec<Vec<f32>> = tasks
         .into_par_iter()
-        .map_init(Vec::new, |room, (example, kv_head)| {
+        .map_init(Vec::new, |scratch, (example, kv_head)| {
             let (start, end) = (starts[example], starts[example + 1]);
             let tokens = Tokens {
                 dout: &dout[start * d_q..end * d_q],
@@ -147,7 +150,7 @@ pub(super) fn backward(
                 out: &out[start * d_q..end * d_q],
                 lse: &lse[start * heads.n_q..end * heads.n_q],
             };
-            tokens.gradient(kv_head, heads, room)
+            tokens.gradient(kv_head, heads, scratch)
         })
         .collect();
     let mut rest = dqkv;
@@ -176,10 +179,11 @@ struct Tokens<'a> {
 }
 
 impl Tokens<'_> {
-    /// With `P` the shares and `D = dO . O`: `dS = P * (dO V^T - D)`, `dQ = dS K`, `dK = dS^T Q`, `dV = P^T dO`.
+    /// With `P` the probabilities and `D = dO . O`: `dS = P * (dO V^T - D)`, `dQ = dS K`, `dK = dS^T Q`, `dV = P^T
+    /// dO`.
     ///
     /// Source: Dao et al., <https://arxiv.org/abs/2205.14135>.
-    fn gradient(self, kv_head: usize, heads: Heads, room: &mut Vec<f32>) -> Vec<f32> {
+    fn gradient(self, kv_head: usize, heads: Heads, scratch: &mut Vec<f32>) -> Vec<f32> {
         let (width, d_q, d_head, group) = (heads.d_qkv(), heads.d_q(), heads.d_head, heads.group());
         let n_tokens = self.lse.len() / heads.n_q;
         let part_width = (group + 2) * d_head;
@@ -187,36 +191,36 @@ impl Tokens<'_> {
         let keys = Keys { k: &self.qkv[d_q..], v: &self.qkv[d_q + heads.d_kv()..], stride: width };
         for (_, block) in blocks(&[0, n_tokens]) {
             let (n, n_keys) = (block.len(), block.end);
-            room.resize(2 * n * n_keys, 0.0);
-            let (shares, ds) = room.split_at_mut(n * n_keys);
+            scratch.resize(2 * n * n_keys, 0.0);
+            let (probs, ds) = scratch.split_at_mut(n * n_keys);
             let (k, v) = keys.head(kv_head, n_keys, d_head);
             for g in 0..group {
                 let head = kv_head * group + g;
                 let q = Mat::strided(&self.qkv[block.start * width + head * d_head..], n, d_head, width);
                 let dout = Mat::strided(&self.dout[block.start * d_q + head * d_head..], n, d_head, d_q);
-                matmul(Threads::One, scale(heads), q, k.t(), 0.0, MatMut::new(shares, n, n_keys));
+                matmul(Threads::One, scale(heads), q, k.t(), 0.0, MatMut::new(probs, n, n_keys));
                 matmul(Threads::One, 1.0, dout, v.t(), 0.0, MatMut::new(ds, n, n_keys));
-                let rows = shares.chunks_exact_mut(n_keys).zip(ds.chunks_exact_mut(n_keys));
-                for (i, (shares, ds)) in rows.enumerate() {
+                let rows = probs.chunks_exact_mut(n_keys).zip(ds.chunks_exact_mut(n_keys));
+                for (i, (probs, ds)) in rows.enumerate() {
                     let t = block.start + i;
                     let at = t * d_q + head * d_head;
                     let (dout, out) = (&self.dout[at..at + d_head], &self.out[at..at + d_head]);
-                    let (along, log_sum) = (dot(dout, out), self.lse[t * heads.n_q + head]);
-                    for (share, ds) in shares[..=t].iter_mut().zip(&mut ds[..=t]) {
-                        *share = exp(*share - log_sum);
-                        *ds = *share * (*ds - along);
+                    let (d_dot, log_sum) = (dot(dout, out), self.lse[t * heads.n_q + head]);
+                    for (prob, ds) in probs[..=t].iter_mut().zip(&mut ds[..=t]) {
+                        *prob = exp(*prob - log_sum);
+                        *ds = *prob * (*ds - d_dot);
                     }
-                    shares[t + 1..].fill(0.0);
+                    probs[t + 1..].fill(0.0);
                     ds[t + 1..].fill(0.0);
                 }
-                let (shares, ds) = (Mat::new(shares, n, n_keys), Mat::new(ds, n, n_keys));
+                let (probs, ds) = (Mat::new(probs, n, n_keys), Mat::new(ds, n, n_keys));
                 let mut add = |a: Mat<'_>, b: Mat<'_>, alpha: f32, first: usize, column: usize, n_rows: usize| {
                     let to = &mut part[first * part_width + column * d_head..];
                     matmul(Threads::One, alpha, a, b, 1.0, MatMut::strided(to, n_rows, d_head, part_width));
                 };
                 add(ds, k, scale(heads), block.start, g, n);
                 add(ds.t(), q, scale(heads), 0, group, n_keys);
-                add(shares.t(), dout, 1.0, 0, group + 1, n_keys);
+                add(probs.t(), dout, 1.0, 0, group + 1, n_keys);
             }
         }
         part
@@ -236,13 +240,13 @@ pub(super) fn cached(
     let (width, d_q, d_kv) = (heads.d_qkv(), heads.d_q(), heads.d_kv());
     let mut out = out;
     let slots = cache.chunks_exact_mut(capacity * 2 * d_kv);
-    let jobs: Vec<_> = starts
+    let tasks: Vec<_> = starts
         .windows(2)
         .zip(past)
         .zip(slots)
         .map(|((span, &past), slot)| (span[0]..span[1], past, slot, cut(&mut out, (span[1] - span[0]) * d_q)))
         .collect();
-    jobs.into_par_iter().for_each_init(Vec::new, |room, (tokens, past, slot, out)| {
+    tasks.into_par_iter().for_each_init(Vec::new, |scratch, (tokens, past, slot, out)| {
         let qkv = &qkv[tokens.start * width..tokens.end * width];
         for (token, to) in qkv.chunks_exact(width).zip(slot[past * 2 * d_kv..].chunks_exact_mut(2 * d_kv)) {
             to.copy_from_slice(&token[d_q..]);
@@ -250,7 +254,7 @@ pub(super) fn cached(
         let keys = Keys { k: slot, v: &slot[d_kv..], stride: 2 * d_kv };
         for (_, block) in blocks(&[0, tokens.len()]) {
             let (from, to) = (&qkv[block.start * width..], &mut out[block.start * d_q..block.end * d_q]);
-            attend(from, past + block.start..past + block.end, keys, heads, to, None, room);
+            attend(from, past + block.start..past + block.end, keys, heads, to, None, scratch);
         }
     });
 }

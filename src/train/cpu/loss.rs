@@ -5,17 +5,18 @@ use rayon::prelude::*;
 use super::{attention::exponentials, weight::CpuWeight};
 use crate::backend::{Mat, MatMut, Threads, matmul};
 
-/// The most logits that are there at once: 64 MiB, or one token's.
+/// The maximum number of logits in memory: 64 MiB, or those of one token.
 const MAX_LOGITS: usize = 16 << 20;
-/// Tokens whose logits are there at once, at most: beyond, widening the head again costs nothing beside the product.
+/// The maximum number of tokens per chunk. With more tokens, widening the head again costs nothing next to the
+/// product.
 const MAX_TOKENS: usize = 512;
 
-/// Tokens whose logits are there at once.
+/// Tokens per chunk of logits.
 fn tokens_at_once(n_vocab: usize) -> usize {
     (MAX_LOGITS / n_vocab).clamp(1, MAX_TOKENS)
 }
 
-/// Logits that are there at once, of so many tokens.
+/// The number of logits held in memory for `n_tokens` tokens.
 pub(super) fn n_logits(n_vocab: usize, n_tokens: usize) -> usize {
     tokens_at_once(n_vocab).min(n_tokens) * n_vocab
 }
@@ -42,7 +43,7 @@ pub(super) fn cross_entropy(
             let (largest, sum) = exponentials(logits);
             *loss = largest + sum.ln() - of_label;
             if let Some(grad_scale) = grad_scale {
-                // The gradient by the logits: shares, less one for the label.
+                // The gradient with respect to the logits: softmax minus one at the label.
                 let share = grad_scale / sum;
                 for logit in logits.iter_mut() {
                     *logit *= share;

@@ -1,8 +1,9 @@
-//! The operations on the processor: the plain form that judges every other device, and fast enough for small models.
+//! The operations on the CPU: the plain form that every other device is tested against, and fast enough for small
+//! models.
 //!
-//! Activations are float32. Weights stay in the type that they are stored in and are widened a block of rows at a time
-//! ([`weight`]): 1 % of the product that follows at 1,024 tokens, 3 to 7 % at 256, for half of the memory. Work is cut into pieces
-//! whose size depends on shapes alone, so that every number of threads gives the same bits.
+//! Activations are float32. Weights keep their stored dtype and are widened one block of rows at a time ([`weight`]).
+//! This costs 1 % of the following product at 1,024 tokens and 3 to 7 % at 256, and halves the memory. The size of
+//! each piece of work depends on shapes alone, so every number of threads gives the same bits.
 
 mod attention;
 mod loss;
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::tensor::Dtype;
 
-/// The processor, on the threads of the current rayon pool.
+/// The CPU, on the threads of the current rayon pool.
 #[derive(Debug, Default)]
 pub struct CpuDevice {
     /// Widened rows of the weight in use.
@@ -31,13 +32,13 @@ pub struct CpuDevice {
 }
 
 impl CpuDevice {
-    /// A device without memory of its own yet.
+    /// A device that has allocated nothing yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Bytes that operations take beside a model's buffers: widened rows, where weights are narrow, and the logits of up to
-    /// `max_supervised` tokens.
+    /// Scratch bytes of the operations, beyond the model's buffers: widened rows, if weights are narrower than
+    /// float32, and the logits of up to `max_supervised` tokens.
     pub fn scratch_bytes(config: &ModelConfig, max_supervised: usize, is_narrow: bool) -> u64 {
         let largest = config.n_vocab.max(2 * config.d_ff).max(config.heads.d_qkv()) * config.d_model;
         let widened = if is_narrow { largest.min(weight::MAX_WIDENED) } else { 0 };
@@ -104,22 +105,22 @@ impl Device for CpuDevice {
         n: usize,
         w: &CpuWeight,
         bias: Option<&Vec<f32>>,
-        adds: bool,
+        accumulate: bool,
         y: &mut Vec<f32>,
     ) -> DeviceResult {
         let beta = match bias {
-            None => f32::from(u8::from(adds)),
+            None => f32::from(u8::from(accumulate)),
             Some(bias) => {
-                rows::start_with(bias, adds, &mut y[..n * w.d_out()]);
+                rows::start_with(bias, accumulate, &mut y[..n * w.d_out()]);
                 1.0
             }
         };
-        w.times(x, n, beta, y, &mut self.widened.lock().expect("nobody panics with the lock"));
+        w.times(x, n, beta, y, &mut self.widened.lock().expect("no thread panics while holding the lock"));
         Ok(())
     }
 
-    fn linear_back(&self, dy: &Vec<f32>, n: usize, w: &CpuWeight, dx: &mut Vec<f32>) -> DeviceResult {
-        w.transposed_times(dy, n, dx, &mut self.widened.lock().expect("nobody panics with the lock"));
+    fn linear_backward(&self, dy: &Vec<f32>, n: usize, w: &CpuWeight, dx: &mut Vec<f32>) -> DeviceResult {
+        w.transposed_times(dy, n, dx, &mut self.widened.lock().expect("no thread panics while holding the lock"));
         Ok(())
     }
 
@@ -128,7 +129,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn rms_norm_back(
+    fn rms_norm_backward(
         &self,
         dy: &Vec<f32>,
         x: &Vec<f32>,
@@ -138,7 +139,7 @@ impl Device for CpuDevice {
         eps: f32,
         dx: &mut Vec<f32>,
     ) -> DeviceResult {
-        rows::rms_norm_back(&dy[..n * d], &x[..n * d], gain, eps, &mut dx[..n * d]);
+        rows::rms_norm_backward(&dy[..n * d], &x[..n * d], gain, eps, &mut dx[..n * d]);
         Ok(())
     }
 
@@ -155,7 +156,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn head_norm_back(
+    fn head_norm_backward(
         &self,
         dqkv: &mut Vec<f32>,
         raw: &Vec<f32>,
@@ -166,7 +167,7 @@ impl Device for CpuDevice {
         eps: f32,
     ) -> DeviceResult {
         let d = n * heads.d_qkv();
-        rows::head_norm_back(&mut dqkv[..d], &raw[..d], heads, [q_gain, k_gain], eps);
+        rows::head_norm_backward(&mut dqkv[..d], &raw[..d], heads, [q_gain, k_gain], eps);
         Ok(())
     }
 
@@ -195,7 +196,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn attention_back(
+    fn attention_backward(
         &self,
         dout: &Vec<f32>,
         qkv: &Vec<f32>,
@@ -228,7 +229,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn swiglu_back(
+    fn swiglu_backward(
         &self,
         dh: &Vec<f32>,
         gate_up: &Vec<f32>,
@@ -236,7 +237,7 @@ impl Device for CpuDevice {
         d_ff: usize,
         d_gate_up: &mut Vec<f32>,
     ) -> DeviceResult {
-        rows::swiglu_back(&dh[..n * d_ff], &gate_up[..n * 2 * d_ff], d_ff, &mut d_gate_up[..n * 2 * d_ff]);
+        rows::swiglu_backward(&dh[..n * d_ff], &gate_up[..n * 2 * d_ff], d_ff, &mut d_gate_up[..n * 2 * d_ff]);
         Ok(())
     }
 
@@ -272,14 +273,14 @@ impl Device for CpuDevice {
         grad_scale: Option<f32>,
         losses: &mut Vec<f32>,
     ) -> DeviceResult {
-        let widened = &mut self.widened.lock().expect("nobody panics with the lock");
+        let widened = &mut self.widened.lock().expect("no thread panics while holding the lock");
         let x = &mut x[..n_rows * head.d_in()];
         loss::cross_entropy(x, head, &labels[..n_rows], grad_scale, &mut losses[..n_rows], widened);
         Ok(())
     }
 
     fn argmax(&self, x: &Vec<f32>, n_rows: usize, head: &CpuWeight) -> Result<Vec<u32>, DeviceError> {
-        let widened = &mut self.widened.lock().expect("nobody panics with the lock");
+        let widened = &mut self.widened.lock().expect("no thread panics while holding the lock");
         Ok(loss::argmax(&x[..n_rows * head.d_in()], head, widened))
     }
 

@@ -1,25 +1,25 @@
-//! The gradient of the deltas, and their optimizer.
+//! The gradient of the deltas, and the optimizer step.
 
 use rayon::prelude::*;
 
 use super::{
-    super::device::{AdamNumbers, AdamW},
+    super::device::{AdamScalars, AdamW},
     rows::dot,
 };
 
-/// Tokens whose columns are laid side by side at a time: a tile of `x` stays in the second cache.
+/// Tokens per transposed tile: a tile of `x` stays in the L2 cache.
 const TOKENS: usize = 256;
-/// Rows that one thread takes at a time.
+/// Rows per task.
 const ROWS: usize = 64;
-/// Values that one thread adds up at a time.
+/// Values per task of a sum.
 const VALUES: usize = 1 << 14;
-/// Side of the squares in which matrices are transposed.
+/// Side of the square tiles of a transposition.
 const SQUARE: usize = 16;
 
 /// `grad[e] += sum_t dy[t, i] * x[t, columns[e]]` for each entry `e` of each row `i`.
 ///
-/// `dy` is `[n, d_out]`, `x` `[n, d_in]`. Both are transposed a tile of tokens at a time, so that each entry is a dot product of
-/// two runs of memory; tiles are added in their order.
+/// `dy` is `[n, d_out]`, `x` `[n, d_in]`. Both are transposed one tile of tokens at a time, so that each entry is a
+/// dot product of two contiguous runs; tiles are added in order.
 pub(super) fn gather_dot(dy: &[f32], x: &[f32], n: usize, offsets: &[u32], columns: &[u32], grad: &mut [f32]) {
     if n == 0 {
         return;
@@ -52,9 +52,9 @@ pub(super) fn gather_dot(dy: &[f32], x: &[f32], n: usize, offsets: &[u32], colum
     }
 }
 
-/// `grad[e] += sum_t dy[t, i]` for the entry `e` of each row `i` that has one; `dy` is `[n, d_out]`.
+/// `grad[e] += sum_t dy[t, i]` for each row `i` that has an entry `e`; `dy` is `[n, d_out]`.
 ///
-/// Tokens are added up in their order, a tile of them at a time; tiles are added in their order.
+/// Tokens are summed in order within a tile, and tiles are added in order.
 pub(super) fn sum_tokens(dy: &[f32], d_out: usize, offsets: &[u32], grad: &mut [f32]) {
     by_rows(offsets, grad).into_par_iter().for_each(|(first_row, offsets, grad)| {
         let n_rows = offsets.len() - 1;
@@ -72,7 +72,7 @@ pub(super) fn sum_tokens(dy: &[f32], d_out: usize, offsets: &[u32], grad: &mut [
     });
 }
 
-/// Runs of rows: the first, their offsets, their part of `grad`.
+/// Splits the rows into runs: first row, offsets and slice of `grad` of each.
 fn by_rows<'a>(offsets: &'a [u32], mut grad: &'a mut [f32]) -> Vec<(usize, &'a [u32], &'a mut [f32])> {
     let n_rows = offsets.len() - 1;
     let mut runs = Vec::with_capacity(n_rows.div_ceil(ROWS));
@@ -87,7 +87,7 @@ fn by_rows<'a>(offsets: &'a [u32], mut grad: &'a mut [f32]) -> Vec<(usize, &'a [
     runs
 }
 
-/// Columns `first..` of `from`, `[n, d]`, as rows of `to`, `[_, n]`, square after square.
+/// Transposes columns `first..` of `from`, `[n, d]`, into rows of `to`, `[_, n]`, in square tiles.
 fn transpose(from: &[f32], n: usize, d: usize, first: usize, to: &mut [f32]) {
     let n_columns = to.len() / n;
     for column in (0..n_columns).step_by(SQUARE) {
@@ -111,13 +111,22 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
 
 /// See [`super::super::Device::adamw`].
 pub(super) fn adamw(theta: &mut [f32], grad: &[f32], mean: &mut [f32], variance: &mut [f32], step: AdamW) {
-    let AdamNumbers { grad_scale, rest_1, beta_2, rest_2, keep, step_size, root, eps } = step.numbers();
+    let AdamScalars {
+        grad_scale,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        decay,
+        step_size,
+        bias_correction2_sqrt,
+        eps,
+    } = step.scalars();
     let values = theta.par_iter_mut().zip(grad).zip(mean).zip(variance).with_min_len(VALUES);
     values.for_each(|(((theta, grad), mean), variance)| {
         let grad = grad * grad_scale;
-        *mean += (grad - *mean) * rest_1;
-        *variance = *variance * beta_2 + rest_2 * grad * grad;
-        *theta = *theta * keep - step_size * (*mean / (variance.sqrt() / root + eps));
+        *mean += (grad - *mean) * one_minus_beta1;
+        *variance = *variance * beta2 + one_minus_beta2 * grad * grad;
+        *theta = *theta * decay - step_size * (*mean / (variance.sqrt() / bias_correction2_sqrt + eps));
     });
 }
 
@@ -155,7 +164,7 @@ mod tests {
         let step =
             AdamW { learning_rate: 0.1, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.5, grad_scale: 2.0, step: 1 };
         adamw(&mut theta, &[3.0, -0.5, 0.0], &mut mean, &mut variance, step);
-        // 5 % of the value is taken away, then one learning rate against the gradient's sign.
+        // 5 % of the value decays, then one learning rate against the gradient's sign.
         for (found, expected) in theta.iter().zip([0.85, 1.05, 0.95]) {
             assert!((found - expected).abs() < 1e-6, "{found} not {expected}");
         }

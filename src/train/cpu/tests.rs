@@ -1,4 +1,4 @@
-//! Every way back against differences of the way forward.
+//! Every backward pass against finite differences of the forward pass.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn numbers(n: usize, seed: u64) -> Vec<f32> {
 
 /// Compares `gradient` with central differences of `sum(dy * forward(x))`.
 ///
-/// A step of 0.01 leaves an error of about 1e-4 by curvature, and float32 one of about 1e-5 by rounding.
+/// A step of 0.01 gives an error of about 1e-4 from curvature and about 1e-5 from float32 rounding.
 fn check(what: &str, x: &[f32], dy: &[f32], mut forward: impl FnMut(&[f32]) -> Vec<f32>, gradient: &[f32]) {
     const STEP: f32 = 1e-2;
     let mut loss = |x: &[f32]| -> f64 {
@@ -41,7 +41,7 @@ fn linear_back_is_the_gradient() {
     device.write_rows(&mut w, 0, &bytes).unwrap();
     let (x, dy, bias) = (numbers(n * d_in, 2), numbers(n * d_out, 3), numbers(d_out, 4));
     let mut dx = vec![f32::NAN; n * d_in];
-    device.linear_back(&dy, n, &w, &mut dx).unwrap();
+    device.linear_backward(&dy, n, &w, &mut dx).unwrap();
     let forward = |x: &[f32]| {
         let mut y = vec![f32::NAN; n * d_out];
         device.linear(&x.to_vec(), n, &w, Some(&bias), false, &mut y).unwrap();
@@ -53,11 +53,11 @@ fn linear_back_is_the_gradient() {
     let before = added.clone();
     device.linear(&x, n, &w, Some(&bias), true, &mut added).unwrap();
     for ((added, before), plain) in added.iter().zip(before).zip(plain) {
-        assert!((added - before - plain).abs() < 1e-6, "with `adds` the product is added");
+        assert!((added - before - plain).abs() < 1e-6, "with `accumulate` the product is added");
     }
 }
 
-/// Biases `[n, 1]` of which all but one are trained.
+/// Biases `[n, 1]`, all but one of them trained.
 fn bias_deltas(device: &CpuDevice, dtype: Dtype, originals: &[u8], n: usize, left_out: usize) -> Deltas<CpuDevice> {
     let mut stored = device.weight(dtype, 1, n - 1).unwrap();
     device.write_rows(&mut stored, 0, originals).unwrap();
@@ -75,7 +75,7 @@ fn bias_deltas(device: &CpuDevice, dtype: Dtype, originals: &[u8], n: usize, lef
 
 #[test]
 fn bias_grad_adds_the_gradient() {
-    // More tokens than a tile has, more rows than a run.
+    // More tokens than one tile, more rows than one run.
     let (device, n, d_out, d_in, left_out) = (CpuDevice::new(), 300, 70, 3, 66);
     let mut w = device.weight(Dtype::F32, d_out, d_in).unwrap();
     let bytes: Vec<u8> = numbers(d_out * d_in, 1).iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -116,7 +116,7 @@ fn rms_norm_back_adds_the_gradient() {
     let (x, gain, dy) = (numbers(n * d, 1), numbers(d, 2), numbers(n * d, 3));
     let before = numbers(n * d, 4);
     let mut dx = before.clone();
-    device.rms_norm_back(&dy, &x, n, &gain, d, eps, &mut dx).unwrap();
+    device.rms_norm_backward(&dy, &x, n, &gain, d, eps, &mut dx).unwrap();
     let dx: Vec<f32> = dx.iter().zip(before).map(|(after, before)| after - before).collect();
     let forward = |x: &[f32]| {
         let mut y = vec![f32::NAN; n * d];
@@ -132,7 +132,7 @@ fn head_norm_back_is_the_gradient() {
     let (x, dy) = (numbers(n * width, 1), numbers(n * width, 2));
     let (q_gain, k_gain) = (numbers(HEADS.d_head, 3), numbers(HEADS.d_head, 4));
     let mut dx = dy.clone();
-    device.head_norm_back(&mut dx, &x, n, HEADS, &q_gain, &k_gain, eps).unwrap();
+    device.head_norm_backward(&mut dx, &x, n, HEADS, &q_gain, &k_gain, eps).unwrap();
     let forward = |x: &[f32]| {
         let mut y = x.to_vec();
         device.head_norm(&mut y, n, HEADS, &q_gain, &k_gain, eps).unwrap();
@@ -142,20 +142,20 @@ fn head_norm_back_is_the_gradient() {
 }
 
 #[test]
-fn turning_back_is_the_gradient_of_turning() {
+fn the_inverse_rotation_is_the_gradient_of_rope() {
     let (device, n, width) = (CpuDevice::new(), 3, HEADS.d_qkv());
     let (x, dy) = (numbers(n * width, 1), numbers(n * width, 2));
     let (positions, frequencies) = (vec![0, 5, 40], vec![1.0, 0.3, 0.01]);
-    let turn = |x: &[f32], inverse: bool| {
+    let rotate = |x: &[f32], inverse: bool| {
         let mut y = x.to_vec();
         device.rope(&mut y, &positions, n, HEADS, &frequencies, inverse).unwrap();
         y
     };
-    check("rope", &x, &dy, |x| turn(x, false), &turn(&dy, true));
-    let there_and_back = turn(&turn(&x, false), true);
-    assert!(x.iter().zip(&there_and_back).all(|(a, b)| (a - b).abs() < 1e-6));
+    check("rope", &x, &dy, |x| rotate(x, false), &rotate(&dy, true));
+    let round_trip = rotate(&rotate(&x, false), true);
+    assert!(x.iter().zip(&round_trip).all(|(a, b)| (a - b).abs() < 1e-6));
     let (d_q, d_kv) = (HEADS.d_q(), HEADS.d_kv());
-    assert_eq!(turn(&x, false)[d_q + d_kv..width], x[d_q + d_kv..width], "values are not turned");
+    assert_eq!(rotate(&x, false)[d_q + d_kv..width], x[d_q + d_kv..width], "values are not rotated");
 }
 
 fn spans(device: &CpuDevice, starts: &[usize]) -> Spans<CpuDevice> {
@@ -176,11 +176,11 @@ fn attention_back_is_the_gradient() {
     let (qkv, dout) = (numbers(n * width, 1), numbers(n * HEADS.d_q(), 2));
     let (out, lse) = attend(&device, &qkv, &starts);
     let mut dqkv = vec![f32::NAN; n * width];
-    device.attention_back(&dout, &qkv, &out, &lse, &spans(&device, &starts), HEADS, &mut dqkv).unwrap();
+    device.attention_backward(&dout, &qkv, &out, &lse, &spans(&device, &starts), HEADS, &mut dqkv).unwrap();
     check("attention", &qkv, &dout, |qkv| attend(&device, qkv, &starts).0, &dqkv);
 }
 
-/// One head of one token, as written in a textbook.
+/// One head of one token, as in a textbook.
 fn attend_plainly(qkv: &[f32], start: usize, t: usize, head: usize) -> Vec<f64> {
     let at = |t: usize, column: usize| -> Vec<f64> {
         qkv[t * HEADS.d_qkv() + column..][..HEADS.d_head].iter().map(|&x| f64::from(x)).collect()
@@ -201,7 +201,7 @@ fn attend_plainly(qkv: &[f32], start: usize, t: usize, head: usize) -> Vec<f64> 
 
 #[test]
 fn attention_equals_the_plain_loop_across_blocks() {
-    // 300 tokens are three blocks of queries; the example before must not be seen.
+    // 300 tokens are three blocks of queries; the previous example must not be attended to.
     let (device, starts) = (CpuDevice::new(), [0, 5, 305]);
     let qkv = numbers(305 * HEADS.d_qkv(), 1);
     let (out, _) = attend(&device, &qkv, &starts);
@@ -216,13 +216,14 @@ fn attention_equals_the_plain_loop_across_blocks() {
 }
 
 #[test]
-fn attention_back_adds_up_blocks() {
-    // Keys of the first block hear from queries of all three: compared with one difference in each part.
+fn attention_backward_sums_over_blocks() {
+    // Keys of the first block receive gradients from queries of all three; one element of each part is compared with a
+    // finite difference.
     let (device, starts, n, width) = (CpuDevice::new(), [0, 300], 300, HEADS.d_qkv());
     let (mut qkv, dout) = (numbers(n * width, 1), numbers(n * HEADS.d_q(), 2));
     let (out, lse) = attend(&device, &qkv, &starts);
     let mut dqkv = vec![f32::NAN; n * width];
-    device.attention_back(&dout, &qkv, &out, &lse, &spans(&device, &starts), HEADS, &mut dqkv).unwrap();
+    device.attention_backward(&dout, &qkv, &out, &lse, &spans(&device, &starts), HEADS, &mut dqkv).unwrap();
     for at in [3, 130 * width + HEADS.d_q(), 7 * width + HEADS.d_q() + 8, 40 * width + width - 1, 299 * width + 9] {
         let x = qkv[at];
         let mut loss = |x: f32| -> f64 {
@@ -237,7 +238,7 @@ fn attention_back_adds_up_blocks() {
 }
 
 #[test]
-fn attention_goes_on_from_a_cache() {
+fn attention_continues_from_a_cache() {
     let (device, width, capacity) = (CpuDevice::new(), HEADS.d_qkv(), 150);
     let (a, b) = (numbers(140 * width, 1), numbers(6 * width, 2));
     let (expected, _) = attend(&device, &[a.clone(), b.clone()].concat(), &[0, 140, 146]);
@@ -249,7 +250,7 @@ fn attention_goes_on_from_a_cache() {
         device.attention_cached(&qkv, &spans, &past, HEADS, &mut cache, capacity, &mut out).unwrap();
         out
     };
-    // Sequence a in 3 + 137, b in 4 + 2 tokens; one of them may have nothing new.
+    // Sequence a in 3 + 137 tokens, b in 4 + 2; a sequence may add no tokens.
     read(&a[..3 * width], &b[..4 * width], [0, 0]);
     let last_a = read(&a[3 * width..], &[], [3, 4]);
     let last_b = read(&[], &b[4 * width..], [140, 4]);
@@ -266,7 +267,7 @@ fn swiglu_back_is_the_gradient() {
     let x: Vec<f32> = numbers(n * 2 * d_ff, 1).iter().map(|x| 4.0 * x).collect();
     let dy = numbers(n * d_ff, 2);
     let mut dx = vec![f32::NAN; n * 2 * d_ff];
-    device.swiglu_back(&dy, &x, n, d_ff, &mut dx).unwrap();
+    device.swiglu_backward(&dy, &x, n, d_ff, &mut dx).unwrap();
     let forward = |x: &[f32]| {
         let mut y = vec![f32::NAN; n * d_ff];
         device.swiglu(&x.to_vec(), n, d_ff, &mut y).unwrap();
@@ -289,7 +290,7 @@ fn cross_entropy_gives_its_gradient() {
     };
     let (losses, dx) = run(&x, Some(0.5));
     check("cross_entropy", &x, &[0.5; 4], |x| run(x, None).0, &dx);
-    assert_eq!(run(&x, None), (losses.clone(), x.clone()), "without a scale x stays");
+    assert_eq!(run(&x, None), (losses.clone(), x.clone()), "without a scale x is unchanged");
 
     // By hand: log(sum(exp(logits))) - logits[label], in float64.
     let mut logits = vec![0.0; n * n_vocab];
@@ -305,7 +306,7 @@ fn cross_entropy_gives_its_gradient() {
 }
 
 #[test]
-fn rows_are_taken_and_put_back() {
+fn rows_are_gathered_and_scattered() {
     let device = CpuDevice::new();
     let x = vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
     let (mut y, mut back) = (vec![0.0; 4], vec![9.0; 6]);

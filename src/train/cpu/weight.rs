@@ -1,4 +1,4 @@
-//! Weights in the type that they are stored in, and their products.
+//! Weights in their stored dtype, and their products.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -9,12 +9,12 @@ use crate::{
     tensor::{Dtype, Float, dtype_name},
 };
 
-/// The most elements that are widened at once: 32 MiB.
+/// The maximum number of elements widened at once: 32 MiB.
 pub(super) const MAX_WIDENED: usize = 8 << 20;
-/// Elements that one thread widens at a time.
+/// Elements that one task widens.
 const PIECE: usize = 1 << 14;
 
-/// A matrix `[d_out, d_in]` of BF16, F16 or F32.
+/// A matrix `[d_out, d_in]` in BF16, F16 or F32.
 #[derive(Clone, Debug)]
 pub struct CpuWeight {
     elements: Elements,
@@ -29,7 +29,7 @@ enum Elements {
     F16(Vec<f16>),
 }
 
-/// Runs an expression on the elements, whatever their type.
+/// Evaluates an expression on the elements, whatever their type.
 macro_rules! with_elements {
     ($elements:expr, $values:ident => $body:expr) => {
         match $elements {
@@ -55,7 +55,7 @@ impl CpuWeight {
         Ok(Self { elements, d_out, d_in })
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn d_out(&self) -> usize {
         self.d_out
     }
@@ -77,42 +77,42 @@ impl CpuWeight {
         });
     }
 
-    /// Rows cut into blocks that can be widened at once.
+    /// Blocks of rows small enough to be widened at once.
     pub(super) fn blocks(&self) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
         let (d_out, n_rows) = (self.d_out, (MAX_WIDENED / self.d_in).max(1));
         (0..d_out).step_by(n_rows).map(move |first| first..(first + n_rows).min(d_out))
     }
 
-    /// These rows in float32: borrowed where they are, else widened into `room`.
-    pub(super) fn widened<'a>(&'a self, rows: std::ops::Range<usize>, room: &'a mut Vec<f32>) -> &'a [f32] {
+    /// These rows in float32: borrowed if stored so, else widened into `scratch`.
+    pub(super) fn widened<'a>(&'a self, rows: std::ops::Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
         let range = rows.start * self.d_in..rows.end * self.d_in;
         match &self.elements {
             Elements::F32(values) => &values[range],
-            Elements::Bf16(values) => widen_all(&values[range], room),
-            Elements::F16(values) => widen_all(&values[range], room),
+            Elements::Bf16(values) => widen_all(&values[range], scratch),
+            Elements::F16(values) => widen_all(&values[range], scratch),
         }
     }
 
     /// `y = x * w^T + beta * y`; `x` is `[n, d_in]`, `y` `[n, d_out]`.
-    pub(super) fn times(&self, x: &[f32], n: usize, beta: f32, y: &mut [f32], room: &mut Vec<f32>) {
+    pub(super) fn times(&self, x: &[f32], n: usize, beta: f32, y: &mut [f32], scratch: &mut Vec<f32>) {
         for rows in self.blocks() {
-            let w = Mat::new(self.widened(rows.clone(), room), rows.len(), self.d_in);
+            let w = Mat::new(self.widened(rows.clone(), scratch), rows.len(), self.d_in);
             let y = MatMut::strided(&mut y[rows.start..], n, rows.len(), self.d_out);
             matmul(Threads::Pool, 1.0, Mat::new(x, n, self.d_in), w.t(), beta, y);
         }
     }
 
     /// `dx = dy * w`; `dy` is `[n, d_out]`, `dx` `[n, d_in]`.
-    pub(super) fn transposed_times(&self, dy: &[f32], n: usize, dx: &mut [f32], room: &mut Vec<f32>) {
+    pub(super) fn transposed_times(&self, dy: &[f32], n: usize, dx: &mut [f32], scratch: &mut Vec<f32>) {
         for rows in self.blocks() {
-            let w = Mat::new(self.widened(rows.clone(), room), rows.len(), self.d_in);
+            let w = Mat::new(self.widened(rows.clone(), scratch), rows.len(), self.d_in);
             let dy = Mat::strided(&dy[rows.start..], n, rows.len(), self.d_out);
             let beta = if rows.start == 0 { 0.0 } else { 1.0 };
             matmul(Threads::Pool, 1.0, dy, w, beta, MatMut::new(dx, n, self.d_in));
         }
     }
 
-    /// `to[i] = round(self[e] + theta[e])`, widened, for the entry `e` of each row `i` that has one.
+    /// `to[i] = round(self[e] + theta[e])`, widened, for each row `i` that has an entry `e`.
     pub(super) fn patched(&self, offsets: &[u32], theta: &[f32], to: &mut [f32]) {
         with_elements!(&self.elements, from => {
             for (to, span) in to.iter_mut().zip(offsets.windows(2)) {
@@ -147,16 +147,16 @@ fn widen<T: Float<Acc = f32>>(from: &[T], to: &mut [f32]) {
     }
 }
 
-fn widen_all<'a, T: Float<Acc = f32>>(from: &[T], room: &'a mut Vec<f32>) -> &'a [f32] {
-    if room.len() < from.len() {
-        room.resize(from.len(), 0.0);
+fn widen_all<'a, T: Float<Acc = f32>>(from: &[T], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+    if scratch.len() < from.len() {
+        scratch.resize(from.len(), 0.0);
     }
-    let to = &mut room[..from.len()];
+    let to = &mut scratch[..from.len()];
     to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(|(to, from)| widen(from, to));
     to
 }
 
-/// The sum is that of a merge with scale 1, so that both round alike.
+/// The same sum as in a merge with scale 1, so that both round identically.
 fn merged<T: Float<Acc = f32>>(original: T, theta: f32) -> T {
     T::from_acc(original.widen() + theta)
 }
@@ -182,8 +182,8 @@ mod tests {
     }
 
     #[test]
-    fn a_product_in_blocks_is_the_product() {
-        // Rows so long that each is a block of its own: [1, 0, …] and [0, 2, …].
+    fn a_product_in_blocks_equals_the_whole_product() {
+        // Rows long enough to be one block each: [1, 0, …] and [0, 2, …].
         let mut weight = CpuWeight::zeros(Dtype::F32, 2, MAX_WIDENED).unwrap();
         weight.write_rows(0, &1f32.to_le_bytes());
         let mut second = vec![0; 4];
@@ -191,10 +191,10 @@ mod tests {
         weight.write_rows(1, &second);
         let mut x = vec![0.0; MAX_WIDENED];
         (x[0], x[1]) = (3.0, 5.0);
-        let (mut y, mut dx, mut room) = ([0.0; 2], vec![0.0; MAX_WIDENED], Vec::new());
-        weight.times(&x, 1, 0.0, &mut y, &mut room);
+        let (mut y, mut dx, mut scratch) = ([0.0; 2], vec![0.0; MAX_WIDENED], Vec::new());
+        weight.times(&x, 1, 0.0, &mut y, &mut scratch);
         assert_eq!(y, [3.0, 10.0]);
-        weight.transposed_times(&[1.0, 10.0], 1, &mut dx, &mut room);
+        weight.transposed_times(&[1.0, 10.0], 1, &mut dx, &mut scratch);
         assert_eq!(dx[..3], [1.0, 20.0, 0.0]);
     }
 
@@ -206,7 +206,7 @@ mod tests {
         originals.write_rows(0, &bytes(&[1.0, -2.0]));
         // 1 + 0.002 is nearer to 1 than to 1.0078125; -2 + 0.5 is a bf16.
         weight.patch(&[0, 1, 2], &[2, 0], &originals, &[0.002, 0.5]);
-        let mut room = Vec::new();
-        assert_eq!(weight.widened(0..2, &mut room), [0.0, 0.0, 1.0, -1.5, 0.0, 0.0]);
+        let mut scratch = Vec::new();
+        assert_eq!(weight.widened(0..2, &mut scratch), [0.0, 0.0, 1.0, -1.5, 0.0, 0.0]);
     }
 }

@@ -1,4 +1,4 @@
-//! What the machine can do, measured beside what the program does.
+//! The limits of the machine, measured next to the program.
 
 use std::{
     fs::File,
@@ -17,14 +17,14 @@ fn shards(checkpoint: &Path) -> Vec<PathBuf> {
     checkpoint.shards().iter().map(|shard| shard.path().to_owned()).collect()
 }
 
-/// Bytes of the tensors that `mask` looks at.
+/// Bytes of the tensors that `mask` reads.
 pub fn target_bytes(checkpoint: &Path) -> u64 {
     let checkpoint = Checkpoint::open(checkpoint).expect("the checkpoint opens");
     let is_target = |name: &str| LLAMA_PROJECTIONS.iter().any(|projection| name.contains(projection));
     checkpoint.tensors().filter(|tensor| is_target(&tensor.info.name)).map(|tensor| tensor.info.n_bytes()).sum()
 }
 
-/// Takes a checkpoint out of the page cache.
+/// Evicts a checkpoint from the page cache.
 pub fn chill(checkpoint: &Path) {
     for path in shards(checkpoint) {
         let file = File::open(path).expect("the shard opens");
@@ -33,16 +33,16 @@ pub fn chill(checkpoint: &Path) {
     }
 }
 
-/// Brings a checkpoint into the page cache.
+/// Loads a checkpoint into the page cache.
 pub fn warm(checkpoint: &Path) {
     for path in shards(checkpoint) {
         io::copy(&mut File::open(path).expect("the shard opens"), &mut io::sink()).expect("the shard can be read");
-        // Not all systems read what goes nowhere.
+        // Some systems do not actually read data that is copied to a sink.
     }
     read_mapped(checkpoint);
 }
 
-/// Reads all weights through maps, on all threads: what no pass over a warm checkpoint can beat.
+/// Reads all weights through memory maps, on all threads: the lower bound for any pass over a cached checkpoint.
 pub fn read_mapped(checkpoint: &Path) -> Duration {
     let checkpoint = Checkpoint::open(checkpoint).expect("the checkpoint opens");
     let ctx = Context { io: Io::Mapped, ..Context::default() };
@@ -72,7 +72,8 @@ pub fn read_mapped(checkpoint: &Path) -> Duration {
     began.elapsed()
 }
 
-/// Reads all shards past the page cache, 8 MiB at a time, as `dd iflag=direct` does; none where the file system cannot.
+/// Reads all shards with direct I/O, 8 MiB at a time, as `dd iflag=direct` does; `None` if the file system does not
+/// support it.
 pub fn read_direct(checkpoint: &Path) -> Option<Duration> {
     const BLOCK: usize = 8 << 20;
     const PAGE: usize = 4096;

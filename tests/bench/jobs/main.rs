@@ -1,14 +1,13 @@
-//! Whole commands on a checkpoint of a real model's shape, beside what the machine can do at all.
+//! Whole commands on a checkpoint with a real model's shape, compared with the limits of the machine.
 //!
 //! `cargo bench --bench jobs -- [--shape 135m|1b|8b|70b] [--dir DIR] [--runs N] [--max-memory SIZE] [--cold]
 //! [--only TEXT] [--results DIR]`
 //!
-//! The checkpoint is made under DIR (`target/bench` by default) and stays there for the next time; results go to a folder
-//! beside it, or under `--results`, and are removed. Every job runs N times in
-//! turn with its limit, and medians are printed: seconds, bytes of the weights a second, the share of the limit run just
-//! before, and the most memory that was resident. `--cold` takes the checkpoint out of the page cache before every run,
-//! `--only` leaves out the jobs whose names do not hold TEXT. Figures and what they were measured on: README.md in the folder
-//! above.
+//! The checkpoint is created under DIR (`target/bench` by default) and kept for later runs; results go to a folder
+//! next to it, or under `--results`, and are removed. Every job runs N times, alternating with its limit. Medians are
+//! printed: seconds, bytes of weights per second, the fraction of the preceding limit run, and peak resident memory.
+//! `--cold` evicts the checkpoint from the page cache before every run; `--only` runs only the jobs whose names
+//! contain TEXT. Results and the machine: README.md in the parent folder.
 
 mod limits;
 mod synthetic;
@@ -57,7 +56,7 @@ fn options() -> Options {
             "--cold" => options.cold = true,
             "--only" => options.only = value(),
             "--results" => options.results = Some(value().into()),
-            // Cargo's own.
+            // Passed by Cargo.
             "--bench" => {}
             other => panic!("unknown option {other}"),
         }
@@ -65,13 +64,13 @@ fn options() -> Options {
     options
 }
 
-/// What one run of a command took.
+/// The cost of one run of a command.
 struct Run {
     time: Duration,
     peak_mib: u64,
 }
 
-/// Runs the command with `-v`, which tells of the memory it took.
+/// Runs the command with `-v`, which prints the peak memory.
 fn run(options: &Options, arguments: &[&str]) -> Run {
     let began = Instant::now();
     let output = Command::new(env!("CARGO_BIN_EXE_neuroada-ckpt"))
@@ -80,9 +79,9 @@ fn run(options: &Options, arguments: &[&str]) -> Run {
         .output()
         .expect("the command starts");
     let time = began.elapsed();
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {told}");
-    let peak = told.lines().find_map(|line| line.strip_suffix(" MiB of memory at the peak"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
+    let peak = stderr.lines().find_map(|line| line.strip_suffix(" MiB of memory at the peak"));
     Run { time, peak_mib: peak.map_or(0, |mib| mib.parse().expect("a number")) }
 }
 
@@ -91,7 +90,8 @@ fn median(mut figures: Vec<f64>) -> f64 {
     figures[figures.len() / 2]
 }
 
-/// Measures `job`, which has `n_bytes` to look at, in turn with its limit in bytes a second, after `prepare`, and prints a line.
+/// Measures `job`, which reads `n_bytes`, alternating with its limit in bytes per second, after `prepare`, and prints
+/// a line.
 fn measure(
     options: &Options,
     name: &str,
@@ -112,7 +112,7 @@ fn measure(
         let time = run.time.as_secs_f64();
         times.push(time);
         limits.extend(limit);
-        // Machines change their pace: a run is held against the limit just before it.
+        // The speed of a machine varies: a run is compared with the limit measured just before it.
         shares.extend(limit.map(|limit| 100.0 * n_bytes as f64 / time / limit));
         peak = peak.max(run.peak_mib);
     }
@@ -185,7 +185,7 @@ fn main() {
         let began = Instant::now();
         let status = Command::new("cp").arg("-r").arg(&base).arg(&copy).status();
         let time = began.elapsed();
-        // What it left to be written does not belong to the next measurement.
+        // Writes pending from one job must not affect the next measurement.
         remove(&copy);
         status.is_ok_and(|status| status.success()).then(|| per_second(time))
     };
@@ -224,14 +224,14 @@ fn main() {
     remove(&work);
 }
 
-/// Merges in place unless that was done.
+/// Merges in place unless already merged.
 fn run_quietly(options: &Options, adapter: &str, merged: &str) {
     if !Path::new(merged).join(".neuroada/ledger").exists() {
         run(options, &["merge", merged, "--adapter", adapter, "--in-place"]);
     }
 }
 
-/// Takes out what was merged.
+/// Unmerges.
 fn unmerge_quietly(options: &Options, merged: &str) {
     if Path::new(merged).join(".neuroada/ledger").exists() {
         run(options, &["unmerge", merged, "--in-place"]);

@@ -1,4 +1,4 @@
-//! Checkpoints of the shapes that people have, with made-up weights.
+//! Checkpoints with the shapes of real models and synthetic weights.
 
 use std::{
     fs::{self, File},
@@ -27,9 +27,9 @@ pub const SHAPES: [Shape; 4] = [
     Shape { name: "70b", hidden: 8192, intermediate: 28_672, layers: 80, heads: 64, kv_heads: 8, vocab: 128_256 },
 ];
 
-/// Bytes of a shard, about.
+/// Approximate size of a shard in bytes.
 const SHARD_BYTES: u64 = 5_000_000_000;
-/// Elements of the noise that all tensors are cut from.
+/// Elements of the noise from which all tensors are cut.
 const NOISE: usize = 8 << 20;
 
 impl Shape {
@@ -58,7 +58,7 @@ impl Shape {
         tensors
     }
 
-    /// Writes the checkpoint to `folder`, unless it is there.
+    /// Writes the checkpoint to `folder`, unless it exists.
     pub fn write(&self, folder: &Path) -> io::Result<()> {
         if folder.join("config.json").exists() {
             return Ok(());
@@ -100,7 +100,7 @@ impl Shape {
             out.write_all(&(header.len() as u64).to_le_bytes())?;
             out.write_all(header.as_bytes())?;
             for (i, (name, shape)) in shard.iter().enumerate() {
-                // Every tensor begins elsewhere in the noise, so that no two are alike.
+                // Every tensor begins at a different offset of the noise, so that no two are the same.
                 let seed = name.bytes().fold(i, |seed, byte| seed.wrapping_mul(31).wrapping_add(usize::from(byte)));
                 let (mut at, mut left) = (2 * (seed.wrapping_mul(0x9e37_79b1) % NOISE), bytes_of(shape) as usize);
                 while left > 0 {
@@ -120,12 +120,12 @@ impl Shape {
             "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab,
         });
-        // Last: a checkpoint that has it is whole.
+        // Written last: a checkpoint that has it is complete.
         fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)
     }
 }
 
-/// Bell-shaped bf16 weights of a standard deviation of about 0.02.
+/// Bell-shaped bf16 weights with a standard deviation of about 0.02.
 fn noise() -> Vec<u8> {
     let mut state = 1u64;
     let mut even = || {
