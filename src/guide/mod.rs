@@ -8,6 +8,7 @@
 //! | use a LoRA adapter, or a sparse adapter of PEFT, SpIEL or the published NeuroAda code | [adapters of other tools][other_tools] |
 //! | take an adapter out again, or recover from a crash | [undo and recovery][undo] |
 //! | choose connections of very large checkpoints, or on a cluster | [masks at scale][masks] |
+//! | work on FP8, FP4, INT4 and other quantized checkpoints, or decode them | [quantized checkpoints][quantized] |
 //! | train deltas with this program | [training] |
 //! | train deltas in PyTorch | [training elsewhere][training_elsewhere] |
 //! | measure a model | [evaluation] |
@@ -27,6 +28,7 @@ macro_rules! pages {
         #[doc = "[other_tools]: crate::guide::other_tools"]
         #[doc = "[undo]: crate::guide::undo"]
         #[doc = "[masks]: crate::guide::masks"]
+        #[doc = "[quantized]: crate::guide::quantized"]
         #[doc = "[training]: crate::guide::training"]
         #[doc = "[training_elsewhere]: crate::guide::training_elsewhere"]
         #[doc = "[evaluation]: crate::guide::evaluation"]
@@ -48,6 +50,7 @@ pages! {
     other_tools = "other_tools.md",
     undo = "undo.md",
     masks = "masks.md",
+    quantized = "quantized.md",
     training = "training.md",
     training_elsewhere = "training_elsewhere.md",
     evaluation = "evaluation.md",
