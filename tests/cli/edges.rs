@@ -170,7 +170,7 @@ fn no_output_lies_in_the_state_of_another_checkpoint() {
         for command in ["mask in/base --k 1", "convert in/a --to shira", "merge in/one --adapter in/of-one"] {
             for force in ["", " --force"] {
                 let told = refused(&workspace, &format!("{command} -o {output}{force}"));
-                assert!(told.contains("the state that a merged checkpoint is undone from"), "{told}");
+                assert!(told.contains("would lie in the state folder that unmerge needs"), "{told}");
             }
         }
     }

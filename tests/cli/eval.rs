@@ -62,7 +62,7 @@ fn a_template_that_writes_the_answer_is_asked_for_each() {
     assert_eq!(report["answers"][0]["ranked"], "option1", "of equals the first");
     workspace.write("shortest.jinja", "{{ answer }}{% generation %}same{% endgeneration %}");
     let refused = workspace.run(&format!("{COMMONSENSE} --template shortest.jinja"));
-    let line = "commonsense.jsonl: line 1: its prompt for the answer \"option2\" is not that for \"option1\"";
+    let line = "commonsense.jsonl: line 1: its prompts for the answers \"option2\" and \"option1\" differ";
     assert!(refused.starts_with("exit: 3") && refused.contains(line), "{refused}");
 }
 

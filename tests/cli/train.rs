@@ -177,7 +177,7 @@ fn biases_that_the_base_has_not_are_not_trained() {
     let line = format!("train [FIXTURES]/tiny-llama -k 1 {DATA} --train-bias -o a.safetensors");
     for more in ["", " --dry-run"] {
         let told = workspace.run(&format!("{line}{more} -q"));
-        let what = "the chosen projections have no bias: an adapter can only add to tensors that exist";
+        let what = "the chosen projections have no biases, and an adapter can only add to existing tensors";
         assert_eq!(told, format!("exit: 2\n--- stdout\n--- stderr\nerror: [FIXTURES]/tiny-llama: {what}\n"));
     }
     assert_eq!(workspace.files(), [""; 0]);

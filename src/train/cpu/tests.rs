@@ -34,7 +34,7 @@ fn check(what: &str, x: &[f32], dy: &[f32], mut forward: impl FnMut(&[f32]) -> V
 const HEADS: Heads = Heads { n_q: 4, n_kv: 2, d_head: 6 };
 
 #[test]
-fn linear_back_is_the_gradient() {
+fn linear_backward_is_the_gradient() {
     let (device, n, d_out, d_in) = (CpuDevice::new(), 3, 5, 4);
     let mut w = device.weight(Dtype::F32, d_out, d_in).unwrap();
     let bytes: Vec<u8> = numbers(d_out * d_in, 1).iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -111,7 +111,7 @@ fn a_patched_bias_is_rounded_to_its_type_and_widened() {
 }
 
 #[test]
-fn rms_norm_back_adds_the_gradient() {
+fn rms_norm_backward_adds_the_gradient() {
     let (device, n, d, eps) = (CpuDevice::new(), 3, 7, 1e-5);
     let (x, gain, dy) = (numbers(n * d, 1), numbers(d, 2), numbers(n * d, 3));
     let before = numbers(n * d, 4);
@@ -127,7 +127,7 @@ fn rms_norm_back_adds_the_gradient() {
 }
 
 #[test]
-fn head_norm_back_is_the_gradient() {
+fn head_norm_backward_is_the_gradient() {
     let (device, n, eps, width) = (CpuDevice::new(), 2, 1e-5, HEADS.d_qkv());
     let (x, dy) = (numbers(n * width, 1), numbers(n * width, 2));
     let (q_gain, k_gain) = (numbers(HEADS.d_head, 3), numbers(HEADS.d_head, 4));
@@ -170,7 +170,7 @@ fn attend(device: &CpuDevice, qkv: &[f32], starts: &[usize]) -> (Vec<f32>, Vec<f
 }
 
 #[test]
-fn attention_back_is_the_gradient() {
+fn attention_backward_is_the_gradient() {
     let (device, starts) = (CpuDevice::new(), [0, 1, 4, 9]);
     let (n, width) = (9, HEADS.d_qkv());
     let (qkv, dout) = (numbers(n * width, 1), numbers(n * HEADS.d_q(), 2));
@@ -262,7 +262,7 @@ fn attention_continues_from_a_cache() {
 }
 
 #[test]
-fn swiglu_back_is_the_gradient() {
+fn swiglu_backward_is_the_gradient() {
     let (device, n, d_ff) = (CpuDevice::new(), 3, 5);
     let x: Vec<f32> = numbers(n * 2 * d_ff, 1).iter().map(|x| 4.0 * x).collect();
     let dy = numbers(n * d_ff, 2);
