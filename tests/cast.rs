@@ -141,7 +141,7 @@ fn a_run_that_was_stopped_goes_on_where_it_was() {
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&damaged, bytes).unwrap();
     let report = cast(&Context::default(), &base, &options, Some((&output, Existing::Keep))).unwrap();
-    assert!(report.notes.iter().any(|note| note.contains("it was written anew")), "{:?}", report.notes);
+    assert!(report.notes.iter().any(|note| note.contains("it was written again")), "{:?}", report.notes);
     for entry in fs::read_dir(&whole).unwrap() {
         let name = entry.unwrap().file_name();
         assert!(fs::read(whole.join(&name)).unwrap() == fs::read(output.join(&name)).unwrap(), "{name:?}");

@@ -69,7 +69,7 @@ fn what_cannot_be_added_up_is_refused_and_leaves_the_same_tree() {
         (vec![low_rank.clone()], in_full),
         (vec![sparse.clone()], in_full),
         (vec![over.clone()], in_full),
-        (vec![mixture.input(LORA[1], 1.0)], "is merged into it already"),
+        (vec![mixture.input(LORA[1], 1.0)], "is already merged into it"),
         (vec![mixture.input(SPARSE[1], 1.0), turned.clone()], "the rows of one are the columns of the other"),
     ] {
         for options in [&whole(), &in_place(Some(base.clone())), &new] {
@@ -169,7 +169,7 @@ fn a_base_that_is_needed_is_called_by_its_own_name() {
     let path = mixture.work();
     mixture.add(&path, &[(LORA[1], 1.0)], &in_place(Some(mixture.base()))).unwrap();
     let refused = mixture.remove_all(&path, &in_place(None)).unwrap_err().to_string();
-    assert!(refused.contains("its base base is needed"), "{refused}");
+    assert!(refused.contains("undoing needs the base base"), "{refused}");
 }
 
 #[test]

@@ -17,6 +17,7 @@ use neuroada_ckpt::{
         adapter::AdapterWriter,
         checkpoint::{CodedLayout, TensorFileWriter},
         mask::{BaseInfo, Recipe, select_targets},
+        tensor::F8E4M3,
     },
 };
 
@@ -501,9 +502,9 @@ fn what_changed_in_plain_weights_beside_codes_is_extracted() {
     assert!(code == Some(4) && said.contains("codes are not numbers"), "{code:?} {said}");
 }
 
-/// The tiny Llama, with one weight stored as 8-bit floats with a scale.
+/// The tiny Llama, with all projections stored as 8-bit floats with a scale for each row.
 #[cfg(feature = "train")]
-fn llama_with_codes(dir: &Path) -> PathBuf {
+fn quantized_llama(dir: &Path) -> PathBuf {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
     let to = dir.join("llama");
     fs::create_dir(&to).unwrap();
@@ -511,23 +512,46 @@ fn llama_with_codes(dir: &Path) -> PathBuf {
         fs::copy(from.join(name), to.join(name)).unwrap();
     }
     let checkpoint = Checkpoint::open(&from).unwrap();
-    let mut tensors: Vec<(&str, Dtype, &[u64])> =
-        checkpoint.tensors().map(|it| (it.info.name.as_str(), it.info.dtype, &it.info.shape[..])).collect();
-    tensors.iter_mut().find(|it| it.0 == "model.layers.0.self_attn.q_proj.weight").unwrap().1 = Dtype::F8_E4M3;
-    tensors.push(("model.layers.0.self_attn.q_proj.weight_scale", Dtype::F32, &[1]));
-    write_zeros(&to.join("model.safetensors"), &tensors);
+    let mut writer = TensorFileWriter::create(&to.join("model.safetensors"), Existing::Keep).unwrap();
+    let mut write = |name: String, dtype: Dtype, shape: &[u64], bytes: &[u8]| {
+        let id = writer.add_tensor(name, dtype);
+        writer.append(id, bytes).unwrap();
+        writer.finish_tensor(id, shape.to_vec());
+    };
+    for tensor in checkpoint.tensors() {
+        let info = tensor.info;
+        let bytes = tensor.read(&Context::default(), 0..info.n_bytes()).unwrap();
+        if !info.name.contains("_proj") {
+            write(info.name.clone(), info.dtype, &info.shape, &bytes);
+            continue;
+        }
+        let numbers = bytes.chunks_exact(2).map(|le| half::bf16::from_le_bytes([le[0], le[1]]).to_f32());
+        let codes: Vec<u8> = numbers.map(|x| F8E4M3::from_f32(x / 0.001).to_bits()).collect();
+        write(info.name.clone(), Dtype::F8_E4M3, &info.shape, &codes);
+        let scales = 0.001f32.to_le_bytes().repeat(info.shape[0] as usize);
+        write(format!("{}_scale", info.name), Dtype::F32, &[info.shape[0], 1], &scales);
+    }
+    writer.finish(&Context::default(), &BTreeMap::new()).unwrap();
     to
 }
 
 #[cfg(feature = "train")]
 #[test]
-fn no_model_computes_with_codes() {
+fn eval_reads_a_quantized_model_and_train_refuses_it() {
     let dir = tempfile::tempdir().unwrap();
-    let base = llama_with_codes(dir.path());
+    let base = quantized_llama(dir.path());
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/commonsense.jsonl");
-    let out = dir.path().join("out");
-    for arguments in [&["eval"][..], &["train", "--k", "1", "-o", text(&out)]] {
-        let (code, _, said) = run(&[arguments, &[text(&base), "--data", text(&data)]].concat());
-        assert!(code == Some(4) && said.contains("is stored as FP8"), "{arguments:?}: {code:?} {said}");
-    }
+    let (plain, out) = (dir.path().join("plain"), dir.path().join("out"));
+    let (code, _, message) = run(&["cast", text(&base), "--dtype", "f32", "-o", text(&plain)]);
+    assert_eq!(code, Some(0), "{message}");
+    let loss = |model: &Path| {
+        let arguments = ["eval", text(model), "--data", text(&data), "--task", "loss", "--limit", "4", "--json"];
+        let (code, json, message) = run(&arguments);
+        assert_eq!(code, Some(0), "{message}");
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        json["loss"].as_f64().unwrap()
+    };
+    assert_eq!(loss(&base), loss(&plain), "decoded on the way and decoded before");
+    let (code, _, message) = run(&["train", "--k", "1", "-o", text(&out), text(&base), "--data", text(&data)]);
+    assert!(code == Some(4) && message.contains("is stored as FP8"), "{code:?} {message}");
 }

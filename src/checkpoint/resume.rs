@@ -94,7 +94,7 @@ impl Resume {
                 Ok(()) => _ = resume.proven.insert(name),
                 Err(what) => {
                     let name = Printable(&name);
-                    resume.notes.push(format!("{name}: left by an earlier run, {what}: it was written anew"));
+                    resume.notes.push(format!("{name}: left by an earlier run, {what}: it was written again"));
                 }
             }
         }

@@ -184,7 +184,9 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
         return show(env, &tokenizer, &args.data, &options, n_shown);
     }
     let base = Checkpoint::open(&args.base)?;
-    base.refuse_codes()?;
+    if args.adapter.is_some() {
+        base.refuse_codes()?;
+    }
     let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
     let task = match args.task {
         TaskChoice::Auto => data::task_of(&args.data)?,

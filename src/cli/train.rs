@@ -196,6 +196,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
     let options = args.options();
     options.check()?;
     let base = Checkpoint::open(&args.base)?;
+    base.refuse_codes()?;
     let config = train::check_model(&base)?;
     let tokenizer = Tokenizer::open(&args.base)?;
     let (data, about) = read(env, &args.data, &tokenizer, &args.rows.options(args.limit)?)?;

@@ -283,7 +283,7 @@ impl Machine<'_, '_> {
 
     fn recall(&mut self, key: u64) -> Result<(), CheckpointError> {
         match self.memo.get(&key).cloned() {
-            None => Err(self.bad(format!("value {key} is asked for and was never kept"))),
+            None => Err(self.bad(format!("value {key} is used but was never stored"))),
             Some(Value::Taken) => Err(self.bad("a list or dictionary is used twice")),
             Some(value) => self.push(value),
         }

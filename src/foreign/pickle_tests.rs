@@ -68,7 +68,7 @@ fn malformed_pickles_are_told_where() {
         (b"\x80\x02\x85.", "at byte 2: 1 values are needed, the stack has 0"),
         (b"\x80\x02(K\x01(\x85.", "at byte 6: 1 values are needed, the stack has 0"),
         (b"\x80\x02t.", "at byte 2: no mark is open"),
-        (b"\x80\x02h\x07.", "at byte 2: value 7 is asked for and was never kept"),
+        (b"\x80\x02h\x07.", "at byte 2: value 7 is used but was never stored"),
         (b"\x80\x02q\0.", "at byte 2: there is no value to remember"),
         (b"\x80\x02}(K\x01u.", "at byte 6: a key has no value"),
         (b"\x80\x02N(K\x01K\x02u.", "at byte 8: None is extended as a container"),

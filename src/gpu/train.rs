@@ -98,6 +98,7 @@ impl CudaDevice {
     /// # Errors
     /// A list of all matrices whose dtype differs from the embedding's; heads that are too wide.
     pub fn dtype_of(checkpoint: &Checkpoint) -> Result<Dtype, TrainError> {
+        checkpoint.refuse_codes()?;
         let d_head = ModelConfig::of(checkpoint)?.heads.d_head;
         if d_head > MAX_HEAD {
             let what = format!("heads are {d_head} wide, at most {MAX_HEAD} is supported on a GPU");

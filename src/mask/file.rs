@@ -275,10 +275,10 @@ mod tests {
         assert_eq!(message(&adapter), "this is an adapter; expected a mask");
         let unknown = mask_of(Some(r#"{"kind":"mosk\u001b","version":1}"#));
         assert_eq!(message(&unknown), "this is a file of the unknown kind \"mosk\\u{1b}\"; expected a mask");
-        let newer = mask_of(Some(r#"{"kind":"mask","version":2,"colour":"red"}"#));
+        let newer = mask_of(Some(r#"{"kind":"mask","version":3,"colour":"red"}"#));
         assert_eq!(
             message(&newer),
-            "its format is version 2, at most 1 is supported: was it made by a newer neuroada-ckpt?"
+            "its format is version 3, at most 2 is supported: was it made by a newer neuroada-ckpt?"
         );
     }
 

@@ -282,10 +282,15 @@ mod tests {
     }
 
     #[test]
-    fn scaled_8_bit_floats_are_refused() {
+    fn scaled_8_bit_floats_are_decoded_and_unknown_layouts_are_refused() {
         let (_folder, found) = checkpoint(&[
             ("a.q_proj.weight", Dtype::F8_E4M3, &[2, 2]),
             ("a.q_proj.weight_scale_inv", Dtype::F32, &[1, 1]),
+        ]);
+        assert_eq!(select(&found, &[]), Ok(vec!["a.q_proj.weight".to_owned()]));
+        let (_folder, found) = checkpoint(&[
+            ("a.q_proj.weight", Dtype::F8_E4M3, &[2, 2]),
+            ("a.q_proj.weight_scale_inv", Dtype::F32, &[3, 1]),
         ]);
         let error = select(&found, &[]).unwrap_err();
         assert!(error.contains("stored as FP8 with scales in \"a.q_proj.weight_scale_inv\""), "{error}");

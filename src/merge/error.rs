@@ -70,7 +70,7 @@ pub enum MergeError {
         what: String,
     },
     /// The adapter is in the checkpoint already.
-    #[error("{}: adapter {} is merged into it already", Printable::path(.path), .id.short())]
+    #[error("{}: adapter {} is already merged into it", Printable::path(.path), .id.short())]
     AlreadyMerged {
         /// The checkpoint.
         path: PathBuf,
@@ -78,7 +78,7 @@ pub enum MergeError {
         id: AdapterId,
     },
     /// The files say that the adapter was merged, though no ledger remembers it.
-    #[error("{}: adapter {} was merged into it before, and its ledger is gone: it would count twice", Printable::path(.path), .id.short())]
+    #[error("{}: adapter {} was already merged into it, and its ledger is missing; merging it again would apply it twice", Printable::path(.path), .id.short())]
     MergedBefore {
         /// The file that says it.
         path: PathBuf,
@@ -86,7 +86,7 @@ pub enum MergeError {
         id: AdapterId,
     },
     /// Weights that a merge wrote were changed since by somebody else.
-    #[error("{}: {} not what the merges recorded in its ledger left there:{}", Printable::path(.path), how_many(*.n_changed, *.n_tensors), indented_list(.examples))]
+    #[error("{}: {} from what the merges in its ledger wrote:{}", Printable::path(.path), how_many(*.n_changed, *.n_tensors), indented_list(.examples))]
     Tampered {
         /// The checkpoint.
         path: PathBuf,
@@ -98,7 +98,7 @@ pub enum MergeError {
         examples: Vec<String>,
     },
     /// Other paths lead to the files that would change in place.
-    #[error("{}: in place would change what others see: {}", Printable::path(.path), .hazards.join("; "))]
+    #[error("{}: a change in place would also change other files: {}", Printable::path(.path), .hazards.join("; "))]
     Linked {
         /// The checkpoint.
         path: PathBuf,
@@ -114,7 +114,7 @@ pub enum MergeError {
         what: String,
     },
     /// One adapter replaces a row, another adds to it.
-    #[error("\"{}\": row {row} is replaced by one adapter, and another adds to it; merge one of them", Printable(.tensor))]
+    #[error("\"{}\": row {row} is replaced by one adapter and changed by another; merge only one of them", Printable(.tensor))]
     SharedRow {
         /// The tensor.
         tensor: String,
@@ -153,7 +153,7 @@ pub enum MergeError {
         n_overflowed: u64,
     },
     /// Adding tensors, or taking them away, moves the others of their shard.
-    #[error("{}: \"{}\": an adapter adds this tensor, which works for a new checkpoint only, and so does taking it out (-o)", Printable::path(.path), Printable(.tensor))]
+    #[error("{}: \"{}\": an adapter adds this tensor; adding and removing tensors needs a new checkpoint (-o)", Printable::path(.path), Printable(.tensor))]
     NewTensorsInPlace {
         /// The checkpoint.
         path: PathBuf,
@@ -162,7 +162,7 @@ pub enum MergeError {
     },
     /// Of tensors that were changed as a whole hashes alone were kept.
     #[error(
-        "{}: of tensors that merges changed as a whole its ledger keeps hashes alone; its base {} is needed",
+        "{}: its ledger keeps only hashes of the tensors that merges changed as a whole; undoing needs the base {}",
         Printable::path(.path),
         Printable(.base)
     )]
@@ -174,7 +174,7 @@ pub enum MergeError {
     },
     /// In place, tensors would be overwritten as a whole, and their originals would be nowhere.
     #[error(
-        "{}: in place, the adapters change whole tensors, {n_bytes} bytes, and their originals would be kept nowhere",
+        "{}: the adapters change whole tensors in place ({n_bytes} bytes), and nothing would keep the originals",
         Printable::path(.path)
     )]
     KeepsNothing {
@@ -205,10 +205,11 @@ pub enum MergeError {
 
 fn how_many(n_weights: u64, n_tensors: u64) -> String {
     match (n_weights, n_tensors) {
-        (n, 0) => format!("{n} weights are"),
-        (0, 1) => "1 tensor is".to_owned(),
-        (0, n) => format!("{n} tensors are"),
-        (n, m) => format!("{n} weights and {m} whole tensors are"),
+        (1, 0) => "1 weight differs".to_owned(),
+        (n, 0) => format!("{n} weights differ"),
+        (0, 1) => "1 tensor differs".to_owned(),
+        (0, n) => format!("{n} tensors differ"),
+        (n, m) => format!("{n} weights and {m} whole tensors differ"),
     }
 }
 

@@ -322,7 +322,7 @@ impl<'a, 'l> Examination<'a, 'l> {
             if found != before.merged {
                 self.findings.n_changed_tensors += 1;
                 if self.findings.changed.len() < MAX_EXAMPLES {
-                    let what = format!("\"{}\": is not what the merges left there", Printable(name));
+                    let what = format!("\"{}\": differs from what the merges wrote", Printable(name));
                     self.findings.changed.push(what);
                 }
             }

@@ -74,7 +74,7 @@ impl Findings {
             return Err(match (whose, change.base, change.before.ledger) {
                 (WrongOriginal::Base, Some(base), _) => MergeError::Refused {
                     path: base.root().to_owned(),
-                    what: format!("\"{tensor}\": its values are others: not the base of this merge"),
+                    what: format!("\"{tensor}\": its values differ from those of the merge's base"),
                 },
                 (_, _, Some(ledger)) => MergeError::BadLedger {
                     path: ledger.path().to_owned(),

@@ -180,8 +180,7 @@ impl<'a> Stack<'a> {
         let shared = all.iter().find(|(name, _)| targets.contains_key(name.as_str()));
         if let Some((name, added)) = shared {
             let (name, id) = (Printable(name), added.source.id.short());
-            let what =
-                format!("\"{name}\": adapter {id} brings this tensor along, and another change of it is asked for");
+            let what = format!("\"{name}\": adapter {id} adds this tensor, and another adapter changes it");
             return Err(refused(format!("{what}: take one of them")));
         }
         let mut active: Vec<&'a Source> =

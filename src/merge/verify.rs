@@ -222,7 +222,7 @@ fn verify_whole(
             },
             _ => MergeError::Refused {
                 path: tensor.shard.path().to_owned(),
-                what: format!("\"{name}\": its values are others: not the base of this merge"),
+                what: format!("\"{name}\": its values differ from those of the merge's base"),
             },
         });
     }
@@ -232,7 +232,7 @@ fn verify_whole(
             problems.push(format!("\"{name}\": {n_wrong} weights are not what the merge makes of the originals"));
         }
     } else if !is_left {
-        problems.push(format!("\"{name}\": is not what the merge left there"));
+        problems.push(format!("\"{name}\": differs from what the merge wrote"));
     }
     // That its original is the base's was proven for all adapters at once, now or when it was merged.
     for terms in target.terms.chunk_by(|a, b| a.source.id == b.source.id) {

@@ -83,7 +83,9 @@ impl MemoryEstimate {
     /// beyond the model.
     pub fn of_run(config: &ModelConfig, base: &Checkpoint, run: RunSize, act_bytes: usize, scratch: u64) -> Self {
         let is_copy = |name: &str| config.is_tied && name == "lm_head.weight";
-        let loaded = base.tensors().filter(|tensor| !is_copy(&tensor.info.name));
+        // Quantized weights are decoded to float32.
+        let tensors = base.weights().unwrap_or_default();
+        let loaded = tensors.iter().filter(|tensor| !is_copy(&tensor.info.name));
         let weights: u64 = loaded.map(|tensor| tensor.info.n_bytes()).sum();
         let activations = Workspace::<CpuDevice>::n_bytes(config, run.max_tokens, run.keep, act_bytes) + scratch;
         // Theta, gradient, two moments, column, and the original value.

@@ -103,7 +103,7 @@ impl<D: Device> Model<D> {
     pub fn load(ctx: &Context<'_>, device: &D, checkpoint: &Checkpoint) -> Result<Self, TrainError> {
         let config = check_model(checkpoint)?;
         let mut loader = Loader { ctx, device, checkpoint };
-        ctx.observer.begin("loading", checkpoint.tensors().map(|tensor| tensor.info.n_bytes()).sum());
+        ctx.observer.begin("loading", checkpoint.weights()?.iter().map(|tensor| tensor.info.n_bytes()).sum());
         let layers = (0..config.n_layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
         let (embedding, _) = loader.matrix(&[EMBEDDING])?;
         let head = if config.is_tied { None } else { Some(loader.matrix(&[HEAD])?.0) };
@@ -173,8 +173,6 @@ impl<D: Device> Linear<D> {
 /// # Errors
 /// As [`Model::load`].
 pub fn check_model(checkpoint: &Checkpoint) -> Result<ModelConfig, TrainError> {
-    // Checked first: the config and tokenizer of a quantized model may be anything.
-    checkpoint.refuse_codes()?;
     let mut config = ModelConfig::of(checkpoint)?;
     // A model may be tied although its config does not say so.
     let map = WeightMap::new(checkpoint, Answers::default())?;
@@ -230,7 +228,7 @@ impl ExpectedTensors {
         let mut problems = Vec::new();
         for (name, shape, optional) in &self.0 {
             let shown = Printable(name);
-            match checkpoint.tensor(name) {
+            match checkpoint.weight(name)? {
                 None if *optional => {}
                 None => problems.push(format!("\"{shown}\" is missing")),
                 Some(found) if found.info.shape != *shape => {
@@ -247,7 +245,7 @@ impl ExpectedTensors {
             }
         }
         let known: std::collections::BTreeSet<&str> = self.0.iter().map(|(name, ..)| name.as_str()).collect();
-        for tensor in checkpoint.tensors().filter(|tensor| !known.contains(tensor.info.name.as_str())) {
+        for tensor in checkpoint.weights()?.iter().filter(|tensor| !known.contains(tensor.info.name.as_str())) {
             problems.push(format!("\"{}\": not a tensor of this architecture", Printable(&tensor.info.name)));
         }
         if problems.is_empty() {
@@ -300,7 +298,7 @@ impl<D: Device> Loader<'_, D> {
     }
 
     fn tensor(&self, name: &str) -> TensorRef<'_> {
-        self.checkpoint.tensor(name).expect("all tensors were checked")
+        self.checkpoint.weight(name).ok().flatten().expect("all tensors were checked")
     }
 
     fn linear(&mut self, modules: &[String]) -> Result<Linear<D>, TrainError> {

@@ -189,6 +189,7 @@ pub fn train<D: Device>(
     watcher: &dyn Watcher,
 ) -> Result<TrainReport, TrainError> {
     job.options.check()?;
+    job.base.refuse_codes()?;
     let state_path = job.beside("state.safetensors");
     let resumes = job.check_outputs(&state_path)?;
     let plan = RunLength::new(job.options, job.data);

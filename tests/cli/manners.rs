@@ -85,6 +85,7 @@ fn help_lists_commands_options_and_exit_codes() {
       eval         Measure a model on a file of rows: loss, and how many answers are right
       convert      Read other tools' sparse adapters, and write them
       sync         Make and apply the weight updates that inference servers fetch
+      cast         Write a checkpoint in another type, or in shards of another size
       merge        Add adapters to a checkpoint
       unmerge      Take adapters out of a checkpoint again, exactly
       verify       Prove a merge: every touched weight is right, every other byte is the base's

@@ -354,7 +354,7 @@ fn an_adapter_is_merged_once() {
     exit: 4
     --- stdout
     --- stderr
-    error: out: adapter 00677c4f4526 is merged into it already
+    error: out: adapter 00677c4f4526 is already merged into it
     hint: take it out with unmerge first, to merge it with another scale
     ");
 }
@@ -495,7 +495,7 @@ fn links_are_worked_on_only_when_asked() {
     exit: 4
     --- stdout
     --- stderr
-    error: tiny-llama: in place would change what others see: model-00002-of-00003.safetensors has 2 names (hard links)
+    error: tiny-llama: a change in place would also change other files: model-00002-of-00003.safetensors has 2 names (hard links)
     hint: --output makes a copy of all; --break-links copies the files that change, and leaves the others' as they are
     ");
     let before = fs::read(workspace.path("other")).unwrap();
@@ -595,7 +595,7 @@ fn verify_says_no_when_one_byte_was_changed() {
     exit: 4
     --- stdout
     --- stderr
-    error: out: 1 weights are not what the merges recorded in its ledger left there:
+    error: out: 1 weight differs from what the merges in its ledger wrote:
       "model.layers.0.self_attn.q_proj.weight" [0, 0]: bits bb93, the merges left bb92
     "#);
 }
