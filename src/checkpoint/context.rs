@@ -33,6 +33,8 @@ pub trait Observer: Sync {
     }
     /// `bytes` more bytes of the pass are done, or things where it counts things.
     fn advance(&self, _bytes: u64) {}
+    /// Something to know before the work goes on.
+    fn note(&self, _message: &str) {}
     /// Whether the user asked to stop.
     fn is_cancelled(&self) -> bool {
         false

@@ -30,6 +30,7 @@ pub enum OutputKind {
 /// Checks a place where an output is to appear; nothing is made. Returns whether something is there that it replaces.
 ///
 /// # Errors
+/// [`CheckpointError::NoFolder`] where the folder above it does not exist,
 /// [`CheckpointError::OutputExists`] where it exists and must be kept, [`CheckpointError::Refused`] with the reason for everything else
 /// that must not be written there.
 pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Result<bool, CheckpointError> {
@@ -62,6 +63,9 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
         // Its ledger would speak for a file that is not its own any more.
         (Some(EntryKind::File), OutputKind::File) if remembers_merge(target)? => {
             refused("is a merged checkpoint with a ledger beside it; unmerge it, or choose another name".to_owned())
+        }
+        _ if probe::metadata(folder_of(target))?.is_none() => {
+            Err(CheckpointError::NoFolder { path: folder_of(target).to_owned() })
         }
         _ => Ok(is_replaced),
     }

@@ -8,14 +8,15 @@ use std::{
 use super::{
     CheckpointError, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Printable, Shard, TensorInfo, Window,
     folder_of,
-    index::{Bounds, WrongTotal, index_names, open_shards},
+    index::{Bounds, SINGLE_FILE, WrongTotal, index_names, open_shards},
     json::{malformed, read_whole},
-    probe, state_folder,
+    probe,
+    recognise::no_checkpoint,
+    state_folder,
 };
 use crate::tensor::RowLayout;
 
 /// The name of a checkpoint's only shard, and of `config.json` beside it.
-const SINGLE_FILE: &str = "model.safetensors";
 const CONFIG_FILE: &str = "config.json";
 
 /// How a checkpoint lies on disk.
@@ -176,7 +177,7 @@ impl Checkpoint {
             (false, true) => Self::open_sharded(path, &index),
             // Other libraries give the index another stem: `diffusion_pytorch_model.safetensors.index.json`.
             (false, false) => match &index_names(path)?[..] {
-                [] => Err(CheckpointError::bad_file(path, no_model(path)?)),
+                [] => Err(no_checkpoint(path)?),
                 [index] => Self::open_sharded(path, &path.join(index)),
                 several => {
                     let names = several.iter().map(|name| Printable(name).to_string()).collect::<Vec<_>>().join(", ");
@@ -378,17 +379,4 @@ pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_j
         return Err(bad(format!("has about {n_values} values, at most {MAX_VALUES} are accepted")));
     }
     serde_json::from_slice(&json).map_err(|e| bad(format!("the JSON is malformed: {}", malformed(&json, 0, &e))))
-}
-
-/// What a folder without a model has instead.
-fn no_model(path: &Path) -> Result<String, CheckpointError> {
-    let has = |name: &str| probe::is_present(&path.join(name));
-    let instead = if has("adapter_model.safetensors")? || has("adapter_config.json")? {
-        "; this is a PEFT adapter"
-    } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
-        "; it holds PyTorch pickles, convert them to safetensors first"
-    } else {
-        ""
-    };
-    Ok(format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{instead}"))
 }
