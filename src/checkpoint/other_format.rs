@@ -122,7 +122,7 @@ fn to_json_lines(read: &str, file: &str) -> String {
 }
 
 /// What a file that is not safetensors is instead, by its first bytes; `None` for safetensors and for what is not known.
-pub(super) fn recognise_start(start: &[u8]) -> Option<OtherFormat> {
+pub(super) fn recognize_start(start: &[u8]) -> Option<OtherFormat> {
     let text = start.trim_ascii_start();
     let has = |needle: &[u8]| start.windows(needle.len()).any(|window| window == needle);
     // Behind a safetensors header's length, which may be any bytes, its JSON begins.
@@ -172,12 +172,42 @@ fn is_text(bytes: &[u8]) -> bool {
     bytes.len() > 8 && bytes.iter().all(|byte| matches!(byte, b'\t' | b'\n' | b'\r' | b' '..=b'~' | 0x80..))
 }
 
+/// What a folder is, by the names in it; `snapshot` is that of a repository in the Hugging Face cache. `None` for nothing known.
+pub(super) fn recognize_names(folder: &Path, names: &[&str], snapshot: Option<PathBuf>) -> Option<OtherFormat> {
+    let has = |name: &str| names.contains(&name);
+    let first = |is: &dyn Fn(&str) -> bool| names.iter().copied().find(|name| is(name));
+    Some(if has("adapter_model.safetensors") || has("adapter_config.json") {
+        OtherFormat::PeftFolder
+    } else if has("model.safetensors") || first(&|name| name.ends_with(".safetensors.index.json")).is_some() {
+        OtherFormat::Checkpoint
+    } else if first(&|name| name.ends_with(".distcp")).is_some() {
+        OtherFormat::Fsdp(folder.to_owned())
+    } else if let Some(shards) = first(&|name| name.starts_with("pytorch_model_fsdp_")) {
+        OtherFormat::Fsdp(folder.join(shards))
+    } else if has("zero_to_fp32.py") || first(&|name| name.starts_with("global_step")).is_some() {
+        OtherFormat::DeepSpeed
+    } else if first(&|name| name.starts_with("pytorch_model") && name.contains(".bin")).is_some() {
+        OtherFormat::PickledModel
+    } else if first(&|name| name.ends_with(".gguf")).is_some() {
+        OtherFormat::GgufFolder
+    } else if let Some(last) = names.iter().filter_map(|name| step_of(name)).max() {
+        OtherFormat::TrainingRun(folder.join(format!("checkpoint-{last}")))
+    } else {
+        OtherFormat::HubCache(snapshot?)
+    })
+}
+
+/// The step in the name of a checkpoint that a trainer wrote: `checkpoint-500`.
+fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix("checkpoint-")?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn files_are_recognised_by_their_first_bytes() {
+    fn files_are_recognized_by_their_first_bytes() {
         for (start, expected) in [
             (&b"{\"a\": 1, \"b\": 2}"[..], Some(OtherFormat::Json)),
             (b"{\n  \"architectures\": [\n", Some(OtherFormat::Json)),
@@ -194,7 +224,28 @@ mod tests {
             (b"plain words without any", None),
             (b"", None),
         ] {
-            assert_eq!(recognise_start(start), expected, "{}", String::from_utf8_lossy(start));
+            assert_eq!(recognize_start(start), expected, "{}", String::from_utf8_lossy(start));
         }
+    }
+
+    #[test]
+    fn folders_are_recognized_by_the_names_in_them() {
+        let of = |names: &[&str]| recognize_names(Path::new("a"), names, None);
+        assert_eq!(of(&["__0_0.distcp", ".metadata"]), Some(OtherFormat::Fsdp("a".into())));
+        assert_eq!(
+            of(&["pytorch_model_fsdp_0", "optimizer_0"]),
+            Some(OtherFormat::Fsdp("a/pytorch_model_fsdp_0".into()))
+        );
+        assert_eq!(of(&["zero_to_fp32.py", "latest"]), Some(OtherFormat::DeepSpeed));
+        assert_eq!(of(&["global_step500"]), Some(OtherFormat::DeepSpeed));
+        assert_eq!(of(&["pytorch_model-00001-of-00002.bin", "config.json"]), Some(OtherFormat::PickledModel));
+        assert_eq!(of(&["model-Q4_K_M.gguf", "config.json"]), Some(OtherFormat::GgufFolder));
+        let run = Some(OtherFormat::TrainingRun("a/checkpoint-1000".into()));
+        assert_eq!(of(&["checkpoint-500", "checkpoint-1000", "runs"]), run);
+        assert_eq!(of(&["adapter_config.json"]), Some(OtherFormat::PeftFolder));
+        assert_eq!(of(&["config.json"]), None);
+        let snapshot = Some("a/snapshots/0123abcd".into());
+        let cache = recognize_names(Path::new("a"), &["refs", "snapshots"], snapshot);
+        assert_eq!(cache, Some(OtherFormat::HubCache("a/snapshots/0123abcd".into())));
     }
 }

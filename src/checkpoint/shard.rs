@@ -17,7 +17,7 @@ use super::{
     direct::{self, DirectBytes},
     json::open_regular,
     mmap::is_cached,
-    other_format::{START_BYTES, recognise_start},
+    other_format::{START_BYTES, recognize_start},
 };
 
 /// Shorter runs are mapped, whether in memory or not: the page cache reads ahead for those who read little.
@@ -326,7 +326,7 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<Vec<u8>, Che
     let mut start = [0u8; START_BYTES];
     let known = file_bytes.min(START_BYTES as u64) as usize;
     read(&mut start[..known], 0)?;
-    if let Some(format) = recognise_start(&start[..known]) {
+    if let Some(format) = recognize_start(&start[..known]) {
         return Err(CheckpointError::other_format(path, format, "a safetensors file"));
     }
     if file_bytes < 8 {

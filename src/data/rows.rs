@@ -9,7 +9,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{DataError, RowLocation};
-use crate::checkpoint::{CheckpointError, Printable, open_regular, recognise_file};
+use crate::checkpoint::{CheckpointError, Printable, open_regular, recognize_file};
 
 /// Most bytes of one row: a long book; beyond it a missing quote or bracket is the likelier reason.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
@@ -70,7 +70,7 @@ impl RowReader {
             }
             Some(b'{') => {}
             Some(_) => {
-                if let Some(format) = recognise_file(path) {
+                if let Some(format) = recognize_file(path) {
                     let expected = "rows as a JSON array or JSON lines";
                     return Err(CheckpointError::other_format(path, format, expected).into());
                 }
