@@ -220,7 +220,7 @@ fn what_the_gpu_does_not_take_is_chosen_on_the_cpu_and_said() {
         assert!(stderr(&output).starts_with("note: rows chosen on the CPU: all; "), "{}", stderr(&output));
     }
     let output = workspace.run("diff BASE BASE --device cuda", &[]);
-    assert_eq!(stderr(&output), "note: this command does all its work on the CPU\n");
+    assert_eq!(stderr(&output), "note: this command does all of its work on the CPU\n");
     // Without being asked, nobody looks for a GPU.
     let output = workspace.run("mask BASE --k 2 --force -o m -v", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
@@ -282,7 +282,7 @@ fn the_library_of_matrix_products_is_told_or_where_it_was_looked_for() {
     fs::create_dir(&empty).unwrap();
     let empty = empty.to_str().unwrap();
     let nothing = told(&[("NEUROADA_CUDA_LIB", empty)]);
-    line(&nothing, "no cuBLASLt    only training needs it; libcublasLt.so.12 was not found\n");
+    line(&nothing, "no cuBLASLt    needed by train and eval only; libcublasLt.so.12 was not found\n");
     line(&nothing, &format!("               in NEUROADA_CUDA_LIB={empty}\n"));
     fs::write(folder.join("libcublasLt.so.12"), "words").unwrap();
     let no_library = told(&[("NEUROADA_CUDA_LIB", named)]);

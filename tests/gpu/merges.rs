@@ -150,7 +150,10 @@ fn every_type_is_merged_and_counted_alike() {
         let line = format!("hurts.safetensors --adapter {adapter}={scale} --allow-overflow");
         let said = same_merge(&workspace, &line, &[]);
         assert!(said.contains("6,600 weights merged on the GPU"), "{said}");
-        assert!(said.contains("note: weights merged on the CPU: 2,200; a GPU takes one LoRA product"), "{said}");
+        assert!(
+            said.contains("note: weights merged on the CPU: 2,200; the GPU path supports one LoRA product"),
+            "{said}"
+        );
         assert_eq!(said.contains("overflowed"), adapter == "large", "{said}");
     }
     let stats = workspace.stats();
@@ -177,7 +180,7 @@ fn what_a_gpu_does_not_merge_is_merged_on_the_cpu_and_said() {
     let sparse = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama-adapter.safetensors");
     let line = format!("merge BASE --adapter {} --force -o out --device cuda", sparse.display());
     let output = workspace.run(&line, &[]);
-    assert!(code(&output) == 0 && stderr(&output) == "note: this command does all its work on the CPU\n");
+    assert!(code(&output) == 0 && stderr(&output) == "note: this command does all of its work on the CPU\n");
     // Without being asked, nobody looks for a GPU.
     let output = workspace.run("merge BASE --adapter lora --force -v -o out", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
