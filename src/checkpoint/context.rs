@@ -34,6 +34,8 @@ pub trait Observer: Sync {
     }
     /// `bytes` more bytes (or items) of the pass are done.
     fn advance(&self, _bytes: u64) {}
+    /// Something to know before the work goes on.
+    fn note(&self, _message: &str) {}
     /// Whether the user has cancelled the command.
     fn is_cancelled(&self) -> bool {
         false

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{CodedWeight, atomic_file::is_temporary_folder};
+use super::{CodedWeight, atomic_file::is_temporary_folder, markup::shell_path, other_format::OtherFormat};
 use crate::error::{ErrorKind, Failure};
 
 /// Errors of opening, reading or writing checkpoint files.
@@ -29,6 +29,22 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong, found and expected.
         what: String,
+    },
+    /// A file or folder has another format than the one that is needed.
+    #[error("{}: {format}, not {expected}", Printable::path(.path))]
+    OtherFormat {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it is.
+        format: OtherFormat,
+        /// What is needed.
+        expected: &'static str,
+    },
+    /// The folder for an output does not exist.
+    #[error("the folder {} does not exist", Printable::path(.path))]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
     },
     /// One tensor of a file is invalid.
     #[error("{}: tensor \"{}\": {what}", Printable::path(.path), Printable(.tensor))]
@@ -168,6 +184,10 @@ impl CheckpointError {
     pub fn bad_file(path: &Path, what: impl Into<String>) -> Self {
         Self::BadFile { path: path.to_owned(), what: what.into() }
     }
+    /// A file or folder of another format; `expected` is a noun with its article.
+    pub fn other_format(path: &Path, format: OtherFormat, expected: &'static str) -> Self {
+        Self::OtherFormat { path: path.to_owned(), format, expected }
+    }
     /// An invalid tensor.
     pub fn bad_tensor(path: &Path, tensor: &str, what: impl Into<String>) -> Self {
         Self::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), what: what.into() }
@@ -215,8 +235,14 @@ impl CheckpointError {
 impl Failure for CheckpointError {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::Io { .. } | Self::Changed { .. } | Self::NoSpace { .. } | Self::Committed { .. } => ErrorKind::Io,
-            Self::BadFile { .. } | Self::BadTensor { .. } | Self::Many { .. } => ErrorKind::BadInput,
+            Self::Io { .. }
+            | Self::Changed { .. }
+            | Self::NoFolder { .. }
+            | Self::NoSpace { .. }
+            | Self::Committed { .. } => ErrorKind::Io,
+            Self::BadFile { .. } | Self::OtherFormat { .. } | Self::BadTensor { .. } | Self::Many { .. } => {
+                ErrorKind::BadInput
+            }
             Self::OutputExists { .. }
             | Self::OutputIsInput { .. }
             | Self::ForeignEntries { .. }
@@ -233,6 +259,8 @@ impl Failure for CheckpointError {
         match self {
             Self::Io { path, .. }
             | Self::BadFile { path, .. }
+            | Self::OtherFormat { path, .. }
+            | Self::NoFolder { path }
             | Self::BadTensor { path, .. }
             | Self::Many { path, .. }
             | Self::Changed { path, .. }
@@ -251,6 +279,8 @@ impl Failure for CheckpointError {
 
     fn hint(&self) -> Option<String> {
         let advice = match self {
+            Self::OtherFormat { path, format, .. } => return format.hint(path),
+            Self::NoFolder { path } => return Some(format!("mkdir -p {}", shell_path(path))),
             Self::OutputExists { .. } => "--force replaces it",
             Self::OutputIsInput { .. } => {
                 "choose another output path; with --in-place, merge and unmerge change the checkpoint itself"
@@ -300,9 +330,9 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// `problems` as indented lines, at most 50 of them.
+/// `problems` as indented lines, at most 10,000 of them. The command line shows the first few.
 pub(crate) fn indented_list(problems: &[String]) -> String {
-    const MAX_LISTED: usize = 50;
+    const MAX_LISTED: usize = 10_000;
     let mut list: String = problems.iter().take(MAX_LISTED).map(|problem| format!("\n  {problem}")).collect();
     if problems.len() > MAX_LISTED {
         list += &format!("\n  … and {} more", problems.len() - MAX_LISTED);

@@ -31,8 +31,8 @@ pub enum OutputKind {
 /// Checks whether an output may be written at `target`; creates nothing. Returns whether it replaces something.
 ///
 /// # Errors
-/// [`CheckpointError::OutputExists`] if it exists and must be kept; [`CheckpointError::Refused`] with the reason if
-/// the path is not allowed for any other reason.
+/// [`CheckpointError::NoFolder`] if the folder above it does not exist; [`CheckpointError::OutputExists`] if it exists
+/// and must be kept; [`CheckpointError::Refused`] with the reason if the path is not allowed for any other reason.
 pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Result<bool, CheckpointError> {
     let refused = |what: String| Err(CheckpointError::Refused { path: target.to_owned(), what });
     let Some(name) = target.file_name() else {
@@ -63,6 +63,9 @@ pub fn check_output(target: &Path, kind: OutputKind, existing: Existing) -> Resu
         // Its ledger would no longer match the file.
         (Some(EntryKind::File), OutputKind::File) if remembers_merge(target)? => {
             refused("is a merged checkpoint with a ledger; unmerge it, or choose another name".to_owned())
+        }
+        _ if probe::metadata(folder_of(target))?.is_none() => {
+            Err(CheckpointError::NoFolder { path: folder_of(target).to_owned() })
         }
         _ => Ok(is_replaced),
     }

@@ -14,6 +14,8 @@ use super::{
     probe,
 };
 
+/// The name of a checkpoint's only shard.
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
 /// The file's name in the shards' folder.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 

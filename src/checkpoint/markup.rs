@@ -1,5 +1,7 @@
 //! Escapes text from files for model cards: YAML, Markdown, and shell examples.
 
+use std::path::Path;
+
 /// A double-quoted YAML string. Any content stays one string, and nothing in it is invisible.
 pub fn yaml_string(text: &str) -> String {
     let mut quoted = String::from("\"");
@@ -55,6 +57,26 @@ pub fn markdown_code(text: &str) -> String {
 pub fn shell_word(text: &str) -> String {
     let plain: String = text.chars().filter(|c| !c.is_control() && !is_invisible(*c)).collect();
     format!("'{}'", plain.replace('\'', r"'\''"))
+}
+
+/// A path as one word for a POSIX shell, in quotes only where it needs them.
+pub fn shell_path(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._/+=:@%-".contains(c);
+    let is_option = text.starts_with('-');
+    if !text.is_empty() && !is_option && text.chars().all(is_plain) { text.into_owned() } else { shell_word(&text) }
+}
+
+/// Whether a name is that of a repository on the Hub: `ORG/NAME`.
+pub fn is_repository(name: &str) -> bool {
+    let is_part = |part: &str| {
+        let is_inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+            && part.chars().all(is_inner)
+            && !part.contains("..")
+            && !part.contains("--")
+    };
+    name.len() <= 96 && name.split_once('/').is_some_and(|(org, name)| is_part(org) && is_part(name))
 }
 
 /// Characters that are invisible, or change the display order of others.

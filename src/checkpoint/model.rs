@@ -9,15 +9,15 @@ use std::{
 use super::{
     CheckpointError, CodedLayout, CodedWeight, Codes, Context, EntryKind, INDEX_FILE, InUse, Printable, Shard,
     TensorInfo, Window, folder_of,
-    index::{Bounds, WrongTotal, index_names, open_shards},
+    index::{Bounds, SINGLE_FILE, WrongTotal, index_names, open_shards},
     json::{malformed, read_whole},
     layouts::{NegativeZero, QuantizationConfig, Resolver},
+    other_format::{OtherFormat, recognize_names},
     probe, state_folder,
 };
 use crate::tensor::RowLayout;
 
-/// The name of a checkpoint's only shard, and of `config.json` in the same folder.
-const SINGLE_FILE: &str = "model.safetensors";
+/// The name of `config.json` in the folder of the shards.
 const CONFIG_FILE: &str = "config.json";
 
 /// The layout of a checkpoint on disk.
@@ -252,7 +252,7 @@ impl Checkpoint {
             (false, true) => Self::open_sharded(path, &index),
             // Other libraries use another stem: `diffusion_pytorch_model.safetensors.index.json`.
             (false, false) => match &index_names(path)?[..] {
-                [] => Err(CheckpointError::bad_file(path, no_model(path)?)),
+                [] => Err(no_checkpoint(path)?),
                 [index] => Self::open_sharded(path, &path.join(index)),
                 several => {
                     let names = several.iter().map(|name| Printable(name).to_string()).collect::<Vec<_>>().join(", ");
@@ -540,15 +540,74 @@ pub(super) fn read_config(path: &Path) -> Result<serde_json::Map<String, serde_j
     serde_json::from_slice(&json).map_err(|e| bad(format!("the JSON is malformed: {}", malformed(&json, 0, &e))))
 }
 
-/// Describes what a folder without a model contains.
-fn no_model(path: &Path) -> Result<String, CheckpointError> {
-    let has = |name: &str| probe::is_present(&path.join(name));
-    let instead = if has("adapter_model.safetensors")? || has("adapter_config.json")? {
-        "; this is a PEFT adapter"
-    } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
-        "; it contains PyTorch pickles; convert them to safetensors first"
-    } else {
-        ""
-    };
-    Ok(format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{instead}"))
+/// What a folder without a safetensors checkpoint is; `None` for nothing known.
+///
+/// # Errors
+/// A folder that cannot be listed.
+pub fn recognize_folder(folder: &Path) -> Result<Option<OtherFormat>, CheckpointError> {
+    let entries = probe::entries(folder)?;
+    let names: Vec<&str> = entries.iter().filter_map(|(name, _)| name.to_str()).collect();
+    Ok(recognize_names(folder, &names, hub_snapshot(folder)?))
+}
+
+/// The snapshot of the main branch of a repository in the Hugging Face cache, `models--ORG--NAME`; `None` where there is none.
+///
+/// # Errors
+/// A path that cannot be examined.
+pub fn hub_snapshot(repository: &Path) -> Result<Option<PathBuf>, CheckpointError> {
+    const MAX_REF_BYTES: u64 = 256;
+    let reference = repository.join("refs/main");
+    if !probe::is_file(&reference)? {
+        return Ok(None);
+    }
+    let commit = read_whole(&reference, MAX_REF_BYTES)?;
+    let commit = String::from_utf8_lossy(&commit).trim().to_owned();
+    let is_hash = !commit.is_empty() && commit.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let snapshot = repository.join("snapshots").join(&commit);
+    Ok((is_hash && probe::is_folder(&snapshot)?).then_some(snapshot))
+}
+
+/// The error for a folder without a checkpoint.
+fn no_checkpoint(folder: &Path) -> Result<CheckpointError, CheckpointError> {
+    Ok(match recognize_folder(folder)? {
+        Some(format) => CheckpointError::other_format(folder, format, "a safetensors checkpoint"),
+        None => CheckpointError::bad_file(
+            folder,
+            format!("has neither {SINGLE_FILE} nor {INDEX_FILE}{}", contents(folder)?),
+        ),
+    })
+}
+
+/// What lies in a folder, in a few words: `; it is empty`.
+fn contents(folder: &Path) -> Result<String, CheckpointError> {
+    const MAX_NAMES: usize = 3;
+    let names: Vec<String> = probe::entries(folder)?
+        .iter()
+        .map(|(name, _)| Printable(&name.to_string_lossy()).to_string())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    Ok(match names.len() {
+        0 => "; it is empty".to_owned(),
+        n if n > MAX_NAMES => format!("; it has {} and {} more", names[..MAX_NAMES].join(", "), n - MAX_NAMES),
+        _ => format!("; it has {}", names.join(", ")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_of_the_hub_cache_is_that_of_main() {
+        let cache = tempfile::tempdir().unwrap();
+        let repository = cache.path().join("models--a--b");
+        let snapshot = repository.join("snapshots/0123abcd");
+        fs::create_dir_all(&snapshot).unwrap();
+        assert_eq!(recognize_folder(&repository).unwrap(), None);
+        fs::create_dir(repository.join("refs")).unwrap();
+        fs::write(repository.join("refs/main"), "0123abcd\n").unwrap();
+        assert_eq!(recognize_folder(&repository).unwrap(), Some(OtherFormat::HubCache(snapshot)));
+        fs::write(repository.join("refs/main"), "../..").unwrap();
+        assert_eq!(hub_snapshot(&repository).unwrap(), None);
+    }
 }

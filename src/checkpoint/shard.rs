@@ -17,6 +17,7 @@ use super::{
     direct::{self, DirectBytes},
     json::open_regular,
     mmap::is_cached,
+    other_format::{START_BYTES, recognize_start},
 };
 
 /// Shorter ranges are mapped, cached or not: the page cache's read-ahead helps small reads.
@@ -322,11 +323,11 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<Vec<u8>, Che
             _ => CheckpointError::io("read", path, e),
         })
     };
-    let mut start = [0u8; 64];
-    let known = (file_bytes.min(64)) as usize;
+    let mut start = [0u8; START_BYTES];
+    let known = file_bytes.min(START_BYTES as u64) as usize;
     read(&mut start[..known], 0)?;
-    if let Some(what) = sniff(&start[..known]) {
-        return Err(bad(what.to_owned()));
+    if let Some(format) = recognize_start(&start[..known]) {
+        return Err(CheckpointError::other_format(path, format, "a safetensors file"));
     }
     if file_bytes < 8 {
         return Err(bad(format!("has {file_bytes} bytes: too short for a safetensors file")));
@@ -344,22 +345,4 @@ fn read_header(path: &Path, file: &File, file_bytes: u64) -> Result<Vec<u8>, Che
     let mut json = vec![0; claimed as usize];
     read(&mut json, 8)?;
     Ok(json)
-}
-
-/// Identifies a file that is not safetensors by its first bytes.
-fn sniff(start: &[u8]) -> Option<&'static str> {
-    let text = start.trim_ascii_start();
-    if start.starts_with(b"version https://git-lfs") {
-        Some("a Git LFS pointer, not the file itself: run `git lfs pull`")
-    } else if start.starts_with(b"PK\x03\x04") && start.get(4..8) != Some(&[0; 4]) {
-        Some("a zip archive (PyTorch .pt or .bin?), not safetensors")
-    } else if start.starts_with(b"GGUF") {
-        Some("a GGUF file, not safetensors")
-    } else if start.starts_with(b"\x80\x02") && start.get(2) != Some(&0) {
-        Some("a Python pickle, not safetensors")
-    } else if text.starts_with(b"<!DOCTYPE") || text.starts_with(b"<!doctype") || text.starts_with(b"<html") {
-        Some("an HTML page, not safetensors: the download failed")
-    } else {
-        None
-    }
 }

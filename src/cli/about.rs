@@ -1,19 +1,19 @@
-//! What every command that makes an adapter asks alike.
+//! Options of every command that writes an adapter.
 
 use clap::{Args, ValueEnum};
 
 use crate::{adapter::AdapterNotes, tensor::Dtype};
 
-/// What people want to know of an adapter.
+/// Notes for the people who use an adapter.
 #[derive(Args)]
 pub(super) struct NotesArgs {
-    /// Under what terms it may be used, as an SPDX expression
+    /// License of the adapter, an SPDX expression such as Apache-2.0 [default: none]
     #[arg(long, value_name = "SPDX")]
     license: Option<String>,
-    /// What it is for
+    /// Purpose of the adapter, in one sentence [default: none]
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
-    /// Who made it
+    /// Author of the adapter [default: none]
     #[arg(long, value_name = "NAME")]
     author: Option<String>,
 }
@@ -25,7 +25,7 @@ impl NotesArgs {
     }
 }
 
-/// The type that deltas are stored in.
+/// The dtype of stored deltas.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(super) enum DtypeChoice {
     F32,

@@ -14,7 +14,7 @@ use crate::{
     tensor::Dtype,
 };
 
-/// Write a checkpoint in another type, or in shards of another size
+/// Cast or decode a checkpoint, or change the size of its shards
 ///
 /// Decodes quantized weights (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ, bitsandbytes) to a plain type; the other tensors of such a checkpoint keep
 /// theirs. Casts all floating-point tensors of a plain checkpoint. Config, index and shard names are those that transformers expects.

@@ -17,36 +17,37 @@ use crate::{
     merge::MergeInput,
 };
 
-/// Combine adapters of one base into one
+/// Combine several adapters of one base into one adapter
 ///
-/// First says where they overlap and where their signs disagree (with --dry-run nothing else). The adapters must be of one base:
-/// where they change the same weights, their hashes of them are compared; where not, --base proves each of them.
+/// The report shows where the adapters overlap and where their signs conflict; with --dry-run nothing is written. All adapters must be
+/// made from the same base: adapters that change the same weights are compared by their hashes of these weights, others need --base.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct CombineArgs {
-    /// Adapter and its weight, 1 where none is given
+    /// Adapters, each with its weight [default weight: 1]
     #[arg(required = true, value_name = "ADAPTER[=WEIGHT]")]
     adapters: Vec<String>,
-    /// Where to write the combined adapter
+    /// File of the combined adapter
     #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// What becomes of the deltas of one weight
+    /// Rule for weights that several adapters change
     #[arg(long, value_enum, default_value_t = MethodChoice::Linear)]
     method: MethodChoice,
-    /// For ties and dare: the share of deltas that each adapter keeps, the largest (ties) or random ones (dare)
+    /// Share of deltas that each adapter keeps: the largest (ties) or random ones (dare); required for these methods
     #[arg(long, value_name = "SHARE")]
     density: Option<f64>,
-    /// For dare: the seed of what is random
+    /// Seed of the random choice, for dare and dare-ties
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// The base of all adapters; needed where they change different weights
+    /// Base of all adapters; required if they change different weights
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
-    /// The type that deltas are stored in
+    /// Dtype of the stored deltas
     #[arg(long, value_enum, default_value_t = DtypeChoice::F32)]
     dtype: DtypeChoice,
     #[command(flatten)]
     notes: NotesArgs,
-    /// Replace an existing adapter
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
     /// Compare and combine, write nothing
@@ -56,17 +57,23 @@ pub(super) struct CombineArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum MethodChoice {
-    /// The weighted sum
+    /// Weighted sum
     Linear,
-    /// The largest deltas of each adapter; the mean of those whose sign is elected (arXiv 2306.01708)
+    /// Largest deltas of each adapter, then the mean of those with the majority sign (TIES, arXiv 2306.01708)
     Ties,
-    /// Random deltas of each adapter, rescaled; the weighted sum (arXiv 2311.03099)
+    /// Random deltas of each adapter, rescaled, then the weighted sum (DARE, arXiv 2311.03099)
     Dare,
-    /// Random deltas of each adapter, rescaled; the mean of those whose sign is elected
+    /// Random deltas of each adapter, rescaled, then the mean of those with the majority sign
     DareTies,
-    /// The delta of the first adapter that has the weight
+    /// By priority: the first adapter with an entry wins
     Priority,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt combine a.safetensors=0.5 b.safetensors=0.5 -o both.safetensors
+  neuroada-ckpt combine a.safetensors b.safetensors --method ties --density 0.2 -o both.safetensors
+  neuroada-ckpt combine a.safetensors b.safetensors --base llama --dry-run";
 
 pub(super) fn run(args: CombineArgs, env: &Env) -> CliResult<Answer> {
     let method = match (args.method, args.density) {
@@ -75,8 +82,8 @@ pub(super) fn run(args: CombineArgs, env: &Env) -> CliResult<Answer> {
         (MethodChoice::Ties, Some(density)) => Method::Ties { density },
         (MethodChoice::Dare, Some(density)) => Method::Dare { density, seed: args.seed },
         (MethodChoice::DareTies, Some(density)) => Method::DareTies { density, seed: args.seed },
-        (_, None) => return Err(CliError::usage("this method needs --density")),
-        (_, Some(_)) => return Err(CliError::usage("this method takes no --density")),
+        (_, None) => return Err(CliError::usage("--method ties, dare and dare-ties need --density")),
+        (_, Some(_)) => return Err(CliError::usage("--method linear and priority take no --density")),
     };
     let base = args.base.as_deref().map(Checkpoint::open).transpose()?;
     let input = |text: &String| -> CliResult<CombineInput> {
@@ -107,7 +114,7 @@ fn print(report: &CombineReport, page: &mut Page) {
             number(input.norm),
         ]);
     }
-    page.table(&inputs);
+    page.table(inputs);
     page.blank();
     let mut pairs = Table::new(["pair", "shared>", "Jaccard>", "sign conflicts>", "cosine>"]);
     for pair in &report.pairs {
@@ -119,7 +126,10 @@ fn print(report: &CombineReport, page: &mut Page) {
             pair.cosine.map_or("-".to_owned(), number),
         ]);
     }
-    page.table(&pairs);
+    if !report.pairs.is_empty() {
+        page.table(pairs);
+        page.legend("Jaccard: shared positions over all positions of the pair; sign conflicts: shared positions with both signs");
+    }
     page.blank();
     let mut method = report.method.to_owned();
     if let Some(density) = report.density {

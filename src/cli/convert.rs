@@ -19,24 +19,24 @@ use crate::{
     weights::WeightMap,
 };
 
-/// Read other tools' sparse adapters, and write them
+/// Convert a sparse adapter from one format to another
 ///
-/// What INPUT is shows in its content: an adapter of this program, a folder of the published NeuroAda code (positions.npy and
-/// tunable_para/), of PEFT (SHiRA, Super-Tuning) or SpIEL (adapter_config.json), or coordinates in an .npz file. Pickles are
-/// taken apart by a reader that knows saved tensors and nothing else; nothing in them is executed. Foreign formats do not
-/// know their base, so --base says which it is: positions are checked against its shapes, and the adapter carries a hash of
-/// its values from then on.
+/// The format of INPUT is recognized by its content: an adapter of this program, a folder of the published NeuroAda code (positions.npy
+/// and tunable_para/), of PEFT (SHiRA, Super-Tuning) or SpIEL (adapter_config.json), or coordinates in an .npz file. Pickles are parsed by
+/// a reader that knows saved tensors only; nothing in them is executed. Other formats do not record their base, so --base names it: the
+/// positions are checked against its shapes, and the new adapter records a hash of its values.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct ConvertArgs {
-    /// What to read
+    /// Adapter to convert: a file or a folder
     input: PathBuf,
-    /// Where to write
+    /// File or folder of the converted adapter
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
-    /// What to write
+    /// Format of the output
     #[arg(long, value_enum)]
     to: TargetFormat,
-    /// The checkpoint that the deltas were trained on
+    /// Checkpoint that the deltas were trained on; required for other formats than neuroada
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
     #[command(flatten)]
@@ -50,7 +50,7 @@ pub(super) struct ConvertArgs {
     /// See `sync export`
     #[arg(long, value_name = "N", hide = true)]
     base_version: Option<u64>,
-    /// List every tensor instead of a line per kind
+    /// Print one line per tensor instead of one per kind
     #[arg(long)]
     tensors: bool,
     /// Replace an existing output
@@ -60,25 +60,31 @@ pub(super) struct ConvertArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum TargetFormat {
-    /// An adapter of this program, one safetensors file
+    /// Adapter of this program, one safetensors file
     Neuroada,
-    /// A folder of the published NeuroAda code: positions.npy and tunable_para/
+    /// Folder of the published NeuroAda code: positions.npy and tunable_para/
     Published,
     /// Coordinates in one file of numpy.savez
     Npz,
-    /// A folder that PEFT loads as SHiRA
+    /// Folder that PEFT loads as SHiRA
     Shira,
-    /// A folder that PEFT loads as Super-Tuning
+    /// Folder that PEFT loads as Super-Tuning
     Supertuning,
-    /// A folder that SpIEL's fork of PEFT loads
+    /// Folder that SpIEL's fork of PEFT loads
     Spiel,
-    /// The old name of `sync export`
+    /// Old name of `sync export`
     #[value(hide = true)]
     WeightSync,
-    /// The old name of `sync apply`
+    /// Old name of `sync apply`
     #[value(hide = true)]
     Checkpoint,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt convert shira-folder --base llama --to neuroada -o adapter.safetensors
+  neuroada-ckpt convert adapter.safetensors --to shira -o shira-folder
+  neuroada-ckpt convert adapter.safetensors --to npz -o adapter.npz";
 
 pub(super) fn run(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     let format = match args.to {
@@ -103,9 +109,9 @@ pub(super) fn run(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
             Err(e).hint("--base BASE names the checkpoint that the deltas were trained on")?
         }
         Err(e @ ConvertError::NotLinear { needs_base: true, .. }) => {
-            Err(e).hint("--base BASE tells how its weights are stored")?
+            Err(e).hint("--base BASE shows how the weights are stored")?
         }
-        Err(e @ ConvertError::NotLinear { .. }) => Err(e).hint("--to npz holds every matrix, and merge adds it")?,
+        Err(e @ ConvertError::NotLinear { .. }) => Err(e).hint("--to npz stores any matrix, and merge reads it")?,
         report => report?,
     };
     env.report_work(&report, |report, page| print(report, args.tensors, page))?;
@@ -126,7 +132,9 @@ impl ConvertArgs {
 /// `convert --to weight-sync`, the old name of `sync export`.
 fn export(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     env.note("warning: `convert --to weight-sync` is deprecated, and the next release removes it: use `sync export`");
-    let base = args.base.ok_or_else(|| CliError::usage("--to weight-sync needs --base: what the servers have now"))?;
+    let base = args
+        .base
+        .ok_or_else(|| CliError::usage("--to weight-sync needs --base, the checkpoint that the servers have"))?;
     let args = ExportArgs {
         input: args.input,
         base,
@@ -145,10 +153,13 @@ fn export(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
 fn apply(args: ConvertArgs, env: &Env) -> CliResult<Answer> {
     env.note("warning: `convert --to checkpoint` is deprecated, and the next release removes it: use `sync apply`");
     let has_options = args.has_export_options();
-    let base =
-        args.base.ok_or_else(|| CliError::usage("--to checkpoint needs --base: what the delta is applied to"))?;
+    let base = args
+        .base
+        .ok_or_else(|| CliError::usage("--to checkpoint needs --base, the checkpoint that the update is applied to"))?;
     if has_options {
-        return Err(CliError::usage("the delta itself says its encoding, its checksum and its versions"));
+        return Err(CliError::usage(
+            "--to checkpoint reads the encoding, the checksum and the versions from the update itself",
+        ));
     }
     let (input, output, tensors, force) = (args.input, args.output, args.tensors, args.force);
     sync::apply(&ApplyArgs { input, base, output, tensors, force }, env)
@@ -168,7 +179,7 @@ fn print(report: &ConvertReport, tensors: bool, page: &mut Page) {
     kinds.sort_by(|a, b| a.0.cmp(&b.0));
     for (kind, of_kind) in kinds {
         let sum = |of: fn(&ConvertedTensor) -> u64| count(of_kind.iter().map(|tensor| of(tensor)).sum());
-        let words = match &of_kind[..] {
+        let result = match &of_kind[..] {
             [tensor] => tensor.exactness(),
             all if all.iter().all(|tensor| tensor.n_rounded == 0) => "exact".to_owned(),
             _ => "rounded".to_owned(),
@@ -181,10 +192,15 @@ fn print(report: &ConvertReport, tensors: bool, page: &mut Page) {
             sum(|tensor| tensor.n_padding),
             sum(|tensor| tensor.n_summed),
             sum(|tensor| tensor.n_rounded),
-            words,
+            result,
         ]);
     }
-    page.table(&table);
+    if !report.tensors.is_empty() {
+        page.table(table);
+        page.legend(
+            "padding: neutral entries that a format adds for a fixed number; summed: deltas of one position added up",
+        );
+    }
     page.blank();
     for remark in &report.remarks {
         page.line(remark.as_str());

@@ -1,6 +1,6 @@
-//! `--device`: where the work is done, and what GPUs there are.
+//! `--device`: the device of the work, and the report on devices.
 //!
-//! `auto` is the CPU for now, whatever the machine has: a GPU is chosen where it was measured to win, and nothing was measured yet.
+//! `auto` is the CPU for now: a GPU will be the default for work that it was measured to speed up, and no GPU has been measured yet.
 
 use serde::Serialize;
 
@@ -9,7 +9,7 @@ use super::{
     page::{Align, Page, Table, bytes},
 };
 
-/// Where the work is done.
+/// The device of the work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Device {
     Auto,
@@ -33,16 +33,16 @@ pub(super) fn parse_device(text: &str) -> Result<Device, String> {
     }
 }
 
-/// What the machine has to compute with; the fields of the JSON document of `inspect --devices`.
+/// The devices of the machine, with the fields of the JSON document of `inspect --devices`.
 #[derive(Serialize)]
 pub(super) struct DevicesReport {
     cpu: CpuFacts,
-    /// The CUDA version that the NVIDIA driver speaks.
+    /// The CUDA version that the NVIDIA driver supports.
     driver: Option<String>,
     gpus: Vec<GpuFacts>,
     /// Why no GPU can be used.
     problem: Option<String>,
-    /// The library of matrix products, which only training needs; where there is a driver.
+    /// The library of matrix products for training and evaluation, if there is a driver.
     cublaslt: Option<LibraryFacts>,
 }
 
@@ -52,14 +52,14 @@ struct CpuFacts {
     instruction_set: &'static str,
 }
 
-/// Looks at the machine.
+/// Detects the devices.
 pub(super) fn devices() -> DevicesReport {
     let cpu = CpuFacts { n_threads: rayon::current_num_threads(), instruction_set: crate::backend::instruction_set() };
     let Found { driver, gpus, problem, cublaslt } = gpu::found();
     DevicesReport { cpu, driver, gpus, problem, cublaslt }
 }
 
-/// The report for people.
+/// Prints the report as text.
 pub(super) fn print(report: &DevicesReport, page: &mut Page) {
     let DevicesReport { cpu, driver, gpus, problem, cublaslt } = report;
     let mut facts = vec![("cpu", format!("{} threads, {}", cpu.n_threads, cpu.instruction_set))];
@@ -68,7 +68,7 @@ pub(super) fn print(report: &DevicesReport, page: &mut Page) {
     if let Some(LibraryFacts { version, path, problem, looked }) = cublaslt {
         let found = version.iter().zip(path).map(|(version, path)| ("cuBLASLt", format!("{version}, {path}")));
         facts.extend(found);
-        facts.extend(problem.iter().map(|why| ("no cuBLASLt", format!("only training needs it; {why}"))));
+        facts.extend(problem.iter().map(|why| ("no cuBLASLt", format!("needed by train and eval only; {why}"))));
         facts.extend(looked.iter().map(|place| ("", format!("in {place}"))));
     }
     page.facts(&facts);
@@ -79,7 +79,7 @@ pub(super) fn print(report: &DevicesReport, page: &mut Page) {
         let usable = gpu.problem.clone().unwrap_or_else(|| "can be used".to_owned());
         table.row([gpu.device.clone(), gpu.name.clone(), capability, bytes(gpu.n_bytes), usable]);
     }
-    page.table(&table);
+    page.table(table);
 }
 
 #[cfg(test)]

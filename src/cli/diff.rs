@@ -16,25 +16,26 @@ use crate::{
     tensor::projection_kind,
 };
 
-/// Say what differs between two adapters, masks or checkpoints
+/// Compare two adapters, two masks or two checkpoints
 ///
-/// Adapters: positions only in A, only in B and shared, sign conflicts, cosine, norms. Checkpoints: tensors added, removed,
-/// retyped and changed, and how much. Exit 1 where they differ.
+/// For adapters the report has the positions only in A, only in B and in both, sign conflicts, cosine and norms. For checkpoints it has the
+/// tensors that were added, removed, changed in dtype or shape, or changed in value, and by how much. The exit code is 1 if they differ.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct DiffArgs {
-    /// An adapter, a mask, or a checkpoint
+    /// Adapter, mask or checkpoint
     a: PathBuf,
-    /// Another of the same kind
+    /// Adapter, mask or checkpoint to compare with A, of the same kind
     b: PathBuf,
-    /// The base, where a packed adapter derives its columns from it
+    /// Base of the adapters; required for packed adapters with derived columns
     #[arg(long, value_name = "PATH")]
     base: Option<PathBuf>,
-    /// List every tensor instead of a line per kind
+    /// Print one line per tensor instead of one per kind
     #[arg(long)]
     tensors: bool,
 }
 
-/// What can be compared.
+/// The kind of a path to compare.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Adapter,
@@ -53,7 +54,7 @@ impl Kind {
             _ => Self::Checkpoint,
         })
     }
-    fn words(self) -> &'static str {
+    fn noun(self) -> &'static str {
         match self {
             Self::Adapter => "an adapter",
             Self::Mask => "a mask",
@@ -62,14 +63,20 @@ impl Kind {
     }
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt diff llama merged
+  neuroada-ckpt diff llama merged --tensors
+  neuroada-ckpt diff a.safetensors b.safetensors";
+
 pub(super) fn run(args: DiffArgs, env: &Env) -> CliResult<Answer> {
     let (kind_a, kind_b) = (Kind::of(&args.a)?, Kind::of(&args.b)?);
     if kind_a != kind_b {
         let (a, b) = (Printable::path(&args.a), Printable::path(&args.b));
         return Err(CliError::usage(format!(
-            "{a} is {} and {b} is {}: only files of one kind can be compared",
-            kind_a.words(),
-            kind_b.words()
+            "{a} is {} and {b} is {}: both must be of one kind",
+            kind_a.noun(),
+            kind_b.noun()
         )));
     }
     let ctx = env.context();
@@ -109,7 +116,8 @@ fn print_adapters(report: &AdapterDiff, tensors: bool, with_values: bool, page: 
         row(&format!("{}{note}", tensor.tensor), &tensor.overlap);
     }
     row("total", &report.total);
-    page.table(&table);
+    page.table(table);
+    page.legend("Jaccard: shared positions over all positions of A and B");
     page.blank();
     let mut facts = Vec::new();
     if with_values {
@@ -162,7 +170,7 @@ fn print_checkpoints(report: &CheckpointDiff, tensors: bool, page: &mut Page) {
             ]);
         }
     }
-    page.table(&table);
+    page.table(table);
     page.blank();
     page.facts(&[
         ("tensors", format!("{} changed, {} the same", count(report.changed.len() as u64), count(report.n_same))),

@@ -1,8 +1,8 @@
-//! Global options, and what is made of them: what every command is given.
+//! Global options, and the environment that they set up for a command.
 
 use std::{
     cell::Cell,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     thread,
 };
 
@@ -10,10 +10,12 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{
+    color::ColorChoice,
     device::{Device, parse_device},
     failure::{CliError, CliResult, Hint},
     gpu::Gpu,
-    page::Page,
+    limits::Limits,
+    page::{Layout, MAX_WIDTH, MIN_WIDTH, Page},
     progress::Progress,
 };
 use crate::{
@@ -21,56 +23,60 @@ use crate::{
     checkpoint::{Context, InUse, Io, MIN_MEMORY},
 };
 
-/// Where `--max-memory` is not given.
+/// The default of `--max-memory`.
 const DEFAULT_MEMORY: u64 = 1 << 30;
-/// Memory of a GPU that streams of rows stay within.
+/// The default of `--gpu-memory` for work that streams rows.
 const GPU_MEMORY: u64 = 1 << 30;
 
 /// Options of every command.
 #[derive(Args)]
 #[command(next_help_heading = "Global options")]
 pub(super) struct GlobalArgs {
-    /// Threads to use [default: all cores]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Number of threads [default: all cores, or the CPU limit of the container or Slurm task]
+    #[arg(long, global = true, value_name = "N", env = "NEUROADA_THREADS", hide_env_values = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Resident memory to stay within, mapped pages and I/O buffers counted [default: 1G; for models, what they need]
+    /// Limit of resident memory, mapped pages and I/O buffers included [default: 1G; train and eval: as much as they need]
     ///
-    /// A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
-    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
+    /// A number of bytes, or a number with a unit: 256M, 4G, 1GiB. Units are powers of 1024. In a container or a Slurm job the default is
+    /// at most half of the memory limit.
+    #[arg(long, global = true, value_name = "SIZE", env = "NEUROADA_MAX_MEMORY", hide_env_values = true, value_parser = parse_size)]
     max_memory: Option<u64>,
-    /// How tensors are read
+    /// Method of reading tensors
     #[arg(long, global = true, value_enum, default_value_t = IoChoice::Auto)]
     io: IoChoice,
-    /// Where the work is done: auto, cpu, cuda or cuda:N
+    /// Device: auto, cpu, cuda or cuda:N
     ///
-    /// Where they are asked for a GPU, `mask` chooses and `merge` adds LoRA adapters on it, with the same bytes for a result, and `train`
-    /// and `eval` work there. All else is done on the CPU, and so is everything with auto. `inspect --devices` tells what there is.
+    /// On a GPU, `mask` chooses connections and `merge` adds LoRA adapters, with the same bytes as on the CPU, and `train` and `eval` run
+    /// the model. All other work runs on the CPU, and with auto everything does. `inspect --devices` lists the devices.
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = parse_device)]
     device: Device,
-    /// Memory of the GPU to stay within [default: 1G; for models, what is free]
+    /// Limit of GPU memory [default: 1G; train and eval: all free memory]
     #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
     gpu_memory: Option<u64>,
-    /// Print the report as one JSON document; an error too
+    /// Color of messages and titles
+    #[arg(long, global = true, value_name = "WHEN", value_enum, default_value_t = ColorChoice::Auto)]
+    pub(super) color: ColorChoice,
+    /// Print the report as one JSON document, errors too
     #[arg(long, global = true)]
     pub(super) json: bool,
-    /// Print nothing but errors, and what --json asks for
+    /// Print only errors, and the document of --json
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
-    /// Also say on stderr how the work is done and how fast it went
+    /// Print more on stderr: how the work is done, its speed and memory, and long lists in full
     #[arg(short, long, global = true)]
-    verbose: bool,
+    pub(super) verbose: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum IoChoice {
-    /// What is in memory is mapped, the rest read past the page cache
+    /// Cached files are mapped, others are read with direct I/O
     Auto,
-    /// Files are mapped, in windows
+    /// Memory-mapped windows
     #[value(name = "mmap", alias = "mapped")]
     Mapped,
-    /// Files are read past the page cache
+    /// Direct I/O, past the page cache
     Direct,
-    /// Files are read through the page cache
+    /// Ordinary reads, through the page cache
     Read,
 }
 
@@ -87,33 +93,36 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         _ => return Err("expected a size such as 256M, 4G or 1073741824".to_owned()),
     };
     let number: u64 = number.parse().map_err(|_| "expected a size such as 256M, 4G or 1073741824".to_owned())?;
-    let bytes = number.checked_mul(1 << shift).ok_or("that is more than 2^64 bytes")?;
+    let bytes = number.checked_mul(1 << shift).ok_or("more than 2^64 bytes")?;
     if bytes < MIN_MEMORY {
-        return Err(format!("at least {}M are needed", MIN_MEMORY >> 20));
+        return Err(format!("the minimum is {}M", MIN_MEMORY >> 20));
     }
     Ok(bytes)
 }
 
-/// What a command is given beside its own arguments.
+/// The environment of a command: global options, progress, inputs.
 pub(super) struct Env {
     args: GlobalArgs,
     progress: Progress,
-    /// Whether the command had a use for a GPU.
+    /// Limits of the container or the batch job.
+    limits: Limits,
+    /// Whether the command can use a GPU.
     asked_for_gpu: Cell<bool>,
-    /// What the command line names and is there.
+    /// Existing paths that the command line names.
     _inputs: Vec<InUse>,
 }
 
 impl Env {
-    /// Starts the threads, and listens to Ctrl-C from here on. What `inputs` hold is registered as read, so that no output touches it.
+    /// Starts the threads and installs the signal handlers. `inputs` stay registered as in use, so that no output touches them.
     pub(super) fn new(args: GlobalArgs, inputs: Vec<InUse>) -> CliResult<Self> {
-        let progress = Progress::new(args.quiet, args.verbose)?;
+        let progress = Progress::new(args.quiet, args.verbose, args.color)?;
+        let limits = Limits::of_process();
         let mut pool = rayon::ThreadPoolBuilder::new();
-        if let Some(threads) = args.threads {
-            pool = pool.num_threads(usize::from(threads));
+        if let Some(threads) = args.threads.map(usize::from).or(limits.threads) {
+            pool = pool.num_threads(threads);
         }
         pool.build_global().map_err(|e| CliError::from(io::Error::other(e)).context("cannot start threads"))?;
-        let env = Self { args, progress, asked_for_gpu: Cell::new(false), _inputs: inputs };
+        let env = Self { args, progress, limits, asked_for_gpu: Cell::new(false), _inputs: inputs };
         env.detail(&format!(
             "{} threads, {} MiB of memory, {} cores",
             rayon::current_num_threads(),
@@ -123,18 +132,32 @@ impl Env {
         Ok(env)
     }
 
-    /// Bytes of resident memory to stay within.
+    /// Limit of resident memory, in bytes.
     fn max_memory(&self) -> u64 {
-        self.args.max_memory.unwrap_or(DEFAULT_MEMORY)
+        let default =
+            || self.limits.memory.map_or(DEFAULT_MEMORY, |limit| (limit / 2).clamp(MIN_MEMORY, DEFAULT_MEMORY));
+        self.args.max_memory.unwrap_or_else(default)
     }
 
-    /// `--max-memory` where it was given.
+    /// `--max-memory` or its environment variable, if either is set.
     #[cfg(feature = "train")]
     pub(super) fn given_memory(&self) -> Option<u64> {
         self.args.max_memory
     }
 
-    /// What library functions are given.
+    /// The memory limit of the container or the batch job, in bytes.
+    #[cfg(feature = "train")]
+    pub(super) fn job_memory(&self) -> Option<u64> {
+        self.limits.memory
+    }
+
+    /// The progress bar.
+    #[cfg(feature = "train")]
+    pub(super) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// The context for library functions.
     pub(super) fn context(&self) -> Context<'_> {
         let io = match self.args.io {
             IoChoice::Auto => Io::Auto,
@@ -145,21 +168,21 @@ impl Env {
         Context { max_memory: self.max_memory(), io, observer: &self.progress }
     }
 
-    /// The GPU that was asked for.
+    /// The GPU that `--device` names.
     pub(super) fn gpu(&self) -> CliResult<Option<Gpu>> {
         self.asked_for_gpu.set(true);
         let Device::Cuda(ordinal) = self.args.device else { return Ok(None) };
-        Ok(Some(Gpu::open(ordinal).hint("--device cpu does the same without one")?))
+        Ok(Some(Gpu::open(ordinal).hint("--device cpu does the same work on the CPU")?))
     }
 
-    /// Bytes of `gpu`'s memory that a model may take.
+    /// Bytes of `gpu`'s memory that a model may use.
     #[cfg(feature = "train")]
     pub(super) fn memory_of(&self, gpu: &Gpu) -> CliResult<u64> {
         let free = gpu.free_bytes()?;
         Ok(self.args.gpu_memory.map_or(free, |most| most.min(free)))
     }
 
-    /// The same for what streams through it, and bytes of its memory to stay within.
+    /// The GPU for work that streams rows through it, and its memory limit in bytes.
     fn streaming_gpu(&self) -> CliResult<Option<(Gpu, u64)>> {
         let Some(gpu) = self.gpu()? else { return Ok(None) };
         let gpu_memory = self.args.gpu_memory.unwrap_or(GPU_MEMORY);
@@ -167,7 +190,7 @@ impl Env {
         Ok(Some((gpu, gpu_memory)))
     }
 
-    /// Who chooses, where a GPU was asked for; `check` is the share of rows that are chosen again on the CPU.
+    /// The row chooser on the GPU that `--device` names; `check` is the share of rows that the CPU chooses again for comparison.
     pub(super) fn gpu_chooser(&self, check: f64) -> CliResult<Option<Box<dyn RowChooser>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         // Windows and results take up to half of the memory.
@@ -175,19 +198,19 @@ impl Env {
         Ok(Some(gpu.chooser(gpu_memory, pinned_bytes, check)))
     }
 
-    /// Who merges low-rank products, where a GPU was asked for.
+    /// The merger of low-rank products on the GPU that `--device` names.
     pub(super) fn gpu_merger(&self) -> CliResult<Option<Box<dyn LowRankMerger>>> {
         let Some((gpu, gpu_memory)) = self.streaming_gpu()? else { return Ok(None) };
         Ok(Some(gpu.merger(gpu_memory)))
     }
 
-    /// Prints the report of work that is done: where it cannot be written, the error says so.
+    /// Prints the report of finished work; an error while printing says that the work is done.
     pub(super) fn report_work<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> CliResult<()> {
         self.report(report, text)
-            .map_err(|e| e.context("the work is done, but its report could not be written").after_work())
+            .map_err(|e| e.context("the work is done, but its report cannot be written").after_work())
     }
 
-    /// Prints a command's report: as JSON with `--json`, else what `text` makes of it.
+    /// Prints a command's report: as JSON with `--json`, else as the text that `text` writes.
     pub(super) fn report<R: Serialize>(&self, report: &R, text: impl FnOnce(&R, &mut Page)) -> CliResult<()> {
         if self.args.json {
             let mut json = serde_json::to_vec_pretty(report).map_err(io::Error::from)?;
@@ -199,10 +222,12 @@ impl Env {
         }
         let mut page = Page::default();
         text(report, &mut page);
-        self.print(page.to_string().as_bytes())
+        let is_terminal = io::stdout().is_terminal();
+        let layout = Layout { width: width(is_terminal), is_colored: self.args.color.applies_to(is_terminal) };
+        self.print(page.render(layout).as_bytes())
     }
 
-    /// Writes `bytes` to stdout, whatever `-q` says. A reader who left early is no failure.
+    /// Writes `bytes` to stdout, even with `-q`. A closed pipe is not an error.
     pub(super) fn print(&self, bytes: &[u8]) -> CliResult<()> {
         self.progress.clear();
         let mut stdout = io::stdout().lock();
@@ -212,33 +237,43 @@ impl Env {
         }
     }
 
-    /// Tells something beside the report, on stderr; silent with `-q`.
-    pub(super) fn note(&self, words: &str) {
+    /// Prints a note on stderr; not with `-q`.
+    pub(super) fn note(&self, message: &str) {
         if !self.args.quiet {
-            self.progress.tell(words);
+            self.progress.print(message);
         }
     }
 
-    /// Tells what the work took, at the end.
+    /// Reports the resources that the work took, at its end.
     pub(super) fn farewell(&self) {
         self.progress.clear();
         if matches!(self.args.device, Device::Cuda(_)) && !self.asked_for_gpu.get() {
-            self.note("note: this command does all its work on the CPU");
+            self.note("note: this command does all of its work on the CPU");
         }
         if let Some(peak) = peak_memory().filter(|_| self.args.verbose) {
             self.detail(&format!("{} MiB of memory at the peak", peak >> 20));
         }
     }
 
-    /// Tells how the work is done, on stderr, with `-v`.
-    pub(super) fn detail(&self, words: &str) {
+    /// Prints a detail of the work on stderr, with `-v`.
+    pub(super) fn detail(&self, message: &str) {
         if self.args.verbose {
-            self.progress.tell(words);
+            self.progress.print(message);
         }
     }
 }
 
-/// The most resident memory that this process has had, in bytes, where the system tells.
+/// The width of a page: that of COLUMNS or of the terminal; `None` without either.
+fn width(is_terminal: bool) -> Option<usize> {
+    let of_terminal = || {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok().filter(|_| is_terminal)?;
+        Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+    };
+    let set = std::env::var("COLUMNS").ok().and_then(|text| text.trim().parse().ok());
+    set.or_else(of_terminal).map(|columns: usize| columns.clamp(MIN_WIDTH, MAX_WIDTH))
+}
+
+/// The peak of this process's resident memory, in bytes, if the system reports it.
 fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -13,64 +13,65 @@ use super::{
     page::{Page, Table, count, number, percent},
 };
 use crate::{
-    adapter::Adapter,
-    checkpoint::{Checkpoint, Printable},
+    adapter::{Adapter, AdapterError},
+    checkpoint::{Checkpoint, Context, Printable, probe},
     data::{self, BatchLimits, Batches, DataReport, Dataset, Question, ReadOptions, Task, Template, Tokenizer},
+    error::{ErrorKind, Failure},
     train::{self, CpuDevice, Device, EvalSize, GenerateOptions, Keep, MemoryEstimate, Model, Workspace},
 };
 
-/// Measure a model on a file of rows: loss, and how many answers are right
+/// Evaluate a model on a file of rows: loss, and the share of right answers
 ///
-/// The mean loss is that of the responses, per token. Of a commonsense file (instructions that end with "Answer format: a/b/…") the
-/// answers are ranked too: an answer is right where "the correct answer is …" with it is the likeliest of those named. A
-/// --template file that writes the answer itself, in {% generation %}, is asked for each of them, and what it writes is ranked. With
-/// --generate the model writes its answers itself, the likeliest token each time, and they are judged by the published rules
-/// of commonsense and arithmetic tasks, or compared with what such a template writes. With --adapter the weights are those that a
-/// merge would write; nothing is written.
+/// The loss is the mean over the tokens of the responses. For commonsense files (instructions that end with "Answer format: a/b/...") the
+/// possible answers are ranked too: the answer is right if "the correct answer is ..." is most likely with it. A --template file that
+/// writes the answer itself, in {% generation %}, is rendered for each possible answer, and the rendered texts are ranked. With --generate
+/// the model writes its answers, greedily, and they are judged by the published rules of the commonsense and arithmetic tasks, or
+/// compared with the answer that such a template writes. With --adapter the weights are those that `merge` would write; no file is written.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct EvalArgs {
-    /// Directory or .safetensors file of the checkpoint; its tokenizer lies beside it
+    /// Folder of the checkpoint, with its tokenizer.json
     base: PathBuf,
-    /// Adapter made from that base; =SCALE replaces the scale it carries
+    /// Adapter made from that base; =SCALE replaces its own scale [default: none]
     #[arg(short, long, value_name = "FILE[=SCALE]")]
     adapter: Option<String>,
-    /// Rows, a JSON array or JSON lines
+    /// File of rows: a JSON array or JSON lines
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// What the rows ask for
+    /// Task of the rows
     #[arg(long, value_enum, default_value_t = TaskChoice::Auto)]
     task: TaskChoice,
-    /// Take the first N rows alone
+    /// Number of rows to use, from the first [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     #[command(flatten)]
     rows: DataArgs,
-    /// Tokens that are worked on together; more take more memory
+    /// Number of tokens of a batch; more tokens need more memory
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_batch_tokens)]
     batch_tokens: usize,
     /// Let the model write its answers, and judge them
     #[arg(long)]
     generate: bool,
-    /// Most tokens of a written answer [default: 32 for commonsense, 512 for math]
+    /// Maximum length of a written answer in tokens [default: 32 for commonsense, 512 for math]
     #[arg(long, value_name = "N", requires = "generate", value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: Option<u32>,
-    /// List every question with what the model answered
+    /// List all questions with the model's answers
     #[arg(long)]
     answers: bool,
-    /// Show the first N rows as the model sees them, what is learned in ⟦ ⟧, and stop
+    /// Show the first N rows as the model sees them, learned tokens in ⟦ ⟧, and stop [N without a value: 3]
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "3", conflicts_with_all = ["generate", "answers", "adapter"])]
     show: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum TaskChoice {
-    /// By the first row
+    /// Decided by the first row
     Auto,
-    /// One of the answers that the instruction names
+    /// One of the answers listed in the instruction
     Commonsense,
     /// A number, or a letter from A to E
     Math,
-    /// Nothing but the loss
+    /// Loss only
     Loss,
 }
 
@@ -78,7 +79,7 @@ fn parse_batch_tokens(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=1 << 24).contains(n)).ok_or_else(|| "expected a number of tokens".to_owned())
 }
 
-/// What a model made of a file.
+/// Measurements of a model on a file.
 #[derive(Serialize)]
 struct EvalReport {
     base: String,
@@ -115,14 +116,14 @@ impl Score {
     }
 }
 
-/// How many of the likeliest answers are right.
+/// Accuracy of the most likely answers.
 #[derive(Serialize)]
 struct Ranked {
     #[serde(flatten)]
     score: Score,
-    /// The accuracy that guessing has: the mean of one in so many answers.
+    /// Accuracy of guessing: the mean of 1 / number of answers.
     chance: f64,
-    /// The same by the answers to choose from, in the order in which they come; empty where they are too many kinds for a table.
+    /// The same by list of possible answers, in order of appearance; empty if there are too many lists for a table.
     kinds: Vec<RankedKind>,
 }
 
@@ -136,7 +137,7 @@ struct RankedKind {
 }
 
 impl Ranked {
-    /// Kinds of questions that a table tells apart.
+    /// Maximum number of kinds in the table.
     const MAX_KINDS: usize = 20;
 
     fn of(questions: &[Question], chosen: &[&str]) -> Self {
@@ -150,7 +151,7 @@ impl Ranked {
             let answers = names.join("/");
             match kinds.iter().position(|(kind, ..)| *kind == answers) {
                 Some(kind) => kinds[kind].2.push(is_right),
-                // One too many says that there are too many.
+                // One more than the maximum marks an overflow.
                 None if kinds.len() <= Self::MAX_KINDS => kinds.push((answers, names.len(), vec![is_right])),
                 None => {}
             }
@@ -176,9 +177,16 @@ struct AnswerReport {
     is_right: bool,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt eval llama --data train.json --show 3
+  neuroada-ckpt eval llama --data validation.jsonl --limit 500
+  neuroada-ckpt eval llama --adapter adapter.safetensors --data gsm8k.jsonl --generate";
+
 pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
-    let tokenizer = Tokenizer::open(&args.base).hint("eval reads the tokenizer beside the weights")?;
+    probe::existing(&args.base)?;
+    let tokenizer = Tokenizer::open(&args.base).hint("eval reads tokenizer.json in the checkpoint's folder")?;
     let mut options = args.rows.options(args.show.or(args.limit))?;
     if let Some(n_shown) = args.show {
         return show(env, &tokenizer, &args.data, &options, n_shown);
@@ -187,7 +195,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
     if args.adapter.is_some() {
         base.refuse_codes()?;
     }
-    let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
+    let adapter = args.adapter.as_deref().map(|text| open_adapter(text, &base, &ctx)).transpose()?;
     let task = match args.task {
         TaskChoice::Auto => data::task_of(&args.data)?,
         TaskChoice::Commonsense => Some(Task::Commonsense),
@@ -195,7 +203,7 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
         TaskChoice::Loss => None,
     };
     if task.is_none() && (args.generate || args.answers) {
-        return Err(CliError::usage("--generate and --answers need rows with answers: --task commonsense or math"));
+        return Err(CliError::usage("--generate and --answers need rows with answers; --task commonsense or math"));
     }
     if let Some(task) = task
         && options.template == Template::Auto
@@ -254,14 +262,18 @@ pub(super) fn run(args: EvalArgs, env: &Env) -> CliResult<Answer> {
     };
     env.report(&report, print)?;
     if task == Some(Task::Math) && !args.generate {
-        env.note("answers to math are not ranked: --generate lets the model write them");
+        env.note("note: answers to math are not ranked; --generate lets the model write them");
     }
     Ok(Answer::Yes)
 }
 
-fn open_adapter(text: &str) -> CliResult<(Adapter, f64)> {
+fn open_adapter(text: &str, base: &Checkpoint, ctx: &Context<'_>) -> CliResult<(Adapter, f64)> {
     let input = parse_input(text)?;
-    let adapter = Adapter::open(&input.adapter).hint("adapters of other kinds can be merged first")?;
+    let adapter = match Adapter::open_with_base(ctx, &input.adapter, base) {
+        Err(e @ AdapterError::WrongBase { .. }) => Err(e).hint("evaluate it on the checkpoint it was made from")?,
+        Err(e) if e.kind() == ErrorKind::BadInput => Err(e).hint("adapters of other kinds can be merged first")?,
+        adapter => adapter?,
+    };
     let scale = input.scale.unwrap_or(adapter.scale());
     Ok((adapter, scale))
 }
@@ -271,7 +283,7 @@ fn report_of(env: &Env, adapter: &Adapter, scale: f64) -> CliResult<AdapterRepor
     Ok(AdapterReport { name, id: adapter.id(&env.context())?.to_string(), scale, n_deltas: adapter.nnz() })
 }
 
-/// What is to be measured.
+/// A request: the model, the rows and the measurements.
 struct Wanted<'a> {
     base: &'a Checkpoint,
     adapter: Option<&'a (Adapter, f64)>,
@@ -279,20 +291,20 @@ struct Wanted<'a> {
     questions: &'a [Question],
     tokenizer: &'a Tokenizer,
     task: Option<Task>,
-    /// Where the model writes its answers itself.
+    /// Set if the model writes its answers.
     generate: Option<GenerateOptions>,
     max_tokens: usize,
 }
 
 struct Measured<'a> {
     loss: f64,
-    /// The likeliest candidate of each question.
+    /// The most likely candidate of each question.
     chosen: Option<Vec<&'a str>>,
-    /// What the model wrote to each.
+    /// The model's text for each question.
     written: Option<Vec<String>>,
 }
 
-/// Measuring, on whatever device.
+/// The work of a request, on any device.
 struct Measuring<'w, 'a> {
     wanted: &'w Wanted<'a>,
     env: &'w Env,
@@ -307,18 +319,18 @@ impl<'a> OnDevice for Measuring<'_, 'a> {
 }
 
 impl<'a> Wanted<'a> {
-    /// On the device that was asked for.
+    /// Measures on the device that `--device` names.
     fn measure_somewhere(&self, env: &Env) -> CliResult<Measured<'a>> {
         let work = Measuring { wanted: self, env };
         if let Some(gpu) = env.gpu()? {
-            let dtype = gpu.dtype_of(self.base).hint("--device cpu takes them")?;
+            let dtype = gpu.dtype_of(self.base).hint("--device cpu supports them")?;
             return gpu.run(dtype, work);
         }
         super::data::check_memory(env, self.base.root(), "evaluation", self.memory()?.total)?;
         work.run(&CpuDevice::new())
     }
 
-    /// What evaluation takes on the processor.
+    /// Memory of the evaluation on the CPU.
     fn memory(&self) -> CliResult<MemoryEstimate> {
         let config = train::check_model(self.base)?;
         let batches = Batches::in_order(self.dataset, self.limits());
@@ -377,7 +389,7 @@ impl<'a> Wanted<'a> {
         Ok(train::mean_loss(&ctx, device, model, batches.iter_from(0), &mut work)?.loss)
     }
 
-    /// The likeliest candidate of each question; the first of those that are equally likely.
+    /// The most likely candidate of each question; the first of equally likely ones.
     fn rank<D: Device>(&self, env: &Env, device: &D, model: &Model<D>) -> CliResult<Vec<&'a str>> {
         let ctx = env.context();
         ctx.observer.begin_count("ranking", "questions", self.questions.len() as u64);
@@ -412,7 +424,7 @@ impl<'a> Wanted<'a> {
 #[derive(Serialize)]
 struct Shown {
     tokens: Vec<u32>,
-    /// Begin and end of what is learned, in tokens.
+    /// Begin and end of each learned run of tokens.
     learned: Vec<(u32, u32)>,
     text: String,
 }
@@ -447,7 +459,7 @@ fn show(env: &Env, tokenizer: &Tokenizer, path: &Path, options: &ReadOptions, n:
     Ok(Answer::Yes)
 }
 
-/// A line of somebody's text, whole, without its control bytes.
+/// A whole line of text from a file, control bytes escaped.
 struct Line<'a>(&'a str);
 
 impl std::fmt::Display for Line<'_> {
@@ -465,7 +477,7 @@ fn print(report: &EvalReport, page: &mut Page) {
             let right = if answer.is_right { "yes" } else { "no" }.to_owned();
             table.row([answer.expected.clone(), or_dash(&answer.ranked), or_dash(&answer.generated), right]);
         }
-        page.table(&table);
+        page.table(table);
         page.blank();
     }
     let data = &report.data;
@@ -495,7 +507,7 @@ fn print(report: &EvalReport, page: &mut Page) {
             table.row([answers.clone(), count(score.n_questions), right, share(*chance)]);
         }
         page.blank();
-        page.table(&table);
+        page.table(table);
     }
 }
 

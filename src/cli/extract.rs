@@ -7,57 +7,58 @@ use super::{
     about::NotesArgs,
     env::Env,
     failure::{CliResult, Hint},
+    inputs::open_base,
     page::{Page, Table, bytes, count, number, percent},
     weights::{AxesArgs, with_axes_hint},
 };
 use crate::{
-    checkpoint::{Checkpoint, Existing, Printable},
+    checkpoint::{Existing, Printable},
     extract::{self, ExtractError, ExtractKind, ExtractOptions, ExtractReport, LeftOut, UnfitReason},
     tensor::{Dtype, projection_kind},
 };
 
-/// Make an adapter of what changed between two checkpoints
+/// Extract the difference of two checkpoints as an adapter
 ///
-/// Exact by default: merging the adapter into BASE gives TUNED byte for byte, and every merged value is computed and compared
-/// before the adapter appears. Biases and norms take part whole. What no delta can do is refused, with a list: tensors
-/// that are no floats, matrices of which too much changed, NaN and infinities, and changes so much larger than their result that the
-/// sum rounds past it. With -k the adapter holds the largest changes of each row of the matrices instead, and the report says how much
-/// of the change is lost.
+/// Exact by default: merging the adapter into BASE gives TUNED byte for byte; every merged value is computed and compared before the
+/// adapter is written. Biases and norms are included in full. Changes that no delta can represent are refused, with a list: tensors that
+/// are not floats, matrices with too many changes, NaN and infinities, and changes so much larger than their result that the sum rounds
+/// to another value. With -k the adapter keeps only the largest changes of each row, and the report says how much of the change is lost.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct ExtractArgs {
-    /// Directory or .safetensors file of the base checkpoint
+    /// Folder or .safetensors file of the base checkpoint
     base: PathBuf,
-    /// The same model, tuned: tensors of the same names, types and shapes
+    /// Checkpoint of the same model after training: same tensor names, dtypes and shapes
     tuned: PathBuf,
-    /// Where to write the adapter
+    /// File of the adapter
     #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// Keep the N largest changes of each row instead of all
+    /// Number of changes kept per row, the largest ones [default: all]
     #[arg(short, long, value_name = "N")]
     k: Option<u64>,
-    /// The type that deltas are stored in; auto: for each tensor the first of bf16, f16 and f32 that is exact
+    /// Dtype of the stored deltas; auto: for each tensor the first of bf16, f16 and f32 that is exact
     #[arg(long, value_enum, default_value_t = DtypeChoice::Auto)]
     dtype: DtypeChoice,
-    /// The largest share of a matrix that may get a delta
+    /// Maximum share of a matrix that may get deltas
     #[arg(long, value_name = "SHARE", default_value = "25%", value_parser = parse_share)]
     max_density: f64,
-    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: all]
+    /// Tensors to include: names, ends of module paths, globs, or all-linear [default: all]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     targets: Vec<String>,
-    /// Targets stored as [d_in, d_out], beside those of families known to store them so (GPT-2, gpt-oss)
+    /// Targets stored as [d_in, d_out], in addition to families known to store them so (GPT-2, gpt-oss) [default: none]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     transposed: Vec<String>,
     #[command(flatten)]
     axes: AxesArgs,
     #[command(flatten)]
     notes: NotesArgs,
-    /// List every tensor instead of a line per kind
+    /// Print one line per tensor instead of one per kind
     #[arg(long)]
     tensors: bool,
-    /// Replace an existing adapter
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
-    /// Say what the adapter would hold, write nothing
+    /// Count the deltas, write nothing
     #[arg(long)]
     dry_run: bool,
 }
@@ -70,7 +71,7 @@ enum DtypeChoice {
     F16,
 }
 
-/// Reads `25%` or `0.25`; whether the share makes sense is the library's to say.
+/// Reads `25%` or `0.25`; the library checks the range.
 fn parse_share(text: &str) -> Result<f64, String> {
     let number = |text: &str| text.trim().parse::<f64>().map_err(|_| "expected a share such as 25% or 0.25".to_owned());
     match text.strip_suffix('%') {
@@ -79,8 +80,14 @@ fn parse_share(text: &str) -> Result<f64, String> {
     }
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt extract llama llama-tuned -o exact.safetensors
+  neuroada-ckpt extract llama llama-tuned -k 4 -o largest.safetensors
+  neuroada-ckpt extract llama llama-tuned --max-density 60% --dry-run";
+
 pub(super) fn run(args: ExtractArgs, env: &Env) -> CliResult<Answer> {
-    let (base, tuned) = (Checkpoint::open(&args.base)?, Checkpoint::open(&args.tuned)?);
+    let (base, tuned) = (open_base(&args.base)?, open_base(&args.tuned)?);
     let dtype = match args.dtype {
         DtypeChoice::Auto => None,
         DtypeChoice::F32 => Some(Dtype::F32),
@@ -110,7 +117,7 @@ pub(super) fn run(args: ExtractArgs, env: &Env) -> CliResult<Answer> {
     Ok(Answer::Yes)
 }
 
-/// What helps against all that an adapter cannot hold, the nearest way first.
+/// The options that help against changes that no adapter can hold, the closest one first.
 fn hint(reasons: &[UnfitReason], has_k: bool, has_dtype: bool) -> String {
     let has = |reason: UnfitReason| reasons.contains(&reason);
     let densities = reasons.iter().filter_map(|reason| match reason {
@@ -120,18 +127,18 @@ fn hint(reasons: &[UnfitReason], has_k: bool, has_dtype: bool) -> String {
     let highest = densities.fold(0.0, f64::max);
     let mut ways = Vec::new();
     if highest > 0.0 {
-        ways.push(format!("--max-density {:.0}% allows so many deltas", (highest * 100.0).ceil()));
+        ways.push(format!("--max-density {:.0}% allows this many deltas", (highest * 100.0).ceil()));
     }
     if has(UnfitReason::Inexact) && has_dtype {
-        ways.push("--dtype auto looks for a type that is exact".to_owned());
+        ways.push("--dtype auto picks an exact dtype".to_owned());
     }
     match has_k {
-        true if highest > 0.0 => ways.push("a smaller -k keeps fewer".to_owned()),
-        // What is no number cannot be kept in part either.
+        true if highest > 0.0 => ways.push("a smaller -k keeps fewer deltas".to_owned()),
+        // NaN cannot be kept in part either.
         false if !has(UnfitReason::NotFinite) => ways.push("-k keeps the largest changes of each row".to_owned()),
         _ => {}
     }
-    ways.push("--targets chooses the tensors that take part".to_owned());
+    ways.push("--targets chooses the tensors to include".to_owned());
     ways.join(", ")
 }
 
@@ -167,7 +174,8 @@ fn print(report: &ExtractReport, tensors: bool, page: &mut Page) {
         report.kinds.iter().for_each(&mut row);
     }
     row(&report.total);
-    page.table(&table);
+    page.table(table);
+    page.legend("norm: L2 of the change; lost: L2 of the part without a delta");
     page.blank();
     for line in left_out(report, tensors) {
         page.line(line);
@@ -181,21 +189,21 @@ fn print(report: &ExtractReport, tensors: bool, page: &mut Page) {
     facts.push(("deltas", deltas(report)));
     facts.push(("unchanged", format!("{} tensors", count(report.n_same))));
     if report.total.norm_lost > 0.0 {
-        facts.push(("norm", format!("{} of {} is lost", number(report.total.norm_lost), number(report.total.norm))));
+        facts.push(("norm", format!("{} of {} lost", number(report.total.norm_lost), number(report.total.norm))));
     }
     if let Some(n_bytes) = report.n_bytes {
         facts.push(("size", bytes(n_bytes)));
     }
     let verdict = if report.exact {
-        format!("exact: merged, it gives {} byte for byte", report.tuned)
+        format!("exact: merging it gives {} byte for byte", report.tuned)
     } else {
-        format!("partial: merged, it does not give {}", report.tuned)
+        format!("partial: merging it does not give {}", report.tuned)
     };
     facts.push(("verdict", verdict));
     page.facts(&facts);
 }
 
-/// What changed and takes no part: each tensor, or their kinds by reason.
+/// Changed tensors that are not included: each of them, or their kinds by reason.
 fn left_out(report: &ExtractReport, tensors: bool) -> Vec<String> {
     if tensors {
         let line = |tensor: &LeftOut| format!("left out: {}: {}", Printable(&tensor.tensor), tensor.why);
@@ -211,7 +219,7 @@ fn left_out(report: &ExtractReport, tensors: bool) -> Vec<String> {
     by_reason.into_iter().map(|(why, found)| format!("left out: {}: {why}", kinds(found))).collect()
 }
 
-/// How many deltas of which types: `2,255: 14 tensors as BF16`.
+/// Number of deltas by dtype: `2,255: 14 tensors as BF16`.
 fn deltas(report: &ExtractReport) -> String {
     let mut by_type: BTreeMap<&str, u64> = BTreeMap::new();
     for tensor in &report.tensors {

@@ -7,49 +7,57 @@ use super::{
     about::{DtypeChoice, NotesArgs},
     env::Env,
     failure::{CliError, CliResult},
+    inputs::open_base,
     page::{bytes, count},
 };
 use crate::{
     adapter::{self, InitOptions},
-    checkpoint::{Checkpoint, Existing},
+    checkpoint::Existing,
     mask::MaskFile,
 };
 
-/// Start an adapter from a mask: zeros, or values trained elsewhere
+/// Create an adapter from a mask, with zeros or with values trained elsewhere
 ///
-/// One delta for each entry that the mask chose. The base must be the one the mask was made from, down to its values at the
+/// The adapter has one delta for each entry of the mask. The base must be the one that the mask was made from, including its values at the
 /// chosen positions.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct InitArgs {
-    /// Directory or .safetensors file of the base checkpoint
+    /// Folder or .safetensors file of the base checkpoint
     base: PathBuf,
     /// Mask made from that base
     #[arg(short, long, value_name = "FILE")]
     mask: PathBuf,
-    /// Where to write the adapter
+    /// File of the adapter
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// A safetensors file with T.values for each target T, of the mask's shape [default: zeros]
+    /// Safetensors file with a tensor T.values for each target T, of the mask's shape [default: zeros]
     #[arg(long, value_name = "FILE")]
     values: Option<PathBuf>,
-    /// The type that values are stored in
+    /// Dtype of the stored values
     #[arg(long, value_enum, default_value_t = DtypeChoice::F32)]
     dtype: DtypeChoice,
-    /// What every delta is multiplied by when the adapter is merged
+    /// Factor of every delta at a merge
     #[arg(long, value_name = "SCALE", default_value_t = 1.0, allow_negative_numbers = true)]
     scale: f64,
     #[command(flatten)]
     notes: NotesArgs,
-    /// Replace an existing adapter
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt init llama --mask mask.safetensors --values trained.safetensors -o adapter.safetensors
+  neuroada-ckpt init llama --mask mask.safetensors -o zeros.safetensors
+  neuroada-ckpt init llama -m mask.safetensors --values trained.safetensors --dtype bf16 --scale 0.5 -o adapter.safetensors";
 
 pub(super) fn run(args: InitArgs, env: &Env) -> CliResult<Answer> {
     if !args.scale.is_finite() {
         return Err(CliError::usage(format!("--scale {} is not a finite number", args.scale)));
     }
-    let base = Checkpoint::open(&args.base)?;
+    let base = open_base(&args.base)?;
     let mask = MaskFile::open(&args.mask)?;
     let dtype = args.dtype.dtype();
     let options = InitOptions { values: args.values.as_deref(), dtype, scale: args.scale, notes: args.notes.notes() };
@@ -64,5 +72,8 @@ pub(super) fn run(args: InitArgs, env: &Env) -> CliResult<Answer> {
             ("size", bytes(report.n_bytes)),
         ]);
     })?;
+    if report.n_nonzero == 0 && report.n_deltas > 0 {
+        env.note("note: all deltas are zero: merging this adapter changes nothing; --values takes trained values");
+    }
     Ok(Answer::Yes)
 }

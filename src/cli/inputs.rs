@@ -1,24 +1,42 @@
-//! What the command line names and is there: inputs, which no output may be, hold or lie in.
+//! Inputs: existing paths on the command line. No output may be one, contain one or lie in one.
 
-use std::{
-    any::TypeId,
-    ffi::OsStr,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+
+use clap::{ArgMatches, Command};
+
+use super::{
+    bash::may_be_a_path,
+    failure::{CliResult, Hint},
+};
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError, InUse, Layout, Printable},
+    mask::FileKind,
 };
 
-use clap::{Arg, ArgMatches, Command};
-
-use crate::checkpoint::InUse;
-
-/// The one argument of every command that says where to write.
+/// The id of the output argument, the same in every command.
 const OUTPUT: &str = "output";
 
-/// Registers every value of the command line that leads to a file or folder, but the output's. Whoever adds an option that names an
-/// input has nothing to do: it is a path, or a word whose value name says that it may be a file.
+/// Opens a checkpoint that a command works on.
+///
+/// # Errors
+/// A file of this program that is no checkpoint, besides those of [`Checkpoint::open`].
+pub(super) fn open_base(path: &Path) -> CliResult<Checkpoint> {
+    let checkpoint = Checkpoint::open(path)?;
+    if let (Layout::File, [shard]) = (checkpoint.layout(), checkpoint.shards())
+        && let FileKind::Document(kind) = FileKind::of(shard)?
+    {
+        let what = format!("is a file of this program (kind: {}), not a checkpoint", Printable(&kind));
+        return Err(CheckpointError::bad_file(path, what))
+            .hint("the base is the first argument; adapters and masks follow their options");
+    }
+    Ok(checkpoint)
+}
+
+/// Registers every existing path on the command line, except the output's. A new option for an input needs no entry here: its type is a
+/// path, or its value name shows that the value may be a file.
 pub(super) fn of(definition: &Command, matches: &ArgMatches) -> Vec<InUse> {
     let mut found = Vec::new();
-    for arg in definition.get_arguments().filter(|arg| arg.get_id() != OUTPUT && may_name_a_file(arg)) {
+    for arg in definition.get_arguments().filter(|arg| arg.get_id() != OUTPUT && may_be_a_path(arg)) {
         for value in matches.try_get_raw(arg.get_id().as_str()).ok().flatten().into_iter().flatten() {
             found.extend(register(value));
             // `FILE=SCALE`
@@ -35,13 +53,7 @@ pub(super) fn of(definition: &Command, matches: &ArgMatches) -> Vec<InUse> {
     found
 }
 
-fn may_name_a_file(arg: &Arg) -> bool {
-    let names = arg.get_value_names().unwrap_or_default();
-    arg.get_value_parser().type_id() == TypeId::of::<PathBuf>()
-        || names.iter().any(|name| name.contains("FILE") || name.contains("ADAPTER"))
-}
-
-/// What cannot be examined is met again, as an error, by the command that opens it; other values are no paths at all.
+/// Registers a value. A path that cannot be examined becomes an error when the command opens it; other values are not paths.
 fn register(value: &OsStr) -> Vec<InUse> {
     if value.is_empty() { Vec::new() } else { InUse::register(Path::new(value)).unwrap_or_default() }
 }
@@ -56,7 +68,7 @@ mod tests {
         let mut seen = Vec::new();
         let commands = definition.get_subcommands();
         for command in commands.flat_map(|command| std::iter::once(command).chain(command.get_subcommands())) {
-            let inputs = command.get_arguments().filter(|arg| arg.get_id() != OUTPUT && may_name_a_file(arg));
+            let inputs = command.get_arguments().filter(|arg| arg.get_id() != OUTPUT && may_be_a_path(arg));
             seen.extend(inputs.map(|arg| format!("{} {}", command.get_name(), arg.get_id())));
         }
         for known in [

@@ -6,6 +6,7 @@ use super::{
     Answer,
     env::Env,
     failure::CliResult,
+    inputs::open_base,
     page::{Page, Table, count, percent},
     weights::{AxesArgs, with_axes_hint},
 };
@@ -17,61 +18,62 @@ use crate::{
 
 /// Choose the important connections of every neuron
 ///
-/// Ranks the weights of each row by a score and writes the chosen columns to a mask file, reading the checkpoint once, whatever
-/// its size. Equal scores go to the smaller column; the same mask comes out for any number of threads.
+/// Ranks the weights of each row by a score and writes the chosen columns to a mask file. Reads the checkpoint once. Ties go to the
+/// smaller column; the mask is the same for any number of threads.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 #[command(group = clap::ArgGroup::new("amount").required(true).args(["k", "budget"]))]
 pub(super) struct MaskArgs {
-    /// Directory or .safetensors file of the base checkpoint
+    /// Folder or .safetensors file of the base checkpoint
     base: PathBuf,
-    /// Where to write the mask
+    /// File of the mask
     #[arg(short, long, value_name = "FILE", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// Entries to choose in each row
+    /// Number of entries to choose in each row
     #[arg(short, long, value_name = "N")]
     k: Option<u64>,
-    /// Share of all parameters of the model (0.02%, 0.0002) or number of entries (1000000) to choose
+    /// Number of entries to choose in total: a share of the model's parameters (0.02%, 0.0002) or a count (1000000)
     #[arg(long, value_name = "BUDGET", value_parser = |text: &str| text.parse::<Amount>().map_err(|e| e.to_string()))]
     budget: Option<Amount>,
-    /// What weights are ranked by
+    /// Score that weights are ranked by
     #[arg(long, value_enum, default_value_t = ScoreChoice::Magnitude)]
     score: ScoreChoice,
-    /// Within what they compete
+    /// Scope of the ranking: row, tensor or whole model
     #[arg(long, value_enum, default_value_t = ScopeChoice::Row)]
     scope: ScopeChoice,
-    /// Tensors that take part: names, ends of module paths, globs, or all-linear [default: the seven Llama projections]
+    /// Tensors to choose from: names, ends of module paths, globs, or all-linear [default: the seven Llama projections]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     targets: Vec<String>,
-    /// Targets stored as [d_in, d_out], beside those of families known to store them so (GPT-2, gpt-oss)
+    /// Targets stored as [d_in, d_out], in addition to families known to store them so (GPT-2, gpt-oss) [default: none]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     transposed: Vec<String>,
     #[command(flatten)]
     axes: AxesArgs,
-    /// For --score random and --neuron-fraction
+    /// Seed of --score random and --neuron-fraction
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Share of each tensor's rows that take part, chosen at random
+    /// Share of each tensor's rows to choose from, picked at random
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     neuron_fraction: f64,
-    /// Checkpoint of gradients, by the weights' names, for gradient, snip and fisher
+    /// Checkpoint of gradients under the weights' names, for --score gradient, snip and fisher
     #[arg(long, value_name = "PATH")]
     gradients: Option<PathBuf>,
-    /// File of activation norms per column, by the names of weights or modules, for wanda
+    /// File of activation norms per column, under the names of weights or modules, for --score wanda
     #[arg(long, value_name = "FILE")]
     activations: Option<PathBuf>,
-    /// Handle one part of the targets, as in 2/8; mask-join puts the parts together
+    /// Part of the targets to handle, as in 2/8; mask-join joins the parts [default: all]
     #[arg(long, value_name = "I/N", value_parser = |text: &str| text.parse::<Partition>().map_err(|e| e.to_string()))]
     partition: Option<Partition>,
-    /// With --device cuda: choose a random share of the rows again on the CPU, and compare
+    /// Share of the rows that the CPU chooses again to check the GPU, with --device cuda [default: 0; without a value: 0.01]
     #[arg(long, value_name = "SHARE", num_args = 0..=1, require_equals = true, default_missing_value = "0.01", value_parser = parse_share)]
     check: Option<f64>,
-    /// Also name each whole target by its BLAKE3
+    /// Record the BLAKE3 of each whole target
     #[arg(long)]
     hash: bool,
-    /// Replace an existing mask
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
-    /// Say what the mask would hold, write nothing
+    /// Count the entries, write nothing
     #[arg(long)]
     dry_run: bool,
 }
@@ -80,15 +82,15 @@ pub(super) struct MaskArgs {
 enum ScoreChoice {
     /// |w|
     Magnitude,
-    /// |w|, least first
+    /// |w|, smallest first
     Smallest,
-    /// Seeded
+    /// Random, by --seed
     Random,
     /// |g|
     Gradient,
     /// |w * g|
     Snip,
-    /// |w| * norm of the column's activations
+    /// |w| * activation norm of the column
     Wanda,
     /// g^2
     Fisher,
@@ -96,16 +98,22 @@ enum ScoreChoice {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum ScopeChoice {
-    /// Each row gets its share
+    /// Within each row
     Row,
-    /// Each tensor
+    /// Within each tensor
     Tensor,
-    /// All targets together
+    /// Over all targets together
     Global,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt mask llama --k 1 -o mask.safetensors
+  neuroada-ckpt mask llama --budget 0.02% --scope global -o mask.safetensors
+  neuroada-ckpt mask llama --k 4 --targets q_proj,v_proj --dry-run";
+
 pub(super) fn run(args: MaskArgs, env: &Env) -> CliResult<Answer> {
-    let checkpoint = Checkpoint::open(&args.base)?;
+    let checkpoint = open_base(&args.base)?;
     let open = |path: &Option<PathBuf>| path.as_ref().map(|path| Checkpoint::open(path)).transpose();
     let (gradients, activations) = (open(&args.gradients)?, open(&args.activations)?);
     let gpu = env.gpu_chooser(args.check.unwrap_or(0.0))?;
@@ -143,14 +151,7 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> CliResult<Answer> {
     let report = with_axes_hint(mask::create_mask(&env.context(), &checkpoint, &options, output))?;
     env.report_work(&report, print)?;
     if let Some(gpu) = gpu.filter(|_| !report.dry_run) {
-        tell_of_gpu(&gpu.counts(), env);
-    }
-    if !report.clamped.is_empty() {
-        let k = report.k.unwrap_or_default();
-        env.note(&format!(
-            "note: {} targets have rows shorter than {k}: all of each row was chosen",
-            report.clamped.len()
-        ));
+        print_gpu_counts(&gpu.counts(), env);
     }
     for skipped in &report.skipped {
         env.note(&format!("note: skipped \"{}\": {}", skipped.tensor, skipped.why));
@@ -158,15 +159,16 @@ pub(super) fn run(args: MaskArgs, env: &Env) -> CliResult<Answer> {
     Ok(Answer::Yes)
 }
 
-/// Says what was chosen where; the report is the same wherever that was.
-fn tell_of_gpu(rows: &ChosenRows, env: &Env) {
+/// Reports how many rows each device chose; the mask does not depend on it.
+fn print_gpu_counts(rows: &ChosenRows, env: &Env) {
     let ChosenRows { on_gpu, on_cpu, checked } = *rows;
     let checked_too = if checked > 0 { format!(", {} of them checked", count(checked)) } else { String::new() };
     env.detail(&format!("{} rows chosen on the GPU{checked_too}", count(on_gpu)));
     if on_cpu > 0 || on_gpu == 0 {
         let which = if on_gpu == 0 { "all".to_owned() } else { count(on_cpu) };
-        let takes = "a GPU takes bf16, f16 and f32 of up to 131,072 columns, scope row, and no random scores";
-        env.note(&format!("note: rows chosen on the CPU: {which}; {takes}"));
+        let limits =
+            "the GPU path supports bf16, f16 and f32 of up to 131,072 columns, scope row, and no random scores";
+        env.note(&format!("note: rows chosen on the CPU: {which}; {limits}"));
     }
 }
 
@@ -181,7 +183,7 @@ fn print(report: &MaskReport, page: &mut Page) {
     for kind in report.kinds.iter().chain([&report.total]) {
         table.row(kind_cells(kind));
     }
-    page.table(&table);
+    page.table(table);
     page.blank();
     let verb = if report.dry_run { "would be trainable" } else { "trainable" };
     let (chosen, all) = (report.total.n_chosen, report.n_model_parameters);

@@ -5,22 +5,28 @@ use clap::Args;
 use super::{Answer, env::Env, failure::CliResult, page::count};
 use crate::{checkpoint::Existing, mask};
 
-/// Put the parts of a mask together
+/// Join the parts of a mask
 ///
-/// The parts are those that `mask --partition I/N` wrote, all N of them in any order. The result is what `mask` would have
-/// written in one run, byte for byte.
+/// The parts are the N files that `mask --partition I/N` wrote, in any order. The result equals the mask of one run, byte for byte.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct MaskJoinArgs {
-    /// The parts
+    /// Files of all parts
     #[arg(required = true, value_name = "PART")]
     parts: Vec<PathBuf>,
-    /// Where to write the mask
+    /// File of the joined mask
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Replace an existing mask
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt mask llama --k 1 --partition 1/2 -o part-1.safetensors
+  neuroada-ckpt mask llama --k 1 --partition 2/2 -o part-2.safetensors
+  neuroada-ckpt mask-join part-1.safetensors part-2.safetensors -o mask.safetensors";
 
 pub(super) fn run(args: MaskJoinArgs, env: &Env) -> CliResult<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     backend::{MergedWeights, Merger},
-    checkpoint::{Checkpoint, Existing, probe},
+    checkpoint::{Checkpoint, Existing, Printable, probe},
     merge::{
         self, AdapterReading, ExpertOrder, KeptOriginals, KindReport, MergeError, MergeInput, MergeOptions,
         MergeOutput, MergeReport, Undecided,
@@ -19,58 +19,58 @@ use crate::{
     weights::Axes,
 };
 
-/// Add adapters to a checkpoint
+/// Merge adapters into a checkpoint
 ///
-/// Every weight becomes round(original + delta * scale + …) over all adapters in it, in one fixed order, whatever the order they
-/// were merged in. Everything is checked before the result appears: each tensor of each adapter must match, and the base's values must
-/// be those that a sparse adapter was made from. A wrong base is found before anything is copied. The result remembers the
-/// original bits (in .neuroada/), so that unmerge can take any adapter out again, exactly.
+/// Every weight becomes round(original + delta * scale + ...) over all of its adapters, summed in a fixed order, so the result does not
+/// depend on the order of merges. Everything is checked before the result appears: each tensor of each adapter must match, and the base's
+/// values must equal those that a sparse adapter was made from. A wrong base is found before anything is copied. The result keeps the
+/// original bits in .neuroada/, so that unmerge can take any adapter out exactly.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 #[command(group = ArgGroup::new("where").args(["output", "in_place"]).required(true))]
 pub(super) struct MergeArgs {
-    /// Directory or .safetensors file of the base checkpoint
+    /// Folder or .safetensors file of the base checkpoint
     base: PathBuf,
-    /// Adapter made from that base; or a sparse one of PEFT, SpIEL or the published code, or the folder of a PEFT LoRA adapter; =SCALE
-    /// replaces the scale it carries (of LoRA, 1); may be given several times
+    /// Adapter made from that base: a file of this program, a PEFT folder (LoRA, SHiRA, Super-Tuning), or one of SpIEL or the published
+    /// code; =SCALE replaces its own scale (for LoRA: 1); repeatable
     #[arg(short, long = "adapter", value_name = "FILE[=SCALE]", required = true)]
     adapters: Vec<String>,
     #[command(flatten)]
     output: OutputArgs,
-    /// Write no ledger, and no adapter's id into the shards' headers: the merge cannot be undone
+    /// Write no ledger, and no adapter ids into the shards' headers: the merge cannot be undone
     #[arg(long, conflicts_with = "in_place")]
     no_ledger: bool,
-    /// Merge even where finite weights become infinite or NaN, and report how many
+    /// Merge even if finite weights become infinite or NaN; the report counts them
     #[arg(long)]
     allow_overflow: bool,
     #[command(flatten)]
     low_rank: LowRankArgs,
 }
 
-/// What only low-rank adapters need.
+/// Options for low-rank adapters.
 #[derive(Args)]
 struct LowRankArgs {
-    /// LoRA: keep the originals of all tensors that change in the ledger, so that undoing needs no base; as large as those tensors
+    /// LoRA: store the originals of all changed tensors in the ledger, so that unmerge needs no base; takes the size of these tensors
     #[arg(long, conflicts_with = "no_ledger")]
     keep_originals: bool,
-    /// LoRA in place, or on top of one: the checkpoint that everything is merged into, untouched; the ledger keeps hashes then, and
-    /// undoing, or recovering from a crash, needs it again
+    /// LoRA in place, or on top of another LoRA: the unmodified base; the ledger then keeps hashes, and unmerge and recover need this
+    /// base again
     #[arg(long = "base", value_name = "PATH", id = "originals_base")]
     originals: Option<PathBuf>,
-    /// LoRA on stacks of experts: how the second factor is laid out, which its file does not tell; PEFT writes rank-first
+    /// LoRA on stacks of experts: layout of the second factor, which the file does not record; PEFT writes rank-first
     #[arg(long, value_enum, value_name = "ORDER")]
     expert_order: Option<ExpertOrderArg>,
     #[command(flatten)]
     axes: AxesArgs,
-    /// How all stacks of experts are stored
+    /// Axes of all stacks of experts
     #[arg(long, value_name = "AXES", hide = true, value_parser = |text: &str| text.parse::<Axes>())]
     expert_axes: Option<Axes>,
     #[command(flatten)]
     renames: RenameArgs,
-    /// LoRA trained for some of the names of a weight that the model shares, such as embedding and head: change it for all of them
+    /// LoRA on one name of a tied weight, such as embedding and head: change the weight under all of its names
     #[arg(long = "tied-weights", alias = "tied-head")]
     tied: bool,
-    /// LoRA with a new head or a resized vocabulary: add tensors that the base does not have, and replace those of another size; config.json
-    /// is edited to match
+    /// LoRA with a new head or a resized vocabulary: add tensors, and replace tensors of another size; config.json is edited to match
     #[arg(long, requires = "output")]
     allow_new_tensors: bool,
 }
@@ -100,42 +100,48 @@ impl LowRankArgs {
     }
 }
 
-/// Where the changed checkpoint goes.
+/// Options for the output.
 #[derive(Args)]
 pub(super) struct OutputArgs {
-    /// Where to write the new checkpoint
+    /// Folder or file of the new checkpoint
     #[arg(short, long, value_name = "PATH", conflicts_with = "in_place")]
     output: Option<PathBuf>,
-    /// Change the checkpoint itself, journaled
+    /// Change the checkpoint itself, with a journal for crashes
     #[arg(long)]
     in_place: bool,
-    /// In place: files that other paths lead to as well get a copy of their own first
+    /// In place: first copy files that other paths lead to as well
     #[arg(long, conflicts_with = "output")]
     break_links: bool,
-    /// Replace an existing output; a folder only where nothing is in it but what this program wrote, or what has the new files' names
+    /// Replace an existing output; a folder only if it holds nothing but files of this program or files with the new names
     #[arg(long, requires = "output")]
     force: bool,
-    /// Hard-link shards that no delta touches instead of copying them
+    /// Hard-link unchanged shards instead of copying them
     #[arg(long, requires = "output")]
     link: bool,
-    /// Keep finished shards when cut short, and go on from those of an earlier run
+    /// Keep finished shards on interruption, and reuse those of an earlier run
     #[arg(long, requires = "output")]
     resume: bool,
-    /// Take along files that contradict the new weights: other copies of the old ones, the base's model card
+    /// Also copy files that contradict the new weights: other copies of the old weights, the base's model card
     #[arg(long, requires = "output")]
     keep_other_files: bool,
-    /// Check everything, say what would be written, write nothing
+    /// Check everything, write nothing
     #[arg(long)]
     dry_run: bool,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt merge llama --adapter adapter.safetensors -o merged
+  neuroada-ckpt merge llama --adapter lora-folder=0.5 --adapter b.safetensors -o merged
+  neuroada-ckpt merge llama --adapter adapter.safetensors --in-place";
+
 impl OutputArgs {
-    /// Whether the checkpoint itself is going to change.
+    /// Whether the command changes the checkpoint itself.
     fn is_in_place(&self) -> bool {
         self.output.is_none() && !self.dry_run
     }
 
-    /// Whether the result has the place of the input.
+    /// Whether the result replaces the input.
     pub(super) fn is_changed_itself(&self) -> bool {
         self.output.is_none()
     }
@@ -153,7 +159,7 @@ impl OutputArgs {
     }
 }
 
-/// What is reported where there was something to recover.
+/// The note about an earlier change that was recovered.
 const RECOVERED: &str = "an interrupted change was recovered first";
 
 pub(super) fn run(args: MergeArgs, env: &Env) -> CliResult<Answer> {
@@ -169,7 +175,7 @@ pub(super) fn run(args: MergeArgs, env: &Env) -> CliResult<Answer> {
     answer
 }
 
-/// Merges, when there is nothing to recover any more.
+/// Merges into a checkpoint without an interrupted change.
 fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &Env) -> CliResult<Answer> {
     let any_low_rank = inputs.iter().any(|input| merge::changes_whole_tensors(&input.adapter));
     let gpu = if any_low_rank { env.gpu_merger()? } else { None };
@@ -188,26 +194,27 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     let merged = merge::merge(&env.context(), &args.base, &inputs, &options);
     let mut report = match merged {
         Err(e @ MergeError::AlreadyMerged { .. }) => {
-            Err(e).hint("take it out with unmerge first, to merge it with another scale")?
+            Err(e).hint("to merge it with another scale, unmerge it first")?
         }
         Err(e @ MergeError::MergedBefore { .. }) => {
-            Err(e).hint("merge into the base that the adapter was made from, or bring its .neuroada folder back")?
+            Err(e).hint("merge into the original base, or restore the checkpoint's .neuroada folder")?
         }
-        Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint the adapter was made from")?,
+        Err(e @ MergeError::WrongBase { .. }) => Err(e).hint("merge into the checkpoint that the adapter was made from")?,
         Err(e @ MergeError::Overflow { .. }) => {
-            Err(e).hint("--allow-overflow merges all the same; is the scale right, and the adapter undamaged?")?
+            Err(e).hint("check the scale and the adapter; --allow-overflow merges anyway")?
         }
         Err(e @ MergeError::Unmatched { .. }) if any_low_rank && is_about_names(&e) => Err(e).hint(RENAME_HINT)?,
-        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        Err(e @ MergeError::Unmatched { .. }) => Err(e).hint(OTHER_MODEL_HINT)?,
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base PATH names it")?,
         Err(e @ MergeError::KeepsNothing { .. }) => Err(e).hint(
-            "--keep-originals keeps them in the ledger; --base PATH names a checkpoint that has them; -o writes a new checkpoint",
+            "--keep-originals stores them in the ledger, --base PATH names a checkpoint that has them, -o writes a new checkpoint",
         )?,
         Err(MergeError::Undecided { ref open, .. }) => {
             let hint = match open {
-                Undecided::ExpertOrder => "--expert-order rank-first for an adapter trained with PEFT".to_owned(),
+                Undecided::ExpertOrder => "adapters trained with PEFT need --expert-order rank-first".to_owned(),
                 Undecided::Axes { kind } => axes_hint(kind),
                 Undecided::TiedHead => {
-                    "--tied-weights merges it for all of them; or untie them in the base first".to_owned()
+                    "--tied-weights changes the weight under all of its names; or untie the weights in the base first".to_owned()
                 }
             };
             merged.hint(&hint)?
@@ -217,48 +224,54 @@ fn merge_all(args: MergeArgs, inputs: Vec<MergeInput>, recovered: bool, env: &En
     if recovered {
         report.notes.insert(0, RECOVERED.to_owned());
     }
-    tell(&report, is_in_place, env)?;
+    print_report(&report, is_in_place, env)?;
     if let Some(gpu) = gpu {
-        tell_of_gpu(&gpu.counts(), env);
+        print_gpu_counts(&gpu.counts(), env);
     }
     if report.needs_base && any_low_rank {
         let size = bytes(report.bytes_checked);
-        env.note(&format!("undoing needs the base; --keep-originals keeps what that takes, {size}, beside the result"));
+        env.note(&format!(
+            "note: unmerge will need the base; --keep-originals stores the originals ({size}) beside the result instead"
+        ));
     }
     Ok(Answer::Yes)
 }
 
-/// Says what was merged where; the report is the same wherever that was.
-fn tell_of_gpu(weights: &MergedWeights, env: &Env) {
+/// Reports how many weights each device merged; the result does not depend on it.
+fn print_gpu_counts(weights: &MergedWeights, env: &Env) {
     let MergedWeights { on_gpu, on_cpu } = *weights;
     env.detail(&format!("{} weights merged on the GPU", count(on_gpu)));
     if on_cpu > 0 {
         let which = if on_gpu == 0 { "all".to_owned() } else { count(on_cpu) };
-        let takes = "a GPU takes one LoRA product on bf16, f16 and f32 weights, no DoRA and no sparse deltas, and factors that \
-                     --gpu-memory and --max-memory have room for";
-        env.note(&format!("note: weights merged on the CPU: {which}; {takes}"));
+        let limits = "the GPU path supports one LoRA product on bf16, f16 and f32 weights, no DoRA, no sparse deltas, and factors \
+                      that fit --gpu-memory and --max-memory";
+        env.note(&format!("note: weights merged on the CPU: {which}; {limits}"));
     }
 }
 
-const RENAME_HINT: &str =
-    "where names alone differ, --rename FROM=TO says which is which, as in --rename 'encoder.*=vision_model.encoder.*'";
+const OTHER_MODEL_HINT: &str =
+    "the adapter was made for another model; compare names and shapes with `neuroada-ckpt inspect --tensors`";
 
-/// Whether one of the problems is that a name was not found, or that it may mean several tensors.
+const RENAME_HINT: &str =
+    "if only the names differ, map them with --rename FROM=TO, as in --rename 'encoder.*=vision_model.encoder.*'";
+
+/// Whether one of the problems is a name that matches no tensor or several.
 fn is_about_names(error: &MergeError) -> bool {
     let MergeError::Unmatched { problems, .. } = error else { return false };
     problems.iter().any(|problem| problem.contains("no such tensor") || problem.contains("may be meant"))
 }
 
-/// Reads `FILE` or `FILE=SCALE`; what follows the last `=` is a scale if it is a number.
+/// Reads `FILE` or `FILE=SCALE`; the text after the last `=` is a scale if it is a number.
 pub(super) fn parse_input(text: &str) -> CliResult<MergeInput> {
     let Some((file, scale)) = text.rsplit_once('=') else {
+        refuse_other_separators(text)?;
         return Ok(MergeInput { adapter: text.into(), scale: None });
     };
     match scale.parse::<f64>() {
         Ok(scale) if scale.is_finite() && !file.is_empty() => {
             Ok(MergeInput { adapter: file.into(), scale: Some(scale) })
         }
-        // A file whose own name holds an equals sign.
+        // A file with an equals sign in its name.
         _ if probe::is_present(Path::new(text))? => Ok(MergeInput { adapter: text.into(), scale: None }),
         Ok(scale) if !scale.is_finite() => {
             Err(CliError::usage(format!("{text}: scale {scale} is not a finite number")))
@@ -267,8 +280,18 @@ pub(super) fn parse_input(text: &str) -> CliResult<MergeInput> {
     }
 }
 
+/// Fails if a scale follows another character than `=`, as in `FILE:0.5`, unless a file has that name.
+fn refuse_other_separators(text: &str) -> CliResult<()> {
+    let Some((file, scale)) = text.rsplit_once([':', '@', '*', ',']) else { return Ok(()) };
+    if file.is_empty() || scale.parse::<f64>().is_err() || probe::is_present(Path::new(text))? {
+        return Ok(());
+    }
+    Err(CliError::usage(format!("{}: the scale follows an equals sign", Printable(text))))
+        .hint(&format!("{}={scale}", Printable(file)))
+}
+
 /// Prints the report of a merge or an unmerge.
-pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> CliResult<()> {
+pub(super) fn print_report(report: &MergeReport, is_in_place: bool, env: &Env) -> CliResult<()> {
     match report.dry_run {
         true => env.report(report, print)?,
         false => env.report_work(report, print)?,
@@ -278,8 +301,8 @@ pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> CliRes
     }
     for file in &report.left_out {
         match is_in_place {
-            true => env.note(&format!("stays beside the new weights: {file}")),
-            false => env.note(&format!("left out: {file}")),
+            true => env.note(&format!("note: stays beside the new weights: {file}")),
+            false => env.note(&format!("note: not copied: {file}")),
         }
     }
     if report.total.n_overflowed > 0 {
@@ -293,13 +316,14 @@ pub(super) fn tell(report: &MergeReport, is_in_place: bool, env: &Env) -> CliRes
 
 fn print(report: &MergeReport, page: &mut Page) {
     if report.kinds.is_empty() {
-        page.line("no adapter is left: the base's bytes");
+        page.line("no adapter is left; all bytes are the base's");
     } else {
         let mut table = Table::new(["kind", "tensors>", "touched>", "changed>", "absorbed>", "share>"]);
         for kind in report.kinds.iter().chain([&report.total]) {
             table.row(kind_cells(kind));
         }
-        page.table(&table);
+        page.table(table);
+        page.legend("absorbed: rounding swallowed the delta, and the weight kept its bits");
         page.blank();
         let mut adapters = Table::new(["adapter", "scale>", "tensors>", "deltas>", "made from"]);
         for entry in &report.active {
@@ -313,7 +337,7 @@ fn print(report: &MergeReport, page: &mut Page) {
                 entry.base.clone(),
             ]);
         }
-        page.table(&adapters);
+        page.table(adapters);
     }
     page.blank();
     let verb = if report.dry_run { "would write" } else { "wrote" };

@@ -1,15 +1,18 @@
 //! The command line: arguments in, one report out.
 //!
-//! The program `neuroada-ckpt` is [`run`] and nothing else; other packages that carry the command call it too.
+//! The program `neuroada-ckpt` only calls [`run`]; other packages that ship the command call it too.
 //!
-//! Each command is one file with its arguments and a `run` that opens files, calls one library function and hands the
-//! report it got to `Env::report`; adding a command is that file, one line in `Command` and one in `run_command`. What all
-//! commands share lies in `env` (global options, memory, threads), `progress` (the bar, Ctrl-C), `failure` (messages,
-//! hints and exit codes) and `page` (tables, numbers for people). Data goes to stdout, all else to stderr.
+//! Each command is one file with its arguments and a `run` that opens files, calls one library function and passes the report to
+//! `Env::report`. A new command is such a file, one line in `Command` and one in `run_command`. All commands share `env` (global options,
+//! memory, threads), `limits` (containers and batch systems), `progress` (the bar, signals), `failure` (messages, hints and exit codes),
+//! `missing` and `usage` (advice on mistakes), `help` (texts around clap's help) and `page` (tables, readable numbers). Data goes to
+//! stdout, everything else to stderr.
 
 mod about;
+mod bash;
 mod card;
 mod cast;
+mod color;
 mod combine;
 mod completions;
 mod convert;
@@ -23,13 +26,16 @@ mod eval;
 mod extract;
 mod failure;
 mod gpu;
+mod help;
 mod init;
 mod inputs;
 mod inspect;
+mod limits;
 mod man;
 mod mask;
 mod mask_join;
 mod merge;
+mod missing;
 mod pack;
 mod page;
 mod progress;
@@ -39,6 +45,7 @@ mod sync;
 mod train;
 mod unmerge;
 mod unpack;
+mod usage;
 mod verify;
 mod weights;
 
@@ -50,15 +57,16 @@ use failure::CliResult;
 
 /// Transform model checkpoints without loading them
 ///
-/// Chooses the important connections of every neuron (masks), packs trained deltas on them into small adapter files, merges
-/// them into checkpoints of any size and takes them out again bit for bit, and says exactly what changed.
+/// Chooses the important connections of every neuron (masks), packs trained deltas on them into small adapter files, merges adapters into
+/// checkpoints of any size, takes them out again bit for bit, and reports exactly what changed.
 #[derive(Parser)]
 #[command(
     name = "neuroada-ckpt",
     version,
     max_term_width = 110,
     arg_required_else_help = true,
-    after_long_help = EXIT_CODES
+    after_help = help::EXAMPLES,
+    after_long_help = help::AFTER_LONG_HELP
 )]
 struct Cli {
     #[command(subcommand)]
@@ -67,19 +75,7 @@ struct Cli {
     global: GlobalArgs,
 }
 
-const EXIT_CODES: &str = "\
-Exit codes:
-    0  done
-    1  the answer is \"no\": files differ, a check failed
-    2  the request makes no sense
-    3  an input file is not what it should be
-    4  refused: wrong base, merged already, output exists, locked
-    5  reading or writing failed, or no space is left; nothing changed, unless the
-       message (and `committed` in JSON) says that the work is done
-    6  an interrupted change waits for recovery
-  130  stopped by Ctrl-C";
-
-/// One line per command; each is a file of this folder.
+/// The commands; each is a file of this folder.
 #[derive(Subcommand)]
 enum Command {
     Inspect(inspect::InspectArgs),
@@ -104,6 +100,11 @@ enum Command {
     Unpack(unpack::UnpackArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
+    /// List the global options
+    ///
+    /// They may stand before or behind the command.
+    #[command(hide = true)]
+    Global,
 }
 
 fn run_command(command: Command, env: &Env) -> CliResult<Answer> {
@@ -130,10 +131,11 @@ fn run_command(command: Command, env: &Env) -> CliResult<Answer> {
         Command::Unpack(args) => unpack::run(args, env),
         Command::Completions(args) => completions::run(args, env),
         Command::Man(args) => man::run(args, env),
+        Command::Global => help::print_global(env),
     }
 }
 
-/// What a command that went well found.
+/// The answer of a command that did not fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Answer {
     /// Done, or "yes" (exit 0).
@@ -142,39 +144,41 @@ enum Answer {
     No,
 }
 
-/// Runs the command that `args` ask for, the program's name first, and returns the exit code for the process.
+/// Runs the command in `args`, which begin with the program's name, and returns the exit code for the process.
 ///
-/// Reports go to stdout, messages to stderr. The process listens to Ctrl-C, SIGTERM and SIGHUP from then on, and rayon's
-/// global threads are started: run one command in a process.
+/// Reports go to stdout, messages to stderr. Installs handlers for Ctrl-C, SIGTERM and SIGHUP, and starts rayon's global threads: run one
+/// command per process.
 ///
 /// ```no_run
 /// let exit_code = neuroada_ckpt::cli::run(std::env::args_os());
 /// ```
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let definition = definition();
-    let parsed = definition.clone().try_get_matches_from(args).and_then(|matches| {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let definition = help::definition_for(&args);
+    let parsed = definition.clone().try_get_matches_from(&args).and_then(|matches| {
         let cli = Cli::from_arg_matches(&matches)?;
         Ok((cli, inputs::of(&definition, &matches)))
     });
     let (cli, inputs) = match parsed {
         Ok(parsed) => parsed,
+        Err(error) if error.exit_code() != 0 => return usage::refuse(error, &definition, &args),
         Err(error) => {
-            // Help and versions come this way too; a reader who left early is no failure.
+            // Help and versions. A closed pipe is not an error.
             return match error.print() {
-                Err(e) if error.exit_code() == 0 && e.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(5),
-                _ => ExitCode::from(error.exit_code() as u8),
+                Err(e) if e.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(5),
+                _ => ExitCode::SUCCESS,
             };
         }
     };
-    let json = cli.global.json;
+    let (json, verbose, color) = (cli.global.json, cli.global.verbose, cli.global.color);
     match Env::new(cli.global, inputs).and_then(|env| run_command(cli.command, &env).inspect(|_| env.farewell())) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
-        Err(error) => error.print(json),
+        Err(error) => error.print(json, verbose, color),
     }
 }
 
-/// The whole command line as clap knows it, for completions and the man page.
+/// The whole command line as clap knows it, for completions and the manual page.
 fn definition() -> clap::Command {
     Cli::command()
 }

@@ -3,7 +3,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::{
-    Answer, card,
+    Answer,
+    card::{self, CardNotes},
     env::Env,
     failure::CliResult,
     page::{Page, Table, bytes, count, number},
@@ -13,34 +14,38 @@ use crate::{
     checkpoint::{Checkpoint, Existing},
 };
 
-/// Pack an adapter into the fewest bytes, to distribute it
+/// Pack an adapter into a small file for distribution
 ///
-/// Lossless by default: `unpack` gives the same file back, and the adapter's id stays. Every command that takes an adapter takes
-/// a packed one. With --base, columns that its recipe chooses again from the base are left out of the file: `merge`
-/// and `verify`, which have the base, notice no difference, `diff`, `combine` and `unpack` then need --base too.
+/// Lossless by default: `unpack` restores the same file, and the adapter's id stays. Every command that reads an adapter reads a packed
+/// one. With --base, columns that the mask's recipe derives from the base are left out of the file; `diff`, `combine` and `unpack` then
+/// need --base too.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct PackArgs {
     /// Adapter to pack
     adapter: PathBuf,
-    /// Where to write the packed adapter
+    /// File of the packed adapter
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// The base that the adapter was made from
+    /// Base that the adapter was made from [default: none]
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
-    /// What becomes of the columns; auto: derived where the base is given and its recipe allows it
+    /// Storage of the columns; auto: derived if --base is given and the recipe allows it, else packed
     #[arg(long, value_enum, default_value_t = Columns::Auto)]
     columns: Columns,
-    /// What becomes of the values: all but keep change them, and the error is told
+    /// Storage of the values; all but keep round them, and the report has the error
     #[arg(long, value_enum, default_value_t = Values::Keep)]
     values: Values,
-    /// Also write a model card, README.md, beside the file
+    /// Write a model card, README.md, beside the file
     #[arg(long)]
     card: bool,
-    /// The base's name on the Hugging Face Hub, for the card [default: the base's name]
-    #[arg(long, value_name = "REPO", requires = "card")]
-    base_model: Option<String>,
-    /// Replace an existing file, and an existing card
+    /// Base's repository on the Hugging Face Hub, for the card, as in org/name [default: the base's recorded name]
+    #[arg(long, alias = "base-model", value_name = "REPO", requires = "card")]
+    base_name: Option<String>,
+    /// License for the card, an SPDX expression such as MIT [default: the adapter's license]
+    #[arg(long, value_name = "SPDX", requires = "card")]
+    license: Option<String>,
+    /// Replace an existing output and card
     #[arg(long)]
     force: bool,
 }
@@ -61,6 +66,12 @@ enum Values {
     Int4,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt pack adapter.safetensors -o packed.safetensors
+  neuroada-ckpt pack adapter.safetensors --base llama -o packed.safetensors
+  neuroada-ckpt pack adapter.safetensors --card --base-name meta-llama/Llama-3.1-8B --license MIT -o packed.safetensors";
+
 pub(super) fn run(args: PackArgs, env: &Env) -> CliResult<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let ctx = env.context();
@@ -70,7 +81,7 @@ pub(super) fn run(args: PackArgs, env: &Env) -> CliResult<Answer> {
         None => Adapter::open(&args.adapter)?,
     };
     if args.card {
-        card::check_place(&args.output, existing)?;
+        card::check_path(&args.output, existing)?;
     }
     let columns = match args.columns {
         Columns::Auto => ColumnsChoice::Auto,
@@ -87,8 +98,12 @@ pub(super) fn run(args: PackArgs, env: &Env) -> CliResult<Answer> {
     let options = PackOptions { columns, values, base: base.as_ref() };
     let report = pack_adapter(&ctx, &adapter, &options, &args.output, existing)?;
     if args.card {
-        let written = card::write(&args.output, &adapter, &report, args.base_model.as_deref(), existing);
+        let notes = CardNotes { base_name: args.base_name, license: args.license };
+        let written = card::write(&args.output, &adapter, &report, &notes, existing);
         written.map_err(|e| e.after_commit(&args.output, "write the model card beside"))?;
+        if let Some(warning) = card::warning(&adapter, &notes) {
+            env.note(&warning);
+        }
     }
     env.report_work(&report, print)?;
     Ok(Answer::Yes)
@@ -109,7 +124,8 @@ fn print(report: &PackReport, page: &mut Page) {
     row("names and hashes", report.packed_bytes - report.columns_bytes - report.values_bytes, String::new());
     row("packed", report.packed_bytes, limit(report.columns_limit + report.values_limit));
     row("plain", report.raw_bytes, String::new());
-    page.table(&table);
+    page.table(table);
+    page.legend("limit: the information in the data, which no lossless packing can go below");
     page.blank();
     let mut facts = vec![
         ("adapter", report.id[..12].to_owned()),
@@ -119,7 +135,7 @@ fn print(report: &PackReport, page: &mut Page) {
         facts.push(("columns", format!("not derived: {note}")));
     }
     if let Some(error) = &report.error {
-        facts.push(("shortened from", report.source_id[..12].to_owned()));
+        facts.push(("rounded from", report.source_id[..12].to_owned()));
         let (changed, of) = (count(error.n_changed), count(report.n_deltas));
         let (largest, relative) = (number(error.largest), number(error.relative));
         facts.push((
@@ -132,7 +148,7 @@ fn print(report: &PackReport, page: &mut Page) {
         let (largest, relative) = (number(merged.largest), number(merged.relative));
         facts.push((
             "merged weights changed",
-            format!("{changed} of {of}; largest difference {largest}, in norm {relative} of what the merge changes"),
+            format!("{changed} of {of}; largest difference {largest}, in norm {relative} of the changes of the merge"),
         ));
     }
     page.facts(&facts);

@@ -1,4 +1,4 @@
-//! What a person sees while a command works, and how they stop it.
+//! The progress bar, and the signals that stop a command.
 
 use std::{
     fs,
@@ -13,19 +13,25 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::page;
+use super::{
+    color::{self, ColorChoice},
+    page,
+};
 use crate::checkpoint::Observer;
 
-const BAR: &str = "{msg} {bar:24} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}";
-const COUNT_BAR: &str = "{msg} {bar:24} {human_pos}/{human_len} UNIT {per_sec} ETA {eta}";
-/// A pass that ends sooner is not worth a bar that flickers.
+const BAR: &str =
+    "{msg} {bar:16} {percent:>3} % {decimal_bytes}/{decimal_total_bytes} {elapsed} {decimal_bytes_per_sec} ETA {eta}";
+const COUNT_BAR: &str = "{msg} {bar:16} {percent:>3} % {human_pos}/{human_len} UNIT {elapsed} {per_sec} ETA {eta}";
+/// A pass that ends sooner shows no bar, which would only flicker.
 const BAR_DELAY: Duration = Duration::from_millis(200);
 
-/// The progress bar on a terminal, and the flag that Ctrl-C sets.
+/// The progress bar on a terminal, and the flag that a signal sets.
 pub(super) struct Progress {
     bar: ProgressBar,
     /// On a terminal, not quiet.
     draws: bool,
+    is_colored: bool,
+    quiet: bool,
     verbose: bool,
     pass: Mutex<Option<Pass>>,
     done: AtomicU64,
@@ -35,31 +41,39 @@ pub(super) struct Progress {
 struct Pass {
     what: String,
     began: Instant,
-    /// What is counted, if not bytes.
+    /// The unit that is counted, if not bytes.
     unit: Option<&'static str>,
 }
 
 impl Progress {
-    /// Listens to signals from here on; draws on stderr where that is a terminal.
-    pub(super) fn new(quiet: bool, verbose: bool) -> io::Result<Self> {
+    /// Installs the signal handlers. The bar is drawn on stderr if that is a terminal.
+    pub(super) fn new(quiet: bool, verbose: bool, color: ColorChoice) -> io::Result<Self> {
         let bar = ProgressBar::hidden();
         let cancelled = Arc::new(AtomicBool::new(false));
         listen(&cancelled)?;
-        let draws = !quiet && io::stderr().is_terminal();
-        Ok(Self { bar, draws, verbose, pass: Mutex::new(None), done: AtomicU64::new(0), cancelled })
+        let is_terminal = io::stderr().is_terminal();
+        let (draws, is_colored) = (!quiet && is_terminal, color.applies_to(is_terminal));
+        Ok(Self { bar, draws, is_colored, quiet, verbose, pass: Mutex::new(None), done: AtomicU64::new(0), cancelled })
     }
 
-    /// Takes the bar away, and tells of the pass that ended.
+    /// Removes the bar, and reports the pass that ended.
     pub(super) fn clear(&self) {
         self.end_pass(None);
     }
 
     /// Prints a line on stderr, above the bar.
-    pub(super) fn tell(&self, words: &str) {
-        // With stderr gone there is nobody left to tell.
+    pub(super) fn print(&self, message: &str) {
+        let message = color::label(message, self.is_colored);
+        // A closed stderr is not an error.
         self.bar.suspend(|| {
-            let _nobody = writeln!(io::stderr().lock(), "{words}");
+            let _nobody = writeln!(io::stderr().lock(), "{message}");
         });
+    }
+
+    /// Changes the text before the bar.
+    #[cfg(feature = "train")]
+    pub(super) fn set_message(&self, message: String) {
+        self.bar.set_message(message);
     }
 
     fn begin_pass(&self, what: &str, unit: Option<&'static str>, n: u64) {
@@ -88,14 +102,14 @@ impl Progress {
                     format!("{} {unit}/s", page::number(n as f64 / elapsed.as_secs_f64().max(1e-9))),
                 ),
             };
-            self.tell(&format!("{what}: {size} in {}, {rate}", page::duration(elapsed)));
+            self.print(&format!("{what}: {size} in {}, {rate}", page::duration(elapsed)));
         }
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        // Before an error is told.
+        // Before an error is printed.
         self.clear();
     }
 }
@@ -117,18 +131,24 @@ impl Observer for Progress {
         }
     }
 
+    fn note(&self, message: &str) {
+        if !self.quiet {
+            self.print(message);
+        }
+    }
+
     fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }
 }
 
-/// The first of these signals sets the flag, the second ends the process at once. One that is ignored stays ignored:
-/// under `nohup` a command outlives its terminal.
+/// The first of these signals sets the flag, the second ends the process at once. An ignored signal stays ignored: under `nohup` a
+/// command outlives its terminal.
 fn listen(cancelled: &Arc<AtomicBool>) -> io::Result<()> {
     let ignored = ignored_signals();
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         if ignored >> (signal - 1) & 1 == 0 {
-            // In this order: the flag that the first signal sets arms what the second one does.
+            // In this order: the flag that the first signal sets arms the shutdown of the second.
             signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(cancelled))?;
             signal_hook::flag::register(signal, Arc::clone(cancelled))?;
         }
@@ -136,7 +156,7 @@ fn listen(cancelled: &Arc<AtomicBool>) -> io::Result<()> {
     Ok(())
 }
 
-/// Signals that the process was started to ignore, one bit each; none where the system does not say.
+/// Signals that the process ignores since its start, one bit each; 0 if the system does not report them.
 fn ignored_signals() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

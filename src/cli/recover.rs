@@ -10,17 +10,17 @@ use super::{
 };
 use crate::merge::{self, MergeError, Recovered};
 
-/// Finish or roll back an interrupted change
+/// Recover a checkpoint after an interrupted change in place
 ///
-/// A merge or unmerge in place that was cut short, by a crash or a power loss, leaves a journal. This brings the checkpoint back to
-/// what it was before, or, where the change had been committed, removes what it left. It may itself be interrupted. Where a folder
-/// and one of its files were both merged into, each under its own path, it takes out again what the file's ledger had merged, so that one
-/// ledger speaks for the checkpoint.
+/// A crash or power loss during a merge or unmerge in place leaves a journal. This command restores the checkpoint's previous state, or, if
+/// the change was already committed, removes leftover files. It may itself be interrupted and run again. If a folder and one of its
+/// files were merged into separately, each under its own path, it takes out the adapters of the file's ledger, so that one ledger remains.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct RecoverArgs {
-    /// Directory or .safetensors file of the checkpoint
+    /// Folder or .safetensors file of the checkpoint
     path: PathBuf,
-    /// Where the change was made with --base: that checkpoint
+    /// Base checkpoint; required if the interrupted command had --base
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
 }
@@ -30,19 +30,24 @@ struct RecoverReport {
     outcome: Recovered,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt recover merged
+  neuroada-ckpt recover merged --base llama";
+
 pub(super) fn run(args: RecoverArgs, env: &Env) -> CliResult<Answer> {
     let outcome = match merge::recover(&env.context(), &args.path, args.base.as_deref()) {
-        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base PATH names it")?,
         outcome => outcome?,
     };
     env.report_work(&RecoverReport { outcome }, |report, page| {
         page.line(match report.outcome {
             Recovered::Nothing => "nothing to recover",
-            Recovered::RolledBack => "rolled back: the checkpoint is as it was before the interrupted change",
-            Recovered::Finished => "finished: the interrupted change had been committed",
+            Recovered::RolledBack => "rolled back: the checkpoint is in its state before the interrupted change",
+            Recovered::Finished => "finished: the interrupted change was already committed",
             Recovered::OneLedger => {
-                "one ledger: the folder and files of it were merged into, each under its own path, and had a ledger each. What the \
-                 files' ledgers had merged was taken out; the checkpoint is what the folder's ledger says. Merge what you miss again"
+                "one ledger: the folder and some of its files had a ledger each. The adapters of the files' ledgers were taken out; \
+                 the folder's ledger remains. Merge those adapters into the folder if you need them"
             }
         });
     })?;

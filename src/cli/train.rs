@@ -15,10 +15,10 @@ use super::{
     env::Env,
     failure::{CliResult, Hint},
     gpu::{Gpu, OnDevice},
-    page::{Page, bytes, count, duration, number, percent},
+    page::{Layout, Page, bytes, count, duration, number, percent},
 };
 use crate::{
-    checkpoint::{Checkpoint, Context, Existing, Printable},
+    checkpoint::{Checkpoint, CheckpointError, Context, Existing, Observer, Printable, folder_of, probe},
     data::{DataReport, Tokenizer},
     mask::{MaskFile, MaskOptions, create_mask},
     tensor::Dtype,
@@ -28,124 +28,125 @@ use crate::{
     },
 };
 
-/// Train deltas on the connections that a mask chose
+/// Train deltas on the connections of a mask
 ///
-/// Trains models of the Llama family (llama, mistral, qwen2, qwen3) on the processor, or on a GPU with --device cuda. The forward pass runs on merged weights, so what is
-/// trained is bit for bit what `merge` writes. Beside the adapter lie its log (.log.jsonl), a picture of its losses
-/// (.loss.svg) and, while it is under way, its state (.state.safetensors), from which --resume goes on: with the same losses
-/// as a run that was never interrupted. Ctrl-C saves the state first.
+/// Trains models of the Llama family (llama, mistral, qwen2, qwen3) on the CPU, or on a GPU with --device cuda. The forward pass runs on
+/// merged weights, so the trained model equals the merged checkpoint bit for bit. Beside the adapter the command writes a log
+/// (.log.jsonl), a chart of the losses (.loss.svg) and, during the run, the state (.state.safetensors). --resume continues from that state
+/// with the same losses as an uninterrupted run. Ctrl-C and SIGTERM save the state first.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 #[command(group = clap::ArgGroup::new("chosen").required(true).args(["mask", "k"]))]
 pub(super) struct TrainArgs {
-    /// Directory of the base checkpoint, with its config.json and tokenizer.json
+    /// Folder of the base checkpoint, with its config.json and tokenizer.json
     base: PathBuf,
     /// Mask made from that base
     #[arg(long, value_name = "FILE")]
     mask: Option<PathBuf>,
-    /// Choose the N largest weights of each row of the seven Llama projections instead
+    /// Number of weights to choose in each row of the seven Llama projections, in place of --mask
     #[arg(short, long, value_name = "N")]
     k: Option<u64>,
-    /// What to learn from: a JSON array, or JSON lines
+    /// File of rows to train on: a JSON array or JSON lines
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// What to be judged by: the adapter gets the deltas of the best evaluation
+    /// File of rows to evaluate on; the adapter gets the deltas of the best evaluation [default: none]
     #[arg(long, value_name = "FILE")]
     eval_data: Option<PathBuf>,
-    /// Where to write the adapter
+    /// File of the adapter
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
     #[command(flatten, next_help_heading = "Data")]
     rows: DataArgs,
-    /// Learn from the first N rows alone
+    /// Number of rows to train on, from the first [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Data")]
     limit: Option<u64>,
-    /// Be judged by the first N rows alone
+    /// Number of rows to evaluate on, from the first [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "eval_data", help_heading = "Data")]
     eval_limit: Option<u64>,
-    /// Most examples of a batch
+    /// Maximum number of examples of a batch
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Data")]
     batch_size: usize,
-    /// Most tokens of a batch: what memory is needed for
+    /// Maximum number of tokens of a batch; it determines the memory needed
     #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Data")]
     batch_tokens: usize,
-    /// Keep the order of the file
+    /// Keep the order of the file; do not shuffle
     #[arg(long, help_heading = "Data")]
     no_shuffle: bool,
-    /// Decides the order of the examples
+    /// Seed of the order of the examples
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Data")]
     seed: u64,
 
-    /// Passes over the data
+    /// Number of passes over the data
     #[arg(long, value_name = "N", default_value_t = 3, help_heading = "Learning")]
     epochs: u64,
-    /// Stop after N optimizer steps
+    /// Maximum number of optimizer steps [default: no limit]
     #[arg(long, value_name = "N", help_heading = "Learning")]
     max_steps: Option<u64>,
-    /// Batches of an optimizer step
+    /// Number of batches per optimizer step
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Learning")]
     accumulate: u64,
-    /// The highest learning rate; the paper's are 8e-3 at k = 1 and 7e-4 at k = 20
+    /// Peak learning rate; the paper uses 8e-3 at k = 1 and 7e-4 at k = 20
     #[arg(long, value_name = "RATE", default_value_t = 8e-3, help_heading = "Learning")]
     lr: f64,
-    /// How the learning rate goes down
+    /// Schedule of the learning rate after the warmup
     #[arg(long, value_enum, default_value_t = ScheduleChoice::Linear, help_heading = "Learning")]
     schedule: ScheduleChoice,
-    /// How long it goes up: a number of steps, or a share of all (0.06)
+    /// Length of the warmup: a number of steps, or a share of all steps such as 0.06
     #[arg(long, value_name = "N|SHARE", default_value = "0.06", value_parser = parse_warmup, help_heading = "Learning")]
     warmup: Warmup,
     /// Weight decay of the deltas
     #[arg(long, value_name = "RATE", default_value_t = 0.0, help_heading = "Learning")]
     weight_decay: f64,
-    /// AdamW's decays
+    /// Betas of AdamW
     #[arg(long, value_name = "B1,B2", default_value = "0.9,0.999", value_parser = parse_betas, help_heading = "Learning")]
     betas: (f64, f64),
-    /// AdamW's epsilon
+    /// Epsilon of AdamW
     #[arg(long, value_name = "EPS", default_value_t = 1e-8, help_heading = "Learning")]
     eps: f64,
-    /// Scale gradients with a larger norm down to it; 0 for never
+    /// Maximum gradient norm; larger gradients are scaled down; 0 turns clipping off
     #[arg(long, value_name = "NORM", default_value_t = 1.0, help_heading = "Learning")]
     clip: f64,
-    /// Train the biases of the chosen projections too, all of their elements; the base must have some (Qwen2 has)
+    /// Train the biases of the chosen projections too, in full; the base must have biases (Qwen2 has)
     #[arg(long, help_heading = "Learning")]
     train_bias: bool,
-    /// Make activations again on the way back: a fraction of the memory, a third more time, the same result
+    /// Recompute activations in the backward pass: a fraction of the memory, a third more time, the same result
     #[arg(long, help_heading = "Learning")]
     layer_checkpoints: bool,
 
-    /// Evaluate every N steps [default: after each epoch]
+    /// Number of steps between evaluations [default: one epoch]
     #[arg(long, value_name = "N", help_heading = "Under way")]
     eval_every: Option<u64>,
-    /// Stop after N evaluations without a better loss
+    /// Number of evaluations without a better loss before the run stops [default: no early stop]
     #[arg(long, value_name = "N", requires = "eval_data", help_heading = "Under way")]
     patience: Option<u64>,
-    /// Save the state every N steps [default: after each epoch]
+    /// Number of steps between saved states [default: one epoch]
     #[arg(long, value_name = "N", help_heading = "Under way")]
     save_every: Option<u64>,
-    /// Tell of every N-th step
+    /// Number of steps between lines on stderr
     #[arg(long, value_name = "N", default_value_t = 10, help_heading = "Under way")]
     log_every: u64,
-    /// Go on from the state beside the output, where there is one
+    /// Continue from the state beside the output, if there is one
     #[arg(long, help_heading = "Under way")]
     resume: bool,
 
     #[command(flatten)]
     notes: NotesArgs,
-    /// Replace an existing adapter, and the state of a run that did not end
+    /// Replace an existing adapter and the state of an unfinished run
     #[arg(long)]
     force: bool,
-    /// Say what the run would take, train nothing
+    /// Print the memory and steps of the run, train nothing
     #[arg(long)]
     dry_run: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum ScheduleChoice {
-    /// In a straight line to zero
+    /// Linear decay to zero
     Linear,
-    /// Along half a cosine to zero
+    /// Cosine decay to zero
     Cosine,
-    /// Not at all
+    /// No decay
     Constant,
 }
 
@@ -191,25 +192,35 @@ impl TrainArgs {
     }
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt train llama --mask mask.safetensors --data train.json -o adapter.safetensors
+  neuroada-ckpt train llama -k 1 --data train.json --eval-data validation.json --patience 3 -o adapter.safetensors
+  neuroada-ckpt train llama -k 1 --data train.json -o adapter.safetensors --dry-run";
+
 pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
     let options = args.options();
     options.check()?;
+    // Before minutes of reading and training.
+    if probe::metadata(folder_of(&args.output))?.is_none() {
+        return Err(CheckpointError::NoFolder { path: folder_of(&args.output).to_owned() }.into());
+    }
     let base = Checkpoint::open(&args.base)?;
     base.refuse_codes()?;
     let config = train::check_model(&base)?;
     let tokenizer = Tokenizer::open(&args.base)?;
     let (data, about) = read(env, &args.data, &tokenizer, &args.rows.options(args.limit)?)?;
-    tell_data(env, &about);
+    print_data(env, &about);
     let eval = match &args.eval_data {
         None => None,
         Some(path) => {
             let (eval, about) = read(env, path, &tokenizer, &args.rows.options(args.eval_limit)?)?;
-            tell_data(env, &about);
+            print_data(env, &about);
             Some(eval)
         }
     };
-    // A mask that is made on the way lives as long as the run.
+    // A mask made here lives as long as the run.
     let folder = tempfile::tempdir()?;
     let mask = match (&args.mask, args.k) {
         (Some(path), _) => MaskFile::open(path)?,
@@ -249,7 +260,7 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
     }
     let mut table = Page::default();
     print_start(&start, &mut table);
-    env.note(table.to_string().trim_end());
+    env.note(table.render(Layout::default()).trim_end());
     let about_data = json!({
         "name": about.name, "blake3": about.blake3, "form": about.form, "rows": about.n_rows,
         "examples": about.n_examples, "tokens": about.n_tokens, "supervised": about.n_supervised,
@@ -267,16 +278,16 @@ pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {
         resume: args.resume,
         notes: args.notes.notes(),
     };
-    let teller = Teller { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
-    let report = place.train(Run { ctx: &ctx, job: &job, watcher: &teller })?;
+    let reporter = Reporter { env, log_every: args.log_every.max(1), pace: Cell::new((0, 0, 0.0)) };
+    let report = place.train(Run { ctx: &ctx, job: &job, watcher: &reporter })?;
     env.report_work(&report, print)?;
     Ok(Answer::Yes)
 }
 
-/// Where a run takes place.
+/// The device of a run.
 struct RunDevice {
     gpu: Option<(Gpu, Dtype)>,
-    /// Bytes of the GPU's memory that can be had.
+    /// Available bytes of the GPU's memory.
     free: Option<u64>,
     memory: MemoryEstimate,
 }
@@ -284,13 +295,13 @@ struct RunDevice {
 impl RunDevice {
     fn new(env: &Env, base: &Checkpoint, config: &ModelConfig, size: RunSize) -> CliResult<Self> {
         if let Some(gpu) = env.gpu()? {
-            let dtype = gpu.dtype_of(base).hint("--device cpu takes them")?;
+            let dtype = gpu.dtype_of(base).hint("--device cpu supports them")?;
             let memory = gpu.memory_of_run(config, base, dtype, size);
             let most = env.memory_of(&gpu)?;
             let keeps = size.keep == Keep::All;
             let less =
                 if keeps { "--layer-checkpoints or a smaller --batch-tokens" } else { "a smaller --batch-tokens" };
-            gpu.check_room("the run", memory.total, most).hint(&format!("{less} takes less"))?;
+            gpu.check_room("the run", memory.total, most).hint(&format!("{less} needs less"))?;
             return Ok(Self { gpu: Some((gpu, dtype)), free: Some(most), memory });
         }
         let memory = MemoryEstimate::on_cpu(config, base, size);
@@ -298,7 +309,7 @@ impl RunDevice {
         Ok(Self { gpu: None, free: None, memory })
     }
 
-    /// As `--device` takes it.
+    /// The name, as in `--device`.
     fn name(&self) -> String {
         self.gpu.as_ref().map_or_else(|| "cpu".to_owned(), |(gpu, _)| gpu.name())
     }
@@ -311,7 +322,7 @@ impl RunDevice {
     }
 }
 
-/// Training, on whatever device.
+/// The work of a run, on any device.
 struct Run<'a> {
     ctx: &'a Context<'a>,
     job: &'a TrainJob<'a>,
@@ -326,20 +337,18 @@ impl OnDevice for Run<'_> {
         let mut model = Model::load(ctx, device, job.base)?;
         model.attach(ctx, device, job.base, job.mask)?;
         match train::train(ctx, device, &mut model, job, watcher) {
-            Err(error @ TrainError::OtherRun { .. }) => {
-                Err(error).hint("without --resume and with --force it starts again")
-            }
+            Err(error @ TrainError::OtherRun { .. }) => Err(error).hint("--force without --resume starts a new run"),
             other => Ok(other?),
         }
     }
 }
 
-/// The same limits, in file order, once: how evaluation data is read.
+/// The options for reading evaluation data: one pass, in file order.
 fn in_order(options: &TrainOptions) -> TrainOptions {
     TrainOptions { shuffle: false, epochs: 1, ..options.clone() }
 }
 
-fn tell_data(env: &Env, about: &DataReport) {
+fn print_data(env: &Env, about: &DataReport) {
     env.note(&format!(
         "{}: {} examples ({}), {} tokens, {} of them learned, the longest has {}",
         Printable(&about.name),
@@ -351,7 +360,7 @@ fn tell_data(env: &Env, about: &DataReport) {
     ));
 }
 
-/// What a run will be, told before it begins.
+/// The plan of a run, printed before it begins.
 #[derive(Serialize)]
 struct Start {
     base: String,
@@ -361,9 +370,9 @@ struct Start {
     n_parameters: u64,
     n_trained: u64,
     n_biases: u64,
-    /// `cpu`, or the GPU as `--device` takes it.
+    /// `cpu`, or the GPU's name as in `--device`.
     device: String,
-    /// Bytes of the GPU's memory that the run may take.
+    /// Bytes of GPU memory that the run may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     free: Option<u64>,
     memory: MemoryEstimate,
@@ -399,17 +408,24 @@ fn print_start(start: &Start, page: &mut Page) {
     ]);
 }
 
-/// Tells of steps and evaluations on stderr.
-struct Teller<'a> {
+/// Reports steps and evaluations on stderr, and draws the bar.
+struct Reporter<'a> {
     env: &'a Env,
     log_every: u64,
-    /// Steps, tokens and seconds of this run so far.
+    /// Steps, tokens and seconds since the run began or resumed.
     pace: Cell<(u64, u64, f64)>,
 }
 
-impl Watcher for Teller<'_> {
+impl Watcher for Reporter<'_> {
     fn step(&self, record: &StepRecord, n_steps: u64) {
         let (n, n_tokens, seconds) = self.pace.get();
+        let bar = self.env.progress();
+        if n == 0 {
+            // A resumed run begins behind the steps that are done.
+            bar.begin_count("training", "steps", n_steps.saturating_sub(record.step - 1));
+        }
+        bar.set_message(format!("training, loss {:.4}", record.loss));
+        bar.advance(1);
         let (n, n_tokens, seconds) = (n + 1, n_tokens + record.n_tokens, seconds + record.seconds);
         self.pace.set((n, n_tokens, seconds));
         if !record.step.is_multiple_of(self.log_every) && record.step != n_steps && record.step != 1 {
@@ -428,7 +444,7 @@ impl Watcher for Teller<'_> {
     }
 
     fn eval(&self, record: &EvalRecord, is_best: bool) {
-        let best = if is_best { ", the best so far" } else { "" };
+        let best = if is_best { ", best so far" } else { "" };
         self.env.note(&format!("step {}  evaluation loss {:.4}{best}", record.step, record.eval_loss));
     }
 
@@ -452,9 +468,10 @@ fn print(report: &TrainReport, page: &mut Page) {
         ("loss", format!("{:.4} over the last steps", report.loss)),
     ];
     if let (Some(first), Some(last)) = (report.first_eval_loss, report.eval_loss) {
-        let early = if report.stopped_early { "; later evaluations were no better, so the run ended" } else { "" };
-        let words = format!("{last:.4} after step {}, {first:.4} before training{early}", count(report.best_step));
-        facts.push(("evaluation", words));
+        let early =
+            if report.stopped_early { "; the run stopped early, as later evaluations were not better" } else { "" };
+        let losses = format!("{last:.4} after step {}, {first:.4} before training{early}", count(report.best_step));
+        facts.push(("evaluation", losses));
     }
     page.facts(&facts);
 }

@@ -9,7 +9,7 @@ use super::{
     Answer,
     env::Env,
     failure::{CliError, CliResult, Hint},
-    merge::{OutputArgs, tell},
+    merge::{OutputArgs, print_report},
 };
 use crate::{
     adapter::AdapterId,
@@ -17,23 +17,30 @@ use crate::{
     merge::{self, MergeError, MergeOptions, Which},
 };
 
-/// Take adapters out of a checkpoint again, exactly
+/// Take adapters out of a merged checkpoint, exactly
 ///
-/// Works on checkpoints that merge left with a ledger, in place unless --output is given, in any order. Nothing is subtracted:
-/// the ledger holds the original bits. With no adapter named all are taken out, and every byte of the base returns.
+/// Works on checkpoints with a ledger, which merge writes; in place unless --output is given; in any order of adapters. Nothing is
+/// subtracted: the ledger holds the original bits. Without --adapter all adapters are taken out, which restores every byte of the base.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct UnmergeArgs {
-    /// Directory or .safetensors file of the merged checkpoint
+    /// Folder or .safetensors file of the merged checkpoint
     path: PathBuf,
-    /// Adapter to take out: its id or the beginning of it, or its file; may be given several times [default: all]
+    /// Adapter to take out: its id, the beginning of its id, or its file; repeatable [default: all]
     #[arg(short, long = "adapter", value_name = "ID|FILE")]
     adapters: Vec<String>,
-    /// After a merge of LoRA adapters that kept no originals: the checkpoint it was made from
+    /// Base checkpoint; required after a LoRA merge without --keep-originals
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt unmerge merged
+  neuroada-ckpt unmerge merged --adapter 8029d815eeb9
+  neuroada-ckpt unmerge merged --base llama -o restored";
 
 pub(super) fn run(args: UnmergeArgs, env: &Env) -> CliResult<Answer> {
     let which = if args.adapters.is_empty() {
@@ -44,14 +51,14 @@ pub(super) fn run(args: UnmergeArgs, env: &Env) -> CliResult<Answer> {
     let is_in_place = args.output.is_changed_itself();
     let options = MergeOptions { base: args.base, ..args.output.options(true) };
     let report = match merge::unmerge(&env.context(), &args.path, &which, &options) {
-        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base names it")?,
+        Err(e @ MergeError::NeedsBase { .. }) => Err(e).hint("--base PATH names it")?,
         undone => undone?,
     };
-    tell(&report, is_in_place, env)?;
+    print_report(&report, is_in_place, env)?;
     Ok(Answer::Yes)
 }
 
-/// The adapter that an id, the beginning of one, or a file stands for.
+/// The adapter with this id, with an id that begins so, or in this file.
 fn resolve(text: &str, path: &Path, env: &Env) -> CliResult<AdapterId> {
     if let Ok(id) = AdapterId::from_str(text) {
         return Ok(id);
@@ -66,11 +73,9 @@ fn resolve(text: &str, path: &Path, env: &Env) -> CliResult<AdapterId> {
         active.iter().map(|entry| entry.id.as_str()).filter(|id| id.starts_with(&text.to_lowercase())).collect();
     match found[..] {
         [id] => Ok(AdapterId::from_str(id)?),
-        [] => {
-            Err(CliError::usage(format!("no adapter merged into {} has an id that begins with {text}", path.display())))
-        }
+        [] => Err(CliError::usage(format!("no adapter in {} has an id that begins with {text}", path.display()))),
         _ => Err(CliError::usage(format!(
-            "{} adapters merged into {} have ids that begin with {text}",
+            "{} adapters in {} have ids that begin with {text}",
             found.len(),
             path.display()
         ))),

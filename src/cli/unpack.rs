@@ -14,20 +14,21 @@ use crate::{
     checkpoint::{Checkpoint, Existing},
 };
 
-/// Unpack a packed adapter: the very file that was packed
+/// Unpack a packed adapter into the original file
 ///
-/// All of it is read and proven by its id first.
+/// The whole file is read and checked against its id first.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct UnpackArgs {
     /// Packed adapter
     packed: PathBuf,
-    /// Where to write the adapter
+    /// File of the adapter
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// The base, where columns are derived from it
+    /// Base checkpoint; required for derived columns
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
-    /// Replace an existing adapter
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
 }
@@ -41,6 +42,11 @@ struct UnpackReport {
     packed_bytes: u64,
     n_bytes: u64,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt unpack packed.safetensors -o adapter.safetensors
+  neuroada-ckpt unpack packed.safetensors --base llama -o adapter.safetensors";
 
 pub(super) fn run(args: UnpackArgs, env: &Env) -> CliResult<Answer> {
     let ctx = env.context();
@@ -65,7 +71,7 @@ pub(super) fn run(args: UnpackArgs, env: &Env) -> CliResult<Answer> {
     Ok(Answer::Yes)
 }
 
-/// Opens an adapter, plain or packed, with its base where one is given.
+/// Opens an adapter, plain or packed, with its base if one is given.
 pub(super) fn open_adapter(path: &std::path::Path, base: Option<&std::path::Path>, env: &Env) -> CliResult<Adapter> {
     Ok(match base {
         Some(base) => Adapter::open_with_base(&env.context(), path, &Checkpoint::open(base)?)?,

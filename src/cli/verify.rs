@@ -11,21 +11,28 @@ use super::{
 };
 use crate::merge::{self, VerifyOptions, VerifyReport};
 
-/// Prove a merge: every touched weight is right, every other byte is the base's
+/// Verify a merge: recompute every changed weight, compare every other byte
 ///
-/// Compares each touched weight with what the ledger's originals and the adapters make of it, and each adapter's anchors
-/// with the originals. With --base every other byte is compared too. Exit 1 where something is wrong.
+/// Recomputes each changed weight from the ledger's originals and the adapters, and compares each adapter's anchors with the originals.
+/// With --base every other byte is compared too. The exit code is 1 if something is wrong.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct VerifyArgs {
-    /// Directory or .safetensors file of the merged checkpoint
+    /// Folder or .safetensors file of the merged checkpoint
     path: PathBuf,
-    /// The checkpoint it was made from; every other byte is compared with it
+    /// Base checkpoint, compared with all other bytes [default: no comparison]
     #[arg(short, long, value_name = "PATH")]
     base: Option<PathBuf>,
-    /// For a checkpoint without a ledger: an adapter that was merged, as given to merge
+    /// Merged adapter, as given to merge, for a checkpoint without a ledger; repeatable
     #[arg(short, long = "adapter", value_name = "FILE[=SCALE]", requires = "base")]
     adapters: Vec<String>,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt verify merged
+  neuroada-ckpt verify merged --base llama
+  neuroada-ckpt verify merged --base llama --adapter adapter.safetensors=0.5";
 
 pub(super) fn run(args: VerifyArgs, env: &Env) -> CliResult<Answer> {
     let adapters: Vec<_> = args.adapters.iter().map(|text| parse_input(text)).collect::<CliResult<_>>()?;
@@ -42,7 +49,10 @@ fn print(report: &VerifyReport, page: &mut Page) {
         let (n, matching) = (count(entry.n_tensors as u64), count(anchors.n_matching as u64));
         adapters.row([id, number(entry.scale), count(entry.n_deltas), n, matching]);
     }
-    page.table(&adapters);
+    if !report.active.is_empty() {
+        page.table(adapters);
+        page.legend("anchors match: tensors whose original values are those that the adapter was made from");
+    }
     page.blank();
     page.facts(&[
         ("touched", format!("{} weights, {} wrong", count(report.n_touched), count(report.n_wrong))),

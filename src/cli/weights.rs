@@ -1,4 +1,4 @@
-//! What users say about a checkpoint's weights where the files leave it open.
+//! Options that settle what the files of a checkpoint leave open about its weights.
 
 use clap::Args;
 
@@ -8,36 +8,35 @@ use crate::{
     weights::{Answers, KindAxes, Rename},
 };
 
-/// Which way round weights are stored.
+/// Axes of stored weights.
 #[derive(Args, Clone)]
 pub(super) struct AxesArgs {
-    /// How weights of a kind are stored, where neither shapes nor the model's type tell, as in c_proj=in-out; may be given several times
+    /// Order of the axes of a kind of weight, if neither shapes nor the model type show it, as in c_proj=in-out; repeatable
     #[arg(long, value_name = "KIND=out-in|in-out", value_parser = |text: &str| text.parse::<KindAxes>())]
     pub(super) axes: Vec<KindAxes>,
 }
 
-/// What an adapter's names are in the base.
+/// Names of an adapter's tensors in the base.
 #[derive(Args, Clone)]
 pub(super) struct RenameArgs {
-    /// A name in the adapter and the base's name for it, as in 'model.*=backbone.*'; * stands for the same text on both sides; may be
-    /// given several times
+    /// Name in the adapter and the base's name for it, as in 'model.*=backbone.*'; * is the same text on both sides; repeatable
     #[arg(long = "rename", value_name = "FROM=TO", value_parser = |text: &str| text.parse::<Rename>())]
     pub(super) renames: Vec<Rename>,
 }
 
 impl RenameArgs {
-    /// What a conversion of another tool's adapter asks: its positions are those of the stored tensor, whichever way round that is.
+    /// The answers for a conversion: positions of another tool's adapter refer to the stored tensor, whatever its axes.
     pub(super) fn answers(&self) -> Answers {
         Answers { renames: self.renames.clone(), ..Answers::default() }
     }
 }
 
-/// The option that answers which way round a kind of weight is stored.
+/// The option that gives the axes of a kind of weight.
 pub(super) fn axes_hint(kind: &str) -> String {
-    format!("--axes {kind}=out-in or --axes {kind}=in-out says it")
+    format!("--axes {kind}=out-in or --axes {kind}=in-out settles it")
 }
 
-/// Names that option where a mask's error asks for it.
+/// Adds that option as a hint to an error about axes.
 pub(super) fn with_axes_hint<T>(result: Result<T, MaskError>) -> CliResult<T> {
     match &result {
         Err(MaskError::Axes { kind, .. }) => {

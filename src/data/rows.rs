@@ -9,7 +9,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{DataError, RowLocation};
-use crate::checkpoint::{CheckpointError, Printable, open_regular};
+use crate::checkpoint::{CheckpointError, Printable, open_regular, recognize_file};
 
 /// Maximum size of one row, that of a long book; a larger one more likely has a missing quote or bracket.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
@@ -70,6 +70,10 @@ impl RowReader {
             }
             Some(b'{') => {}
             Some(_) => {
+                if let Some(format) = recognize_file(path) {
+                    let expected = "rows as a JSON array or JSON lines";
+                    return Err(CheckpointError::other_format(path, format, expected).into());
+                }
                 let start: Vec<u8> =
                     rows.bytes.buffer[rows.bytes.at..rows.bytes.end].iter().copied().take(24).collect();
                 let start = String::from_utf8_lossy(&start).into_owned();
@@ -363,7 +367,7 @@ mod tests {
     #[test]
     fn errors_have_a_position() {
         for (bytes, expected) in [
-            (&b"PAR1\x15\x04"[..], "F: neither a JSON array nor JSON lines: it begins with \"PAR1\\u{15}\\u{4}\""),
+            (&b"PAR1\x15\x04"[..], "F: is a Parquet file, not rows as a JSON array or JSON lines"),
             (b"{\"a\":1}\n\n{\"a\":}\n", "F: line 3: expected value, at column 6 of the row"),
             (b"{\"a\":1}\n[1]\n", "F: line 2: expected an object, found an array"),
             (

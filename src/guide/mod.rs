@@ -1,4 +1,4 @@
-//! The guide: how to use the command line, page by page, and what it promises. No code, only documentation.
+//! The guide: how to use the command line, page by page, and what it guarantees. No code, only documentation.
 //!
 //! Take the tour in README.md first. Then, by what you want to do:
 //!

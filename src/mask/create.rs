@@ -17,7 +17,7 @@ use super::{
 use crate::{
     backend::{CutRows, KeySpace, cut_rows, gather},
     checkpoint::{
-        Checkpoint, CheckpointError, CodedLayout, Context, Existing, RowScan, RowSpan, RowWindow, TensorRef,
+        Checkpoint, CheckpointError, CodedLayout, Context, Existing, Printable, RowScan, RowSpan, RowWindow, TensorRef,
         scan_rows_keeping,
     },
     tensor::{RowBlock, RowColumns, projection_kind},
@@ -126,6 +126,15 @@ pub fn create_mask(
         job.writer = Some(MaskWriter::create(path, existing)?);
     }
     let k = job.k(checkpoint)?;
+    let clamped = job.clamped(k);
+    if let (Some(k), Some(first)) = (k, clamped.first()) {
+        ctx.observer.note(&format!(
+            "warning: k {k} is larger than d_in of {} targets, such as {} with {}: all weights of their rows are chosen",
+            clamped.len(),
+            Printable(&first.scan.tensor.info.name),
+            first.scan.layout.d_in
+        ));
+    }
     match (options.scope, k) {
         (Scope::Row, Some(k)) => job.choose_per_row(k)?,
         (Scope::Tensor, _) => {
@@ -372,6 +381,13 @@ impl MaskRun<'_> {
         Ok(())
     }
 
+    /// The targets whose rows are shorter than `k`, in row scope.
+    fn clamped(&self, k: Option<u64>) -> Vec<&Source<'_>> {
+        let per_row = k.filter(|_| self.options.scope == Scope::Row);
+        let is_clamped = |source: &&Source<'_>| per_row.is_some_and(|k| k > source.scan.layout.d_in);
+        self.mine.iter().map(|&target| &self.sources[target]).filter(is_clamped).collect()
+    }
+
     fn report(&self, checkpoint: &Checkpoint, k: Option<u64>) -> MaskReport {
         let mut kinds: BTreeMap<&str, MaskKind> = BTreeMap::new();
         let mut total = empty_kind("total");
@@ -388,8 +404,6 @@ impl MaskRun<'_> {
             }
         }
         let per_row = k.filter(|_| self.options.scope == Scope::Row);
-        let mine = || self.mine.iter().map(|&target| &self.sources[target]);
-        let is_clamped = |source: &&Source<'_>| per_row.is_some_and(|k| k > source.scan.layout.d_in);
         let n_model_parameters = checkpoint.n_parameters();
         MaskReport {
             base: checkpoint.name(),
@@ -402,7 +416,7 @@ impl MaskRun<'_> {
             trainable_share: total.n_chosen as f64 / n_model_parameters as f64,
             total,
             n_model_parameters,
-            clamped: mine().filter(is_clamped).map(|s| s.scan.tensor.info.name.clone()).collect(),
+            clamped: self.clamped(k).into_iter().map(|source| source.scan.tensor.info.name.clone()).collect(),
             skipped: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 
-use crate::checkpoint::{markdown_code, markdown_text, shell_word, yaml_string};
+use crate::checkpoint::{is_repository, markdown_code, markdown_text, shell_word, yaml_string};
 
 /// Characters of an id that tell adapters apart, as everywhere in this program.
 const SHORT_ID: usize = 12;
@@ -126,18 +126,6 @@ fn front_matter(facts: &CardFacts) -> String {
         }
     }
     yaml + "tags:\n- neuroada-ckpt\n- safetensors\n---\n\n"
-}
-
-/// Whether a name is that of a repository on the Hub: `ORG/NAME`.
-fn is_repository(name: &str) -> bool {
-    let is_part = |part: &str| {
-        let is_inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-            && part.chars().all(is_inner)
-            && !part.contains("..")
-            && !part.contains("--")
-    };
-    name.len() <= 96 && name.split_once('/').is_some_and(|(org, name)| is_part(org) && is_part(name))
 }
 
 /// What the front matter of a card says of the licence: each key with its values, in this order.

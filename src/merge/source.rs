@@ -15,7 +15,7 @@ use crate::{
     adapter::{self, Adapter, AdapterError, AdapterId, AdapterNotes, ColumnsKind},
     checkpoint::{
         BaseValues, Checkpoint, CheckpointError, Context, EntryKind, Existing, OwnFolder, Printable, Shard,
-        StateFolder, copy_own,
+        StateFolder, copy_own, recognize_folder,
     },
     foreign::{AdapterKind, ForeignAdapter, LoraAdapter, LoraModule, PEFT_CONFIG, PEFT_TENSORS, PeftType},
     weights::WeightMap,
@@ -39,9 +39,11 @@ fn is_low_rank(path: &Path) -> Result<bool, MergeError> {
             let what = format!("a PEFT adapter of method {} cannot be merged as it is", Printable(method.name()));
             Err(MergeError::Refused { path: path.to_owned(), what })
         }
-        AdapterKind::Folder => {
-            Err(CheckpointError::bad_file(path, "a folder without adapter_config.json is no adapter").into())
+        AdapterKind::Folder => Err(match recognize_folder(path)? {
+            Some(format) => CheckpointError::other_format(path, format, "an adapter"),
+            None => CheckpointError::bad_file(path, "a folder without adapter_config.json is no adapter"),
         }
+        .into()),
         AdapterKind::Document(_) | AdapterKind::Tensors => Ok(false),
     }
 }

@@ -26,6 +26,7 @@ fn the_overlap_comes_first_and_the_sum_merges_as_one() {
 
     pair     shared  Jaccard  sign conflicts   cosine
     1 and 2   1,216   0.3333           1,216  -0.2353
+    (Jaccard: shared positions over all positions of the pair; sign conflicts: shared positions with both signs)
 
     made from  tiny-llama
     method     linear
@@ -141,7 +142,7 @@ fn packed_adapters_are_combined_as_they_are() {
 }
 
 #[test]
-fn requests_that_make_no_sense_are_told() {
+fn contradicting_options_are_refused() {
     let workspace = Workspace::new();
     write_adapter(&workspace, "a", "0.mlp.up_proj.weight", 3, 1.0);
     let said = |line: &str| {
@@ -149,7 +150,7 @@ fn requests_that_make_no_sense_are_told() {
         assert_eq!(output.status.code(), Some(2), "{line}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(said("combine a -o c --method ties"), "error: this method needs --density\n");
-    assert_eq!(said("combine a -o c --density 0.5"), "error: this method takes no --density\n");
+    assert_eq!(said("combine a -o c --method ties"), "error: --method ties, dare and dare-ties need --density\n");
+    assert_eq!(said("combine a -o c --density 0.5"), "error: --method linear and priority take no --density\n");
     assert!(said("combine a -o c --method dare --density 1.5").contains("above 0 and at most 1"));
 }

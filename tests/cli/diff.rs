@@ -21,6 +21,7 @@ fn two_adapters() {
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
     total        0   1,216   1,216   0.5000               0       -
+    (Jaccard: shared positions over all positions of A and B)
 
     norm of A           0
     norm of B           0.4774
@@ -33,6 +34,7 @@ fn two_adapters() {
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
     total        0       0   1,216    1.000               0       -
+    (Jaccard: shared positions over all positions of A and B)
 
     norm of A           0
     norm of B           0
@@ -52,6 +54,7 @@ fn two_masks() {
     --- stdout
     tensor  only A  only B  shared  Jaccard  sign conflicts  cosine
     total        0   1,216   1,216   0.5000
+    (Jaccard: shared positions over all positions of A and B)
 
     verdict  different
     --- stderr
@@ -127,7 +130,7 @@ fn refusals_of_diff() {
     exit: 2
     --- stdout
     --- stderr
-    error: a1.safetensors is an adapter and m1.safetensors is a mask: only files of one kind can be compared
+    error: a1.safetensors is an adapter and m1.safetensors is a mask: both must be of one kind
     ");
     assert_snapshot!(workspace.run("diff a1.safetensors nowhere"), @r"
     exit: 5

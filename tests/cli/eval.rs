@@ -125,11 +125,25 @@ fn rows_can_be_looked_at() {
       <s>a\u{1b}[31m
       ⟦b</s>⟧
     --- stderr
-    rows.json: 1 row is left out: the response is empty, or a weight of 0 rules it out
+    rows.json: 1 row is left out: the response is empty or has a weight of 0
     ");
     let report = workspace.json("eval [FIXTURES]/tiny-llama --data rows.json --show 1 --max-length 9 -q");
     assert_eq!(report["examples"][0]["learned"], serde_json::json!([[8, 9]]));
     assert_eq!(report["data"]["n_cut_tokens"], 2);
+}
+
+#[test]
+fn a_packed_adapter_with_derived_columns_is_evaluated_with_its_base() {
+    let workspace = Workspace::new();
+    let plain = "[FIXTURES]/tiny-llama-adapter.safetensors";
+    workspace.stdout(&format!("pack {plain} --base [FIXTURES]/tiny-llama --columns derived -o packed.safetensors"));
+    let loss = |adapter: &str| {
+        let data = "--data [FIXTURES]/data/commonsense.jsonl --limit 2 --task loss";
+        workspace.json(&format!("eval [FIXTURES]/tiny-llama --adapter {adapter} {data}"))["loss"].clone()
+    };
+    assert!(loss(plain).is_f64());
+    assert_eq!(loss("packed.safetensors"), loss(plain));
+    assert_eq!(loss("packed.safetensors=0.5"), loss(&format!("{plain}=0.5")));
 }
 
 #[test]
@@ -156,19 +170,20 @@ fn what_cannot_be_evaluated_is_said() {
     exit: 3
     --- stdout
     --- stderr
-    error: parquet: neither a JSON array nor JSON lines: it begins with "PAR1\u{0}"
+    error: parquet: is a Parquet file, not rows as a JSON array or JSON lines
+    hint: python -c "import pandas; pandas.read_parquet('parquet').to_json('rows.jsonl', orient='records', lines=True)"
     "#);
     assert_snapshot!(of("--data rows.jsonl --template none"), @r"
     exit: 2
     --- stdout
     --- stderr
-    error: --template none: neither auto, alpaca or commonsense, nor a file
+    error: --template none: is not auto, alpaca, commonsense or an existing file
     ");
     assert_snapshot!(of("--data rows.jsonl --generate"), @r"
     exit: 2
     --- stdout
     --- stderr
-    error: --generate and --answers need rows with answers: --task commonsense or math
+    error: --generate and --answers need rows with answers; --task commonsense or math
     ");
     assert_snapshot!(of("--data missing.jsonl"), @r"
     exit: 5
@@ -186,7 +201,7 @@ fn what_cannot_be_evaluated_is_said() {
     --- stdout
     --- stderr
     error: cannot read `alone/tokenizer.json`: No such file or directory (os error 2)
-    hint: eval reads the tokenizer beside the weights
+    hint: eval reads tokenizer.json in the checkpoint's folder
     ");
 }
 
@@ -275,7 +290,8 @@ fn rows_that_teach_no_model_to_stop_are_warned_about() {
     );
     workspace
         .write("rows.jsonl", r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"yes"}]}"#);
-    let warning = "rows.jsonl: warning: no row teaches the model to stop: no token that ends a text is learned\n";
+    let warning =
+        "rows.jsonl: warning: no row teaches the model to stop: no learned response ends with an end-of-text token\n";
     assert!(workspace.run("eval tiny-llama --data rows.jsonl --show 1").contains(warning));
 }
 

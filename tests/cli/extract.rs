@@ -27,13 +27,14 @@ fn an_exact_delta_merges_to_the_tuned_bytes() {
     up_proj          2      654  22,528  2.90 %     654  0.2487     0
     v_proj           2      118   4,096  2.88 %     118  0.1085     0
     total           14    2,255  92,160  2.45 %   2,255  0.4774     0
+    (norm: L2 of the change; lost: L2 of the part without a delta)
 
     adapter    2f5c942afbab
     made from  tiny-llama
     deltas     2,255: 14 tensors as BF16
     unchanged  7 tensors
     size       20.9 kB
-    verdict    exact: merged, it gives tuned byte for byte
+    verdict    exact: merging it gives tuned byte for byte
     --- stderr
     ");
     workspace.stdout("merge [FIXTURES]/tiny-llama --adapter delta.safetensors -o again --no-ledger");
@@ -71,6 +72,7 @@ fn the_largest_change_of_each_row() {
     q_proj         2      238   8,192  2.91 %     128  0.1532  0.06602
     up_proj        2      654  22,528  2.90 %     351  0.2487   0.1075
     total          4      892  30,720  2.90 %     479  0.2921   0.1262
+    (norm: L2 of the change; lost: L2 of the part without a delta)
 
     left out: 2 down_proj, 2 gate_proj, 2 k_proj, 2 o_proj, 2 v_proj: not among the targets
 
@@ -78,9 +80,9 @@ fn the_largest_change_of_each_row() {
     made from  tiny-llama
     deltas     479: 4 tensors as BF16
     unchanged  7 tensors
-    norm       0.1262 of 0.2921 is lost
+    norm       0.1262 of 0.2921 lost
     size       4.50 kB
-    verdict    partial: merged, it does not give tuned
+    verdict    partial: merging it does not give tuned
     --- stderr
     ");
     assert_snapshot!(workspace.run("extract [FIXTURES]/tiny-llama tuned -k 1 --targets q_proj --tensors --dry-run"), @r"
@@ -90,6 +92,7 @@ fn the_largest_change_of_each_row() {
     model.layers.0.self_attn.q_proj.weight        1      119  4,096  2.91 %      64  0.1105  0.04905
     model.layers.1.self_attn.q_proj.weight        1      119  4,096  2.91 %      64  0.1062  0.04420
     total                                         2      238  8,192  2.91 %     128  0.1532  0.06602
+    (norm: L2 of the change; lost: L2 of the part without a delta)
 
     left out: model.layers.0.mlp.down_proj.weight: not among the targets
     left out: model.layers.0.mlp.gate_proj.weight: not among the targets
@@ -107,8 +110,8 @@ fn the_largest_change_of_each_row() {
     made from  tiny-llama
     deltas     128: 2 tensors as BF16
     unchanged  7 tensors
-    norm       0.06602 of 0.1532 is lost
-    verdict    partial: merged, it does not give tuned
+    norm       0.06602 of 0.1532 lost
+    verdict    partial: merging it does not give tuned
     --- stderr
     ");
 }
@@ -128,18 +131,15 @@ fn refusals_of_extract() {
       "model.layers.0.self_attn.o_proj.weight": 2.930 % of 4096 elements would get a delta, at most 2.900 % may
       "model.layers.0.self_attn.q_proj.weight": 2.905 % of 4096 elements would get a delta, at most 2.900 % may
       "model.layers.0.self_attn.v_proj.weight": 2.930 % of 2048 elements would get a delta, at most 2.900 % may
-      "model.layers.1.mlp.up_proj.weight": 2.912 % of 11264 elements would get a delta, at most 2.900 % may
-      "model.layers.1.self_attn.k_proj.weight": 2.930 % of 2048 elements would get a delta, at most 2.900 % may
-      "model.layers.1.self_attn.o_proj.weight": 2.905 % of 4096 elements would get a delta, at most 2.900 % may
-      "model.layers.1.self_attn.q_proj.weight": 2.905 % of 4096 elements would get a delta, at most 2.900 % may
-    hint: --max-density 3% allows so many deltas, -k keeps the largest changes of each row, --targets chooses the tensors that take part
+      … and 4 more; -v lists them
+    hint: --max-density 3% allows this many deltas, -k keeps the largest changes of each row, --targets chooses the tensors to include
     "#);
     // The hint helps.
     workspace.stdout(&format!("{extract} --max-density 3% --dry-run"));
     let said = workspace.run(&format!("{extract} -k 2 --targets k_proj --max-density 2%"));
     let (_, hint) = said.split_once("hint: --max-density ").expect("the hint that helps");
     let (density, hint) = hint.split_once(' ').expect("a number");
-    assert!(hint.starts_with("allows so many deltas, a smaller -k keeps fewer, --targets chooses"), "{said}");
+    assert!(hint.starts_with("allows this many deltas, a smaller -k keeps fewer deltas, --targets chooses"), "{said}");
     workspace.stdout(&format!("{extract} -k 2 --targets k_proj --max-density {density} --dry-run"));
     assert_snapshot!(workspace.run(&format!("{extract} --max-density 0")), @r"
     exit: 2
@@ -240,7 +240,7 @@ fn refusals_of_extract() {
     --- stderr
     error: tuned: what changed from tiny-llama does not fit the adapter:
       "model.norm.weight": 1 changed elements are NaN or infinite, the first in row 63
-    hint: --targets chooses the tensors that take part
+    hint: --targets chooses the tensors to include
     "#);
 
     workspace.write("delta.safetensors", "kept");

@@ -44,22 +44,22 @@ fn a_lora_is_merged_proven_and_taken_out_again() {
     for words in [
         "q_proj        1    4,096",
         "tiny-llama\n",
-        "undoing needs the base; --keep-originals keeps what that takes, 8.19 kB",
+        "note: unmerge will need the base; --keep-originals stores the originals (8.19 kB) beside the result instead",
     ] {
         assert!(told.contains(words), "{words}: {told}");
     }
     let inspected = workspace.run("inspect out");
     assert!(
-        inspected.contains("4,096 weights of 1 tensors changed, no originals kept: undoing needs the base"),
+        inspected.contains("4,096 weights of 1 tensors changed, no originals kept: unmerge needs the base"),
         "{inspected}"
     );
     let verified = workspace.run("verify out --base [FIXTURES]/tiny-llama");
     assert!(verified.starts_with("exit: 0") && verified.contains("4,096 weights, 0 wrong"), "{verified}");
     assert!(workspace.run("verify out").starts_with("exit: 0"));
     let alone = workspace.run("unmerge out -o undone");
-    assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base names it"), "{alone}");
+    assert!(alone.starts_with("exit: 4") && alone.contains("hint: --base PATH names it"), "{alone}");
     let other = workspace.run("unmerge out -o undone --adapter b3:0000000000000000 --base [FIXTURES]/tiny-llama");
-    assert!(!other.starts_with("exit: 0") && !other.contains("--base names it"), "{other}");
+    assert!(!other.starts_with("exit: 0") && !other.contains("--base PATH names it"), "{other}");
     workspace.stdout("unmerge out --base [FIXTURES]/tiny-llama -o undone");
     assert_eq!(content(&workspace.path("undone")), base());
     let id = workspace.json("inspect out")["merges"]["active"][0]["id"].as_str().unwrap().to_owned();
@@ -80,7 +80,7 @@ fn kept_originals_undo_without_the_base() {
     // No base would help.
     let other = workspace.run(&format!("unmerge out -o undone --adapter {}", "0".repeat(64)));
     assert!(other.starts_with("exit: 4") && other.contains("is not merged into it"), "{other}");
-    assert!(!other.contains("--base names it"), "{other}");
+    assert!(!other.contains("--base PATH names it"), "{other}");
     assert!(workspace.json("verify out")["ok"].as_bool().unwrap());
     workspace.stdout("unmerge out -o undone");
     assert_eq!(content(&workspace.path("undone")), base());
@@ -104,7 +104,7 @@ fn loras_and_sparse_adapters_are_merged_at_once_with_scales() {
     assert!(more.starts_with("exit: 4") && more.contains("is already merged into it"), "{more}");
     // Onto the half of it the rest, in another order and from the base's originals: the same weights.
     let lacking = workspace.run("merge half --adapter sparse.safetensors --adapter other -o more");
-    assert!(lacking.starts_with("exit: 4") && lacking.contains("hint: --base names it"), "{lacking}");
+    assert!(lacking.starts_with("exit: 4") && lacking.contains("hint: --base PATH names it"), "{lacking}");
     workspace.stdout("merge half --adapter other --adapter sparse.safetensors --base [FIXTURES]/tiny-llama -o more");
     assert_eq!(content(&workspace.path("more")), content(&workspace.path("out")));
 }
@@ -121,7 +121,7 @@ fn in_place_a_lora_keeps_originals_or_has_a_base() {
         told.starts_with("exit: 4") && told.contains("(8192 bytes), and nothing would keep the originals"),
         "{told}"
     );
-    assert!(told.contains("hint: --keep-originals keeps them in the ledger; --base PATH"), "{told}");
+    assert!(told.contains("hint: --keep-originals stores them in the ledger, --base PATH"), "{told}");
     assert_eq!(content(&workspace.path("tiny-llama")), before);
     workspace.stdout(&format!("{MERGE} -o merged"));
     for keep in ["--keep-originals", "--base [FIXTURES]/tiny-llama"] {

@@ -14,6 +14,7 @@ mod extract;
 mod half_merged;
 #[allow(dead_code, reason = "shared by tests that come one by one")]
 mod harness;
+mod help;
 mod init;
 mod inspect;
 mod json;
@@ -22,11 +23,15 @@ mod manners;
 mod mask;
 mod mask_join;
 mod merge;
+mod mistakes;
 mod overflow;
 mod pack;
+mod shells;
 mod signals;
 mod sync;
+mod terminal;
 #[cfg(feature = "train")]
 mod train;
+mod wrong_lines;
 
 use harness::Workspace;

@@ -56,7 +56,7 @@ fn too_little_memory_is_refused() {
     exit: 2
     --- stdout
     --- stderr
-    error: invalid value '1M' for '--max-memory <SIZE>': at least 16M are needed
+    error: invalid value '1M' for '--max-memory <SIZE>': the minimum is 16M
 
     For more information, try '--help'.
     ");
@@ -70,32 +70,32 @@ fn help_lists_commands_options_and_exit_codes() {
     Transform model checkpoints without loading them
 
     Chooses the important connections of every neuron (masks), packs trained deltas on them into small
-    adapter files, merges them into checkpoints of any size and takes them out again bit for bit, and
-    says exactly what changed.
+    adapter files, merges adapters into checkpoints of any size, takes them out again bit for bit, and
+    reports exactly what changed.
 
     Usage: neuroada-ckpt [OPTIONS] <COMMAND>
 
     Commands:
-      inspect      Say what a checkpoint, mask or adapter is
+      inspect      Describe a checkpoint, mask or adapter
       mask         Choose the important connections of every neuron
-      mask-join    Put the parts of a mask together
-      init         Start an adapter from a mask: zeros, or values trained elsewhere
-      extract      Make an adapter of what changed between two checkpoints
-      train        Train deltas on the connections that a mask chose
-      eval         Measure a model on a file of rows: loss, and how many answers are right
-      convert      Read other tools' sparse adapters, and write them
-      sync         Make and apply the weight updates that inference servers fetch
-      cast         Write a checkpoint in another type, or in shards of another size
-      merge        Add adapters to a checkpoint
-      unmerge      Take adapters out of a checkpoint again, exactly
-      verify       Prove a merge: every touched weight is right, every other byte is the base's
-      recover      Finish or roll back an interrupted change
-      diff         Say what differs between two adapters, masks or checkpoints
-      combine      Combine adapters of one base into one
-      pack         Pack an adapter into the fewest bytes, to distribute it
-      unpack       Unpack a packed adapter: the very file that was packed
+      mask-join    Join the parts of a mask
+      init         Create an adapter from a mask, with zeros or with values trained elsewhere
+      extract      Extract the difference of two checkpoints as an adapter
+      train        Train deltas on the connections of a mask
+      eval         Evaluate a model on a file of rows: loss, and the share of right answers
+      convert      Convert a sparse adapter from one format to another
+      sync         Write and apply weight updates for inference servers
+      cast         Cast or decode a checkpoint, or change the size of its shards
+      merge        Merge adapters into a checkpoint
+      unmerge      Take adapters out of a merged checkpoint, exactly
+      verify       Verify a merge: recompute every changed weight, compare every other byte
+      recover      Recover a checkpoint after an interrupted change in place
+      diff         Compare two adapters, two masks or two checkpoints
+      combine      Combine several adapters of one base into one adapter
+      pack         Pack an adapter into a small file for distribution
+      unpack       Unpack a packed adapter into the original file
       completions  Print a completion script for a shell
-      man          Print the manual page
+      man          Print a manual page, or write the pages of all commands
       help         Print this message or the help of the given subcommand(s)
 
     Options:
@@ -107,56 +107,90 @@ fn help_lists_commands_options_and_exit_codes() {
 
     Global options:
           --threads <N>
-              Threads to use [default: all cores]
+              Number of threads [default: all cores, or the CPU limit of the container or Slurm task]
+              
+              [env: NEUROADA_THREADS]
 
           --max-memory <SIZE>
-              Resident memory to stay within, mapped pages and I/O buffers counted [default: 1G; for
-              models, what they need]
+              Limit of resident memory, mapped pages and I/O buffers included [default: 1G; train and
+              eval: as much as they need]
               
-              A number of bytes, or one with a unit: 256M, 4G, 1GiB. Units are powers of 1024.
+              A number of bytes, or a number with a unit: 256M, 4G, 1GiB. Units are powers of 1024. In a
+              container or a Slurm job the default is at most half of the memory limit.
+              
+              [env: NEUROADA_MAX_MEMORY]
 
           --io <IO>
-              How tensors are read
+              Method of reading tensors
 
               Possible values:
-              - auto:   What is in memory is mapped, the rest read past the page cache
-              - mmap:   Files are mapped, in windows
-              - direct: Files are read past the page cache
-              - read:   Files are read through the page cache
+              - auto:   Cached files are mapped, others are read with direct I/O
+              - mmap:   Memory-mapped windows
+              - direct: Direct I/O, past the page cache
+              - read:   Ordinary reads, through the page cache
               
               [default: auto]
 
           --device <DEVICE>
-              Where the work is done: auto, cpu, cuda or cuda:N
+              Device: auto, cpu, cuda or cuda:N
               
-              Where they are asked for a GPU, `mask` chooses and `merge` adds LoRA adapters on it, with
-              the same bytes for a result, and `train` and `eval` work there. All else is done on the
-              CPU, and so is everything with auto. `inspect --devices` tells what there is.
+              On a GPU, `mask` chooses connections and `merge` adds LoRA adapters, with the same bytes
+              as on the CPU, and `train` and `eval` run the model. All other work runs on the CPU, and
+              with auto everything does. `inspect --devices` lists the devices.
               
               [default: auto]
 
           --gpu-memory <SIZE>
-              Memory of the GPU to stay within [default: 1G; for models, what is free]
+              Limit of GPU memory [default: 1G; train and eval: all free memory]
+
+          --color <WHEN>
+              Color of messages and titles
+
+              Possible values:
+              - auto:   On terminals, unless NO_COLOR is set
+              - always: Always
+              - never:  Never
+              
+              [default: auto]
 
           --json
-              Print the report as one JSON document; an error too
+              Print the report as one JSON document, errors too
 
       -q, --quiet
-              Print nothing but errors, and what --json asks for
+              Print only errors, and the document of --json
 
       -v, --verbose
-              Also say on stderr how the work is done and how fast it went
+              Print more on stderr: how the work is done, its speed and memory, and long lists in full
+
+    Examples:
+      neuroada-ckpt inspect llama
+      neuroada-ckpt merge llama --adapter adapter.safetensors -o merged
+      neuroada-ckpt unmerge merged
+
+    Environment variables:
+      NEUROADA_THREADS     default of --threads
+      NEUROADA_MAX_MEMORY  default of --max-memory
+      NO_COLOR             no color, as --color never
+      COLUMNS              width of tables, from 80 to 200; by default that of the terminal
+      SLURM_CPUS_PER_TASK, SLURM_MEM_PER_NODE, SLURM_MEM_PER_CPU
+                           limits of a Slurm task, kept like those of a container's control group
+
+    Signals:
+      The first Ctrl-C, SIGTERM or SIGHUP stops a command cleanly: no partial output stays, a change in
+      place is rolled
+      back, `train` saves its state. The second ends the process at once. Under nohup, SIGHUP is
+      ignored.
 
     Exit codes:
         0  done
         1  the answer is "no": files differ, a check failed
-        2  the request makes no sense
+        2  the command line is wrong
         3  an input file is not what it should be
         4  refused: wrong base, merged already, output exists, locked
         5  reading or writing failed, or no space is left; nothing changed, unless the
            message (and `committed` in JSON) says that the work is done
         6  an interrupted change waits for recovery
-      130  stopped by Ctrl-C
+      130  stopped by Ctrl-C, SIGTERM or SIGHUP
     --- stderr
     "#);
 }
@@ -175,7 +209,7 @@ fn quiet_and_verbose_exclude_each_other() {
     --- stderr
     error: the argument '--quiet' cannot be used with '--verbose'
 
-    Usage: neuroada-ckpt inspect --quiet <PATH>
+    Usage: neuroada-ckpt inspect <PATH>
 
     For more information, try '--help'.
     ");

@@ -38,6 +38,7 @@ fn merge_reports_what_it_touched_and_what_rounding_swallowed() {
     up_proj          2      704      704         0    0 %
     v_proj           2      128      128         0    0 %
     total           14    2,432    2,432         0    0 %
+    (absorbed: rounding swallowed the delta, and the weight kept its bits)
 
     adapter         scale  tensors  deltas  made from
     + 00677c4f4526  1.000       14   2,432  tiny-llama
@@ -138,6 +139,7 @@ fn merge_takes_several_adapters_with_scales() {
     up_proj          2      704      704         0    0 %
     v_proj           2      128      128         0    0 %
     total           14    2,560    2,560         0    0 %
+    (absorbed: rounding swallowed the delta, and the weight kept its bits)
 
     adapter          scale  tensors  deltas  made from
     + 00677c4f4526   1.000       14   2,432  tiny-llama
@@ -173,6 +175,7 @@ fn merge_without_a_ledger_keeps_none() {
     --- stdout
     adapter       scale  deltas  tensors  anchors match
     00677c4f4526  1.000   2,432       14             14
+    (anchors match: tensors whose original values are those that the adapter was made from)
 
     touched   2,432 weights, 0 wrong
     all else  253 kB compared with the base
@@ -197,6 +200,7 @@ fn a_dry_run_writes_nothing() {
     up_proj          2      704      704         0    0 %
     v_proj           2      128      128         0    0 %
     total           14    2,432    2,432         0    0 %
+    (absorbed: rounding swallowed the delta, and the weight kept its bits)
 
     adapter         scale  tensors  deltas  made from
     + 00677c4f4526  1.000       14   2,432  tiny-llama
@@ -243,6 +247,7 @@ fn merge_in_place_and_back_restores_every_byte() {
     up_proj          2      704      704         0    0 %
     v_proj           2      128      128         0    0 %
     total           14    2,432    2,432         0    0 %
+    (absorbed: rounding swallowed the delta, and the weight kept its bits)
 
     adapter         scale  tensors  deltas  made from
     + 00677c4f4526  1.000       14   2,432  tiny-llama
@@ -257,7 +262,7 @@ fn merge_in_place_and_back_restores_every_byte() {
     assert_snapshot!(workspace.run("unmerge tiny-llama --in-place"), @r"
     exit: 0
     --- stdout
-    no adapter is left: the base's bytes
+    no adapter is left; all bytes are the base's
 
     removed  00677c4f4526
     matched  14 tensors, none unmatched
@@ -281,6 +286,7 @@ fn adapters_come_out_in_any_order() {
     kind    tensors  touched  changed  absorbed  share
     q_proj        2      256      256         0    0 %
     total         2      256      256         0    0 %
+    (absorbed: rounding swallowed the delta, and the weight kept its bits)
 
     adapter         scale  tensors  deltas  made from
       79072f499595  1.000        2     256  tiny-llama
@@ -336,7 +342,7 @@ fn an_unknown_id_is_named() {
     exit: 2
     --- stdout
     --- stderr
-    error: no adapter merged into out has an id that begins with 00000000
+    error: no adapter in out has an id that begins with 00000000
     ");
     assert_snapshot!(workspace.run("unmerge out --adapter b.safetensors --in-place"), @r"
     exit: 4
@@ -355,7 +361,7 @@ fn an_adapter_is_merged_once() {
     --- stdout
     --- stderr
     error: out: adapter 00677c4f4526 is already merged into it
-    hint: take it out with unmerge first, to merge it with another scale
+    hint: to merge it with another scale, unmerge it first
     ");
 }
 
@@ -373,7 +379,7 @@ fn an_adapter_of_another_base_is_refused() {
     --- stdout
     --- stderr
     error: a.safetensors: tensor "model.layers.1.mlp.up_proj.weight": made for another base: it was made from tiny-llama, this is tiny-llama; 13 of 14 tensors have its values at its positions: was it half merged, or trained on since?
-    hint: merge into the checkpoint the adapter was made from
+    hint: merge into the checkpoint that the adapter was made from
     "#);
     assert_snapshot!(workspace.run("merge [FIXTURES]/accepted/adapter-base.safetensors --adapter a.safetensors -o out"), @r#"
     exit: 4
@@ -385,15 +391,8 @@ fn an_adapter_of_another_base_is_refused() {
       "model.layers.0.mlp.up_proj.weight": the base has no such tensor
       "model.layers.0.self_attn.k_proj.weight": the base has no such tensor
       "model.layers.0.self_attn.o_proj.weight": the base has no such tensor
-      "model.layers.0.self_attn.q_proj.weight": the base has no such tensor
-      "model.layers.0.self_attn.v_proj.weight": the base has no such tensor
-      "model.layers.1.mlp.down_proj.weight": the base has no such tensor
-      "model.layers.1.mlp.gate_proj.weight": the base has no such tensor
-      "model.layers.1.mlp.up_proj.weight": the base has no such tensor
-      "model.layers.1.self_attn.k_proj.weight": the base has no such tensor
-      "model.layers.1.self_attn.o_proj.weight": the base has no such tensor
-      "model.layers.1.self_attn.q_proj.weight": the base has no such tensor
-      "model.layers.1.self_attn.v_proj.weight": the base has no such tensor
+      … and 9 more; -v lists them
+    hint: the adapter was made for another model; compare names and shapes with `neuroada-ckpt inspect --tensors`
     "#);
     assert!(!workspace.path("out").exists());
 }
@@ -481,7 +480,8 @@ fn a_broken_adapter_is_named() {
     exit: 3
     --- stdout
     --- stderr
-    error: [FIXTURES]/tiny-llama: a folder without adapter_config.json is no adapter
+    error: [FIXTURES]/tiny-llama: is a checkpoint, not an adapter
+    hint: the base is the first argument, an adapter follows --adapter
     ");
     assert!(!workspace.path("out").exists());
 }
@@ -533,6 +533,7 @@ fn verify_proves_a_merge() {
     --- stdout
     adapter       scale  deltas  tensors  anchors match
     00677c4f4526  1.000   2,432       14             14
+    (anchors match: tensors whose original values are those that the adapter was made from)
 
     touched   2,432 weights, 0 wrong
     all else  not compared (no --base)
@@ -544,6 +545,7 @@ fn verify_proves_a_merge() {
     --- stdout
     adapter       scale  deltas  tensors  anchors match
     00677c4f4526  1.000   2,432       14             14
+    (anchors match: tensors whose original values are those that the adapter was made from)
 
     touched   2,432 weights, 0 wrong
     all else  253 kB compared with the base
@@ -566,6 +568,7 @@ fn verify_says_no_when_one_byte_was_changed() {
     --- stdout
     adapter       scale  deltas  tensors  anchors match
     00677c4f4526  1.000   2,432       14             14
+    (anchors match: tensors whose original values are those that the adapter was made from)
 
     touched   2,432 weights, 0 wrong
     all else  253 kB compared with the base
@@ -584,6 +587,7 @@ fn verify_says_no_when_one_byte_was_changed() {
     --- stdout
     adapter       scale  deltas  tensors  anchors match
     00677c4f4526  1.000   2,432       14             14
+    (anchors match: tensors whose original values are those that the adapter was made from)
 
     touched   2,432 weights, 1 wrong
     all else  not compared (no --base)
@@ -631,7 +635,10 @@ fn a_new_checkpoint_has_a_card_of_its_own_and_nothing_that_contradicts_it() {
     let dry = workspace.run(&format!("{merge} -o out --dry-run"));
     let told = workspace.run(&format!("{merge} -o out"));
     for told in [&dry, &told] {
-        assert!(told.contains("left out: README.md: the old model's card\nleft out: pytorch_model.bin: "), "{told}");
+        assert!(
+            told.contains("note: not copied: README.md: the old model's card\nnote: not copied: pytorch_model.bin: "),
+            "{told}"
+        );
     }
     assert!(!workspace.path("out/pytorch_model.bin").exists());
     let written = card("out").unwrap();

@@ -19,7 +19,7 @@ fn an_overflow_is_refused_with_the_option_that_allows_it() {
 --- stdout
 --- stderr
 error: [FIXTURES]/tiny-llama: "model.layers.0.self_attn.q_proj.weight" [0, 0]: the merge would make this finite weight infinite or NaN, and 63 more
-hint: --allow-overflow merges all the same; is the scale right, and the adapter undamaged?
+hint: check the scale and the adapter; --allow-overflow merges anyway
 "#;
     for how in ["=2 -o out", "=2 -o out --dry-run"] {
         assert_eq!(workspace.run(&format!("{MERGE}{how}")), expected);

@@ -24,6 +24,7 @@ fn a_packed_adapter_tells_its_size_beside_the_limit() {
     names and hashes                1.94 kB            0.798
     packed                          5.29 kB            2.174  2.052
     plain                           15.3 kB            6.306
+    (limit: the information in the data, which no lossless packing can go below)
 
     adapter  8029d815eeb9
     deltas   2,432 in 14 tensors
@@ -38,7 +39,7 @@ fn a_packed_adapter_tells_its_size_beside_the_limit() {
     targets         1, 64 rows
     connections     128, 3.12 % of the targets
     scale           1
-    packed          from 15.3 kB, columns derived from the base: what reads them needs it
+    packed          from 15.3 kB, columns derived from the base, which is needed to read them
     id              8029d815eeb956f93adfbf68f2a01cbdb4c8dc450d2901b853b015c66f954458
     license         MIT
     description     Random deltas, for trying things
@@ -190,7 +191,7 @@ fn rows_of_any_number_of_columns_can_be_derived() {
 }
 
 #[test]
-fn shortened_values_tell_their_error() {
+fn rounded_values_report_their_error() {
     let workspace = Workspace::new();
     assert_snapshot!(workspace.run(&format!("pack {PLAIN} -o p --base {BASE} --values int8")), @r"
     exit: 0
@@ -201,12 +202,13 @@ fn shortened_values_tell_their_error() {
     names and hashes                2.28 kB            0.938
     packed                          4.61 kB            1.897  1.639
     plain                           15.3 kB            6.306
+    (limit: the information in the data, which no lossless packing can go below)
 
     adapter                 61180b7ee66b
     deltas                  2,432 in 14 tensors
-    shortened from          8029d815eeb9
+    rounded from            8029d815eeb9
     deltas changed          2,403 of 2,432; largest difference 0.0001249, in norm 0.006077 of all
-    merged weights changed  500 of 2,432; largest difference 0.0004883, in norm 0.01227 of what the merge changes
+    merged weights changed  500 of 2,432; largest difference 0.0004883, in norm 0.01227 of the changes of the merge
     --- stderr
     ");
     // It is another adapter: the same positions, near values.
@@ -252,8 +254,14 @@ fn a_card_says_what_the_adapter_is() {
     ## Files
 
     `p.safetensors`: 5.29 kB, 2.17 bytes per delta (15.3 kB unpacked).
-    Which weights it changes is derived from the base model, and proven by a digest.
-    Its id is `8029d815eeb956f93adfbf68f2a01cbdb4c8dc450d2901b853b015c66f954458`.
+    The positions of the changed weights are derived from the base model; a digest proves them.
+    The adapter's id is `8029d815eeb956f93adfbf68f2a01cbdb4c8dc450d2901b853b015c66f954458`, the BLAKE3 of its content.
+
+    ## How to install the program
+
+    ```sh
+    cargo install --locked neuroada-ckpt
+    ```
 
     ## How to merge it
 
@@ -262,9 +270,50 @@ fn a_card_says_what_the_adapter_is() {
     neuroada-ckpt merge 'tiny' --adapter 'p.safetensors' -o merged
     ```
 
-    The result is an ordinary checkpoint; `neuroada-ckpt unmerge merged` gives the base's bytes back. The adapter fits the base it was made from and no other: it carries a hash of the base's weights where it changes them.
+    The result is an ordinary checkpoint. The adapter fits the base it was made from and no other: it has a hash of the base's weights at the changed positions, and a merge into another base is refused.
+
+    ## How to verify it
+
+    ```sh
+    neuroada-ckpt inspect 'p.safetensors'
+    neuroada-ckpt verify merged --base 'tiny'
+    ```
+
+    `inspect` prints the id, and `verify` computes every changed weight again.
+
+    ## How to undo it
+
+    ```sh
+    neuroada-ckpt unmerge merged
+    ```
+
+    This restores the base's weights, bit for bit.
     "#);
     let again = workspace.run(&format!("pack {PLAIN} -o q.safetensors --card"));
     assert!(again.starts_with("exit: 4") && again.contains("README.md exists already"), "{again}");
     assert!(!workspace.path("q.safetensors").exists());
+}
+
+#[test]
+fn a_card_takes_a_license_and_the_bases_repository() {
+    let workspace = Workspace::new();
+    let told =
+        workspace.run(&format!("pack {PLAIN} -o p.safetensors --card --base-name org/tiny --license Apache-2.0"));
+    assert!(told.starts_with("exit: 0") && told.ends_with("--- stderr\n"), "{told}");
+    let card = fs::read_to_string(workspace.path("README.md")).unwrap();
+    assert!(card.contains("base_model: \"org/tiny\"\n") && card.contains("license: \"apache-2.0\"\n"), "{card}");
+    for heading in ["install the program", "merge it", "verify it", "undo it"] {
+        assert!(card.contains(&format!("## How to {heading}\n\n```sh\n")), "{heading}: {card}");
+    }
+    assert!(workspace.run(&format!("pack {PLAIN} -o q.safetensors --license MIT")).starts_with("exit: 2"));
+}
+
+#[test]
+fn a_card_for_a_local_base_is_warned_about() {
+    let workspace = Workspace::new();
+    let told = workspace.run(&format!("pack {PLAIN} -o p.safetensors --card"));
+    let warning = "warning: the card names the base \"tiny-llama\", a local folder; --base-name ORG/NAME names its repository on the Hub\n";
+    assert!(told.starts_with("exit: 0") && told.ends_with(warning), "{told}");
+    let card = fs::read_to_string(workspace.path("README.md")).unwrap();
+    assert!(!card.contains("base_model:") && !card.contains("hf download"), "{card}");
 }

@@ -13,7 +13,7 @@ fn weight_sync_folders_are_written_and_applied() {
         exit: 0
         --- stdout
         version   1, from 0 (tiny-llama)
-        changed   14 tensors, 7 others are the same
+        changed   14 tensors, 7 others are equal
         bytes     2,425 changed, 1.32 % of those tensors
         encoding  overwrite, zstd, xxh3-128
         wrote     12.8 kB
@@ -24,7 +24,7 @@ fn weight_sync_folders_are_written_and_applied() {
     exit: 0
     --- stdout
     version   1, from 0 (tiny-llama)
-    changed   14 tensors, 7 others are the same
+    changed   14 tensors, 7 others are equal
     bytes     2,425 changed, 1.32 % of those tensors
     encoding  overwrite, zstd, xxh3-128
     wrote     255 kB
@@ -43,7 +43,7 @@ fn weight_sync_folders_are_written_and_applied() {
     exit: 2
     --- stdout
     --- stderr
-    error: "delta": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version
+    error: "delta": servers read folders named weight_vNNNNNN, such as weight_v000001; the number is the version
     "#);
     assert_snapshot!(workspace.run("sync export applied -o weight_v000002"), @r"
     exit: 2

@@ -23,7 +23,7 @@ fn training_writes_an_adapter_that_merges() {
         "model      tiny-llama (llama, 2 layers of 64, 126,272 parameters)",
         "trainable  2,432 deltas, 1.93 % of the parameters",
         "step 0  evaluation loss 5.5",
-        ", the best so far",
+        ", best so far",
     ] {
         assert!(stderr.contains(words), "{words}\n{stderr}");
     }

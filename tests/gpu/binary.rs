@@ -223,7 +223,7 @@ fn unsupported_rows_are_chosen_on_the_cpu_and_reported() {
         assert!(stderr(&output).starts_with("note: rows chosen on the CPU: all; "), "{}", stderr(&output));
     }
     let output = workspace.run("diff BASE BASE --device cuda", &[]);
-    assert_eq!(stderr(&output), "note: this command does all its work on the CPU\n");
+    assert_eq!(stderr(&output), "note: this command does all of its work on the CPU\n");
     // Without --device, the program does not search for a GPU.
     let output = workspace.run("mask BASE --k 2 --force -o m -v", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));
@@ -288,7 +288,7 @@ fn cublaslt_is_reported_or_where_it_was_searched() {
     fs::create_dir(&empty).unwrap();
     let empty = empty.to_str().unwrap();
     let nothing = report(&[("NEUROADA_CUDA_LIB", empty)]);
-    line(&nothing, "no cuBLASLt    only training needs it; libcublasLt.so.12 was not found\n");
+    line(&nothing, "no cuBLASLt    needed by train and eval only; libcublasLt.so.12 was not found\n");
     line(&nothing, &format!("               in NEUROADA_CUDA_LIB={empty}\n"));
     fs::write(folder.join("libcublasLt.so.12"), "words").unwrap();
     let no_library = report(&[("NEUROADA_CUDA_LIB", named)]);

@@ -154,7 +154,10 @@ fn every_dtype_is_merged_and_counted_the_same() {
         let line = format!("hurts.safetensors --adapter {adapter}={scale} --allow-overflow");
         let message = same_merge(&workspace, &line, &[]);
         assert!(message.contains("6,600 weights merged on the GPU"), "{message}");
-        assert!(message.contains("note: weights merged on the CPU: 2,200; a GPU takes one LoRA product"), "{message}");
+        assert!(
+            message.contains("note: weights merged on the CPU: 2,200; the GPU path supports one LoRA product"),
+            "{message}"
+        );
         assert_eq!(message.contains("overflowed"), adapter == "large", "{message}");
     }
     let stats = workspace.stats();
@@ -181,7 +184,7 @@ fn unsupported_weights_are_merged_on_the_cpu_and_reported() {
     let sparse = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama-adapter.safetensors");
     let line = format!("merge BASE --adapter {} --force -o out --device cuda", sparse.display());
     let output = workspace.run(&line, &[]);
-    assert!(code(&output) == 0 && stderr(&output) == "note: this command does all its work on the CPU\n");
+    assert!(code(&output) == 0 && stderr(&output) == "note: this command does all of its work on the CPU\n");
     // Without --device, the program does not search for a GPU.
     let output = workspace.run("merge BASE --adapter lora --force -v -o out", &[]);
     assert!(!stderr(&output).contains("GPU"), "{}", stderr(&output));

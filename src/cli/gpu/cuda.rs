@@ -51,28 +51,28 @@ impl Gpu {
 
 #[cfg(feature = "train")]
 impl Gpu {
-    /// As `--device` takes it.
+    /// The name, as in `--device`.
     pub(in crate::cli) fn name(&self) -> String {
         format!("cuda:{}", self.0.ordinal())
     }
 
-    /// Bytes of its memory that are free.
+    /// Free bytes of its memory.
     pub(in crate::cli) fn free_bytes(&self) -> CliResult<u64> {
         Ok(self.0.memory()?.0)
     }
 
-    /// Fails where `what` needs more bytes than are `available`.
+    /// Fails if `what` needs more bytes than are `available`.
     pub(in crate::cli) fn check_room(&self, what: &'static str, needed: u64, available: u64) -> CliResult<()> {
         let ordinal = self.0.ordinal();
         if needed > available { Err(GpuError::OutOfMemory { ordinal, what, needed, available })? } else { Ok(()) }
     }
 
-    /// The type in which it computes with this model.
+    /// The dtype of computations with this model.
     pub(in crate::cli) fn dtype_of(&self, base: &Checkpoint) -> Result<Dtype, TrainError> {
         CudaDevice::dtype_of(base)
     }
 
-    /// Bytes of its memory that training takes.
+    /// GPU memory of a training run, in bytes.
     pub(in crate::cli) fn memory_of_run(
         &self,
         config: &ModelConfig,
@@ -83,13 +83,13 @@ impl Gpu {
         CudaDevice::memory_of_run(config, base, dtype, size)
     }
 
-    /// Does work in this type on it.
+    /// Runs work of this dtype on it.
     pub(in crate::cli) fn run<W: OnDevice>(&self, dtype: Dtype, work: W) -> CliResult<W::Output> {
         work.run(&CudaDevice::new(&self.0, dtype)?)
     }
 }
 
-/// Looks for GPUs.
+/// Detects GPUs.
 pub(in crate::cli) fn found() -> Found {
     let found = gpu::detect();
     let facts = |device: gpu::DeviceInfo| GpuFacts {

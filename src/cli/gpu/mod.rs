@@ -1,4 +1,4 @@
-//! The GPU behind `--device cuda`: the one place of the command line that knows what kind of GPU there is.
+//! The GPU behind `--device cuda`. Only this folder of the command line knows the kind of GPU.
 //!
 //! `cuda` finds and opens NVIDIA GPUs. A build without GPU support has `none` in its place: the same functions, for a GPU that does not
 //! exist, so that commands need not ask how they were built.
@@ -10,14 +10,14 @@ use serde::Serialize;
 
 pub(super) use cuda::{Gpu, IS_SUPPORTED, found};
 
-/// The GPUs of the machine, and what they need.
+/// The GPUs of the machine, their driver and their library.
 pub(super) struct Found {
     /// The CUDA version that the NVIDIA driver supports.
     pub(super) driver: Option<String>,
     pub(super) gpus: Vec<GpuFacts>,
     /// Why no GPU can be used.
     pub(super) problem: Option<String>,
-    /// The library of matrix products, which only training needs; where there is a driver.
+    /// The library of matrix products for training and evaluation, if there is a driver.
     pub(super) cublaslt: Option<LibraryFacts>,
 }
 
@@ -31,14 +31,14 @@ pub(super) struct GpuFacts {
     pub(super) problem: Option<String>,
 }
 
-/// A library, likewise.
+/// A library, as the JSON document of `inspect --devices` has it.
 #[derive(Serialize, Default)]
 pub(super) struct LibraryFacts {
     pub(super) version: Option<String>,
     pub(super) path: Option<String>,
-    /// Why there is none.
+    /// Why it cannot be used.
     pub(super) problem: Option<String>,
-    /// Where it was looked for in vain.
+    /// The searched places, if it was not found.
     pub(super) looked: Vec<String>,
 }
 

@@ -1,4 +1,4 @@
-//! A build without GPU support: what `cuda.rs` has, for a GPU that does not exist.
+//! A build without GPU support: the interface of `cuda.rs`, for a GPU that does not exist.
 
 use super::Found;
 #[cfg(feature = "train")]

@@ -1,5 +1,5 @@
-//! `inspect`: what a file or folder is, told from its headers. Plain tensors are counted here, with the PEFT adapters of other
-//! tools; what a mask or an adapter says about its targets is read in [`sparse`].
+//! `inspect`: describes a file or folder from its headers. This file counts plain tensors and those of PEFT adapters; [`sparse`] reads
+//! the targets of masks and adapters.
 
 mod sparse;
 mod weights;
@@ -31,41 +31,42 @@ use crate::{
     tensor::{dtype_name, projection_kind},
 };
 
-/// Rows of one table for people; JSON has all.
+/// Maximum rows of a printed table; JSON has all rows.
 const MAX_ROWS: usize = 200;
 
-/// A PEFT adapter's folder.
+/// File names in a PEFT adapter's folder.
 const PEFT_CONFIG: &str = "adapter_config.json";
 const PEFT_TENSORS: &str = "adapter_model.safetensors";
 const PEFT_KEYS: [&str; 6] =
     ["peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "target_modules"];
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// Say what a checkpoint, mask or adapter is
+/// Describe a checkpoint, mask or adapter
 ///
-/// Reads headers only, whatever the size. Shows tensors, types, shapes, sizes and metadata, and the merges that a
-/// checkpoint remembers.
+/// Shows tensors, dtypes, shapes, sizes and metadata, and the merges recorded in a checkpoint's ledger. Reads headers only, so large files
+/// take no longer than small ones.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct InspectArgs {
-    /// A checkpoint's directory, or a .safetensors file
+    /// Folder or .safetensors file
     #[arg(required_unless_present = "devices")]
     path: Option<PathBuf>,
-    /// Say what this machine has to compute with, and why a GPU cannot be used
+    /// List the machine's devices, and why a GPU cannot be used
     #[arg(long, conflicts_with_all = ["path", "tensors", "filter"])]
     devices: bool,
-    /// List every tensor
+    /// List all tensors
     #[arg(short, long)]
     tensors: bool,
-    /// Count and list only tensors whose name matches, such as '*.mlp.*'
+    /// Pattern of tensor names to count and list, such as '*.mlp.*' [default: all]
     #[arg(short, long, value_name = "GLOB")]
     filter: Option<String>,
 }
 
-/// What `inspect` found; the fields of its JSON document.
+/// The report of `inspect`, with the fields of its JSON document.
 #[derive(Serialize)]
 struct InspectReport {
     kind: Kind,
-    /// The checkpoint that waits for recovery: its weights may be a mixture of two states.
+    /// The checkpoint with an interrupted change: its weights may be a mixture of two states.
     #[serde(skip_serializing_if = "Option::is_none")]
     interrupted: Option<String>,
     name: String,
@@ -84,13 +85,13 @@ struct InspectReport {
     /// Of a checkpoint.
     #[serde(flatten)]
     weights: WeightFacts,
-    /// Of `adapter_config.json`, what says how the adapter is applied.
+    /// Fields of `adapter_config.json` that determine how the adapter is applied.
     peft: Option<serde_json::Map<String, Value>>,
     /// Of a mask or an adapter.
     sparse: Option<SparseFacts>,
-    /// What a merged checkpoint remembers.
+    /// The ledger of a merged checkpoint.
     merges: Option<LedgerSummary>,
-    /// Adapters that were merged, as the files say, where no ledger remembers them.
+    /// Adapters named by the files as merged, if there is no ledger.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     named: Vec<NamedAdapter>,
     /// Only with `--tensors`.
@@ -106,7 +107,7 @@ enum Kind {
     PackedAdapter,
     Ledger,
     PeftAdapter,
-    /// It says that it is something this version does not know.
+    /// A kind that this version does not know.
     Unknown,
 }
 
@@ -123,7 +124,7 @@ impl Kind {
         }
     }
 
-    /// What an open checkpoint is, by its document.
+    /// The kind of an open checkpoint, by its document.
     fn of(checkpoint: &Checkpoint) -> CliResult<Self> {
         let [shard] = checkpoint.shards() else { return Ok(Self::Checkpoint) };
         if checkpoint.layout() != Layout::File {
@@ -201,6 +202,12 @@ struct TensorFacts {
     offset: u64,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt inspect llama
+  neuroada-ckpt inspect adapter.safetensors --tensors --filter '*.mlp.*'
+  neuroada-ckpt inspect --devices";
+
 pub(super) fn run(args: InspectArgs, env: &Env) -> CliResult<Answer> {
     let Some(path) = args.path else {
         env.report(&device::devices(), device::print)?;
@@ -270,13 +277,13 @@ fn inspect(path: &Path, filter: Option<&GlobMatcher>, list_tensors: bool) -> Cli
 
 fn merges_of(checkpoint: &Checkpoint) -> CliResult<Option<LedgerSummary>> {
     match ledger_summary(checkpoint) {
-        // One shard of a merged checkpoint: the ledger is that of the whole. A folder and a file of it with a ledger each.
+        // One shard of a merged checkpoint, whose ledger belongs to the whole; or a folder and one of its files with a ledger each.
         Err(MergeError::Refused { .. }) => Ok(None),
         summary => Ok(summary?),
     }
 }
 
-/// What a PEFT adapter's folder holds beside its tensors, or `None` where `path` is something else.
+/// Fields of a PEFT adapter's config, or `None` if `path` is something else.
 fn read_peft_config(path: &Path) -> CliResult<Option<serde_json::Map<String, Value>>> {
     let config = path.join(PEFT_CONFIG);
     if !probe::is_folder(path)? || !probe::is_file(&config)? || !probe::is_file(&path.join(PEFT_TENSORS))? {
@@ -364,7 +371,7 @@ fn count_quantized(checkpoint: &Checkpoint) -> CliResult<Vec<QuantizedCount>> {
     for weight in checkpoint.codes().weights() {
         let (layout, n_parameters, problem) = match checkpoint.decoded(weight) {
             Ok(tensor) => (stored_as(tensor), tensor.info.n_elements(), None),
-            // Where exactly the scales are differs from weight to weight.
+            // The location of the scales differs from weight to weight.
             Err(CheckpointError::Layout { layout, why, .. }) => {
                 (layout.split(" in \"").next().unwrap_or_default().to_owned(), 0, Some(why))
             }
@@ -429,7 +436,7 @@ fn write_page(report: &InspectReport, page: &mut Page) {
     facts.extend(report.named.iter().map(named));
     if let Some(path) = &report.interrupted {
         page.line(format_args!(
-            "INTERRUPTED: a change was cut short, the weights may be a mixture; run: neuroada-ckpt recover {path}"
+            "INTERRUPTED: a change was interrupted and the weights may be a mixture of two states; run: neuroada-ckpt recover {path}"
         ));
         page.blank();
     }
@@ -447,12 +454,12 @@ fn merge_facts(merges: &LedgerSummary) -> Vec<(&'static str, String)> {
     facts.push(match merges.needs_base {
         true => (
             "ledger",
-            format!("{touched} weights of {tensors} tensors changed, no originals kept: undoing needs the base"),
+            format!("{touched} weights of {tensors} tensors changed, no originals kept: unmerge needs the base"),
         ),
         false => ("ledger", format!("{touched} originals of {tensors} tensors, {}", bytes(merges.ledger_bytes))),
     });
     if merges.interrupted {
-        facts.push(("state", "a change was interrupted and waits for recover".to_owned()));
+        facts.push(("state", "a change was interrupted; run recover".to_owned()));
     }
     facts
 }
@@ -465,7 +472,7 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
     }
     if report.dtypes.len() > 1 {
         page.blank();
-        page.table(&dtypes);
+        page.table(dtypes);
     }
 
     let mut kinds = Table::new(["kind", "type", "shape", "tensors>", "parameters>", "size>", "share>"]);
@@ -475,7 +482,7 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
         kinds.row([kind.clone(), dtype.clone(), shape_text(shape), n_tensors, n_parameters, bytes(of.n_bytes), share]);
     }
     page.blank();
-    page.table(&kinds);
+    page.table(kinds);
     and_more(page, report.kinds.len());
 
     if report.layout == "sharded" {
@@ -484,7 +491,7 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
             shards.row([shard.name.clone(), count(shard.n_tensors), bytes(shard.n_bytes)]);
         }
         page.blank();
-        page.table(&shards);
+        page.table(shards);
         and_more(page, report.shards.len());
     }
 
@@ -501,21 +508,21 @@ fn write_tables(report: &InspectReport, page: &mut Page) {
             ]);
         }
         page.blank();
-        page.table(&tensors);
+        page.table(tensors);
     }
 }
 
-/// Metadata that all shards share; what is the program's own is told in other words.
+/// Metadata that all shards share, without this program's own keys, which the report shows elsewhere.
 fn shared_metadata(shards: &[ShardFacts]) -> Vec<(&'static str, String)> {
     let Some((first, others)) = shards.split_first() else { return Vec::new() };
     let is_shared =
         |(key, value): &(&String, &String)| others.iter().all(|shard| shard.metadata.get(*key) == Some(*value));
     let is_foreign = |(key, _): &(&String, &String)| key.as_str() != DOCUMENT_KEY && !key.starts_with("neuroada.");
-    let words = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MAX_ROWS);
-    words.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
+    let shared = first.metadata.iter().filter(is_foreign).filter(is_shared).take(MAX_ROWS);
+    shared.map(|(key, value)| ("metadata", format!("{key}={value}"))).collect()
 }
 
-/// JSON as words: strings without quotes.
+/// JSON as text: strings without quotes.
 fn value_text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

@@ -1,4 +1,4 @@
-//! What a mask or an adapter says about itself.
+//! The facts that a mask or an adapter records about itself.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::{
 /// Chosen connections, and the deltas on them.
 #[derive(Serialize)]
 pub(super) struct SparseFacts {
-    /// What the base is called.
+    /// The base's name.
     base: BaseInfo,
     /// How the connections were chosen.
     recipe: Recipe,
@@ -27,7 +27,7 @@ pub(super) struct SparseFacts {
     /// Elements of the targets in the base.
     n_elements: u64,
     kinds: Vec<SparseKind>,
-    /// Of an adapter: what its deltas are multiplied by.
+    /// Of an adapter: the factor of its deltas.
     scale: Option<f64>,
     /// Of an adapter: license, description, author, training.
     notes: Option<AdapterNotes>,
@@ -37,10 +37,10 @@ pub(super) struct SparseFacts {
     targets: Option<Vec<TargetFacts>>,
 }
 
-/// What a packed adapter says of itself.
+/// The facts that a packed adapter records about itself.
 #[derive(Serialize)]
 struct PackedFacts {
-    /// The adapter's id; proven by whoever reads all of it.
+    /// The adapter's id; only reading the whole file proves it.
     id: String,
     columns: ColumnsKind,
     /// Bytes of the adapter when unpacked.
@@ -76,7 +76,7 @@ struct TargetFacts {
     nnz: u64,
     /// BLAKE3 of the base's values at the chosen positions.
     anchor: String,
-    /// BLAKE3 of the base's whole tensor, where it was asked for.
+    /// BLAKE3 of the base's whole tensor, if it was recorded.
     blake3: Option<String>,
 }
 
@@ -158,7 +158,7 @@ impl SparseFacts {
         facts.extend(self.scale.map(|scale| ("scale", scale.to_string())));
         if let Some(PackedFacts { id, columns, plain_bytes }) = &self.packed {
             let columns = match columns {
-                ColumnsKind::Derived => "derived from the base: what reads them needs it",
+                ColumnsKind::Derived => "derived from the base, which is needed to read them",
                 ColumnsKind::Packed => "in the file",
             };
             facts.push(("packed", format!("from {}, columns {columns}", bytes(*plain_bytes))));
@@ -190,7 +190,7 @@ impl SparseFacts {
             ]);
         }
         page.blank();
-        page.table(&kinds);
+        page.table(kinds);
         super::and_more(page, self.kinds.len());
         let Some(list) = &self.targets else { return };
         let mut targets = Table::new(["target", "base type", "shape", "per row>", "connections>", "anchor", "whole"]);
@@ -206,7 +206,7 @@ impl SparseFacts {
             ]);
         }
         page.blank();
-        page.table(&targets);
+        page.table(targets);
     }
 }
 
@@ -226,7 +226,7 @@ impl TargetFacts {
     }
 }
 
-/// What the bundled trainer left, in one line; whatever else stands there is shown as it is.
+/// The training summary of this program's trainer in one line; any other value as it is.
 fn training_text(training: &Value) -> String {
     let trained = || {
         let (data, result) = (training["data"]["name"].as_str()?, training.get("result")?);
@@ -242,13 +242,13 @@ fn training_text(training: &Value) -> String {
 
 /// A recipe in one line: `magnitude, k 2, scope row`.
 fn recipe_text(recipe: &Recipe) -> String {
-    let mut words = vec![recipe.score.clone()];
-    let mut add = |name: &str, value: Option<String>| words.extend(value.map(|value| format!("{name} {value}")));
+    let mut parts = vec![recipe.score.clone()];
+    let mut add = |name: &str, value: Option<String>| parts.extend(value.map(|value| format!("{name} {value}")));
     add("k", recipe.k.map(|k| k.to_string()));
     add("budget", recipe.budget.map(|share| format!("{} %", number(share * 100.0))));
     add("scope", (!recipe.scope.is_empty()).then(|| recipe.scope.clone()));
     add("seed", recipe.seed.map(|seed| seed.to_string()));
     add("neuron fraction", recipe.neuron_fraction.map(|share| share.to_string()));
     add("targets", (!recipe.targets.is_empty()).then(|| recipe.targets.join(" ")));
-    words.join(", ")
+    parts.join(", ")
 }

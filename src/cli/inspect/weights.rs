@@ -1,4 +1,4 @@
-//! What the map of weights knows that tensors alone do not show: ties, and weights that are stored as `[d_in, d_out]`.
+//! Facts from the map of weights: tied weights, and weights stored as `[d_in, d_out]`.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use crate::{
     weights::{Answers, TiedWeight, WeightMap, Witness},
 };
 
-/// What is worth saying about a checkpoint's weights.
+/// Notable facts about a checkpoint's weights.
 #[derive(Serialize, Default)]
 pub(super) struct WeightFacts {
     /// Weights with several names in the model.
@@ -16,7 +16,7 @@ pub(super) struct WeightFacts {
     /// Kinds of weights that are stored as `[d_in, d_out]`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stored_in_out: Vec<KindFacts>,
-    /// What is odd about the files and does no harm.
+    /// Harmless oddities of the files.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     notes: Vec<String>,
 }
@@ -25,14 +25,14 @@ pub(super) struct WeightFacts {
 struct TiedFacts {
     /// The tensors that hold it.
     tensors: Vec<String>,
-    /// The modules that share it, for people.
+    /// The modules that share it, as text.
     shared_by: String,
 }
 
 #[derive(Serialize)]
 struct KindFacts {
     kind: String,
-    /// How it is known.
+    /// The evidence.
     witness: String,
 }
 

@@ -11,25 +11,31 @@ use crate::{
 
 /// Apply a weight update to the checkpoint that it was made for
 ///
-/// The checksum of every changed tensor is compared before the output appears, so an update for another checkpoint, and one that was
-/// applied before, is refused. Example: neuroada-ckpt sync apply updates/weight_v000001 --base smollm2 -o updated
+/// The checksum of every changed tensor is compared before the output appears, so an update for another checkpoint is refused, and so is an
+/// update that is already applied.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(in crate::cli) struct ApplyArgs {
-    /// The update, a weight_vNNNNNN folder
+    /// Folder of the update, weight_vNNNNNN
     pub(in crate::cli) input: PathBuf,
-    /// The checkpoint to apply it to; it stays as it is
+    /// Checkpoint to apply the update to; it is not changed
     #[arg(long, value_name = "BASE")]
     pub(in crate::cli) base: PathBuf,
-    /// Where to write the new checkpoint
+    /// Folder or file of the new checkpoint
     #[arg(short, long, value_name = "PATH")]
     pub(in crate::cli) output: PathBuf,
-    /// List every changed tensor
+    /// List all changed tensors
     #[arg(long)]
     pub(in crate::cli) tensors: bool,
     /// Replace an existing output
     #[arg(long)]
     pub(in crate::cli) force: bool,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt sync apply updates/weight_v000001 --base llama -o updated
+  neuroada-ckpt sync apply updates/weight_v000001 --base llama -o updated --tensors";
 
 pub(in crate::cli) fn run(args: &ApplyArgs, env: &Env) -> CliResult<Answer> {
     let (ctx, base) = (env.context(), Checkpoint::open(&args.base)?);

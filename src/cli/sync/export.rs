@@ -10,37 +10,37 @@ use crate::cli::{
     weights::RenameArgs,
 };
 use crate::{
-    checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, Printable, Shard, WorkFolder, probe},
+    checkpoint::{Checkpoint, DOCUMENT_KEY, Existing, OutputKind, Printable, Shard, WorkFolder, check_output, probe},
     merge::{self, AdapterReading, MergeInput, MergeOptions},
     sync::{self, Checksum, Encoding, ExportOptions},
 };
 
-/// Write what changed in a checkpoint as a weight update
+/// Export the changes of a checkpoint as a weight update
 ///
-/// INPUT is the new checkpoint, or an adapter, which is merged into BASE first. Example: neuroada-ckpt sync export merged --base smollm2
-/// -o updates/weight_v000001
+/// INPUT is the new checkpoint, or an adapter, which is merged into BASE first.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(in crate::cli) struct ExportArgs {
-    /// The new weights: a checkpoint, or an adapter of BASE
+    /// New weights: a checkpoint, or an adapter of BASE
     pub(in crate::cli) input: PathBuf,
-    /// The checkpoint that the servers have
+    /// Checkpoint that the servers have
     #[arg(long, value_name = "BASE")]
     pub(in crate::cli) base: PathBuf,
-    /// Where to write; the folder's name is the version, as in weight_v000001
+    /// Folder of the update; its name is the version, as in weight_v000001
     #[arg(short, long, value_name = "PATH")]
     pub(in crate::cli) output: PathBuf,
     #[command(flatten)]
     pub(in crate::cli) renames: RenameArgs,
-    /// How changes are encoded
+    /// Encoding of the changes
     #[arg(long, value_enum, default_value_t)]
     pub(in crate::cli) encoding: EncodingArg,
-    /// Which checksum proves the new bytes
+    /// Checksum of the new bytes
     #[arg(long, value_enum, default_value_t)]
     pub(in crate::cli) checksum: ChecksumArg,
-    /// The version that the servers have [default: the one before]
+    /// Version that the servers have [default: the version of the output minus 1]
     #[arg(long, value_name = "N")]
     pub(in crate::cli) base_version: Option<u64>,
-    /// List every changed tensor
+    /// List all changed tensors
     #[arg(long)]
     pub(in crate::cli) tensors: bool,
     /// Replace an existing output
@@ -50,10 +50,10 @@ pub(in crate::cli) struct ExportArgs {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub(in crate::cli) enum EncodingArg {
-    /// Positions and new bytes; it may be applied twice
+    /// Positions and new bytes; applying it twice does no harm
     #[default]
     Overwrite,
-    /// Old and new bytes, one xor the other; to be applied exactly once
+    /// Old bytes xor new bytes; must be applied exactly once
     Xor,
 }
 
@@ -66,9 +66,16 @@ pub(in crate::cli) enum ChecksumArg {
     Adler32,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt sync export merged --base llama -o updates/weight_v000001
+  neuroada-ckpt sync export adapter.safetensors --base llama -o updates/weight_v000002 --base-version 0";
+
 pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> CliResult<Answer> {
     let options = args.options()?;
     let base = Checkpoint::open(&args.base)?;
+    let existing = if args.force { Existing::Replace } else { Existing::Keep };
+    check_output(&args.output, OutputKind::Folder, existing)?;
     // An adapter is merged first, beside the output.
     let (tuned, _merged) = match is_checkpoint(&args.input)? {
         true => (Checkpoint::open(&args.input)?, None),
@@ -77,7 +84,6 @@ pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> CliResult<Answer> {
             (merged(args, folder.path(), env)?, Some(folder))
         }
     };
-    let existing = if args.force { Existing::Replace } else { Existing::Keep };
     let report = sync::export(&env.context(), &base, &tuned, &options, &args.output, existing)?;
     env.report_work(&report, |report, page| print(report, args.tensors, page))?;
     Ok(Answer::Yes)
@@ -89,7 +95,7 @@ impl ExportArgs {
         let base_version = match (self.base_version, version.checked_sub(1)) {
             (Some(base), _) | (None, Some(base)) => base,
             (None, None) => {
-                let advice = "there is no version before 0; name the folder weight_v000001, or say --base-version";
+                let advice = "there is no version before 0; name the folder weight_v000001, or give --base-version";
                 return Err(CliError::usage(advice));
             }
         };
@@ -117,7 +123,7 @@ fn merged(args: &ExportArgs, folder: &Path, env: &Env) -> CliResult<Checkpoint> 
     Ok(Checkpoint::open(&path)?)
 }
 
-/// Whether the input is a checkpoint: a folder of one, or a safetensors file without a document of this program.
+/// Whether the input is a checkpoint: a checkpoint's folder, or a safetensors file without a document of this program.
 fn is_checkpoint(input: &Path) -> CliResult<bool> {
     if probe::is_folder(input)? {
         for name in ["model.safetensors", "model.safetensors.index.json"] {
@@ -139,7 +145,7 @@ fn version(output: &Path) -> CliResult<u64> {
     version.ok_or_else(|| {
         let name = Printable(&name);
         CliError::usage(format!(
-            "\"{name}\": servers look for weight_vNNNNNN, such as weight_v000001; the number is the version"
+            "\"{name}\": servers read folders named weight_vNNNNNN, such as weight_v000001; the number is the version"
         ))
     })
 }

@@ -1,7 +1,7 @@
-//! `sync`: deltas of whole checkpoints, as inference servers fetch them.
+//! `sync`: weight updates for inference servers, in the form that the servers fetch.
 //!
-//! `export` makes such a delta of two checkpoints, or of a checkpoint and an adapter; `apply` makes the newer checkpoint of the older one
-//! and a delta. Both print the same report, which this file writes.
+//! `export` writes an update from two checkpoints, or from a checkpoint and an adapter; `apply` applies an update to the older checkpoint.
+//! Both print the same report, which this file writes.
 
 mod apply;
 mod export;
@@ -20,10 +20,10 @@ use super::{
 };
 use crate::sync::SyncReport;
 
-/// Make and apply the weight updates that inference servers fetch
+/// Write and apply weight updates for inference servers
 ///
-/// Servers that sync weights from disk (SGLang, slime) read folders called weight_vNNNNNN. Each holds the bytes that changed since the
-/// version before, and a checksum of every changed tensor.
+/// Servers that sync weights from disk (SGLang, slime) read folders named weight_vNNNNNN. Each holds the bytes that changed since the
+/// previous version, and a checksum of every changed tensor.
 #[derive(Args)]
 pub(super) struct SyncArgs {
     #[command(subcommand)]
@@ -55,7 +55,7 @@ fn print(report: &SyncReport, tensors: bool, page: &mut Page) {
                 tensor.checksum.clone(),
             ]);
         }
-        page.table(&table);
+        page.table(table);
         page.blank();
     }
     let n_bytes = report.tensors.iter().map(|tensor| tensor.n_bytes).sum();
@@ -63,7 +63,7 @@ fn print(report: &SyncReport, tensors: bool, page: &mut Page) {
         ("version", format!("{}, from {} ({})", report.version, report.base_version, report.base)),
         (
             "changed",
-            format!("{} tensors, {} others are the same", count(report.tensors.len() as u64), count(report.n_same)),
+            format!("{} tensors, {} others are equal", count(report.tensors.len() as u64), count(report.n_same)),
         ),
         (
             "bytes",
@@ -76,5 +76,5 @@ fn print(report: &SyncReport, tensors: bool, page: &mut Page) {
         ("encoding", format!("{}, zstd, {}", report.encoding, report.checksum)),
         ("wrote", bytes(report.n_bytes)),
     ]);
-    report.left_out.iter().for_each(|left_out| page.line(format_args!("left out: {left_out}")));
+    report.left_out.iter().for_each(|left_out| page.line(format_args!("not copied: {left_out}")));
 }
