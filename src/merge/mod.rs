@@ -1,14 +1,14 @@
 //! Adding adapters to checkpoints, taking them out again bit for bit, and proving both.
 //!
 //! A merged weight is a pure function of its original and the set of active adapters, whatever their kinds. The ledger keeps the
-//! originals ([`LedgerDocument`]), so undoing is computing again with a smaller set, in any order; nothing is ever subtracted. Every
-//! change goes the same way: open the stack of active adapters, form the new one, examine the checkpoint against both
-//! (all tensors match, anchors match, nothing was changed meanwhile), record the originals, then patch. Out of place the
-//! patches go to fresh copies; in place they are journaled ([`Journal`]), and [`recover`] makes an interrupted change whole
-//! or undoes it. [`verify`] proves the result.
+//! originals ([`LedgerDocument`]), so unmerging recomputes the weights with a smaller set, in any order; nothing is ever subtracted. Every
+//! change takes the same steps: open the stack of active adapters, form the new stack, check the checkpoint against both
+//! (all tensors match, anchors match, nothing changed in the meantime), record the originals, then patch. Out of place the
+//! patches go to new copies. In place they are journaled ([`Journal`]), and [`recover`] completes or rolls back an interrupted
+//! change. [`verify`] proves the result.
 //!
-//! `source` opens adapters, `plan` finds what each of them does to which stored tensor: its terms. Where terms are single elements alone,
-//! a tensor is worked on at those positions; where some term changes it as a whole, `compute` makes its rows anew.
+//! `source` opens adapters. `plan` finds the terms: what each adapter does to which stored tensor. A tensor whose terms are single elements
+//! is patched at those positions. If a term changes the whole tensor, `compute` recomputes its rows.
 
 mod added;
 mod card;

@@ -1,4 +1,4 @@
-//! What a merge is asked for.
+//! Inputs and options of a merge.
 
 use std::path::PathBuf;
 
@@ -13,113 +13,113 @@ use crate::{
 /// An adapter to merge.
 #[derive(Clone, PartialEq, Debug)]
 pub struct MergeInput {
-    /// The adapter: a file of this program, or what another tool left.
+    /// The adapter: a file of this program, or a file or folder of another tool.
     pub adapter: PathBuf,
-    /// Replaces the scale that the adapter carries; of a low-rank adapter it comes on top of its own scaling.
+    /// Replaces the scale in the adapter. A low-rank adapter is multiplied by it in addition to its own scaling.
     pub scale: Option<f64>,
 }
 
-/// Where the result goes.
+/// The destination of the result.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MergeOutput {
-    /// Into the checkpoint itself, journaled.
+    /// The checkpoint itself, with a journal.
     InPlace {
-        /// Work on checkpoints whose files are links, or that lie in a Hugging Face cache: what else links to them changes too.
+        /// Whether files that are links, or lie in a Hugging Face cache, may change. Everything else that links to them changes too.
         through_links: bool,
     },
     /// A new checkpoint of the same layout; the input is only read.
     New {
-        /// Folder, or file where the input is a single file.
+        /// A folder; a file if the input is a single file.
         path: PathBuf,
-        /// What to do where it exists.
+        /// What to do if it exists.
         existing: Existing,
-        /// Whether the result remembers how to undo the merge, and its shards' headers name the adapters.
+        /// Whether the result gets a ledger, which unmerging needs, and headers that name the adapters.
         ledger: bool,
-        /// Whether shards that nothing touches are hard-linked instead of copied.
+        /// Whether unchanged shards are hard-linked instead of copied.
         link: bool,
-        /// Whether finished shards stay when the merge is cut short, and are taken over from an earlier one that was.
+        /// Whether an interrupted merge keeps its finished shards, and this merge reuses those of an earlier one.
         resume: bool,
     },
 }
 
-/// What the ledger keeps of tensors that a merge changes as a whole. Of the others it always keeps the bytes at the changed positions.
+/// What the ledger keeps of tensors that a merge changes as a whole. Of all other tensors it keeps the bytes at the changed positions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum KeptOriginals {
-    /// Hashes: undoing needs the base, and proves that it is the base. In place the base must be given then.
+    /// Hashes. Unmerging needs the base, and checks it against the hashes. A merge in place needs the base too.
     #[default]
     Hashes,
-    /// The tensors themselves: as many bytes as they have.
+    /// The whole tensors.
     Whole,
 }
 
-/// How the second factor of a stack of experts is to be read; a file does not tell.
+/// The layout of the second factor of a stack of experts, which files do not record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ExpertOrder {
-    /// `B` is `[d_out, r, E]`: as PEFT trains and saves it.
+    /// `B` is `[d_out, r, E]`, as PEFT trains and saves it.
     RankFirst,
-    /// `B` is `[d_out, E, r]`: as other trainers had it, whose files look the same.
+    /// `B` is `[d_out, E, r]`, as some other trainers save it in files that look the same.
     ExpertFirst,
 }
 
-/// What the files leave open, and the user has to say.
+/// Answers to questions that files leave open.
 #[derive(Clone, PartialEq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdapterReading {
-    /// How second factors of experts are read.
+    /// The layout of the second factors of experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_order: Option<ExpertOrder>,
-    /// Which way round all stacks of experts are stored, where `axes` does not say.
+    /// The orientation of all stacks of experts that `axes` does not name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expert_axes: Option<Axes>,
-    /// Which way round kinds of weights are stored.
+    /// The orientation of kinds of weights.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub axes: Vec<KindAxes>,
-    /// What keys of the adapters are called in the checkpoint.
+    /// Maps keys of the adapters to names of the checkpoint.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub renames: Vec<Rename>,
-    /// Whether an adapter of some of the modules that share one weight may change the others too: embedding and head.
+    /// Whether an adapter for one of several modules that share a weight, such as embedding and head, may change the others too.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub tied_head: bool,
-    /// Whether tensors of low-rank adapters that the base has not, or has in another size, are added to a new checkpoint: heads of other
-    /// models, embeddings of a larger vocabulary.
+    /// Whether tensors of low-rank adapters that the base lacks, or has in another size, are added to a new checkpoint: new heads,
+    /// embeddings of a larger vocabulary.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub new_tensors: bool,
 }
 
 impl AdapterReading {
-    /// What the map of weights needs of it.
+    /// The answers that the map of weights needs.
     pub(super) fn answers(&self) -> Answers {
         Answers { axes: self.axes.clone(), expert_axes: self.expert_axes, renames: self.renames.clone() }
     }
 }
 
-/// How to merge, or to take out.
+/// How to merge or unmerge.
 #[derive(Clone, Debug)]
 pub struct MergeOptions<'a> {
-    /// Where the result goes.
+    /// The destination of the result.
     pub output: MergeOutput,
-    /// Check everything, write nothing.
+    /// Whether to check everything and write nothing.
     pub dry_run: bool,
-    /// Whether a merge may make finite weights infinite or NaN, which the report counts. Taking adapters out may do it always.
+    /// Whether a merge may make finite weights infinite or NaN; the report counts them. Unmerging always may.
     pub allow_overflow: bool,
-    /// Whether a new checkpoint gets the files too that contradict its weights, such as other copies of the old ones and the old model
-    /// card.
+    /// Whether a new checkpoint also gets files that contradict its weights, such as other copies of the old weights and the old
+    /// model card.
     pub keep_other_files: bool,
-    /// How what the adapters' files leave open is to be read.
+    /// Answers to questions that the adapters' files leave open.
     pub reading: AdapterReading,
-    /// What is kept of tensors that change as a whole.
+    /// What the ledger keeps of tensors that change as a whole.
     pub keep: KeptOriginals,
-    /// The checkpoint that everything was merged into: where the originals are of which hashes alone were kept.
+    /// The original base, which has the originals if the ledger keeps only their hashes.
     pub base: Option<PathBuf>,
-    /// Who computes where one low-rank product and nothing else is added to weights; the rest is the CPU's.
+    /// The device for weights that change by a single low-rank product; the CPU computes all others.
     pub merger: Merger<'a>,
 }
 
 impl MergeOptions<'_> {
-    /// Into this output, with nothing else asked for.
+    /// Options for this output, with all defaults.
     pub fn to(output: MergeOutput) -> Self {
         Self {
             output,
@@ -137,22 +137,22 @@ impl MergeOptions<'_> {
         let (path, existing) = (path.into(), Existing::Keep);
         Self::to(MergeOutput::New { path, existing, ledger: true, link: false, resume: false })
     }
-    /// Into the checkpoint itself.
+    /// The checkpoint itself.
     pub fn in_place() -> Self {
         Self::to(MergeOutput::InPlace { through_links: false })
     }
 }
 
-/// Which adapters to take out.
+/// Which adapters to unmerge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Which {
-    /// Every active adapter: the base's bytes return.
+    /// All active adapters, which restores the base's bytes.
     All,
     /// These.
     Some(Vec<AdapterId>),
 }
 
-/// The scale of an adapter, which must be a number that the arithmetic holds.
+/// Checks that the scale of an adapter is finite in the type of the arithmetic.
 pub(super) fn check_scale(input: &MergeInput, scale: f64, is_low_rank: bool) -> Result<f64, MergeError> {
     if scale.is_finite() && (!is_low_rank || (scale as f32).is_finite()) {
         return Ok(scale);

@@ -1,4 +1,4 @@
-//! What merges report. Field names are stable; nothing in a report depends on threads, time or place.
+//! Reports of merges. Field names are stable. Reports do not depend on threads, time or paths.
 
 use std::collections::BTreeMap;
 
@@ -25,17 +25,17 @@ pub struct KindReport {
     pub n_touched: u64,
     /// Positions where the deltas are not all zero.
     pub n_nonzero: u64,
-    /// Of those, positions whose weight kept its bits: rounding swallowed the delta.
+    /// Of those, positions whose weight kept its bits because rounding absorbed the delta.
     pub n_absorbed: u64,
     /// `n_absorbed / n_nonzero`, or 0.
     pub absorbed_share: f64,
-    /// Positions whose weight got other bits.
+    /// Positions whose weight changed.
     pub n_changed: u64,
     /// Positions where a finite weight became infinite or NaN.
     pub n_overflowed: u64,
 }
 
-/// What a merge or an unmerge did, or would do.
+/// The result of a merge or unmerge, or of a dry run.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct MergeReport {
@@ -45,7 +45,7 @@ pub struct MergeReport {
     pub dry_run: bool,
     /// Ids of the adapters that were added.
     pub added: Vec<String>,
-    /// Ids of the adapters that were taken out.
+    /// Ids of the adapters that were removed.
     pub removed: Vec<String>,
     /// Adapters in the checkpoint afterwards, by id.
     pub active: Vec<AdapterEntry>,
@@ -53,35 +53,35 @@ pub struct MergeReport {
     pub kinds: Vec<KindReport>,
     /// All kinds together.
     pub total: KindReport,
-    /// Tensors of the adapters, all of which match the base.
+    /// Number of tensors of the adapters; all of them match the base.
     pub n_matched: usize,
     /// Shards of the checkpoint.
     pub n_shards: usize,
     /// Of those, shards that were patched.
     pub n_shards_patched: usize,
-    /// Tensors that adapters brought along and that the base has not, or has in another size, one line each.
+    /// Tensors of adapters that the base lacks or has in another size, one line each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub new_tensors: Vec<String>,
     /// Bytes read from touched tensors while checking.
     pub bytes_checked: u64,
-    /// Bytes of the output's files, or, in place, of the weights written.
+    /// Bytes of the output's files; in place, bytes of the weights written.
     pub bytes_written: u64,
-    /// Bytes of the ledger without the adapters' copies; 0 where there is none.
+    /// Bytes of the ledger without the copies of adapters; 0 if there is no ledger.
     pub ledger_bytes: u64,
-    /// Whether taking an adapter out of the result needs the base: of tensors that changed as a whole, hashes alone are kept.
+    /// Whether unmerging needs the base, because the ledger keeps only hashes of tensors that changed as a whole.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub needs_base: bool,
-    /// Files beside the shards that would contradict the new weights, such as other copies of the old ones, and were left out of the new
-    /// checkpoint; in place they stay.
+    /// Files that contradict the new weights, such as other copies of the old weights. A new checkpoint does not get them; in place they
+    /// stay.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
-    /// What had to be decided on the way, in words: tensors found under other names, tied heads, shards that `resume` could not take
-    /// over; and warnings, which begin with `warning:`, of deltas of no plausible size.
+    /// Decisions and warnings: tensors found under other names, tied heads, shards that `resume` could not reuse. Warnings, such as
+    /// deltas of implausible size, begin with `warning:`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
-/// The counts of one kind of projection.
+/// The report of one kind of projection.
 fn kind_report(kind: &str, n_tensors: u64, counts: PatchCounts) -> KindReport {
     let share = if counts.nonzero == 0 { 0.0 } else { counts.absorbed as f64 / counts.nonzero as f64 };
     KindReport {
@@ -96,7 +96,7 @@ fn kind_report(kind: &str, n_tensors: u64, counts: PatchCounts) -> KindReport {
     }
 }
 
-/// Per kind of projection, and all together.
+/// The reports per kind of projection, and their total.
 fn kind_reports(by_tensor: &BTreeMap<String, PatchCounts>) -> (Vec<KindReport>, KindReport) {
     let mut kinds: BTreeMap<&str, (u64, PatchCounts)> = BTreeMap::new();
     let mut total = PatchCounts::default();
@@ -115,7 +115,7 @@ pub(super) fn entries(stack: &Stack<'_>) -> Vec<AdapterEntry> {
     stack.active.iter().zip(stack.n_tensors()).map(|(source, n_tensors)| source.entry(n_tensors)).collect()
 }
 
-/// The report of a change, but for what its output alone knows.
+/// The report of a change, without the fields that only its output knows.
 pub(super) fn report(change: &Change<'_>, touched: &[Touched<'_>], findings: &Findings) -> MergeReport {
     let (before, after) = (change.before.ids(), change.after.ids());
     let only = |a: &[AdapterId], b: &[AdapterId]| {
