@@ -17,11 +17,12 @@ use crate::{
 /// Cast or decode a checkpoint, or change the size of its shards
 ///
 /// Decodes quantized weights (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ, bitsandbytes) to a plain type; the other tensors of such a checkpoint keep
-/// theirs. Casts all floating-point tensors of a plain checkpoint. Config, index and shard names are those that transformers expects.
-///
-/// Example: neuroada-ckpt cast DeepSeek-V3 --dtype bf16 -o DeepSeek-V3-bf16
+/// their types. Casts all floating-point tensors of a plain checkpoint. Config, index and shard names are those that transformers expects.
 #[derive(Args)]
-#[command(group = ArgGroup::new("what").args(["dtype", "max_shard_size"]).required(true).multiple(true))]
+#[command(
+    group = ArgGroup::new("what").args(["dtype", "max_shard_size"]).required(true).multiple(true),
+    after_help = EXAMPLES
+)]
 pub(super) struct CastArgs {
     /// Directory or .safetensors file of the checkpoint
     checkpoint: PathBuf,
@@ -57,6 +58,11 @@ enum DtypeArg {
     F16,
     F32,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt cast DeepSeek-V3 --dtype bf16 -o DeepSeek-V3-bf16
+  neuroada-ckpt cast gpt-oss-20b --dtype bf16 --max-shard-size 2G --resume -o gpt-oss-20b-bf16";
 
 pub(super) fn run(args: CastArgs, env: &Env) -> CliResult<Answer> {
     let checkpoint = Checkpoint::open(&args.checkpoint)?;

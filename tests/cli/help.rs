@@ -11,6 +11,7 @@ const COMMANDS: &[&str] = &[
     "init",
     "extract",
     "convert",
+    "cast",
     "sync export",
     "sync apply",
     "merge",

@@ -172,7 +172,7 @@ fn a_second_merge_of_the_same_adapter() {
     workspace.stdout("merge tiny-llama --adapter adapter.safetensors -o merged");
     assert_snapshot!(told(&workspace, "merge merged --adapter adapter.safetensors --in-place"), @r"
     exit: 4
-    error: merged: adapter 00677c4f4526 is merged into it already
+    error: merged: adapter 00677c4f4526 is already merged into it
     hint: to merge it with another scale, unmerge it first
     ");
     assert_snapshot!(told(&workspace, "merge tiny-llama --adapter adapter.safetensors -o merged"), @r"
