@@ -107,7 +107,9 @@ pub use adapter::{
     Adapter, AdapterBuilder, AdapterError, AdapterId, AdapterNotes, ColumnsChoice, ConvertReport, InitOptions,
     InitReport, PackOptions, PackReport, ValuesChoice, init_adapter, pack_adapter,
 };
-pub use checkpoint::{Checkpoint, CheckpointError, Context, Existing, Io, Observer, TensorInfo, TensorRef};
+pub use checkpoint::{
+    Checkpoint, CheckpointError, Context, Existing, Io, Observer, OtherFormat, TensorInfo, TensorRef,
+};
 pub use combine::{CombineError, CombineInput, CombineOptions, CombineReport, Method, combine};
 pub use convert::{ConvertError, convert};
 pub use diff::{AdapterDiff, CheckpointDiff, DiffError, diff_adapters, diff_checkpoints, diff_masks};
