@@ -110,7 +110,9 @@ pub use adapter::{
     InitReport, PackOptions, PackReport, ValuesChoice, init_adapter, pack_adapter,
 };
 pub use cast::{CastError, CastOptions, CastReport, cast};
-pub use checkpoint::{Checkpoint, CheckpointError, Context, Existing, Io, Observer, TensorInfo, TensorRef};
+pub use checkpoint::{
+    Checkpoint, CheckpointError, Context, Existing, Io, Observer, OtherFormat, TensorInfo, TensorRef,
+};
 pub use combine::{CombineError, CombineInput, CombineOptions, CombineReport, Method, combine};
 pub use convert::{ConvertError, convert};
 pub use diff::{AdapterDiff, CheckpointDiff, DiffError, diff_adapters, diff_checkpoints, diff_masks};

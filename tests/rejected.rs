@@ -34,7 +34,7 @@ fn cases() -> Vec<Case> {
         .collect()
 }
 
-/// Fails with all cases whose message lacks a fragment.
+/// Fails with all cases whose message and hint lack a fragment.
 fn check(prefix: &str, expected: bool, open: impl Fn(&Path) -> Result<(), (ErrorKind, String)>) -> usize {
     let (mut wrong, mut n) = (Vec::new(), 0);
     for case in cases().into_iter().filter(|case| case.path.starts_with(prefix) == expected) {
@@ -63,7 +63,8 @@ fn check(prefix: &str, expected: bool, open: impl Fn(&Path) -> Result<(), (Error
 #[test]
 fn every_broken_checkpoint_is_refused_with_its_message() {
     let n = check("adapter/", false, |path| {
-        Checkpoint::open(path).map(|_| ()).map_err(|e: CheckpointError| (e.kind(), e.to_string()))
+        let said = |e: CheckpointError| (e.kind(), format!("{e}\n{}", e.hint().unwrap_or_default()));
+        Checkpoint::open(path).map(|_| ()).map_err(said)
     });
     assert!(n > 90, "{n}");
 }

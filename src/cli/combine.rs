@@ -72,7 +72,7 @@ enum MethodChoice {
 const EXAMPLES: &str = "\
 Examples:
   neuroada-ckpt combine a.safetensors=0.5 b.safetensors=0.5 -o both.safetensors
-  neuroada-ckpt combine a.safetensors b.safetensors --method ties --density 0.2 -o both.safetensors
+  neuroada-ckpt combine a.safetensors b.safetensors --method ties --density 0.2 -o c.safetensors
   neuroada-ckpt combine a.safetensors b.safetensors --base llama --dry-run";
 
 pub(super) fn run(args: CombineArgs, env: &Env) -> CliResult<Answer> {

@@ -14,7 +14,7 @@ pub(super) struct CompletionsArgs {
 const EXAMPLES: &str = "\
 Examples:
   neuroada-ckpt completions bash > ~/.local/share/bash-completion/completions/neuroada-ckpt
-  neuroada-ckpt completions zsh > ~/.zfunc/_neuroada-ckpt        # with fpath+=~/.zfunc before compinit
+  neuroada-ckpt completions zsh > ~/.zfunc/_neuroada-ckpt    # fpath+=~/.zfunc before compinit
   neuroada-ckpt completions fish > ~/.config/fish/completions/neuroada-ckpt.fish";
 
 pub(super) fn run(args: CompletionsArgs, env: &Env) -> CliResult<Answer> {

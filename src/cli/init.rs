@@ -49,9 +49,9 @@ pub(super) struct InitArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  neuroada-ckpt init llama --mask mask.safetensors --values trained.safetensors -o adapter.safetensors
+  neuroada-ckpt init llama --mask mask.safetensors --values trained.safetensors -o a.safetensors
   neuroada-ckpt init llama --mask mask.safetensors -o zeros.safetensors
-  neuroada-ckpt init llama -m mask.safetensors --values trained.safetensors --dtype bf16 --scale 0.5 -o adapter.safetensors";
+  neuroada-ckpt init llama -m m.safetensors --values v.safetensors --dtype bf16 -o a.safetensors";
 
 pub(super) fn run(args: InitArgs, env: &Env) -> CliResult<Answer> {
     if !args.scale.is_finite() {

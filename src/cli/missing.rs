@@ -27,6 +27,9 @@ pub(super) fn advice(path: &Path) -> Option<String> {
         Some(folder) if FILES_OF_A_FOLDER.contains(&name) && folder.len() > 1 => folder.trim_end_matches('/'),
         _ => text,
     };
+    if probe::is_present(Path::new(text)).unwrap_or(true) {
+        return Some(format!("copy {name} from the model's repository into the folder"));
+    }
     odd_end(text)
         .or_else(|| tilde(text))
         .or_else(|| hub_url(text))

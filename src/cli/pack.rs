@@ -70,7 +70,7 @@ const EXAMPLES: &str = "\
 Examples:
   neuroada-ckpt pack adapter.safetensors -o packed.safetensors
   neuroada-ckpt pack adapter.safetensors --base llama -o packed.safetensors
-  neuroada-ckpt pack adapter.safetensors --card --base-name meta-llama/Llama-3.1-8B --license MIT -o packed.safetensors";
+  neuroada-ckpt pack a.safetensors --card --base-name org/name --license MIT -o p.safetensors";
 
 pub(super) fn run(args: PackArgs, env: &Env) -> CliResult<Answer> {
     let existing = if args.force { Existing::Replace } else { Existing::Keep };

@@ -95,7 +95,7 @@ fn render_facts(facts: &[(String, String)], layout: Layout, text: &mut String) {
     let room = layout.width.map_or(usize::MAX, |width| width.saturating_sub(indent).max(MIN_CELL));
     for (name, value) in facts {
         let mut column = 0;
-        let mut line = format!("{name:<width$}", width = indent);
+        let mut line = format!("{name:<indent$}");
         for word in value.split(' ') {
             let length = word.chars().count();
             if column > 0 && column + 1 + length > room {

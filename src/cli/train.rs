@@ -195,7 +195,7 @@ impl TrainArgs {
 const EXAMPLES: &str = "\
 Examples:
   neuroada-ckpt train llama --mask mask.safetensors --data train.json -o adapter.safetensors
-  neuroada-ckpt train llama -k 1 --data train.json --eval-data validation.json --patience 3 -o adapter.safetensors
+  neuroada-ckpt train llama -k 1 --data train.json --eval-data held-out.json -o adapter.safetensors
   neuroada-ckpt train llama -k 1 --data train.json -o adapter.safetensors --dry-run";
 
 pub(super) fn run(args: TrainArgs, env: &Env) -> CliResult<Answer> {

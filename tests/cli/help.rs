@@ -43,6 +43,9 @@ fn every_help_has_examples_and_the_global_options_in_one_line() {
             let examples = help.split_once("Examples:\n").map(|(_, examples)| examples).unwrap_or_default();
             let calls = examples.matches(&format!("  neuroada-ckpt {command} ")).count();
             assert!((1..=3).contains(&calls), "{command} {flag} has {calls} examples\n{help}");
+            let lines = examples.split("\n\n").next().unwrap().lines();
+            let is_whole = |line: &str| line.starts_with("  neuroada-ckpt ") && line.chars().count() <= 100;
+            assert!(lines.into_iter().all(is_whole), "an example fits one line of 100 columns\n{help}");
             assert!(!help.contains("\n      --threads"), "{command} {flag}\n{help}");
             assert!(help.contains("(see `neuroada-ckpt help global`)"), "{command} {flag}\n{help}");
             assert!(help.lines().all(|line| line.chars().count() <= 112), "{command} {flag}\n{help}");

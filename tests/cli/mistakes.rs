@@ -100,6 +100,12 @@ fn commands_that_read_a_tokenizer_name_the_missing_checkpoint() {
         let said = told(&workspace, &line.split(' ').collect::<Vec<_>>());
         assert_eq!(said, format!("exit: 5\n{expected}"), "{line}");
     }
+    workspace.copy_fixture("tiny-llama");
+    fs::remove_file(workspace.path("tiny-llama/tokenizer.json")).unwrap();
+    let said = told(&workspace, &["train", "tiny-llama", "-k", "1", "--data", "rows.json", "-o", "a.safetensors"]);
+    let expected = "error: cannot read `tiny-llama/tokenizer.json`: No such file or directory (os error 2)\n\
+                    hint: copy tokenizer.json from the model's repository into the folder\n";
+    assert_eq!(said, format!("exit: 5\n{expected}"));
     let said =
         told(&workspace, &["train", "org/name", "-k", "1", "--data", "rows.json", "-o", "no/such/a.safetensors"]);
     assert_eq!(said, "exit: 5\nerror: the folder no/such does not exist\nhint: mkdir -p no/such\n");

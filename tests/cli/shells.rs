@@ -119,6 +119,9 @@ fn zsh_completes_behind_every_command() {
     workspace.write("complete.zsh", IN_ZSH);
     for (typed, expected) in OFFERED {
         let Some(output) = shell(&workspace, "zsh", &["-f", "complete.zsh", typed]) else { return };
+        if output.status.code() == Some(77) {
+            return skip("this zsh has no module zsh/zpty").unwrap_or_default();
+        }
         assert_offers("zsh", typed, &output, expected);
     }
 }

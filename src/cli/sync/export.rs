@@ -69,7 +69,7 @@ pub(in crate::cli) enum ChecksumArg {
 const EXAMPLES: &str = "\
 Examples:
   neuroada-ckpt sync export merged --base llama -o updates/weight_v000001
-  neuroada-ckpt sync export adapter.safetensors --base llama -o updates/weight_v000002 --base-version 0";
+  neuroada-ckpt sync export adapter.safetensors --base llama -o weight_v000002 --base-version 0";
 
 pub(in crate::cli) fn run(args: &ExportArgs, env: &Env) -> CliResult<Answer> {
     let options = args.options()?;
