@@ -25,10 +25,16 @@ use crate::sync::SyncReport;
 /// Servers that sync weights from disk (SGLang, slime) read folders named weight_vNNNNNN. Each holds the bytes that changed since the
 /// previous version, and a checksum of every changed tensor.
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct SyncArgs {
     #[command(subcommand)]
     command: SyncCommand,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  neuroada-ckpt sync export merged --base llama -o updates/weight_v000001
+  neuroada-ckpt sync apply updates/weight_v000001 --base llama -o updated";
 
 #[derive(Subcommand)]
 enum SyncCommand {
