@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{CastError, CastOptions, CastReport};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, Header, Layout, TensorRef, tensor_file_header},
+    checkpoint::{Checkpoint, CheckpointError, CodedLayout, Header, Layout, TensorRef, tensor_file_header},
     tensor::{Dtype, checked_bytes, dtype_name, is_float},
 };
 
@@ -75,7 +75,7 @@ impl<'a> Plan<'a> {
         if let Some(dtype) = options.dtype {
             for weight in base.codes().weights() {
                 let from = base.decoded(weight)?;
-                let transposed = from.layout().is_some_and(|layout| layout.is_transposed_in_memory());
+                let transposed = from.layout().is_some_and(CodedLayout::is_transposed_in_memory);
                 outputs.push(Output { from, dtype, transposed });
                 n_decoded += 1;
             }

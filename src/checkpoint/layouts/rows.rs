@@ -11,7 +11,7 @@ use crate::{
 /// Elements that are decoded at a time, so that they stay in the first-level cache.
 const CHUNK: usize = 512;
 /// `1 / 127` as bitsandbytes has it.
-const BNB_INT8: f32 = 7.874_015_7e-3;
+const BNB_INT8: f32 = 7.874_016e-3;
 
 /// Codes row by row, and what makes numbers of them.
 #[derive(Debug)]

@@ -56,7 +56,7 @@ pub(super) fn rms_norm_backward(dy: &[f32], x: &[f32], gain: &[f32], eps: f32, d
     let d = gain.len();
     let rows = dx.par_chunks_mut(d).zip(dy.par_chunks(d)).zip(x.par_chunks(d)).with_min_len(TOKENS);
     rows.for_each_init(Vec::new, |scratch, ((dx, dy), x)| {
-        norm_gradient(dy, x, gain, eps, scratch, |i, by_x| dx[i] += by_x)
+        norm_gradient(dy, x, gain, eps, scratch, |i, by_x| dx[i] += by_x);
     });
 }
 
