@@ -228,6 +228,7 @@ fn differences_of_codes_are_compared_carried_and_extracted() {
         let changed = &json["changed"][0];
         assert!(code == Some(1) && changed["tensor"] == changed_name.as_str(), "{name}: {json}");
         assert!(changed["n_changed"].as_u64() <= Some(1) && changed["change_norm"].is_number(), "{name}: {changed}");
+        assert!(json["bytes_compared"].as_u64().unwrap() > 0, "{name}: {json}");
         assert_eq!(changed["shape"][0], checkpoint_shape[0], "{name}: {changed}");
         // The same delta as inference servers get it, and back.
         let (sync, again) = (dir.path().join("weight_v000001"), dir.path().join(format!("{name}-again")));

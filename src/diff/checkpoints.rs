@@ -115,8 +115,7 @@ pub fn diff_checkpoints(ctx: &Context<'_>, a: &Checkpoint, b: &Checkpoint) -> Re
         }
     }
     let mut found = vec![Changes::default(); pairs.len()];
-    let n_bytes = compare_bytes(ctx, &mut pairs, &mut found)?;
-    compare_values(ctx, &pairs, &mut found)?;
+    let n_bytes = compare_bytes(ctx, &mut pairs, &mut found)? + compare_values(ctx, &pairs, &mut found)?;
     a.unchanged()?;
     b.unchanged()?;
     let changed: Vec<ChangedTensor> = pairs
@@ -216,12 +215,13 @@ fn compare_bytes(ctx: &Context<'_>, pairs: &mut [Pair<'_, '_>], found: &mut [Cha
     Ok(n_bytes)
 }
 
-/// Compares the numbers of quantized weights whose stored tensors differ.
-fn compare_values(ctx: &Context<'_>, pairs: &[Pair<'_, '_>], found: &mut [Changes]) -> Result<(), DiffError> {
+/// Compares the numbers of quantized weights whose stored tensors differ; returns the bytes of A's stored tensors.
+fn compare_values(ctx: &Context<'_>, pairs: &[Pair<'_, '_>], found: &mut [Changes]) -> Result<u64, DiffError> {
     let differing = || pairs.iter().enumerate().filter(|(_, pair)| pair.is_quantized && pair.differs);
     let n_elements: u64 = differing().map(|(_, pair)| pair.a.info.n_elements()).sum();
+    let n_bytes = differing().map(|(_, pair)| pair.a.stored_bytes()).sum();
     if n_elements == 0 {
-        return Ok(());
+        return Ok(n_bytes);
     }
     ctx.observer.begin("comparing values", n_elements);
     let step = (ctx.window_bytes() / 4 / PIECE as u64).max(1) * PIECE as u64;
@@ -255,7 +255,8 @@ fn compare_values(ctx: &Context<'_>, pairs: &[Pair<'_, '_>], found: &mut [Change
             pieces.iter().for_each(|piece| found[i].add(piece));
             Ok(())
         },
-    )
+    )?;
+    Ok(n_bytes)
 }
 
 fn compare_numbers(a: &[f32], b: &[f32]) -> Changes {
