@@ -73,21 +73,13 @@ impl CodeType {
             Self::E4M3 => each(numbers, &codes[first..first + n], |code| E4M3_NUMBERS[usize::from(code)]),
             Self::E5M2 => each(numbers, &codes[first..first + n], |code| F8E5M2::from_bits(code).to_f32()),
             Self::I8 => each(numbers, &codes[first..first + n], |code| f32::from(code.cast_signed())),
-            Self::E2M1 => {
-                for (j, number) in (first..).zip(numbers) {
-                    *number = E2M1_NUMBERS[usize::from(codes[j / 2] >> (4 * (j % 2)) & 15)];
-                }
-            }
+            Self::E2M1 => halves(numbers, codes, first, &E2M1_PAIRS),
             Self::E2M3 => {
                 for (j, number) in (first..).zip(numbers) {
                     *number = e2m3(bits_at(codes, 6 * j as u64, 6) as u8);
                 }
             }
-            Self::Int(4) => {
-                for (j, number) in (first..).zip(numbers) {
-                    *number = f32::from((codes[j / 2] >> (4 * (j % 2)) & 15).cast_signed() - 8);
-                }
-            }
+            Self::Int(4) => halves(numbers, codes, first, &INT4_PAIRS),
             Self::Int(n_bits) => {
                 let half = 1i32 << (n_bits - 1);
                 for (j, number) in (first..).zip(numbers) {
@@ -104,6 +96,31 @@ fn each(numbers: &mut [f32], codes: &[u8], number: impl Fn(u8) -> f32) {
         *to = number(code);
     }
 }
+
+/// The numbers of two codes in a byte, the first in the low half.
+type Pairs = std::sync::LazyLock<[[f32; 2]; 256]>;
+
+/// Writes the numbers of codes of four bits, from element `first` on. A byte is looked up once for both of its codes.
+fn halves(numbers: &mut [f32], codes: &[u8], first: usize, pairs: &Pairs) {
+    let odd = (first % 2).min(numbers.len());
+    let (head, numbers) = numbers.split_at_mut(odd);
+    head.iter_mut().for_each(|number| *number = pairs[usize::from(codes[first / 2])][1]);
+    let (first, n) = (first + odd, numbers.len());
+    let codes = &codes[first / 2..(first + n).div_ceil(2)];
+    let pairs: &[[f32; 2]; 256] = pairs;
+    let mut whole = numbers.chunks_exact_mut(2);
+    for (to, &code) in whole.by_ref().zip(codes) {
+        to.copy_from_slice(&pairs[usize::from(code)]);
+    }
+    if let ([number], Some(&code)) = (whole.into_remainder(), codes.last()) {
+        *number = pairs[usize::from(code)][0];
+    }
+}
+
+static E2M1_PAIRS: Pairs =
+    std::sync::LazyLock::new(|| std::array::from_fn(|code| [code & 15, code >> 4].map(|code| E2M1_NUMBERS[code])));
+static INT4_PAIRS: Pairs =
+    std::sync::LazyLock::new(|| std::array::from_fn(|code| [code & 15, code >> 4].map(|code| code as f32 - 8.0)));
 
 /// The numbers of all codes of E4M3.
 static E4M3_NUMBERS: std::sync::LazyLock<[f32; 256]> =
